@@ -1,0 +1,284 @@
+"""The geometry of one convolution, and every complaint about a bad one.
+
+Letters used throughout: ``N`` batch, ``T`` time, ``C`` channels in, ``O`` channels out,
+``K`` taps, ``D`` kernel dilation, ``S`` stride, ``E`` input dilation, ``G`` groups.
+With x zero outside ``0 <= t < T`` and zero between its samples where ``E > 1``,
+
+    y[n, u, o] = sum over k, c of  xE[n, u*S + k*D - low, c] * w[k, c, o],
+    xE[n, E*t, c] = x[n, t, c]
+
+and group ``g`` of the outputs sees group ``g`` of the inputs only.
+"""
+
+import dataclasses
+import operator
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+Operation = Literal["conv1d", "conv1d_input_grad", "conv1d_kernel_grad"]
+OPERATIONS: tuple[Operation, ...] = ("conv1d", "conv1d_input_grad", "conv1d_kernel_grad")
+
+STRING_PADDINGS = ("SAME", "SAME_LOWER", "VALID", "CAUSAL", "CIRCULAR", "REFLECT")
+
+
+class UnknownPaddingError(ValueError, RuntimeError):
+    """A padding that is no padding.
+
+    A ``ValueError``, as it should be, and a ``RuntimeError``, because that is what
+    `jax.lax.conv_general_dilated` raises for a string it does not know.
+    """
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ConvSpec:
+    """The static geometry of a 1-D convolution; hashable, so that it keys compilation.
+
+    Attributes:
+      time: ``T``, the number of input steps.
+      kernel_size: ``K``, the number of taps.
+      stride: ``S``, input steps (after input dilation) from one output to the next.
+      padding: ``(low, high)`` zeros before and after the (dilated) input; negative
+        amounts crop it.
+      kernel_dilation: ``D``, input steps from one tap to the next.
+      input_dilation: ``E``, ``E - 1`` zeros stand between two input steps.
+      groups: ``G``, independent groups of channels.
+    """
+
+    time: int
+    kernel_size: int
+    stride: int = 1
+    padding: tuple[int, int] = (0, 0)
+    kernel_dilation: int = 1
+    input_dilation: int = 1
+    groups: int = 1
+
+    @property
+    def span(self) -> int:
+        """Input steps from a window's first tap to its last, both counted."""
+        return (self.kernel_size - 1) * self.kernel_dilation + 1
+
+    @property
+    def dilated_time(self) -> int:
+        """Input steps once ``E - 1`` zeros stand between each two."""
+        return (self.time - 1) * self.input_dilation + 1 if self.time != 0 else 0
+
+    @property
+    def out_time(self) -> int:
+        """``T'``, the number of output steps."""
+        padded = self.dilated_time + sum(self.padding)
+        steps = (padded - self.span) // self.stride + 1
+        if isinstance(steps, int):
+            return max(0, steps)
+        from jax import core  # T is symbolic: a shape-polymorphic export
+
+        return core.max_dim(steps, 0)
+
+    def transposed(self) -> "ConvSpec":
+        """The convolution that maps an output gradient to the input gradient.
+
+        ``dx = conv(g, flip(w))`` with the taps reversed, each group's channels in and
+        out exchanged, and stride and input dilation having changed places.
+        """
+        low = self.span - 1 - self.padding[0]
+        dilated_out = (self.out_time - 1) * self.stride + 1
+        high = self.dilated_time + self.span - 1 - dilated_out - low
+        return dataclasses.replace(
+            self,
+            time=self.out_time,
+            stride=self.input_dilation,
+            input_dilation=self.stride,
+            padding=(low, high),
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Problem:
+    """All that a kernel may look at before it says that it can, or why it can't.
+
+    Attributes:
+      operation: which of the three; it says what ``lhs`` and ``rhs`` are:
+        ``conv1d`` takes x and w, ``conv1d_input_grad`` g and w,
+        ``conv1d_kernel_grad`` x and g.
+      spec: the geometry, always that of the forward convolution.
+      N, C, O: batch size, channels in, channels out, of the forward convolution.
+      lhs_dtype, rhs_dtype, out_dtype: NumPy dtypes of the operands and the result.
+      precision: as `jax.lax.conv_general_dilated` canonicalises it: ``None``, a
+        `jax.lax.Precision`, or one for each operand.
+      platform: ``"cpu"``, ``"cuda"``, ``"rocm"`` or ``"tpu"``.
+    """
+
+    operation: Operation
+    spec: ConvSpec
+    N: int
+    C: int
+    O: int  # noqa: E741 - the field's letter for channels out
+    lhs_dtype: np.dtype
+    rhs_dtype: np.dtype
+    out_dtype: np.dtype
+    precision: Any
+    platform: str
+
+    @property
+    def x_shape(self) -> tuple[int, int, int]:
+        return (self.N, self.spec.time, self.C)
+
+    @property
+    def w_shape(self) -> tuple[int, int, int]:
+        return (self.spec.kernel_size, self.C // self.spec.groups, self.O)
+
+    @property
+    def y_shape(self) -> tuple[int, int, int]:
+        return (self.N, self.spec.out_time, self.O)
+
+    @property
+    def out_shape(self) -> tuple[int, int, int]:
+        """The shape of what the operation computes."""
+        return {
+            "conv1d": self.y_shape,
+            "conv1d_input_grad": self.x_shape,
+            "conv1d_kernel_grad": self.w_shape,
+        }[self.operation]
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether every input channel is a group of its own."""
+        return self.spec.groups == self.C and self.C > 1
+
+
+def scalar(name: str, value: int | Sequence[int] | None, error: type[Exception]) -> int:
+    """One positive int out of ``value``, which may be None (1), an int or a sequence of one.
+
+    Raises:
+      error: it is zero or negative.
+      TypeError: it is no integer.
+      ValueError: it is a sequence of another length than one.
+    """
+    if value is None:
+        return 1
+    if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str):
+        if len(value) != 1:
+            raise ValueError(
+                f"{name} must be an int or a sequence of one int for a 1-D convolution, "
+                f"got {value!r}"
+            )
+        return scalar(name, value[0], error)
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int or a sequence of ints, got {value!r}") from None
+    if number < 1:
+        raise error(f"{name} must be 1 or more, got {value!r}")
+    return number
+
+
+def resolve_padding(
+    padding: Any, *, time: int, span: int, stride: int, input_dilation: int
+) -> tuple[int, int] | Literal["CIRCULAR", "REFLECT"]:
+    """``(low, high)`` for ``padding``, or the name of a padding that is not zeros.
+
+    ``time`` and ``span`` are those of `ConvSpec`. See `conv1d` for what ``padding`` may be.
+
+    Raises:
+      UnknownPaddingError: the string is none of `STRING_PADDINGS` in any case.
+      ValueError: a string goes with input dilation, or it is neither a string, an int
+        nor a sequence of one int or one pair.
+    """
+    if isinstance(padding, str):
+        mode = padding.upper()
+        if mode not in STRING_PADDINGS:
+            raise UnknownPaddingError(
+                f"padding must be one of {', '.join(STRING_PADDINGS)}, an int, [int] or "
+                f"[(low, high)], got {padding!r}"
+            )
+        if input_dilation != 1:
+            raise ValueError(
+                f"padding must be given in numbers, as an int, [int] or [(low, high)], where "
+                f"input_dilation is not 1; got padding={padding!r}, "
+                f"input_dilation={input_dilation}"
+            )
+        if mode in ("CIRCULAR", "REFLECT"):
+            return mode
+        if mode == "VALID":
+            return (0, 0)
+        if mode == "CAUSAL":
+            return (span - 1, 0)
+        out = -(-time // stride)
+        total = max(0, (out - 1) * stride + span - time) if time != 0 else max(0, span - stride)
+        less, more = total // 2, total - total // 2
+        return (less, more) if mode == "SAME" else (more, less)
+    pair = padding
+    if isinstance(pair, Sequence | np.ndarray) and len(pair) == 1:
+        (pair,) = pair
+    try:
+        if isinstance(pair, Sequence | np.ndarray):
+            low, high = map(operator.index, pair)
+            if pair is padding:  # (low, high) without the outer brackets means rank 2 to flax
+                raise ValueError
+        else:
+            low = high = operator.index(pair)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"padding must be one of {', '.join(STRING_PADDINGS)}, an int, [int] or "
+            f"[(low, high)], got {padding!r}"
+        ) from None
+    return (low, high)
+
+
+def make_spec(
+    x_shape: Sequence[int],
+    kernel_shape: Sequence[int],
+    *,
+    strides: int | Sequence[int] | None = 1,
+    padding: Any = "CAUSAL",
+    input_dilation: int | Sequence[int] | None = 1,
+    kernel_dilation: int | Sequence[int] | None = 1,
+    feature_group_count: int = 1,
+) -> tuple[ConvSpec, Literal["CIRCULAR", "REFLECT"] | None]:
+    """Checks the arguments of a convolution of ``x (..., T, C)`` with ``kernel (K, C//G, O)``.
+
+    Returns:
+      The spec, and the name of a padding that is not zeros: then ``spec`` already
+      describes the VALID convolution of the padded x.
+
+    Raises:
+      ValueError: a rank, a channel count, a group count, a stride or a padding is wrong.
+      TypeError: a dilation is not positive (as JAX has it), or a number is none.
+    """
+    if len(kernel_shape) != 3:
+        raise ValueError(
+            f"kernel must have shape (kernel_size, in_channels // feature_group_count, "
+            f"out_channels), got {tuple(kernel_shape)}"
+        )
+    if len(x_shape) < 2:
+        raise ValueError(f"x must have shape (*batch, time, channels), got {tuple(x_shape)}")
+    *_, time, C = x_shape
+    K, c, O = kernel_shape  # noqa: E741
+    S = scalar("strides", strides, ValueError)
+    D = scalar("kernel_dilation", kernel_dilation, TypeError)
+    E = scalar("input_dilation", input_dilation, TypeError)
+    G = scalar("feature_group_count", feature_group_count, ValueError)
+    if K < 1:
+        raise ValueError(f"kernel must have at least one tap, got shape {tuple(kernel_shape)}")
+    if C % G:
+        raise ValueError(f"feature_group_count must divide x's {C} channels, got {G}")
+    if O % G:
+        raise ValueError(f"feature_group_count must divide the kernel's {O} output channels, got {G}")
+    if C // G != c:
+        raise ValueError(
+            f"x must have {c * G} channels (kernel's {c} times feature_group_count={G}), "
+            f"got {C} in shape {tuple(x_shape)}"
+        )
+    span = (K - 1) * D + 1
+    pad = resolve_padding(padding, time=time, span=span, stride=S, input_dilation=E)
+    mode = None
+    if isinstance(pad, str):
+        mode, pad = pad, (0, 0)
+        time = time + span - 1
+    spec = ConvSpec(time, K, S, pad, D, E, G)
+    if min(pad) < 0 and spec.dilated_time + sum(pad) < 0:
+        raise ValueError(
+            f"padding must not crop more than x's {spec.dilated_time} steps, got {padding!r}"
+        )
+    return spec, mode

@@ -1,0 +1,61 @@
+"""Device code: array in, array out. Nothing here knows of derivatives or modules.
+
+A kernel is one file of this folder with a module-level `KERNEL` (see README.md). It is
+found by itself; nothing else lists it.
+"""
+
+import dataclasses
+import functools
+import importlib
+import pkgutil
+from collections.abc import Callable
+
+import jax
+
+from conv_pallas.spec import Problem
+
+# Packages that a kernel may need and a user may lack. Any other failed import is a bug.
+OPTIONAL_PACKAGES = ("triton", "jax_triton")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One implementation of the three operations.
+
+    Attributes:
+      implementation: the name that users select it by.
+      platforms: where it can run: of ``"cpu"``, ``"cuda"``, ``"rocm"``, ``"tpu"``.
+      run: ``run(problem, lhs, rhs) -> array`` of ``problem.out_shape`` and
+        ``problem.out_dtype``. Both operands have three axes and no axis of size 0.
+      decline: ``decline(problem) -> reason``, or None where `run` will do it.
+      describe: ``describe(problem) -> str``, in a few words how `run` would do it.
+      priority: where no implementation is asked for, the highest that does not decline
+        wins; None: only when asked for by name.
+      vmappable: whether `jax.vmap` of `run` over both operands is sound and fast. Where it
+        is not, a batch of kernels is folded into groups.
+    """
+
+    implementation: str
+    platforms: tuple[str, ...]
+    run: Callable[[Problem, jax.Array, jax.Array], jax.Array]
+    decline: Callable[[Problem], str | None]
+    describe: Callable[[Problem], str]
+    priority: int | None
+    vmappable: bool = False
+
+
+@functools.cache
+def discover() -> tuple[dict[str, Kernel], dict[str, str]]:
+    """All kernels by module name, and for each that can't be imported here the reason."""
+    found, missing = {}, {}
+    for module in pkgutil.iter_modules(__path__):
+        try:
+            kernel = getattr(importlib.import_module(f"{__name__}.{module.name}"), "KERNEL", None)
+        except ModuleNotFoundError as e:
+            if e.name is None or e.name.split(".")[0] not in OPTIONAL_PACKAGES:
+                raise
+            missing[module.name] = f"needs the package {e.name}, which is not installed"
+            continue
+        if kernel is not None:
+            found[module.name] = kernel
+    return found, missing
