@@ -1,0 +1,62 @@
+"""What `flax.nnx.Conv` runs: one `lax.conv_general_dilated`, and JAX's own transposes of it.
+
+The baseline that every other implementation is measured against.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from conv_pallas.kernels import Kernel
+from conv_pallas.spec import ConvSpec, Problem
+
+
+def conv(
+    x: jax.Array, w: jax.Array, spec: ConvSpec, out_dtype: np.dtype, precision=None
+) -> jax.Array:
+    """The forward convolution of ``x (N, T, C)`` with ``w (K, C//G, O)``, padded in the window."""
+    dtype = jnp.promote_types(x.dtype, w.dtype)  # lax takes operands of one dtype only
+    narrower = jnp.promote_types(dtype, out_dtype) != out_dtype  # lax accumulates in no such type
+    return lax.conv_general_dilated(
+        x.astype(dtype),
+        w.astype(dtype),
+        window_strides=(spec.stride,),
+        padding=[spec.padding],
+        lhs_dilation=(spec.input_dilation,),
+        rhs_dilation=(spec.kernel_dilation,),
+        dimension_numbers=("NWC", "WIO", "NWC"),
+        feature_group_count=spec.groups,
+        precision=precision,
+        preferred_element_type=None if narrower else out_dtype,
+    ).astype(out_dtype)
+
+
+def run(problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    """The operation of ``problem``; the two gradients are transposes of `conv`."""
+    if problem.operation == "conv1d":
+        return conv(lhs, rhs, problem.spec, problem.out_dtype, problem.precision)
+    unknown = jax.ShapeDtypeStruct(problem.out_shape, problem.out_dtype)
+    if problem.operation == "conv1d_input_grad":
+        g, w = lhs, rhs
+        transposed = jax.linear_transpose(
+            lambda x: conv(x, w, problem.spec, g.dtype, problem.precision), unknown
+        )
+    else:
+        x, g = lhs, rhs
+        transposed = jax.linear_transpose(
+            lambda w: conv(x, w, problem.spec, g.dtype, problem.precision), unknown
+        )
+    (out,) = transposed(g)
+    return out
+
+
+KERNEL = Kernel(
+    implementation="xla_native",
+    platforms=("cpu", "cuda", "rocm", "tpu"),
+    run=run,
+    decline=lambda problem: None,
+    describe=lambda problem: "lax.conv_general_dilated and its transposes, as nnx.Conv has it",
+    priority=None,
+    vmappable=True,
+)
