@@ -1,0 +1,59 @@
+# Everything a developer runs.  On a machine with nothing but Python 3.12 or newer, each target
+# first makes the virtual environment that it needs.
+
+PYTHON ?= python3
+# Processes that run tests side by side; auto is one per core.
+WORKERS ?= auto
+# More arguments for the program a target runs: make test ARGS="-k depthwise -x"
+ARGS ?=
+
+BIN := .venv/bin
+BIN_AOT := .venv-aot/bin
+
+.PHONY: help demo test test-aot lint format bench venv venv-aot clean
+
+help: ## list the targets (the default)
+	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+demo: venv ## train a TCN, check it against stock nnx.Conv, time a dozen layers
+	$(BIN)/python -m conv_pallas demo $(ARGS)
+
+test: venv ## run the tests
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+test-aot: venv-aot ## compile for GPUs and TPUs that are not here, and read the result
+	$(BIN_AOT)/python -m pytest -n $(WORKERS) --dist worksteal -m aot $(ARGS)
+
+lint: venv ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: venv ## format, and fix what ruff can fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: venv ## measure layers on this machine
+	$(BIN)/python -m benchmarks $(ARGS)
+
+venv: .venv/installed ## make .venv, for everything but test-aot
+venv-aot: .venv-aot/installed ## make .venv-aot, which adds libtpu, the CUDA plugin and triton
+
+clean: ## remove all that these targets made, environments too
+	rm -rf .venv .venv-aot demo-output build dist *.egg-info
+	rm -rf .benchmarks .hypothesis .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/installed: EXTRAS := demo,bench,test
+.venv-aot/installed: EXTRAS := test,aot
+
+# setup.py holds every dependency.  An environment is made anew rather than updated, so that it
+# is the one a fresh machine gets.  The stamp is written last, and --clear removes an old one:
+# after a failed or interrupted install there is none.
+.venv/installed .venv-aot/installed: setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null || { \
+	  echo "conv_pallas needs Python 3.12 or newer; $(PYTHON) is not. Name one: make PYTHON=python3.12 ..." >&2; \
+	  exit 1; }
+	@echo "Installing into $(@D), once: this takes a minute or two."
+	@$(PYTHON) -m venv --clear $(@D)
+	@$(@D)/bin/python -m pip install -q --disable-pip-version-check -e '.[$(EXTRAS)]'
+	@touch $@
