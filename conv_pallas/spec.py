@@ -205,7 +205,7 @@ def resolve_padding(
         if mode == "CAUSAL":
             return (span - 1, 0)
         out = -(-time // stride)
-        total = max(0, (out - 1) * stride + span - time) if time != 0 else max(0, span - stride)
+        total = max(0, (out - 1) * stride + span - time)
         less, more = total // 2, total - total // 2
         return (less, more) if mode == "SAME" else (more, less)
     pair = padding

@@ -1,0 +1,145 @@
+"""Which kernel runs a problem on a platform, and why not the others.
+
+Missing hardware, an unsupported case and a broken kernel are three different things: the
+first two are reasons, given by name here; the third is never caught.
+"""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+
+from conv_pallas.spec import Problem
+
+IMPLEMENTATIONS = ("triton", "pallas_tpu", "xla", "xla_native")
+ENVIRONMENT_VARIABLE = "CONV_PALLAS_IMPLEMENTATION"
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+type Implementation = str | Sequence[str] | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Candidate:
+    """One implementation's answer to one problem.
+
+    Attributes:
+      implementation: its name.
+      reason: why it declines, or None.
+      how: where it does not decline, in a few words how it would do it.
+    """
+
+    implementation: str
+    reason: str | None
+    how: str | None = None
+
+
+def names() -> tuple[str, ...]:
+    """Every implementation that can be asked for: the four, and those of added kernels."""
+    from conv_pallas import kernels
+
+    found, _ = kernels.discover()
+    added = sorted({k.implementation for k in found.values()} - set(IMPLEMENTATIONS))
+    return IMPLEMENTATIONS + tuple(added)
+
+
+def canonicalize(implementation: Implementation) -> tuple[str, ...] | None:
+    """The names to try in order; None to pick. Reads the environment where it is None.
+
+    Raises:
+      ValueError: a name is unknown, or there is none.
+    """
+    source = "implementation"
+    if implementation is None:
+        implementation = os.environ.get(ENVIRONMENT_VARIABLE) or None
+        if implementation is None:
+            return None
+        source = f"the environment variable {ENVIRONMENT_VARIABLE}"
+        wanted = tuple(name.strip() for name in implementation.split(","))
+    elif isinstance(implementation, str):
+        wanted = (implementation,)
+    elif isinstance(implementation, Sequence):
+        wanted = tuple(implementation)
+    else:
+        wanted = (implementation,)
+    if not wanted or not all(isinstance(n, str) and n in names() for n in wanted):
+        raise ValueError(
+            f"{source} must be None, one of {', '.join(names())}, or a sequence of those, "
+            f"got {implementation!r}"
+        )
+    return wanted
+
+
+def candidates(problem: Problem) -> list[tuple[Candidate, object | None]]:
+    """Every implementation's answer with its kernel, those that would be picked first."""
+    from conv_pallas import kernels
+
+    found, missing = kernels.discover()
+    ranked = sorted(
+        found.values(), key=lambda k: -1 if k.priority is None else k.priority, reverse=True
+    )
+    answers = []
+    for kernel in ranked:
+        if problem.platform not in kernel.platforms:
+            reason = f"runs on {' and '.join(kernel.platforms)}, not on {problem.platform}"
+        else:
+            reason = kernel.decline(problem)
+        how = kernel.describe(problem) if reason is None else None
+        answers.append((Candidate(kernel.implementation, reason, how), kernel))
+    present = {c.implementation for c, _ in answers}
+    for name in IMPLEMENTATIONS:
+        if name not in present:
+            reasons = [r for module, r in missing.items() if module.startswith(name.split("_")[0])]
+            reason = reasons[0] if reasons else "this version has no such kernel"
+            answers.append((Candidate(name, reason), None))
+    return answers
+
+
+def select(problem: Problem, implementation: tuple[str, ...] | None):
+    """The kernel that runs `problem`.
+
+    Args:
+      implementation: from `canonicalize`.
+
+    Raises:
+      NotImplementedError: none of those asked for can; it says why for each.
+    """
+    answers = candidates(problem)
+    if implementation is None:
+        for candidate, kernel in answers:
+            if candidate.reason is None and kernel.priority is not None:
+                return kernel
+        wanted = tuple(candidate.implementation for candidate, _ in answers)
+    else:
+        for name in implementation:
+            for candidate, kernel in answers:
+                if candidate.implementation == name and candidate.reason is None:
+                    return kernel
+        wanted = implementation
+    reasons = "; ".join(
+        f"{c.implementation}: {c.reason}"
+        for name in wanted
+        for c, _ in answers
+        if c.implementation == name and c.reason is not None
+    )
+    able = ", ".join(dict.fromkeys(c.implementation for c, _ in answers if c.reason is None))
+    raise NotImplementedError(
+        f"implementation={', '.join(map(repr, wanted))} can't run {problem.operation} on "
+        f"{problem.platform} ({reasons}); it may be None or any of {able}"
+    )
+
+
+def check_anywhere(problem: Problem, implementation: tuple[str, ...] | None) -> None:
+    """Raises at once what `select` would raise on every platform.
+
+    Tracing does not know for which platform it traces; but what no platform can do need not
+    wait for lowering.
+    """
+    if implementation is None:
+        return
+    failure = None
+    for platform in PLATFORMS:
+        try:
+            select(dataclasses.replace(problem, platform=platform), implementation)
+            return
+        except NotImplementedError as e:
+            failure = failure or e
+    raise failure

@@ -1,0 +1,136 @@
+"""`Conv`, in place of `flax.nnx.Conv`, and `replace_convs`, which puts it there."""
+
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from conv_pallas import dispatch, ops
+from conv_pallas.dispatch import Implementation
+
+M = TypeVar("M", bound=nnx.Module)
+
+
+class Conv(nnx.Conv):
+    """`flax.nnx.Conv`, with our kernels under its one-dimensional convolutions.
+
+    Everything but the call is flax's own: the constructor's arguments, the parameters,
+    their initial values for a given `rngs`, the checkpoints. Two and more spatial
+    dimensions, complex numbers, and layers with a `conv_general_dilated` of their own, run
+    as in flax.
+
+    Args:
+      implementation: as in `conv_pallas.conv1d`; None picks the fastest known.
+      others: see `flax.nnx.Conv`.
+
+    Raises:
+      ValueError: `implementation` is unknown.
+    """
+
+    # A class attribute, so that a layer without an order has the attributes of flax's own.
+    implementation: Implementation = None
+
+    def __init__(
+        self, in_features, out_features, kernel_size, strides=1, *,
+        implementation: Implementation = None, **kwargs,
+    ):  # fmt: skip
+        super().__init__(in_features, out_features, kernel_size, strides, **kwargs)
+        _order(self, implementation)
+
+    def __call__(self, inputs: jax.Array, out_sharding=None) -> jax.Array:
+        """Convolves.
+
+        Args:
+          inputs: ``(*batch, *spatial, in_features)``, any number of batch axes.
+          out_sharding: sharding of the result on a mesh with explicit axes.
+
+        Returns:
+          ``(*batch, *spatial', out_features)``.
+
+        Raises:
+          ValueError, TypeError, NotImplementedError: as `conv_pallas.conv1d`; ValueError
+            also for a mask whose shape is not the kernel's.
+        """
+        if self.in_features % self.feature_group_count:
+            raise ValueError(
+                f"feature_group_count must divide in_features={self.in_features}, "
+                f"got {self.feature_group_count}"
+            )
+        if self._left_to_flax():
+            out = {} if out_sharding is None else {"out_sharding": out_sharding}
+            return super().__call__(inputs, **out)
+        if self.mask is not None and self.mask.shape != self.kernel_shape:
+            raise ValueError(
+                f"mask must have the kernel's shape {self.kernel_shape}, got {self.mask.shape}"
+            )
+        kernel = self.kernel[...]
+        if self.mask is not None:
+            kernel = kernel * self.mask
+        bias = self.bias[...] if self.bias is not None else None
+        inputs, kernel, bias = self.promote_dtype((inputs, kernel, bias), dtype=self.dtype)
+        return ops.conv1d(inputs, kernel, bias, out_sharding=out_sharding, **self._arguments())
+
+    def explain(self, inputs, *, platform: str | None = None) -> ops.Explanation:
+        """What would run for these inputs; see `conv_pallas.explain`."""
+        if self.conv_general_dilated is not lax.conv_general_dilated:
+            note = f"the layer brings its own convolution, {self.conv_general_dilated!r}"
+            return ops.Explanation(platform or ops.default_platform(), {}, {}, note)
+        structs = jax.eval_shape(
+            lambda x, k: self.promote_dtype((x, k), dtype=self.dtype), inputs, self.kernel[...]
+        )
+        return ops.explain(*structs, platform=platform, **self._arguments())
+
+    def _left_to_flax(self) -> bool:
+        return (
+            len(self.kernel_size) != 1
+            or self.conv_general_dilated is not lax.conv_general_dilated
+        )
+
+    def _arguments(self) -> dict:
+        return dict(
+            strides=self.strides,
+            padding=self.padding,
+            input_dilation=self.input_dilation,
+            kernel_dilation=self.kernel_dilation,
+            feature_group_count=self.feature_group_count,
+            precision=self.precision,
+            preferred_element_type=getattr(self, "preferred_element_type", None),
+            implementation=self.implementation,
+        )
+
+
+def replace_convs(model: M, *, implementation: Implementation = None) -> M:
+    """Turns every `flax.nnx.Conv` of `model` into a `Conv`, in place.
+
+    Parameters, references to the layers and layers shared between modules stay what they
+    are. Subclasses of `flax.nnx.Conv` are left alone, for they may mean something else by
+    a call; those that are a `Conv` already get the new `implementation`.
+
+    Args:
+      model: any module; it may itself be an `nnx.Conv`.
+      implementation: for every layer, as in `conv_pallas.conv1d`.
+
+    Returns:
+      `model`, the same object.
+
+    Raises:
+      ValueError: `implementation` is unknown.
+    """
+    for _, module in nnx.iter_modules(model):
+        if type(module) is nnx.Conv:
+            module.__class__ = Conv
+            _order(module, implementation)
+        elif type(module) is Conv:
+            _order(module, implementation)
+    return model
+
+
+def _order(layer: Conv, implementation: Implementation) -> None:
+    if implementation is None:
+        if "implementation" in vars(layer):
+            del layer.implementation
+        return
+    # Canonical, so that it is hashable, as nnx asks of what is static.
+    layer.implementation = dispatch.canonicalize(implementation)

@@ -1,0 +1,364 @@
+"""The functional API: `conv1d`, `conv_general_dilated` and `explain`."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax._src.lax import lax as lax_internal
+from jax._src.sharding_impls import canonicalize_sharding
+from jax.sharding import PartitionSpec as P
+
+from conv_pallas import dispatch, primitives
+from conv_pallas.dispatch import Implementation
+from conv_pallas.spec import OPERATIONS, ConvSpec, Problem, UnknownPaddingError, make_spec
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "relu": jax.nn.relu,
+    "gelu": jax.nn.gelu,
+    "gelu_exact": lambda y: jax.nn.gelu(y, approximate=False),
+    "silu": jax.nn.silu,
+    "tanh": jnp.tanh,
+    "sigmoid": jax.nn.sigmoid,
+}
+
+
+def conv1d(
+    x: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array | None = None,
+    *,
+    strides: int | Sequence[int] | None = 1,
+    padding: str | int | Sequence = "CAUSAL",
+    input_dilation: int | Sequence[int] | None = 1,
+    kernel_dilation: int | Sequence[int] | None = 1,
+    feature_group_count: int = 1,
+    activation: str | Callable[[jax.Array], jax.Array] | None = None,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    out_sharding: Any = None,
+    implementation: Implementation = None,
+) -> jax.Array:
+    """1-D convolution over the time axis of channels-last arrays.
+
+    Computes ``activation(conv(x, kernel) + bias)`` with
+
+        conv(x, kernel)[..., u, o] = sum over k, c of  x[..., u * S + k * D - low, c] * kernel[k, c, o]
+
+    where x is zero outside its ``T`` steps (cross-correlation, as in `jax.lax`).
+    Differentiable to any order in forward and reverse mode.
+
+    Args:
+      x: ``(*batch, T, C)``, any number of batch axes, none included.
+      kernel: ``(K, C // feature_group_count, O)``.
+      bias: ``(O,)`` or None.
+      strides: ``S``, steps of x from one output to the next; 1 or more.
+      padding: ``"CAUSAL"`` (output ``t`` sees inputs up to ``t``), ``"SAME"``,
+        ``"SAME_LOWER"``, ``"VALID"``, ``"CIRCULAR"``, ``"REFLECT"`` (any case), an int,
+        ``[int]`` or ``[(low, high)]``; negative amounts crop.
+      input_dilation: ``E``, puts ``E - 1`` zeros between the steps of x; 1 or more. Only with
+        padding in numbers.
+      kernel_dilation: ``D``, steps of x from one tap to the next; 1 or more.
+      feature_group_count: ``G``, splits the channels into groups that do not mix; ``G = C``
+        is a depthwise convolution.
+      activation: one of ``"relu"``, ``"gelu"`` (tanh approximation), ``"gelu_exact"``,
+        ``"silu"``, ``"tanh"``, ``"sigmoid"``, a callable, or None.
+      precision: as in `jax.lax.conv_general_dilated`.
+      preferred_element_type: dtype of the convolution's result, not narrower than the
+        operands'; bias and activation are applied to it.
+      out_sharding: how the result is sharded on a mesh with explicit axes; as in
+        `jax.lax.conv_general_dilated`.
+      implementation: None picks the fastest known; a name of ``"triton"``,
+        ``"pallas_tpu"``, ``"xla"``, ``"xla_native"`` is an order; a sequence of names is
+        tried in order. The environment variable ``CONV_PALLAS_IMPLEMENTATION`` stands in
+        for None.
+
+    Returns:
+      ``(*batch, T', O)`` of `preferred_element_type`, or of the dtype that x, kernel and
+      bias promote to (integers and booleans to float32).
+
+    Raises:
+      ValueError: a shape, stride, group count, padding, activation or implementation is
+        not as above.
+      TypeError: a dilation is not positive, a number is none, or
+        `preferred_element_type` does not fit.
+      NotImplementedError: `implementation` was ordered and can't do this; says why.
+    """
+    act = _activation(activation)
+    x, kernel, bias = _promote(x, kernel, bias)
+    spec, mode = make_spec(
+        x.shape, kernel.shape, strides=strides, padding=padding, input_dilation=input_dilation,
+        kernel_dilation=kernel_dilation, feature_group_count=feature_group_count,
+    )  # fmt: skip
+    if bias is not None and bias.shape != kernel.shape[-1:]:
+        raise ValueError(f"bias must have shape {kernel.shape[-1:]}, got {bias.shape}")
+    if mode is not None:
+        x = _pad_in_memory(x, mode, spec.span)
+    y = _convolve(
+        x, kernel, spec, precision=precision, preferred_element_type=preferred_element_type,
+        out_sharding=out_sharding, implementation=implementation,
+        pad_first=isinstance(padding, str) and padding.upper() == "CAUSAL",
+    )  # fmt: skip
+    if bias is not None:
+        y = y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
+    return y if act is None else act(y)
+
+
+def conv_general_dilated(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    window_strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
+    dimension_numbers: Any = None,
+    feature_group_count: int = 1,
+    batch_group_count: int = 1,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    out_sharding: Any = None,
+    *,
+    implementation: Implementation = None,
+) -> jax.Array:
+    """`jax.lax.conv_general_dilated`, with ours in its place where there is one dimension.
+
+    Takes the same arguments, means the same, raises the same types. Two and more spatial
+    dimensions, batch groups, booleans and complex numbers go to `jax.lax`. Layouts other
+    than ``("NWC", "WIO", "NWC")`` are transposed in memory before and after.
+
+    Use it with layers that take the convolution as an argument, flax's
+    ``linen.Conv(conv_general_dilated=...)`` among them; `conv_pallas.nn.Conv` does more,
+    because there CAUSAL padding happens outside of this function.
+
+    Args:
+      implementation: as in `conv1d`.
+
+    Returns:
+      As `jax.lax.conv_general_dilated`.
+
+    Raises:
+      ValueError, TypeError: as `jax.lax.conv_general_dilated`; `implementation` as in
+        `conv1d`.
+    """
+    chain = dispatch.canonicalize(implementation)
+    lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
+    elsewhere = lax_reason(lhs.dtype, rhs.ndim - 2)
+    if elsewhere or lhs.ndim != 3 or batch_group_count != 1 or _is_stock(chain):
+        return lax.conv_general_dilated(
+            lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers,
+            feature_group_count, batch_group_count, precision, preferred_element_type,
+            out_sharding,
+        )  # fmt: skip
+    if lhs.dtype != rhs.dtype:
+        raise TypeError(f"lhs and rhs must have the same dtype, got {lhs.dtype} and {rhs.dtype}")
+    if isinstance(padding, str) and padding.upper() not in ("SAME", "SAME_LOWER", "VALID"):
+        raise UnknownPaddingError(
+            f"padding must be SAME, SAME_LOWER, VALID or [(low, high)], got {padding!r}"
+        )
+    numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+    (n, c, t), (o, i, k), out = numbers
+    x, kernel = lhs.transpose(n, t, c), rhs.transpose(k, i, o)
+    spec, _ = make_spec(
+        x.shape, kernel.shape, strides=window_strides, padding=padding,
+        input_dilation=lhs_dilation, kernel_dilation=rhs_dilation,
+        feature_group_count=feature_group_count,
+    )  # fmt: skip
+    if out_sharding is not None:
+        out_sharding = canonicalize_sharding(out_sharding, "conv_general_dilated")
+        entries = (*out_sharding.spec, None, None, None)
+        out_sharding = out_sharding.update(spec=P(entries[out[0]], entries[out[2]], entries[out[1]]))
+    y = _convolve(
+        x, kernel, spec, precision=precision, preferred_element_type=preferred_element_type,
+        out_sharding=out_sharding, implementation=implementation,
+    )  # fmt: skip
+    return y.transpose(np.argsort((out[0], out[2], out[1])))
+
+
+def lax_reason(dtype, spatial_rank: int) -> str | None:
+    """Why a convolution goes to `jax.lax.conv_general_dilated` instead of our primitives."""
+    if spatial_rank != 1:
+        return f"{spatial_rank}-D convolutions are left to jax.lax.conv_general_dilated"
+    if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+        return f"{np.dtype(dtype).name} is left to jax.lax.conv_general_dilated"
+    return None
+
+
+def _is_stock(chain: tuple[str, ...] | None) -> bool:
+    # "xla_native" never declines, so that what comes after it is never reached.
+    return chain is not None and chain[0] == "xla_native"
+
+
+def _convolve(
+    x, w, spec: ConvSpec, *, precision, preferred_element_type, out_sharding, implementation,
+    pad_first=False,
+):  # fmt: skip
+    chain = dispatch.canonicalize(implementation)
+    out_sharding = canonicalize_sharding(out_sharding, "conv1d")
+    if _is_stock(chain) or lax_reason(x.dtype, 1):
+        return _stock(x, w, spec, precision, preferred_element_type, out_sharding, pad_first)
+    out_dtype = _out_dtype(x.dtype, preferred_element_type)
+    precision = lax_internal.canonicalize_precision(precision)
+    if chain is not None:
+        dispatch.check_anywhere(_problem("conv1d", x, w, spec, precision, out_dtype), chain)
+    return primitives.conv1d(
+        x, w, spec, precision=precision, out_dtype=out_dtype, implementation=chain,
+        out_sharding=out_sharding,
+    )  # fmt: skip
+
+
+def _stock(x, w, spec: ConvSpec, precision, preferred_element_type, out_sharding, pad_first):
+    """Exactly what nnx.Conv runs; with CAUSAL padding it pads in memory first."""
+    batch, padding = x.shape[:-2], spec.padding
+    x = x.reshape(math.prod(batch), *x.shape[-2:]) if len(batch) != 1 else x
+    if pad_first:
+        x, padding = jnp.pad(x, ((0, 0), padding, (0, 0))), (0, 0)
+    y = lax.conv_general_dilated(
+        x, w, (spec.stride,), [padding], (spec.input_dilation,), (spec.kernel_dilation,),
+        ("NWC", "WIO", "NWC"), spec.groups, precision=precision,
+        preferred_element_type=preferred_element_type, out_sharding=out_sharding,
+    )  # fmt: skip
+    return y.reshape(*batch, *y.shape[1:]) if len(batch) != 1 else y
+
+
+def _pad_in_memory(x, mode: str, span: int):
+    pads = [(0, 0)] * x.ndim
+    pads[-2] = ((span - 1) // 2, span // 2)
+    return jnp.pad(x, pads, mode={"CIRCULAR": "wrap", "REFLECT": "reflect"}[mode])
+
+
+def _promote(*arrays):
+    """To one floating or complex dtype, as nnx.Conv does."""
+    present = [jnp.asarray(a) for a in arrays if a is not None]
+    dtype = jnp.result_type(*present)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        dtype = jnp.promote_types(jnp.float32, dtype)
+    return tuple(None if a is None else jnp.asarray(a, dtype) for a in arrays)
+
+
+def _activation(activation):
+    if activation is None or callable(activation):
+        return activation
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"activation must be None, a callable or one of {', '.join(ACTIVATIONS)}, "
+            f"got {activation!r}"
+        )
+    return ACTIVATIONS[activation]
+
+
+def _out_dtype(dtype, preferred_element_type) -> np.dtype:
+    if preferred_element_type is None:
+        return np.dtype(dtype)
+    preferred = np.dtype(jax.dtypes.canonicalize_dtype(preferred_element_type))
+    lax_internal._validate_preferred_element_type(dtype, preferred)  # raises TypeError
+    return preferred
+
+
+def _problem(operation, x, w, spec: ConvSpec, precision, out_dtype, platform="cpu") -> Problem:
+    """What each device would be given were nothing sharded or vmapped."""
+    lhs, rhs = {
+        "conv1d": (x.dtype, w.dtype),
+        "conv1d_input_grad": (out_dtype, w.dtype),
+        "conv1d_kernel_grad": (x.dtype, out_dtype),
+    }[operation]
+    result = {"conv1d": out_dtype, "conv1d_input_grad": x.dtype, "conv1d_kernel_grad": w.dtype}
+    return Problem(
+        operation, spec, math.prod(x.shape[:-2]), x.shape[-1], w.shape[-1], np.dtype(lhs),
+        np.dtype(rhs), np.dtype(result[operation]), precision, platform,
+    )  # fmt: skip
+
+
+# --- Explaining ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What would run, and why not the rest. ``print`` it.
+
+    Attributes:
+      platform: for which it was asked.
+      chosen: for each operation, the name of the implementation that runs it.
+      candidates: for each operation, every implementation's `dispatch.Candidate`.
+      note: where no operation of ours takes part, the reason; else None.
+    """
+
+    platform: str
+    chosen: dict[str, str]
+    candidates: dict[str, tuple[dispatch.Candidate, ...]]
+    note: str | None = None
+
+    def __str__(self) -> str:
+        if self.note:
+            return f"on {self.platform}: {self.note}"
+        lines = []
+        for operation, answers in self.candidates.items():
+            lines.append(f"{operation} on {self.platform}: {self.chosen[operation]}")
+            for c in answers:
+                lines.append(f"  {c.implementation:<11} " + (c.how or f"declines: {c.reason}"))
+        return "\n".join(lines)
+
+
+def explain(
+    x, kernel=None, bias=None, *, platform: str | None = None, strides=1, padding="CAUSAL",
+    input_dilation=1, kernel_dilation=1, feature_group_count=1, activation=None,
+    precision=None, preferred_element_type=None, out_sharding=None,
+    implementation: Implementation = None,
+) -> Explanation:  # fmt: skip
+    """Tells which kernel `conv1d` would run for these arguments, and why not the others.
+
+    Nothing is computed, and x and kernel may be `jax.ShapeDtypeStruct`. To ask about a
+    layer, pass it and its input: ``explain(layer, x)``.
+
+    Args:
+      x, kernel, bias: as in `conv1d`; or a `conv_pallas.nn.Conv` and its input. A kernel
+        with more than one spatial dimension is fine here.
+      platform: ``"cpu"``, ``"cuda"``, ``"rocm"`` or ``"tpu"``; None: the default device's.
+      others: as in `conv1d`.
+
+    Raises:
+      ValueError, TypeError, NotImplementedError: as `conv1d` with these arguments.
+    """
+    if hasattr(x, "explain"):
+        return x.explain(kernel, platform=platform)
+    del bias, out_sharding
+    _activation(activation)
+    platform = platform or default_platform()
+    if platform not in dispatch.PLATFORMS:
+        raise ValueError(
+            f"platform must be None or one of {', '.join(dispatch.PLATFORMS)}, got {platform!r}"
+        )
+    chain = dispatch.canonicalize(implementation)
+    dtype = jnp.result_type(x.dtype, kernel.dtype)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        dtype = jnp.promote_types(jnp.float32, dtype)
+    note = lax_reason(dtype, len(kernel.shape) - 2)
+    if note is None and _is_stock(chain):
+        note = "xla_native: jax.lax.conv_general_dilated as nnx.Conv calls it"
+    if note:
+        return Explanation(platform, {}, {}, note)
+    spec, _ = make_spec(
+        x.shape, kernel.shape, strides=strides, padding=padding, input_dilation=input_dilation,
+        kernel_dilation=kernel_dilation, feature_group_count=feature_group_count,
+    )  # fmt: skip
+    x, w = (jax.ShapeDtypeStruct(a.shape, dtype) for a in (x, kernel))
+    out_dtype = _out_dtype(dtype, preferred_element_type)
+    precision = lax_internal.canonicalize_precision(precision)
+    chosen, answers = {}, {}
+    for operation in OPERATIONS:
+        problem = _problem(operation, x, w, spec, precision, out_dtype, platform)
+        chosen[operation] = dispatch.select(problem, chain).implementation
+        answers[operation] = tuple(c for c, _ in dispatch.candidates(problem))
+    return Explanation(platform, chosen, answers)
+
+
+def default_platform() -> str:
+    """The platform of the default device, as lowering rules name it."""
+    backend = jax.extend.backend.get_backend()
+    if backend.platform == "gpu":
+        return "rocm" if "rocm" in backend.platform_version else "cuda"
+    return backend.platform

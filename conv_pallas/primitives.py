@@ -1,0 +1,292 @@
+"""Convolution as three JAX primitives.
+
+``<g, conv1d(x, w)>`` is linear in each of g, x and w. Its partial derivatives are the three
+operations, and each one's transposes are the other two:
+
+    conv1d(x, w) -> y     conv1d_input_grad(g, w) -> dx     conv1d_kernel_grad(x, g) -> dw
+
+so the family is closed under forward and reverse mode to any order, and each primitive
+needs only a shape, a batching, a sharding and, per platform, a lowering rule.
+
+Shapes, with ``*B`` any number of batch axes and ``*V`` the axes of `jax.vmap` over kernels:
+
+    x, dx: (*V, *B, T, C)     w, dw: (*V, K, C // G, O)     y, g: (*V, *B, T', O)
+
+Batch axes stay apart up to the lowering, so that no rule reshapes a sharded axis. The
+structure follows jax's own cuDNN attention (jax/_src/cudnn).
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax._src import core as jax_core
+from jax._src import dispatch as jax_dispatch
+from jax._src import mesh as mesh_lib
+from jax._src import sharding_impls
+from jax._src.interpreters import ad, batching, mlir
+from jax._src.lax import utils as lax_utils
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding
+
+from conv_pallas import dispatch, sharding
+from conv_pallas.spec import OPERATIONS, ConvSpec, Operation, Problem
+
+# --- Shapes and types ---
+
+
+def _shape_rule(lhs, rhs, *, operation: Operation, spec: ConvSpec, kernel_batch: int, **_):
+    if operation == "conv1d":
+        return (*lhs.shape[:-2], spec.out_time, rhs.shape[-1])
+    if operation == "conv1d_input_grad":
+        return (*lhs.shape[:-2], spec.time, rhs.shape[-2] * spec.groups)
+    channels_in = lhs.shape[-1] // spec.groups
+    return (*lhs.shape[:kernel_batch], spec.kernel_size, channels_in, rhs.shape[-1])
+
+
+def _group_shape(lhs, rhs, operation: Operation, groups: int) -> tuple[int, int]:
+    """Channels in and out of one group."""
+    inner = lhs.shape[-1] // groups if operation == "conv1d_kernel_grad" else rhs.shape[-2]
+    return inner, rhs.shape[-1] // groups
+
+
+def _dtype_rule(lhs, rhs, *, out_dtype, **_):
+    return out_dtype
+
+
+def _sharding_rule(lhs, rhs, *, operation, spec, kernel_batch, out_sharding, **params):
+    """The result's sharding on a mesh with explicit axes."""
+    if out_sharding is not None:
+        return out_sharding
+    mesh = (rhs if lhs.sharding.mesh.empty else lhs).sharding.mesh
+    axes = sharding.Axes.of(operation, spec.groups, lhs.ndim, kernel_batch)
+    operands = [(a.shape, a.sharding.spec) for a in (lhs, rhs)]
+    placed = axes.place(mesh, spec.groups, *operands, ((), None))
+    return NamedSharding(mesh, axes.partition_specs(placed)[2])
+
+
+# --- Lowering ---
+
+
+def _compute(
+    lhs, rhs, *, platform, operation, spec, kernel_batch, precision, out_dtype, implementation
+):
+    """One device's share. Everything is local here, so axes may be merged freely."""
+    V = kernel_batch
+    out_shape = _shape_rule(lhs, rhs, operation=operation, spec=spec, kernel_batch=V)
+    if 0 in (*lhs.shape, *rhs.shape, *out_shape):
+        return jnp.zeros(out_shape, out_dtype)
+    kernels, N = math.prod(lhs.shape[:V]), math.prod(lhs.shape[V:-2])
+    inner, outer = _group_shape(lhs, rhs, operation, spec.groups)
+    problem = Problem(
+        operation, spec, N, inner * spec.groups, outer * spec.groups,
+        np.dtype(lhs.dtype), np.dtype(rhs.dtype), np.dtype(out_dtype), precision, platform,
+    )  # fmt: skip
+    rhs_rows = N if operation == "conv1d_kernel_grad" else spec.kernel_size
+    lhs = lhs.reshape(kernels, N, *lhs.shape[-2:])
+    rhs = rhs.reshape(kernels, rhs_rows, *rhs.shape[-2:])
+    kernel = dispatch.select(problem, implementation)
+    if kernels == 1:
+        out = kernel.run(problem, lhs[0], rhs[0])
+    elif kernel.vmappable:
+        out = jax.vmap(functools.partial(kernel.run, problem))(lhs, rhs)
+    else:
+        out = _run_as_groups(problem, kernels, lhs, rhs, implementation)
+    return out.reshape(out_shape)
+
+
+def _run_as_groups(problem: Problem, kernels: int, lhs, rhs, implementation):
+    """V convolutions as one with V times the groups, for kernels that can't be vmapped."""
+    join = lambda a: jnp.moveaxis(a, 0, -2).reshape(*a.shape[1:-1], kernels * a.shape[-1])  # noqa: E731
+    spec = dataclasses.replace(problem.spec, groups=problem.spec.groups * kernels)
+    wide = dataclasses.replace(problem, spec=spec, C=problem.C * kernels, O=problem.O * kernels)
+    out = dispatch.select(wide, implementation).run(wide, join(lhs), join(rhs))
+    return jnp.moveaxis(out.reshape(*out.shape[:-1], kernels, -1), -2, 0)
+
+
+def _partitioned(compute, lhs, rhs, *, operation, spec, kernel_batch, **params):
+    """`compute` as a call that XLA's partitioner cuts along batches, kernels and channels."""
+    axes = sharding.Axes.of(operation, spec.groups, lhs.ndim, kernel_batch)
+    compute = functools.partial(compute, operation=operation, kernel_batch=kernel_batch, **params)
+
+    def partition(mesh, operands, result):
+        arrays = [(a.shape, a.sharding.spec) for a in (*operands, result)]
+        placed = axes.place(mesh, spec.groups, *arrays)
+        shardings = [NamedSharding(mesh, s) for s in axes.partition_specs(placed)]
+        shards = math.prod(mesh.shape[name] for name in placed.get("group", ()))
+        contracted = axes.contracted(placed)
+
+        def share(lhs, rhs):
+            out = compute(lhs, rhs, spec=dataclasses.replace(spec, groups=spec.groups // shards))
+            return lax.psum(out, contracted) if contracted else out
+
+        return mesh, share, shardings[2], tuple(shardings[:2])
+
+    inner, outer = _group_shape(lhs, rhs, operation, spec.groups)
+    rule, sizes, whole = axes.shardy_rule(spec.groups, inner, outer)
+    call = custom_partitioning(functools.partial(compute, spec=spec))
+    call.def_partition(partition, sharding_rule=rule, need_replication_factors=whole, **sizes)
+    return call
+
+
+def _can_partition(ctx) -> bool:
+    """Whether this lowering is for several devices at once, on a mesh that is known."""
+    if ctx.module_context.lowering_parameters.for_export:
+        # What is exported outlives this process, and with it any Python callback; there
+        # XLA's partitioner works on what the formulation is made of.
+        return False
+    context = ctx.module_context.axis_context
+    if isinstance(context, sharding_impls.SPMDAxisContext):
+        return not context.manual_axes
+    if isinstance(context, sharding_impls.ShardingContext):
+        mesh_known = context.abstract_mesh or not mesh_lib.thread_resources.env.physical_mesh.empty
+        return context.num_devices > 1 and bool(mesh_known)
+    return False
+
+
+def _lowering(ctx, lhs, rhs, *, platform, out_sharding, **params):
+    # Operands come without shardings here: what is inside is one device's, or the call's.
+    *operands, result = (
+        jax_core.ShapedArray(a.shape, a.dtype) for a in (*ctx.avals_in, *ctx.avals_out)
+    )
+    call = compute = functools.partial(_compute, platform=platform)
+    if _can_partition(ctx):
+        call = _partitioned(compute, *operands, **params)
+    else:
+        call = functools.partial(compute, **params)
+    with mesh_lib.use_abstract_mesh(mesh_lib.empty_abstract_mesh):
+        inside = ctx.replace(avals_in=operands, avals_out=[result])
+        outs = mlir.lower_fun(call, multiple_results=False)(inside, lhs, rhs)
+    return [mlir.lower_with_sharding_in_types(ctx, out, ctx.avals_out[0]) for out in outs]
+
+
+# --- Batching ---
+
+
+def _batching_rule(axis_data, args, dims, *, kernel_batch, out_sharding, operation, **params):
+    """One more batch axis, one more axis of kernels, or wider channels: never a loop."""
+    (lhs, rhs), (lhs_dim, rhs_dim), V = args, dims, kernel_batch
+    bind = functools.partial(_PRIMITIVES[operation].bind, **params)
+    mesh_axis = axis_data.explicit_mesh_axis
+    if lhs_dim is None and rhs_dim is None:
+        return bind(lhs, rhs, kernel_batch=V, out_sharding=out_sharding), None
+    if rhs_dim is None and operation != "conv1d_kernel_grad":
+        # The same kernel for all: the axis becomes one of the batch.
+        lhs, dim = jnp.moveaxis(lhs, lhs_dim, V), V
+    elif (lhs_dim is None or rhs_dim is None) and out_sharding is None and mesh_axis is None:
+        return _widen(bind, operation, lhs, rhs, lhs_dim, rhs_dim, V, params["spec"].groups)
+    else:
+        lhs = batching.bdim_at_front(lhs, lhs_dim, axis_data.size, mesh_axis)
+        rhs = batching.bdim_at_front(rhs, rhs_dim, axis_data.size, mesh_axis)
+        V, dim = V + 1, 0
+    if out_sharding is not None:
+        out_sharding = batching.get_sharding_for_vmap(axis_data, out_sharding, dim)
+    return bind(lhs, rhs, kernel_batch=V, out_sharding=out_sharding), dim
+
+
+def _widen(bind, operation, lhs, rhs, lhs_dim, rhs_dim, V, groups):
+    """Folds an axis that one operand has into its channels: the other is read once."""
+    # Channels out carry the axis, unless what varies brings in channels in. A kernel's
+    # axis of channels in counts within a group.
+    if rhs_dim is None:  # x of a kernel gradient
+        size, lhs = lhs.shape[lhs_dim], _fold(lhs, lhs_dim, -1, groups)
+        out_axis, out_groups = -2, 1
+    elif operation == "conv1d_input_grad":
+        size, rhs = rhs.shape[rhs_dim], _fold(rhs, rhs_dim, -2, 1)
+        out_axis, out_groups = -1, groups
+    else:
+        size, rhs = rhs.shape[rhs_dim], _fold(rhs, rhs_dim, -1, groups)
+        out_axis, out_groups = -1, groups
+    out = bind(lhs, rhs, kernel_batch=V, out_sharding=None)
+    return _unfold(out, out_axis, size, out_groups)
+
+
+def _fold(a, dim: int, axis: int, groups: int):
+    """Merges axis `dim` into the later `axis`, per group: ``(G, dim, channel)``."""
+    axis += a.ndim - 1
+    a = jnp.moveaxis(a, dim, axis)
+    before, (size, channels), after = a.shape[:axis], a.shape[axis : axis + 2], a.shape[axis + 2 :]
+    a = a.reshape(*before, size, groups, channels // groups, *after)
+    return jnp.moveaxis(a, axis, axis + 1).reshape(*before, size * channels, *after)
+
+
+def _unfold(a, axis: int, size: int, groups: int):
+    """Undoes `_fold`; returns the array and where the axis is."""
+    axis += a.ndim
+    before, channels, after = a.shape[:axis], a.shape[axis] // size, a.shape[axis + 1 :]
+    a = a.reshape(*before, groups, size, channels // groups, *after)
+    return jnp.moveaxis(a, axis + 1, axis).reshape(*before, size, channels, *after), axis
+
+
+# --- Differentiation ---
+
+
+def _to(aval, operation: Operation, lhs, rhs, *, out_dtype, out_sharding, **params):
+    """An operation whose result is the cotangent of a value of type `aval`."""
+    out_sharding = None
+    if not aval.sharding.mesh._are_all_axes_auto_or_manual:
+        out_sharding = aval.sharding
+    return _PRIMITIVES[operation].bind(
+        *jax_core.auto_insert_reshard(lhs, rhs), out_dtype=aval.dtype,
+        out_sharding=out_sharding, **params,
+    )  # fmt: skip
+
+
+_TRANSPOSES = {
+    "conv1d": (
+        lambda ct, x, w, **params: _to(x.aval, "conv1d_input_grad", ct, w, **params),
+        lambda ct, x, w, **params: _to(w.aval, "conv1d_kernel_grad", x, ct, **params),
+    ),
+    "conv1d_input_grad": (
+        lambda ct, g, w, **params: _to(g.aval, "conv1d", ct, w, **params),
+        lambda ct, g, w, **params: _to(w.aval, "conv1d_kernel_grad", ct, g, **params),
+    ),
+    "conv1d_kernel_grad": (
+        lambda ct, x, g, **params: _to(x.aval, "conv1d_input_grad", g, ct, **params),
+        lambda ct, x, g, **params: _to(g.aval, "conv1d", x, ct, **params),
+    ),
+}
+
+
+# --- The primitives ---
+
+
+def _make(operation: Operation):
+    rule = functools.partial(functools.partial, operation=operation)
+    p = lax_utils.standard_primitive(
+        rule(_shape_rule), _dtype_rule, operation, sharding_rule=rule(_sharding_rule),
+        vma_rule=functools.partial(jax_core.standard_vma_rule, operation),
+    )  # fmt: skip
+    ad.defbilinear(p, *_TRANSPOSES[operation])
+    batching.fancy_primitive_batchers[p] = rule(_batching_rule)
+    for platform in dispatch.PLATFORMS:
+        mlir.register_lowering(p, rule(_lowering, platform=platform), platform=platform)
+    jax_dispatch.prim_requires_devices_during_lowering.add(p)
+    return p
+
+
+_PRIMITIVES = {operation: _make(operation) for operation in OPERATIONS}
+conv1d_p, conv1d_input_grad_p, conv1d_kernel_grad_p = _PRIMITIVES.values()
+
+
+def conv1d(x, w, spec: ConvSpec, *, precision, out_dtype, implementation, out_sharding=None):
+    """The forward convolution of x ``(*batch, T, C)`` with w ``(K, C // G, O)``.
+
+    Args:
+      spec: the geometry; `conv_pallas.spec.make_spec` has checked the shapes against it.
+      precision: None or what `jax.lax.canonicalize_precision` returns.
+      out_dtype: of the result; operands may differ from it and from each other.
+      implementation: from `conv_pallas.dispatch.canonicalize`.
+      out_sharding: a `NamedSharding` of the result on a mesh with explicit axes, or None.
+
+    Returns:
+      y ``(*batch, T', O)``.
+    """
+    return conv1d_p.bind(
+        *jax_core.auto_insert_reshard(x, w), spec=spec, kernel_batch=0, precision=precision, out_dtype=np.dtype(out_dtype), implementation=implementation,
+        out_sharding=out_sharding,
+    )  # fmt: skip

@@ -1,0 +1,124 @@
+"""How the three operations split over a mesh.
+
+Every dimension of every array has a label; a mesh axis is placed on a label, and so on that
+dimension of all three arrays at once. Batches, kernels, channels and groups can be split;
+time and taps can't, and are gathered where somebody split them. Where the label is summed
+over, as channels in are by the forward convolution, each device's share is a partial sum,
+and one all-reduce follows.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from jax.sharding import PartitionSpec as P
+
+from conv_pallas.spec import Operation
+
+WHOLE = ("time", "outtime", "tap", "inner")  # labels that are never split
+
+Placement = dict[str, tuple[str, ...]]  # from a label to the mesh axes that split it
+
+
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """The labels of lhs, rhs and the result of one operation.
+
+    Attributes:
+      arrays: for lhs, rhs and the result, a label per dimension.
+      order: which of the three says first where mesh axes go. Activations come before
+        kernels, so that where both want a mesh axis the small array is the one to move.
+    """
+
+    arrays: tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
+    order: tuple[int, int, int]
+
+    @classmethod
+    def of(
+        cls, operation: Operation, groups: int, lhs_ndim: int, kernel_batch: int
+    ) -> "Axes":
+        V = tuple(f"v{i}" for i in range(kernel_batch))
+        B = tuple(f"n{i}" for i in range(lhs_ndim - kernel_batch - 2))
+        # Groups keep to themselves: split, they take their share of every channel axis.
+        C, inner, O = ("group",) * 3 if groups > 1 else ("in", "in", "out")  # noqa: E741
+        inner = "inner" if groups > 1 else inner
+        x = (*V, *B, "time", C)
+        w = (*V, "tap", inner, O)
+        y = (*V, *B, "outtime", O)
+        if operation == "conv1d":
+            return cls((x, w, y), (0, 2, 1))
+        if operation == "conv1d_input_grad":
+            return cls((y, w, x), (0, 2, 1))
+        return cls((x, y, w), (0, 1, 2))
+
+    def place(
+        self, mesh, groups: int, *arrays: tuple[Sequence[int], Sequence | None]
+    ) -> Placement:
+        """Places mesh axes on labels as the arrays' own shardings suggest.
+
+        Args:
+          mesh: for the sizes of its axes.
+          groups: ``G``; what splits groups must divide it.
+          *arrays: for lhs, rhs and result, the shape and the `PartitionSpec` or None.
+        """
+        placed: Placement = {}
+        taken: set[str] = set()
+        for i in self.order:
+            shape, spec = arrays[i]
+            for label, size, entry in zip(self.arrays[i], shape, spec or ()):
+                if entry is None or entry is P.UNCONSTRAINED:
+                    continue
+                names = entry if isinstance(entry, tuple) else (entry,)
+                shards = 1
+                for name in names:
+                    shards *= mesh.shape[name]
+                whole = label in WHOLE or label in placed or not taken.isdisjoint(names)
+                if not whole and (groups if label == "group" else size) % shards == 0:
+                    placed[label] = tuple(names)
+                    taken.update(names)
+        return placed
+
+    def partition_specs(self, placed: Placement) -> tuple[P, P, P]:
+        """The `PartitionSpec` of lhs, rhs and the result."""
+        entry = lambda label: _unwrap(placed.get(label))  # noqa: E731
+        return tuple(P(*map(entry, labels)) for labels in self.arrays)
+
+    def contracted(self, placed: Placement) -> tuple[str, ...]:
+        """The mesh axes over which the result is a sum of each device's share."""
+        *operands, result = self.arrays
+        summed = {label for labels in operands for label in labels if label not in result}
+        return tuple(n for label in sorted(summed) for n in placed.get(label, ()))
+
+    def shardy_rule(
+        self, groups: int, inner: int, outer: int
+    ) -> tuple[str, dict[str, int], tuple[str, ...]]:
+        """The rule for Shardy's propagation: how dimensions of the three correspond.
+
+        Args:
+          groups, inner, outer: ``G``, ``C // G`` and ``O // G``.
+
+        Returns:
+          An einsum-like string, the sizes of the factors that occur in products only, and
+          the factors that must not be split.
+        """
+        # A grouped channel axis is (group, channel of the group), without factors of one.
+        x = "(group inner)" if inner > 1 else "group"
+        y = "(group outer)" if outer > 1 else "group"
+
+        def dimension(labels, i):
+            if labels[i] != "group":
+                return labels[i]
+            return x if "time" in labels else y
+
+        text = [" ".join(dimension(a, i) for i in range(len(a))) for a in self.arrays]
+        rule = f"{text[0]}, {text[1]} -> {text[2]}"
+        sizes = {}
+        if groups > 1:
+            sizes = {"outer": outer} if outer > 1 else {}
+            if inner > 1 and outer > 1:
+                sizes["group"] = groups
+        used = {label for labels in self.arrays for label in labels}
+        return rule, sizes, tuple(label for label in WHOLE if label in used)
+
+
+def _unwrap(names: tuple[str, ...] | None):
+    return names[0] if names is not None and len(names) == 1 else names
