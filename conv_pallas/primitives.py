@@ -108,27 +108,57 @@ def _run_as_groups(problem: Problem, kernels: int, lhs, rhs, implementation):
     return jnp.moveaxis(out.reshape(*out.shape[:-1], kernels, -1), -2, 0)
 
 
-def _partitioned(compute, lhs, rhs, *, operation, spec, kernel_batch, **params):
-    """`compute` as a call that XLA's partitioner cuts along batches, kernels and channels."""
+def _shares(compute, mesh, axes, arrays, *, spec, **params):
+    """How one device's share is computed once every array is split as `axes` says.
+
+    Returns:
+      The function of the operands' shares, and the `PartitionSpec` of lhs, rhs and result.
+    """
+    placed = axes.place(mesh, spec.groups, *arrays)
+    shards = math.prod(mesh.shape[name] for name in placed.get("group", ()))
+    spec = dataclasses.replace(spec, groups=spec.groups // shards)
+    contracted = axes.contracted(placed)
+
+    def share(lhs, rhs):
+        out = compute(lhs, rhs, spec=spec, **params)
+        return lax.psum(out, contracted) if contracted else out
+
+    return share, axes.partition_specs(placed)
+
+
+def _partitioned_by_types(compute, lhs, rhs, result, *, operation, spec, kernel_batch, **params):
+    """For meshes with explicit axes: the operands' types say how they are split."""
+    mesh = result.sharding.mesh
     axes = sharding.Axes.of(operation, spec.groups, lhs.ndim, kernel_batch)
-    compute = functools.partial(compute, operation=operation, kernel_batch=kernel_batch, **params)
+    arrays = [(a.shape, a.sharding.spec) for a in (lhs, rhs, result)]
+    params |= dict(operation=operation, spec=spec, kernel_batch=kernel_batch)
+    share, specs = _shares(compute, mesh, axes, arrays, **params)
+
+    def call(lhs, rhs):
+        operands = map(jax.sharding.reshard, (lhs, rhs), specs[:2])
+        out = jax.shard_map(
+            share, mesh=mesh, in_specs=specs[:2], out_specs=specs[2],
+            axis_names=set(mesh.explicit_axes), check_vma=False,
+        )(*operands)  # fmt: skip
+        return jax.sharding.reshard(out, result.sharding.spec)
+
+    return call
+
+
+def _partitioned_by_xla(compute, lhs, rhs, *, operation, spec, kernel_batch, **params):
+    """For meshes with automatic axes: a call that XLA's partitioner asks how to split."""
+    axes = sharding.Axes.of(operation, spec.groups, lhs.ndim, kernel_batch)
+    params |= dict(operation=operation, spec=spec, kernel_batch=kernel_batch)
 
     def partition(mesh, operands, result):
         arrays = [(a.shape, a.sharding.spec) for a in (*operands, result)]
-        placed = axes.place(mesh, spec.groups, *arrays)
-        shardings = [NamedSharding(mesh, s) for s in axes.partition_specs(placed)]
-        shards = math.prod(mesh.shape[name] for name in placed.get("group", ()))
-        contracted = axes.contracted(placed)
-
-        def share(lhs, rhs):
-            out = compute(lhs, rhs, spec=dataclasses.replace(spec, groups=spec.groups // shards))
-            return lax.psum(out, contracted) if contracted else out
-
-        return mesh, share, shardings[2], tuple(shardings[:2])
+        share, specs = _shares(compute, mesh, axes, arrays, **params)
+        *operands, result = (NamedSharding(mesh, s) for s in specs)
+        return mesh, share, result, tuple(operands)
 
     inner, outer = _group_shape(lhs, rhs, operation, spec.groups)
     rule, sizes, whole = axes.shardy_rule(spec.groups, inner, outer)
-    call = custom_partitioning(functools.partial(compute, spec=spec))
+    call = custom_partitioning(lambda lhs, rhs: compute(lhs, rhs, **params))
     call.def_partition(partition, sharding_rule=rule, need_replication_factors=whole, **sizes)
     return call
 
@@ -149,19 +179,20 @@ def _can_partition(ctx) -> bool:
 
 
 def _lowering(ctx, lhs, rhs, *, platform, out_sharding, **params):
-    # Operands come without shardings here: what is inside is one device's, or the call's.
-    *operands, result = (
-        jax_core.ShapedArray(a.shape, a.dtype) for a in (*ctx.avals_in, *ctx.avals_out)
-    )
-    call = compute = functools.partial(_compute, platform=platform)
+    compute = functools.partial(_compute, platform=platform)
+    (result,) = ctx.avals_out
+    if result.sharding.mesh.explicit_axes:
+        call = _partitioned_by_types(compute, *ctx.avals_in, result, **params)
+        return mlir.lower_fun(call, multiple_results=False)(ctx, lhs, rhs)
+    # Here nothing has a sharding in its type: what is inside is one device's, or the call's.
+    avals = [jax_core.ShapedArray(a.shape, a.dtype) for a in (*ctx.avals_in, result)]
     if _can_partition(ctx):
-        call = _partitioned(compute, *operands, **params)
+        call = _partitioned_by_xla(compute, *avals[:2], **params)
     else:
         call = functools.partial(compute, **params)
+    ctx = ctx.replace(avals_in=avals[:2], avals_out=avals[2:])
     with mesh_lib.use_abstract_mesh(mesh_lib.empty_abstract_mesh):
-        inside = ctx.replace(avals_in=operands, avals_out=[result])
-        outs = mlir.lower_fun(call, multiple_results=False)(inside, lhs, rhs)
-    return [mlir.lower_with_sharding_in_types(ctx, out, ctx.avals_out[0]) for out in outs]
+        return mlir.lower_fun(call, multiple_results=False)(ctx, lhs, rhs)
 
 
 # --- Batching ---

@@ -8,6 +8,7 @@ and one all-reduce follows.
 """
 
 import dataclasses
+import re
 from collections.abc import Sequence
 
 from jax.sharding import PartitionSpec as P
@@ -116,8 +117,8 @@ class Axes:
             sizes = {"outer": outer} if outer > 1 else {}
             if inner > 1 and outer > 1:
                 sizes["group"] = groups
-        used = {label for labels in self.arrays for label in labels}
-        return rule, sizes, tuple(label for label in WHOLE if label in used)
+        factors = dict.fromkeys(re.findall(r"\w+", rule))  # Shardy wants them in this order
+        return rule, sizes, tuple(f for f in factors if f in WHOLE)
 
 
 def _unwrap(names: tuple[str, ...] | None):
