@@ -1,5 +1,6 @@
 """Metadata and dependencies of conv_pallas; the settings of the tools are in pyproject.toml."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -21,9 +22,11 @@ TEST = [
     "ruff==0.17.*",  # a new minor version may format differently, and `make lint` would fail
 ]
 
+PACKAGE = Path(__file__).with_name("conv_pallas") / "__init__.py"
+
 setup(
     name="conv_pallas",
-    version="0.1.0",
+    version=re.search(r'^__version__ = "(.+)"$', PACKAGE.read_text(encoding="utf-8"), re.M)[1],
     description="A faster drop-in for flax.nnx.Conv in temporal convolutional networks",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -40,7 +43,8 @@ setup(
         "Typing :: Typed",
     ],
     python_requires=">=3.12",
-    install_requires=["jax>=0.11.2", "flax>=0.12"],
+    # Older releases of flax fail to import beside JAX 0.11.2.
+    install_requires=["jax>=0.11.2", "flax>=0.12.10"],
     extras_require={
         "cuda": [f"jax[cuda13]{LINUX}", f"triton{LINUX}", f"jax-triton>=0.4.1{LINUX}"],
         "tpu": [f"jax[tpu]{LINUX}"],
