@@ -13,6 +13,7 @@ DEMO = ["matplotlib", "optax", "rich", "scikit-learn"]
 BENCH = ["matplotlib", "pytest-benchmark", "rich"]
 TEST = [
     "absl-py",  # jax's and flax's own test files, run against our layer, are written with it
+    "flatbuffers",  # jax.export needs it to serialise
     "hypothesis",
     "numpy",
     "orbax-checkpoint",

@@ -1,7 +1,7 @@
 """Dilated causal 1-D convolution for JAX, as fast as the machine at hand allows.
 
-    from conv_pallas import conv1d                  # the function
-    from conv_pallas.nn import Conv, replace_convs  # the layer, in place of flax.nnx.Conv
+`conv1d` is the function; `conv_pallas.nn.Conv` the layer, in place of `flax.nnx.Conv`, and
+`conv_pallas.nn.replace_convs` puts it into a model that is there already.
 """
 
 from conv_pallas.ops import conv1d, conv_general_dilated, explain

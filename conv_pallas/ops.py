@@ -48,7 +48,8 @@ def conv1d(
 
     Computes ``activation(conv(x, kernel) + bias)`` with
 
-        conv(x, kernel)[..., u, o] = sum over k, c of  x[..., u * S + k * D - low, c] * kernel[k, c, o]
+        conv(x, kernel)[..., u, o] =
+            sum over k, c of  x[..., u * S + k * D - low, c] * kernel[k, c, o]
 
     where x is zero outside its ``T`` steps (cross-correlation, as in `jax.lax`).
     Differentiable to any order in forward and reverse mode.
@@ -92,18 +93,28 @@ def conv1d(
     act = _activation(activation)
     x, kernel, bias = _promote(x, kernel, bias)
     spec, mode = make_spec(
-        x.shape, kernel.shape, strides=strides, padding=padding, input_dilation=input_dilation,
-        kernel_dilation=kernel_dilation, feature_group_count=feature_group_count,
-    )  # fmt: skip
+        x.shape,
+        kernel.shape,
+        strides=strides,
+        padding=padding,
+        input_dilation=input_dilation,
+        kernel_dilation=kernel_dilation,
+        feature_group_count=feature_group_count,
+    )
     if bias is not None and bias.shape != kernel.shape[-1:]:
         raise ValueError(f"bias must have shape {kernel.shape[-1:]}, got {bias.shape}")
     if mode is not None:
         x = _pad_in_memory(x, mode, spec.span)
     y = _convolve(
-        x, kernel, spec, precision=precision, preferred_element_type=preferred_element_type,
-        out_sharding=out_sharding, implementation=implementation,
+        x,
+        kernel,
+        spec,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+        out_sharding=out_sharding,
+        chain=dispatch.canonicalize(implementation),
         pad_first=isinstance(padding, str) and padding.upper() == "CAUSAL",
-    )  # fmt: skip
+    )
     if bias is not None:
         y = y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
     return y if act is None else act(y)
@@ -150,10 +161,19 @@ def conv_general_dilated(
     elsewhere = lax_reason(lhs.dtype, rhs.ndim - 2)
     if elsewhere or lhs.ndim != 3 or batch_group_count != 1 or _is_stock(chain):
         return lax.conv_general_dilated(
-            lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers,
-            feature_group_count, batch_group_count, precision, preferred_element_type,
+            lhs,
+            rhs,
+            window_strides,
+            padding,
+            lhs_dilation,
+            rhs_dilation,
+            dimension_numbers,
+            feature_group_count,
+            batch_group_count,
+            precision,
+            preferred_element_type,
             out_sharding,
-        )  # fmt: skip
+        )
     if lhs.dtype != rhs.dtype:
         raise TypeError(f"lhs and rhs must have the same dtype, got {lhs.dtype} and {rhs.dtype}")
     if isinstance(padding, str) and padding.upper() not in ("SAME", "SAME_LOWER", "VALID"):
@@ -164,18 +184,29 @@ def conv_general_dilated(
     (n, c, t), (o, i, k), out = numbers
     x, kernel = lhs.transpose(n, t, c), rhs.transpose(k, i, o)
     spec, _ = make_spec(
-        x.shape, kernel.shape, strides=window_strides, padding=padding,
-        input_dilation=lhs_dilation, kernel_dilation=rhs_dilation,
+        x.shape,
+        kernel.shape,
+        strides=window_strides,
+        padding=padding,
+        input_dilation=lhs_dilation,
+        kernel_dilation=rhs_dilation,
         feature_group_count=feature_group_count,
-    )  # fmt: skip
+    )
     if out_sharding is not None:
         out_sharding = canonicalize_sharding(out_sharding, "conv_general_dilated")
         entries = (*out_sharding.spec, None, None, None)
-        out_sharding = out_sharding.update(spec=P(entries[out[0]], entries[out[2]], entries[out[1]]))
+        out_sharding = out_sharding.update(
+            spec=P(entries[out[0]], entries[out[2]], entries[out[1]])
+        )
     y = _convolve(
-        x, kernel, spec, precision=precision, preferred_element_type=preferred_element_type,
-        out_sharding=out_sharding, implementation=implementation,
-    )  # fmt: skip
+        x,
+        kernel,
+        spec,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+        out_sharding=out_sharding,
+        chain=chain,
+    )
     return y.transpose(np.argsort((out[0], out[2], out[1])))
 
 
@@ -194,10 +225,16 @@ def _is_stock(chain: tuple[str, ...] | None) -> bool:
 
 
 def _convolve(
-    x, w, spec: ConvSpec, *, precision, preferred_element_type, out_sharding, implementation,
+    x,
+    w,
+    spec: ConvSpec,
+    *,
+    precision,
+    preferred_element_type,
+    out_sharding,
+    chain,
     pad_first=False,
-):  # fmt: skip
-    chain = dispatch.canonicalize(implementation)
+):
     out_sharding = canonicalize_sharding(out_sharding, "conv1d")
     if _is_stock(chain) or lax_reason(x.dtype, 1):
         return _stock(x, w, spec, precision, preferred_element_type, out_sharding, pad_first)
@@ -206,9 +243,14 @@ def _convolve(
     if chain is not None:
         dispatch.check_anywhere(_problem("conv1d", x, w, spec, precision, out_dtype), chain)
     return primitives.conv1d(
-        x, w, spec, precision=precision, out_dtype=out_dtype, implementation=chain,
+        x,
+        w,
+        spec,
+        precision=precision,
+        out_dtype=out_dtype,
+        implementation=chain,
         out_sharding=out_sharding,
-    )  # fmt: skip
+    )
 
 
 def _stock(x, w, spec: ConvSpec, precision, preferred_element_type, out_sharding, pad_first):
@@ -218,10 +260,18 @@ def _stock(x, w, spec: ConvSpec, precision, preferred_element_type, out_sharding
     if pad_first:
         x, padding = jnp.pad(x, ((0, 0), padding, (0, 0))), (0, 0)
     y = lax.conv_general_dilated(
-        x, w, (spec.stride,), [padding], (spec.input_dilation,), (spec.kernel_dilation,),
-        ("NWC", "WIO", "NWC"), spec.groups, precision=precision,
-        preferred_element_type=preferred_element_type, out_sharding=out_sharding,
-    )  # fmt: skip
+        x,
+        w,
+        (spec.stride,),
+        [padding],
+        (spec.input_dilation,),
+        (spec.kernel_dilation,),
+        ("NWC", "WIO", "NWC"),
+        spec.groups,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+        out_sharding=out_sharding,
+    )
     return y.reshape(*batch, *y.shape[1:]) if len(batch) != 1 else y
 
 
@@ -268,9 +318,17 @@ def _problem(operation, x, w, spec: ConvSpec, precision, out_dtype, platform="cp
     }[operation]
     result = {"conv1d": out_dtype, "conv1d_input_grad": x.dtype, "conv1d_kernel_grad": w.dtype}
     return Problem(
-        operation, spec, math.prod(x.shape[:-2]), x.shape[-1], w.shape[-1], np.dtype(lhs),
-        np.dtype(rhs), np.dtype(result[operation]), precision, platform,
-    )  # fmt: skip
+        operation,
+        spec,
+        math.prod(x.shape[:-2]),
+        x.shape[-1],
+        w.shape[-1],
+        np.dtype(lhs),
+        np.dtype(rhs),
+        np.dtype(result[operation]),
+        precision,
+        platform,
+    )
 
 
 # --- Explaining ---
@@ -304,11 +362,22 @@ class Explanation:
 
 
 def explain(
-    x, kernel=None, bias=None, *, platform: str | None = None, strides=1, padding="CAUSAL",
-    input_dilation=1, kernel_dilation=1, feature_group_count=1, activation=None,
-    precision=None, preferred_element_type=None, out_sharding=None,
+    x,
+    kernel=None,
+    bias=None,
+    *,
+    platform: str | None = None,
+    strides=1,
+    padding="CAUSAL",
+    input_dilation=1,
+    kernel_dilation=1,
+    feature_group_count=1,
+    activation=None,
+    precision=None,
+    preferred_element_type=None,
+    out_sharding=None,
     implementation: Implementation = None,
-) -> Explanation:  # fmt: skip
+) -> Explanation:
     """Tells which kernel `conv1d` would run for these arguments, and why not the others.
 
     Nothing is computed, and x and kernel may be `jax.ShapeDtypeStruct`. To ask about a
@@ -342,9 +411,14 @@ def explain(
     if note:
         return Explanation(platform, {}, {}, note)
     spec, _ = make_spec(
-        x.shape, kernel.shape, strides=strides, padding=padding, input_dilation=input_dilation,
-        kernel_dilation=kernel_dilation, feature_group_count=feature_group_count,
-    )  # fmt: skip
+        x.shape,
+        kernel.shape,
+        strides=strides,
+        padding=padding,
+        input_dilation=input_dilation,
+        kernel_dilation=kernel_dilation,
+        feature_group_count=feature_group_count,
+    )
     x, w = (jax.ShapeDtypeStruct(a.shape, dtype) for a in (x, kernel))
     out_dtype = _out_dtype(dtype, preferred_element_type)
     precision = lax_internal.canonicalize_precision(precision)

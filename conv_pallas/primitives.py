@@ -83,9 +83,17 @@ def _compute(
     kernels, N = math.prod(lhs.shape[:V]), math.prod(lhs.shape[V:-2])
     inner, outer = _group_shape(lhs, rhs, operation, spec.groups)
     problem = Problem(
-        operation, spec, N, inner * spec.groups, outer * spec.groups,
-        np.dtype(lhs.dtype), np.dtype(rhs.dtype), np.dtype(out_dtype), precision, platform,
-    )  # fmt: skip
+        operation,
+        spec,
+        N,
+        inner * spec.groups,
+        outer * spec.groups,
+        np.dtype(lhs.dtype),
+        np.dtype(rhs.dtype),
+        np.dtype(out_dtype),
+        precision,
+        platform,
+    )
     rhs_rows = N if operation == "conv1d_kernel_grad" else spec.kernel_size
     lhs = lhs.reshape(kernels, N, *lhs.shape[-2:])
     rhs = rhs.reshape(kernels, rhs_rows, *rhs.shape[-2:])
@@ -137,9 +145,13 @@ def _partitioned_by_types(compute, lhs, rhs, result, *, operation, spec, kernel_
     def call(lhs, rhs):
         operands = map(jax.sharding.reshard, (lhs, rhs), specs[:2])
         out = jax.shard_map(
-            share, mesh=mesh, in_specs=specs[:2], out_specs=specs[2],
-            axis_names=set(mesh.explicit_axes), check_vma=False,
-        )(*operands)  # fmt: skip
+            share,
+            mesh=mesh,
+            in_specs=specs[:2],
+            out_specs=specs[2],
+            axis_names=set(mesh.explicit_axes),
+            check_vma=False,
+        )(*operands)
         return jax.sharding.reshard(out, result.sharding.spec)
 
     return call
@@ -262,9 +274,11 @@ def _to(aval, operation: Operation, lhs, rhs, *, out_dtype, out_sharding, **para
     if not aval.sharding.mesh._are_all_axes_auto_or_manual:
         out_sharding = aval.sharding
     return _PRIMITIVES[operation].bind(
-        *jax_core.auto_insert_reshard(lhs, rhs), out_dtype=aval.dtype,
-        out_sharding=out_sharding, **params,
-    )  # fmt: skip
+        *jax_core.auto_insert_reshard(lhs, rhs),
+        out_dtype=aval.dtype,
+        out_sharding=out_sharding,
+        **params,
+    )
 
 
 _TRANSPOSES = {
@@ -289,9 +303,12 @@ _TRANSPOSES = {
 def _make(operation: Operation):
     rule = functools.partial(functools.partial, operation=operation)
     p = lax_utils.standard_primitive(
-        rule(_shape_rule), _dtype_rule, operation, sharding_rule=rule(_sharding_rule),
+        rule(_shape_rule),
+        _dtype_rule,
+        operation,
+        sharding_rule=rule(_sharding_rule),
         vma_rule=functools.partial(jax_core.standard_vma_rule, operation),
-    )  # fmt: skip
+    )
     ad.defbilinear(p, *_TRANSPOSES[operation])
     batching.fancy_primitive_batchers[p] = rule(_batching_rule)
     for platform in dispatch.PLATFORMS:
@@ -318,6 +335,11 @@ def conv1d(x, w, spec: ConvSpec, *, precision, out_dtype, implementation, out_sh
       y ``(*batch, T', O)``.
     """
     return conv1d_p.bind(
-        *jax_core.auto_insert_reshard(x, w), spec=spec, kernel_batch=0, precision=precision, out_dtype=np.dtype(out_dtype), implementation=implementation,
+        *jax_core.auto_insert_reshard(x, w),
+        spec=spec,
+        kernel_batch=0,
+        precision=precision,
+        out_dtype=np.dtype(out_dtype),
+        implementation=implementation,
         out_sharding=out_sharding,
-    )  # fmt: skip
+    )

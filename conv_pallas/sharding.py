@@ -34,13 +34,11 @@ class Axes:
     order: tuple[int, int, int]
 
     @classmethod
-    def of(
-        cls, operation: Operation, groups: int, lhs_ndim: int, kernel_batch: int
-    ) -> "Axes":
+    def of(cls, operation: Operation, groups: int, lhs_ndim: int, kernel_batch: int) -> "Axes":
         V = tuple(f"v{i}" for i in range(kernel_batch))
         B = tuple(f"n{i}" for i in range(lhs_ndim - kernel_batch - 2))
         # Groups keep to themselves: split, they take their share of every channel axis.
-        C, inner, O = ("group",) * 3 if groups > 1 else ("in", "in", "out")  # noqa: E741
+        C, inner, O = ("group",) * 3 if groups > 1 else ("in", "in", "out")
         inner = "inner" if groups > 1 else inner
         x = (*V, *B, "time", C)
         w = (*V, "tap", inner, O)
@@ -51,9 +49,7 @@ class Axes:
             return cls((y, w, x), (0, 2, 1))
         return cls((x, y, w), (0, 1, 2))
 
-    def place(
-        self, mesh, groups: int, *arrays: tuple[Sequence[int], Sequence | None]
-    ) -> Placement:
+    def place(self, mesh, groups: int, *arrays: tuple[Sequence[int], Sequence | None]) -> Placement:
         """Places mesh axes on labels as the arrays' own shardings suggest.
 
         Args:
@@ -65,7 +61,8 @@ class Axes:
         taken: set[str] = set()
         for i in self.order:
             shape, spec = arrays[i]
-            for label, size, entry in zip(self.arrays[i], shape, spec or ()):
+            entries = spec or ()  # trailing dimensions that are not split may be left out
+            for label, size, entry in zip(self.arrays[i], shape, entries, strict=False):
                 if entry is None or entry is P.UNCONSTRAINED:
                     continue
                 names = entry if isinstance(entry, tuple) else (entry,)

@@ -113,7 +113,7 @@ class Problem:
     spec: ConvSpec
     N: int
     C: int
-    O: int  # noqa: E741 - the field's letter for channels out
+    O: int
     lhs_dtype: np.dtype
     rhs_dtype: np.dtype
     out_dtype: np.dtype
@@ -254,7 +254,7 @@ def make_spec(
     if len(x_shape) < 2:
         raise ValueError(f"x must have shape (*batch, time, channels), got {tuple(x_shape)}")
     *_, time, C = x_shape
-    K, c, O = kernel_shape  # noqa: E741
+    K, c, O = kernel_shape
     S = scalar("strides", strides, ValueError)
     D = scalar("kernel_dilation", kernel_dilation, TypeError)
     E = scalar("input_dilation", input_dilation, TypeError)
@@ -264,7 +264,9 @@ def make_spec(
     if C % G:
         raise ValueError(f"feature_group_count must divide x's {C} channels, got {G}")
     if O % G:
-        raise ValueError(f"feature_group_count must divide the kernel's {O} output channels, got {G}")
+        raise ValueError(
+            f"feature_group_count must divide the kernel's {O} output channels, got {G}"
+        )
     if C // G != c:
         raise ValueError(
             f"x must have {c * G} channels (kernel's {c} times feature_group_count={G}), "

@@ -1,16 +1,11 @@
 """`Conv`, in place of `flax.nnx.Conv`, and `replace_convs`, which puts it there."""
 
-from typing import TypeVar
-
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
 from conv_pallas import dispatch, ops
 from conv_pallas.dispatch import Implementation
-
-M = TypeVar("M", bound=nnx.Module)
 
 
 class Conv(nnx.Conv):
@@ -33,9 +28,15 @@ class Conv(nnx.Conv):
     implementation: Implementation = None
 
     def __init__(
-        self, in_features, out_features, kernel_size, strides=1, *,
-        implementation: Implementation = None, **kwargs,
-    ):  # fmt: skip
+        self,
+        in_features,
+        out_features,
+        kernel_size,
+        strides=1,
+        *,
+        implementation: Implementation = None,
+        **kwargs,
+    ):
         super().__init__(in_features, out_features, kernel_size, strides, **kwargs)
         _order(self, implementation)
 
@@ -84,8 +85,7 @@ class Conv(nnx.Conv):
 
     def _left_to_flax(self) -> bool:
         return (
-            len(self.kernel_size) != 1
-            or self.conv_general_dilated is not lax.conv_general_dilated
+            len(self.kernel_size) != 1 or self.conv_general_dilated is not lax.conv_general_dilated
         )
 
     def _arguments(self) -> dict:
@@ -101,7 +101,7 @@ class Conv(nnx.Conv):
         )
 
 
-def replace_convs(model: M, *, implementation: Implementation = None) -> M:
+def replace_convs[M: nnx.Module](model: M, *, implementation: Implementation = None) -> M:
     """Turns every `flax.nnx.Conv` of `model` into a `Conv`, in place.
 
     Parameters, references to the layers and layers shared between modules stay what they
