@@ -4,7 +4,8 @@
 `conv_pallas.nn.replace_convs` puts it into a model that is there already.
 """
 
-from conv_pallas.ops import conv1d, conv_general_dilated, explain
+from conv_pallas.explanation import explain
+from conv_pallas.ops import conv1d, conv_general_dilated
 
 __all__ = ["conv1d", "conv_general_dilated", "explain"]
 __version__ = "0.1.0"

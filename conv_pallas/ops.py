@@ -1,12 +1,10 @@
-"""The functional API: `conv1d`, `conv_general_dilated` and `explain`."""
+"""The functional API: `conv1d` and `conv_general_dilated`."""
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -16,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from conv_pallas import dispatch, primitives
 from conv_pallas.dispatch import Implementation
-from conv_pallas.spec import OPERATIONS, ConvSpec, Problem, UnknownPaddingError, make_spec
+from conv_pallas.spec import ConvSpec, Problem, UnknownPaddingError, make_spec
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
@@ -90,8 +88,10 @@ def conv1d(
         `preferred_element_type` does not fit.
       NotImplementedError: `implementation` was ordered and can't do this; says why.
     """
-    act = _activation(activation)
-    x, kernel, bias = _promote(x, kernel, bias)
+    act = activation_function(activation)
+    x, kernel, bias = (None if a is None else jnp.asarray(a) for a in (x, kernel, bias))
+    dtype = promoted_dtype(x, kernel, *([] if bias is None else [bias]))
+    x, kernel, bias = (None if a is None else a.astype(dtype) for a in (x, kernel, bias))
     spec, mode = make_spec(
         x.shape,
         kernel.shape,
@@ -159,7 +159,7 @@ def conv_general_dilated(
     chain = dispatch.canonicalize(implementation)
     lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
     elsewhere = lax_reason(lhs.dtype, rhs.ndim - 2)
-    if elsewhere or lhs.ndim != 3 or batch_group_count != 1 or _is_stock(chain):
+    if elsewhere or lhs.ndim != 3 or batch_group_count != 1 or is_stock(chain):
         return lax.conv_general_dilated(
             lhs,
             rhs,
@@ -219,7 +219,7 @@ def lax_reason(dtype, spatial_rank: int) -> str | None:
     return None
 
 
-def _is_stock(chain: tuple[str, ...] | None) -> bool:
+def is_stock(chain: tuple[str, ...] | None) -> bool:
     # "xla_native" never declines, so that what comes after it is never reached.
     return chain is not None and chain[0] == "xla_native"
 
@@ -236,12 +236,12 @@ def _convolve(
     pad_first=False,
 ):
     out_sharding = canonicalize_sharding(out_sharding, "conv1d")
-    if _is_stock(chain) or lax_reason(x.dtype, 1):
+    if is_stock(chain) or lax_reason(x.dtype, 1):
         return _stock(x, w, spec, precision, preferred_element_type, out_sharding, pad_first)
-    out_dtype = _out_dtype(x.dtype, preferred_element_type)
+    out_dtype = result_dtype(x.dtype, preferred_element_type)
     precision = lax_internal.canonicalize_precision(precision)
     if chain is not None:
-        dispatch.check_anywhere(_problem("conv1d", x, w, spec, precision, out_dtype), chain)
+        dispatch.check_anywhere(problem_of("conv1d", x, w, spec, precision, out_dtype), chain)
     return primitives.conv1d(
         x,
         w,
@@ -281,16 +281,15 @@ def _pad_in_memory(x, mode: str, span: int):
     return jnp.pad(x, pads, mode={"CIRCULAR": "wrap", "REFLECT": "reflect"}[mode])
 
 
-def _promote(*arrays):
-    """To one floating or complex dtype, as nnx.Conv does."""
-    present = [jnp.asarray(a) for a in arrays if a is not None]
-    dtype = jnp.result_type(*present)
-    if not jnp.issubdtype(dtype, jnp.inexact):
-        dtype = jnp.promote_types(jnp.float32, dtype)
-    return tuple(None if a is None else jnp.asarray(a, dtype) for a in arrays)
+def promoted_dtype(*arrays):
+    """The floating or complex dtype that nnx.Conv computes with, for arrays or structs."""
+    dtype = jnp.result_type(*(a.dtype for a in arrays))
+    if jnp.issubdtype(dtype, jnp.inexact):
+        return dtype
+    return jnp.promote_types(jnp.float32, dtype)
 
 
-def _activation(activation):
+def activation_function(activation):
     if activation is None or callable(activation):
         return activation
     if activation not in ACTIVATIONS:
@@ -301,7 +300,7 @@ def _activation(activation):
     return ACTIVATIONS[activation]
 
 
-def _out_dtype(dtype, preferred_element_type) -> np.dtype:
+def result_dtype(dtype, preferred_element_type) -> np.dtype:
     if preferred_element_type is None:
         return np.dtype(dtype)
     preferred = np.dtype(jax.dtypes.canonicalize_dtype(preferred_element_type))
@@ -309,7 +308,7 @@ def _out_dtype(dtype, preferred_element_type) -> np.dtype:
     return preferred
 
 
-def _problem(operation, x, w, spec: ConvSpec, precision, out_dtype, platform="cpu") -> Problem:
+def problem_of(operation, x, w, spec: ConvSpec, precision, out_dtype, platform="cpu") -> Problem:
     """What each device would be given were nothing sharded or vmapped."""
     lhs, rhs = {
         "conv1d": (x.dtype, w.dtype),
@@ -329,110 +328,3 @@ def _problem(operation, x, w, spec: ConvSpec, precision, out_dtype, platform="cp
         precision,
         platform,
     )
-
-
-# --- Explaining ---
-
-
-@dataclasses.dataclass(frozen=True)
-class Explanation:
-    """What would run, and why not the rest. ``print`` it.
-
-    Attributes:
-      platform: for which it was asked.
-      chosen: for each operation, the name of the implementation that runs it.
-      candidates: for each operation, every implementation's `dispatch.Candidate`.
-      note: where no operation of ours takes part, the reason; else None.
-    """
-
-    platform: str
-    chosen: dict[str, str]
-    candidates: dict[str, tuple[dispatch.Candidate, ...]]
-    note: str | None = None
-
-    def __str__(self) -> str:
-        if self.note:
-            return f"on {self.platform}: {self.note}"
-        lines = []
-        for operation, answers in self.candidates.items():
-            lines.append(f"{operation} on {self.platform}: {self.chosen[operation]}")
-            for c in answers:
-                lines.append(f"  {c.implementation:<11} " + (c.how or f"declines: {c.reason}"))
-        return "\n".join(lines)
-
-
-def explain(
-    x,
-    kernel=None,
-    bias=None,
-    *,
-    platform: str | None = None,
-    strides=1,
-    padding="CAUSAL",
-    input_dilation=1,
-    kernel_dilation=1,
-    feature_group_count=1,
-    activation=None,
-    precision=None,
-    preferred_element_type=None,
-    out_sharding=None,
-    implementation: Implementation = None,
-) -> Explanation:
-    """Tells which kernel `conv1d` would run for these arguments, and why not the others.
-
-    Nothing is computed, and x and kernel may be `jax.ShapeDtypeStruct`. To ask about a
-    layer, pass it and its input: ``explain(layer, x)``.
-
-    Args:
-      x, kernel, bias: as in `conv1d`; or a `conv_pallas.nn.Conv` and its input. A kernel
-        with more than one spatial dimension is fine here.
-      platform: ``"cpu"``, ``"cuda"``, ``"rocm"`` or ``"tpu"``; None: the default device's.
-      others: as in `conv1d`.
-
-    Raises:
-      ValueError, TypeError, NotImplementedError: as `conv1d` with these arguments.
-    """
-    if hasattr(x, "explain"):
-        return x.explain(kernel, platform=platform)
-    del bias, out_sharding
-    _activation(activation)
-    platform = platform or default_platform()
-    if platform not in dispatch.PLATFORMS:
-        raise ValueError(
-            f"platform must be None or one of {', '.join(dispatch.PLATFORMS)}, got {platform!r}"
-        )
-    chain = dispatch.canonicalize(implementation)
-    dtype = jnp.result_type(x.dtype, kernel.dtype)
-    if not jnp.issubdtype(dtype, jnp.inexact):
-        dtype = jnp.promote_types(jnp.float32, dtype)
-    note = lax_reason(dtype, len(kernel.shape) - 2)
-    if note is None and _is_stock(chain):
-        note = "xla_native: jax.lax.conv_general_dilated as nnx.Conv calls it"
-    if note:
-        return Explanation(platform, {}, {}, note)
-    spec, _ = make_spec(
-        x.shape,
-        kernel.shape,
-        strides=strides,
-        padding=padding,
-        input_dilation=input_dilation,
-        kernel_dilation=kernel_dilation,
-        feature_group_count=feature_group_count,
-    )
-    x, w = (jax.ShapeDtypeStruct(a.shape, dtype) for a in (x, kernel))
-    out_dtype = _out_dtype(dtype, preferred_element_type)
-    precision = lax_internal.canonicalize_precision(precision)
-    chosen, answers = {}, {}
-    for operation in OPERATIONS:
-        problem = _problem(operation, x, w, spec, precision, out_dtype, platform)
-        chosen[operation] = dispatch.select(problem, chain).implementation
-        answers[operation] = tuple(c for c, _ in dispatch.candidates(problem))
-    return Explanation(platform, chosen, answers)
-
-
-def default_platform() -> str:
-    """The platform of the default device, as lowering rules name it."""
-    backend = jax.extend.backend.get_backend()
-    if backend.platform == "gpu":
-        return "rocm" if "rocm" in backend.platform_version else "cuda"
-    return backend.platform

@@ -4,7 +4,7 @@ import jax
 from flax import nnx
 from jax import lax
 
-from conv_pallas import dispatch, ops
+from conv_pallas import dispatch, explanation, ops
 from conv_pallas.dispatch import Implementation
 
 
@@ -73,15 +73,15 @@ class Conv(nnx.Conv):
         inputs, kernel, bias = self.promote_dtype((inputs, kernel, bias), dtype=self.dtype)
         return ops.conv1d(inputs, kernel, bias, out_sharding=out_sharding, **self._arguments())
 
-    def explain(self, inputs, *, platform: str | None = None) -> ops.Explanation:
+    def explain(self, inputs, *, platform: str | None = None) -> explanation.Explanation:
         """What would run for these inputs; see `conv_pallas.explain`."""
         if self.conv_general_dilated is not lax.conv_general_dilated:
             note = f"the layer brings its own convolution, {self.conv_general_dilated!r}"
-            return ops.Explanation(platform or ops.default_platform(), {}, {}, note)
+            return explanation.Explanation(platform or explanation.default_platform(), {}, {}, note)
         structs = jax.eval_shape(
             lambda x, k: self.promote_dtype((x, k), dtype=self.dtype), inputs, self.kernel[...]
         )
-        return ops.explain(*structs, platform=platform, **self._arguments())
+        return explanation.explain(*structs, platform=platform, **self._arguments())
 
     def _left_to_flax(self) -> bool:
         return (

@@ -1,0 +1,126 @@
+"""`explain`: which kernel would run, and why not the others."""
+
+import dataclasses
+
+import jax
+import jax.extend
+from jax._src.lax import lax as lax_internal
+
+from conv_pallas import dispatch
+from conv_pallas.dispatch import Implementation
+from conv_pallas.ops import (
+    activation_function,
+    is_stock,
+    lax_reason,
+    problem_of,
+    promoted_dtype,
+    result_dtype,
+)
+from conv_pallas.spec import OPERATIONS, make_spec
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What would run, and why not the rest. ``print`` it.
+
+    Attributes:
+      platform: for which it was asked.
+      chosen: for each operation, the name of the implementation that runs it.
+      candidates: for each operation, every implementation's `dispatch.Candidate`.
+      note: where no operation of ours takes part, the reason; else None.
+    """
+
+    platform: str
+    chosen: dict[str, str]
+    candidates: dict[str, tuple[dispatch.Candidate, ...]]
+    note: str | None = None
+
+    def __str__(self) -> str:
+        if self.note:
+            return f"on {self.platform}: {self.note}"
+        lines = []
+        for operation, answers in self.candidates.items():
+            lines.append(f"{operation} on {self.platform}: {self.chosen[operation]}")
+            for c in answers:
+                lines.append(f"  {c.implementation:<11} " + (c.how or f"declines: {c.reason}"))
+        return "\n".join(lines)
+
+
+def explain(
+    x,
+    kernel=None,
+    bias=None,
+    *,
+    platform: str | None = None,
+    strides=1,
+    padding="CAUSAL",
+    input_dilation=1,
+    kernel_dilation=1,
+    feature_group_count=1,
+    activation=None,
+    precision=None,
+    preferred_element_type=None,
+    out_sharding=None,
+    implementation: Implementation = None,
+) -> Explanation:
+    """Tells which kernel `conv1d` would run for these arguments, and why not the others.
+
+    Nothing is computed, and x and kernel may be `jax.ShapeDtypeStruct`. To ask about a
+    layer, pass it and its input: ``explain(layer, x)``.
+
+    Args:
+      x, kernel, bias: as in `conv1d`; or a `conv_pallas.nn.Conv` and its input. A kernel
+        with more than one spatial dimension is fine here.
+      platform: ``"cpu"``, ``"cuda"``, ``"rocm"`` or ``"tpu"``; None: the default device's.
+      others: as in `conv1d`.
+
+    Raises:
+      ValueError, TypeError, NotImplementedError: as `conv1d` with these arguments.
+    """
+    if hasattr(x, "explain"):
+        return x.explain(kernel, platform=platform)
+    if not (hasattr(x, "dtype") and hasattr(kernel, "dtype")):
+        raise TypeError(
+            f"explain takes x and kernel, or a conv_pallas.nn.Conv and its input, "
+            f"got {type(x).__name__} and {type(kernel).__name__}"
+        )
+    del out_sharding
+    activation_function(activation)
+    platform = platform or default_platform()
+    if platform not in dispatch.PLATFORMS:
+        raise ValueError(
+            f"platform must be None or one of {', '.join(dispatch.PLATFORMS)}, got {platform!r}"
+        )
+    chain = dispatch.canonicalize(implementation)
+    dtype = promoted_dtype(x, kernel, *([] if bias is None else [bias]))
+    note = lax_reason(dtype, len(kernel.shape) - 2)
+    if note is None and is_stock(chain):
+        note = "xla_native: jax.lax.conv_general_dilated as nnx.Conv calls it"
+    if note:
+        return Explanation(platform, {}, {}, note)
+    spec, _ = make_spec(
+        x.shape,
+        kernel.shape,
+        strides=strides,
+        padding=padding,
+        input_dilation=input_dilation,
+        kernel_dilation=kernel_dilation,
+        feature_group_count=feature_group_count,
+    )
+    x, w = (jax.ShapeDtypeStruct(a.shape, dtype) for a in (x, kernel))
+    out_dtype = result_dtype(dtype, preferred_element_type)
+    precision = lax_internal.canonicalize_precision(precision)
+    chosen, answers = {}, {}
+    for operation in OPERATIONS:
+        problem = problem_of(operation, x, w, spec, precision, out_dtype, platform)
+        chosen[operation] = dispatch.select(problem, chain).implementation
+        answers[operation] = tuple(c for c, _ in dispatch.candidates(problem))
+    return Explanation(platform, chosen, answers)
+
+
+def default_platform() -> str:
+    """The platform of the default device, as lowering rules name it."""
+    backend = jax.extend.backend.get_backend()
+    if backend.platform == "gpu":
+        return "rocm" if "rocm" in backend.platform_version else "cuda"
+    return backend.platform
