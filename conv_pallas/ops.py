@@ -283,7 +283,7 @@ def _pad_in_memory(x, mode: str, span: int):
 
 def promoted_dtype(*arrays):
     """The floating or complex dtype that nnx.Conv computes with, for arrays or structs."""
-    dtype = jnp.result_type(*(a.dtype for a in arrays))
+    dtype = jnp.result_type(*arrays)
     if jnp.issubdtype(dtype, jnp.inexact):
         return dtype
     return jnp.promote_types(jnp.float32, dtype)
