@@ -1,0 +1,64 @@
+"""A batch of kernels, for implementations that `jax.vmap` can't map: folded into groups."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from conv_pallas import conv1d, kernels
+
+
+@pytest.fixture
+def unmappable(monkeypatch):
+    """XLA's formulations under another name, as a kernel that must not be mapped."""
+    found, missing = kernels.discover()
+    calls = []
+
+    def run(problem, lhs, rhs):
+        calls.append(problem)
+        assert (
+            problem.out_shape
+            == jax.eval_shape(lambda a, b: found["xla"].run(problem, a, b), lhs, rhs).shape
+        )
+        return found["xla"].run(problem, lhs, rhs)
+
+    toy = dataclasses.replace(
+        found["xla"], implementation="toy", run=run, priority=None, vmappable=False
+    )
+    monkeypatch.setattr(kernels, "discover", lambda: ({**found, "toy": toy}, missing))
+    return calls
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("nested", [False, True])
+def test_folding_kernels_into_groups(unmappable, groups, nested):
+    V, N, T, C, O, K = 3, 2, 9, 4, 8, 3
+    rng = np.random.default_rng(0)
+    shape = (2, V) if nested else (V,)
+    x = jnp.asarray(rng.normal(size=(*shape, N, T, C)), jnp.float32)
+    w = jnp.asarray(rng.normal(size=(*shape, K, C // groups, O)), jnp.float32)
+
+    def loss(implementation):
+        def f(x, w):
+            y = conv1d(
+                x, w, kernel_dilation=2, feature_group_count=groups, implementation=implementation
+            )
+            return jnp.sin(y).sum(), y
+
+        return jax.grad(f, (0, 1), has_aux=True)
+
+    def mapped(f):
+        return jax.jit(jax.vmap(jax.vmap(f)) if nested else jax.vmap(f))
+
+    got = mapped(loss("toy"))(x, w)
+    want = mapped(loss("xla_native"))(x, w)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, want)
+    kernels_at_once = int(np.prod(shape))
+    assert {p.spec.groups for p in unmappable} == {groups * kernels_at_once}
+    assert {p.operation for p in unmappable} == {
+        "conv1d",
+        "conv1d_input_grad",
+        "conv1d_kernel_grad",
+    }
