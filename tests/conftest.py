@@ -1,0 +1,23 @@
+"""Eight CPU devices for every test, whatever the machine and the environment."""
+
+import os
+import sys
+
+import hypothesis
+
+assert "jax" not in sys.modules, "XLA reads its flags once, when jax is imported"
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+os.environ.pop("CONV_PALLAS_IMPLEMENTATION", None)
+os.environ.pop("JAX_ENABLE_X64", None)
+
+# Compiling takes its time, so that a deadline would only tell how busy the machine is. The
+# same examples in every run: what fails in CI fails everywhere.
+hypothesis.settings.register_profile(
+    "default", deadline=None, derandomize=True, max_examples=40, database=None
+)
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=2000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))

@@ -1,0 +1,98 @@
+"""What several test files need."""
+
+import math
+import re
+
+import jax
+import numpy as np
+
+from conv_pallas import conv1d, kernels, primitives
+from conv_pallas.spec import Problem
+from tests.cases import Case
+from tests.tolerance import check
+
+# Found, not listed: a new kernel that runs on a CPU is tested by its being there.
+IMPLEMENTATIONS = tuple(
+    sorted(k.implementation for k in kernels.discover()[0].values() if "cpu" in k.platforms)
+)
+
+
+def rows(a: np.ndarray) -> np.ndarray:
+    """All batch axes as one."""
+    return a.reshape(math.prod(a.shape[:-2]), *a.shape[-2:])
+
+
+def bind(problem: Problem, lhs, rhs, implementation: str):
+    """One of the three primitives, as the library's own code binds it."""
+    return {
+        "conv1d": primitives.conv1d_p,
+        "conv1d_input_grad": primitives.conv1d_input_grad_p,
+        "conv1d_kernel_grad": primitives.conv1d_kernel_grad_p,
+    }[problem.operation].bind(
+        lhs, rhs, spec=problem.spec, kernel_batch=0, precision=problem.precision,
+        out_dtype=problem.out_dtype, implementation=(implementation,), out_sharding=None,
+    )  # fmt: skip
+
+
+def padded(x: np.ndarray, case: Case) -> np.ndarray:
+    """x with a CIRCULAR or REFLECT padding written out."""
+    if case.mode is None:
+        return x
+    span = case.spec.span
+    pads = [(0, 0)] * x.ndim
+    pads[-2] = ((span - 1) // 2, span // 2)
+    return np.pad(x, pads, mode={"CIRCULAR": "wrap", "REFLECT": "reflect"}[case.mode])
+
+
+def unpadded(dx: np.ndarray, case: Case) -> np.ndarray:
+    """The transpose of `padded`: what reached a copy is added to its original."""
+    if case.mode is None:
+        return dx
+    source = padded(np.arange(case.T)[:, None], case)[:, 0]
+    out = np.zeros((*dx.shape[:-2], case.T, dx.shape[-1]))
+    for position, t in enumerate(source):
+        out[..., t, :] += dx[..., position, :]
+    return out
+
+
+def value_and_gradients(case: Case, implementation: str):
+    """``(x, kernel, g) -> (y, dx, dw)``, compiled as one."""
+
+    @jax.jit
+    def run(x, kernel, g):
+        f = lambda x, w: conv1d(x, w, **case.kwargs, implementation=implementation)  # noqa: E731
+        y, vjp = jax.vjp(f, x, kernel)
+        return y, *vjp(g)
+
+    return run
+
+
+def check_operation(actual, operation, lhs, rhs, case: Case) -> None:
+    """`tolerance.check` for arrays with any number of batch axes."""
+    problem = case.problem(operation)
+    merged = actual if operation == "conv1d_kernel_grad" else rows(np.asarray(actual))
+    rhs = rows(rhs) if operation == "conv1d_kernel_grad" else rhs
+    check(
+        merged, operation, rows(lhs), rhs, case.spec, out_dtype=problem.out_dtype,
+        precision=case.precision,
+    )  # fmt: skip
+
+
+def collectives(compiled) -> dict[str, int]:
+    """How many of each collective the compiled HLO has."""
+    kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+    found = re.findall(rf"= [^=\n]*? ({kinds})(?:-start)?\(", compiled.as_text())
+    return {kind: found.count(kind) for kind in sorted(set(found))}
+
+
+def primitives_of(jaxpr) -> list[str]:
+    """The names of all primitives of a jaxpr, those of inner jaxprs too."""
+    names = []
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        names.append(eqn.primitive.name)
+        for inner in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")
+        ):
+            if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                names += primitives_of(inner)
+    return names

@@ -1,0 +1,168 @@
+"""Every case through every implementation, against the formula in float64.
+
+Once as a user calls it, `conv1d` and its vjp, and once primitive by primitive.
+"""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from conv_pallas import conv1d
+from tests import cases, tolerance
+from tests.cases import CASES, Case
+from tests.support import (
+    IMPLEMENTATIONS,
+    bind,
+    check_operation,
+    padded,
+    rows,
+    unpadded,
+    value_and_gradients,
+)
+
+each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+
+
+@each_implementation
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_case(case: Case, implementation):
+    x, kernel, g = case.arrays()
+    copied = padded(x, case)
+    operands = {
+        "conv1d": (rows(copied), kernel),
+        "conv1d_input_grad": (rows(g), kernel),
+        "conv1d_kernel_grad": (rows(copied), rows(g)),
+    }
+
+    @jax.jit  # all at once: most of this test's time is compilation
+    def run(x, kernel, g, operands):
+        public = value_and_gradients(case, implementation)(x, kernel, g)
+        primitives = {
+            operation: bind(case.problem(operation), lhs, rhs, implementation)
+            for operation, (lhs, rhs) in operands.items()
+        }
+        return public, primitives
+
+    (y, dx, dw), primitives = run(x, kernel, g, operands)
+
+    assert y.shape == case.out_shape
+    assert dx.shape == x.shape
+    check_operation(y, "conv1d", copied, kernel, case)
+    check_operation(dw, "conv1d_kernel_grad", copied, g, case)
+    if case.mode is None:
+        check_operation(dx, "conv1d_input_grad", g, kernel, case)
+    else:
+        _check_gradient_of_padded(dx, g, kernel, case)
+    for operation, actual in primitives.items():
+        check_operation(actual, operation, *operands[operation], case)
+
+
+def _check_gradient_of_padded(dx, g, kernel, case: Case):
+    """The bound is taken through the padding's transpose, as the gradient is."""
+    reference = tolerance.REFERENCES["conv1d_input_grad"]
+
+    def compute(g, kernel):
+        return unpadded(reference(g, kernel, case.spec), case)
+
+    value = compute(g, kernel)
+    terms = compute(np.ones_like(g), np.ones_like(kernel))
+    magnitude = np.sqrt(compute(g.astype(float) ** 2, kernel.astype(float) ** 2))
+    allowed = tolerance.bound(terms, magnitude, value, dtype=g.dtype, out_dtype=dx.dtype)
+    tolerance.assert_within(dx, value, allowed, kernel.dtype, "conv1d_input_grad")
+
+
+@each_implementation
+@pytest.mark.parametrize("name", ["crop_low", "crop_high", "crop_both", "crop_depthwise"])
+def test_what_padding_crops_is_not_read(name, implementation):
+    case = cases.named(name)
+    x, kernel, g = case.arrays()
+    low, high = case.spec.padding
+    poisoned = x.copy()
+    poisoned[:, : max(0, -low)] = np.nan
+    poisoned[:, x.shape[1] + min(0, high) :] = np.nan
+    assert np.isnan(poisoned).any()
+
+    run = value_and_gradients(case, implementation)
+    y, dx, dw = run(poisoned, kernel, g)
+
+    clean = run(x, kernel, g)
+    np.testing.assert_array_equal(y, clean[0])
+    np.testing.assert_array_equal(dx, clean[1])
+    np.testing.assert_array_equal(dw, clean[2])
+
+
+@each_implementation
+@pytest.mark.parametrize("name", ["dilated", "depthwise_dilated", "grouped", "ragged"])
+def test_causal_output_sees_nothing_later(name, implementation):
+    case = cases.named(name)
+    x, kernel, _ = case.arrays()
+    poisoned = x.copy()
+    poisoned[:, case.T // 2 :] = np.nan
+    run = jax.jit(lambda x, w: conv1d(x, w, **case.kwargs, implementation=implementation))
+
+    y = run(poisoned, kernel)
+
+    np.testing.assert_array_equal(y[:, : case.T // 2], run(x, kernel)[:, : case.T // 2])
+    assert np.isnan(y[:, case.T // 2 :]).any()
+
+
+@each_implementation
+@pytest.mark.parametrize("dtype", ["int8", "int32", "uint8"])
+@pytest.mark.parametrize("name", ["stride_grouped", "depthwise_dilated", "dense", "crop_both"])
+def test_integers_are_exact(name, dtype, implementation):
+    case = dataclasses.replace(cases.named(name), dtype=dtype, out_dtype="int32")
+    x, w, _ = case.arrays()
+
+    run = jax.jit(lambda x, w: bind(case.problem("conv1d"), x, w, implementation))
+
+    check_operation(run(x, w), "conv1d", x, w, case)
+
+
+@pytest.mark.parametrize("name", ["grouped", "stride_same", "input_dilation_depthwise"])
+def test_float64(name):
+    case = dataclasses.replace(cases.named(name), dtype="float64")
+    x, w, g = case.arrays()
+    for implementation in IMPLEMENTATIONS:
+        with jax.enable_x64(True):
+            y, dx, dw = value_and_gradients(case, implementation)(x, w, g)
+        check_operation(y, "conv1d", x, w, case)
+        check_operation(dx, "conv1d_input_grad", g, w, case)
+        check_operation(dw, "conv1d_kernel_grad", x, g, case)
+
+
+def test_the_tolerance_tells_a_wrong_kernel():
+    """A bound that everything passes would make every test above worthless."""
+    case = cases.named("dense_bfloat16")
+    x, w, g = case.arrays()
+    right = tolerance.REFERENCES["conv1d"](x, w, case.spec).astype(x.dtype)
+    check_operation(right, "conv1d", x, w, case)
+
+    rounded_twice = sum(
+        (
+            tolerance.REFERENCES["conv1d"](x, np.where(np.arange(case.K) == k, w.T, 0).T, case.spec)
+            .astype(x.dtype)
+            .astype(float)
+            for k in range(case.K)
+        ),
+        np.zeros(right.shape),
+    ).astype(x.dtype)
+    for wrong in (
+        rounded_twice,  # sums in the operands' dtype
+        right[:, ::-1],
+        np.roll(right, 1, axis=1),
+        np.where(right == right[0, 0, 0], np.nan, right).astype(x.dtype),
+        np.nextafter(np.nextafter(right, right * 2), right * 2),
+    ):
+        with pytest.raises(AssertionError, match="elements are off"):
+            check_operation(wrong, "conv1d", x, w, case)
+    with pytest.raises(AssertionError, match="dtype"):
+        check_operation(right.astype(np.float32), "conv1d", x, w, case)
+    with pytest.raises(AssertionError, match="shape"):
+        check_operation(right[:, 1:], "conv1d", x, w, case)
+
+
+def test_rows_keeps_the_order_of_batch_axes():
+    a = np.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5)
+    np.testing.assert_array_equal(rows(a)[4], a[1, 1])
