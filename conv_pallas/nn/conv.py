@@ -6,6 +6,7 @@ from jax import lax
 
 from conv_pallas import dispatch, explanation, ops
 from conv_pallas.dispatch import Implementation
+from conv_pallas.spec import make_spec
 
 
 class Conv(nnx.Conv):
@@ -66,6 +67,10 @@ class Conv(nnx.Conv):
             raise ValueError(
                 f"mask must have the kernel's shape {self.kernel_shape}, got {self.mask.shape}"
             )
+        if self._is_stock():
+            make_spec(inputs.shape, self.kernel_shape, **self._geometry())  # for its complaints
+            out = {} if out_sharding is None else {"out_sharding": out_sharding}
+            return super().__call__(inputs, **out)
         kernel = self.kernel[...]
         if self.mask is not None:
             kernel = kernel * self.mask
@@ -88,13 +93,23 @@ class Conv(nnx.Conv):
             len(self.kernel_size) != 1 or self.conv_general_dilated is not lax.conv_general_dilated
         )
 
-    def _arguments(self) -> dict:
+    def _is_stock(self) -> bool:
+        # Of CAUSAL, CIRCULAR and REFLECT flax knows capitals only; `ops` knows the rest.
+        spelled = not isinstance(self.padding, str) or self.padding.isupper()
+        return spelled and ops.is_stock(dispatch.canonicalize(self.implementation))
+
+    def _geometry(self) -> dict:
         return dict(
             strides=self.strides,
             padding=self.padding,
             input_dilation=self.input_dilation,
             kernel_dilation=self.kernel_dilation,
             feature_group_count=self.feature_group_count,
+        )
+
+    def _arguments(self) -> dict:
+        return dict(
+            self._geometry(),
             precision=self.precision,
             preferred_element_type=getattr(self, "preferred_element_type", None),
             implementation=self.implementation,
