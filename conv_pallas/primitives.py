@@ -196,14 +196,16 @@ def _lowering(ctx, lhs, rhs, *, platform, out_sharding, **params):
     if result.sharding.mesh.explicit_axes:
         call = _partitioned_by_types(compute, *ctx.avals_in, result, **params)
         return mlir.lower_fun(call, multiple_results=False)(ctx, lhs, rhs)
-    # Here nothing has a sharding in its type: what is inside is one device's, or the call's.
+    # Here nothing has a sharding in its type: what is inside is one device's, or the call's. Of
+    # the mesh in context stays only which chip it names, where none of that kind is at hand.
     avals = [jax_core.ShapedArray(a.shape, a.dtype) for a in (*ctx.avals_in, result)]
     if _can_partition(ctx):
         call = _partitioned_by_xla(compute, *avals[:2], **params)
     else:
         call = functools.partial(compute, **params)
     ctx = ctx.replace(avals_in=avals[:2], avals_out=avals[2:])
-    with mesh_lib.use_abstract_mesh(mesh_lib.empty_abstract_mesh):
+    chip = mesh_lib.get_abstract_mesh().abstract_device
+    with mesh_lib.use_abstract_mesh(mesh_lib.AbstractMesh((), (), abstract_device=chip)):
         return mlir.lower_fun(call, multiple_results=False)(ctx, lhs, rhs)
 
 
