@@ -1,0 +1,377 @@
+"""The dense convolution on a TPU's matrix unit, all three operations.
+
+    y[n, u] = sum over k of  x[n, u + k*D - low] @ w[k]
+    dx      = the same of g, with the taps reversed and each w[k] transposed
+    dw[k]   = sum over n, u of  x[n, u + k*D - low]^T @ g[n, u]
+
+Operations: ``2 N T K C O``. Bytes: x and y once each, ``bytes * N T (C + O)``, and w once where
+all of its output channels fit; a tile of w stays in VMEM while all of x passes.
+
+Tiling. The grid is (tile of O, n, time), time innermost and in sequence, so that the halo is
+carried in VMEM (`tpu_window.py`). A long tile of time amortises the copy of the halo and the
+fixed cost of a step. Inside it, `CHUNK` rows at a time: all K windows side by side make one
+``(CHUNK, K*C)`` matrix, so that the sum over taps happens inside the matrix unit, and so that
+K taps of few channels fill it: 3 taps of 25 channels are one pass over 128 rows instead of 3.
+
+The kernel gradient sums over time instead: its grid is (part of N, tile of C, tile of O, n,
+time), and ``dw`` stays in VMEM in float32. Each core makes a part of its own; the parts are
+added in a fixed order, so that the result is the same in every run.
+
+Precision: bfloat16 as it is. float32 with DEFAULT is one pass with operands rounded to bfloat16,
+which is what XLA does; HIGH is three passes; HIGHEST is the compiler's own float32 product.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from conv_pallas.kernels import Kernel
+from conv_pallas.kernels.tpu_window import LANES, Chip, Walk, round_up, rows_that_fit, vmem_bytes
+from conv_pallas.kernels.xla_formulations import flip
+from conv_pallas.spec import ConvSpec, Problem
+
+CHUNK = 256  # rows of one matmul: two passes of the matrix unit are in flight, few registers live
+SUM_CHUNK = 512  # rows summed by one matmul: each chunk reads and writes all of dw
+LONGEST = 2048  # rows of a tile of time; longer ones gain nothing
+
+PASSES = {None: "bf16", "DEFAULT": "bf16", "HIGH": "bf16x3", "HIGHEST": "f32"}
+
+
+def _passes(problem: Problem) -> str | None:
+    """How products are made: ``"bf16"``, ``"bf16x3"`` or ``"f32"``; None: there is no way."""
+    if problem.lhs_dtype == problem.rhs_dtype == jnp.bfloat16:
+        return "bf16"
+    precision = problem.precision
+    if isinstance(precision, tuple):
+        precision = max(precision, key=lambda p: 0 if p is None else p.value)
+    return PASSES.get(getattr(precision, "name", precision))
+
+
+# --- Device code ---
+
+
+def _split(a: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """float32 as the sum of two bfloat16."""
+    # By its bits: XLA may take a rounding there and back for an identity, and drop it.
+    bits = lax.bitcast_convert_type(a, jnp.uint32) & jnp.uint32(0xFFFF0000)
+    high = lax.bitcast_convert_type(bits, jnp.float32)
+    return high.astype(jnp.bfloat16), (a - high).astype(jnp.bfloat16)
+
+
+def _dot(a: jax.Array, b, passes: str, contract=((1,), (0,))) -> jax.Array:
+    """The float32 product; where it takes three passes, ``b`` is a pair from `_split`."""
+    dot = functools.partial(
+        lax.dot_general, dimension_numbers=(contract, ((), ())),
+        preferred_element_type=jnp.float32,
+    )  # fmt: skip
+    if passes == "bf16":
+        return dot(a.astype(jnp.bfloat16), b)
+    if passes == "f32":
+        return dot(a.astype(jnp.float32), b, precision=lax.Precision.HIGHEST)
+    high, low = _split(a.astype(jnp.float32))
+    return dot(high, b[0]) + (dot(high, b[1]) + dot(low, b[0]))
+
+
+def _chunks(rows: int, longest: int) -> Callable:
+    """A loop over the chunks of a tile of time: ``body(first_row, rows)``."""
+    n = min(longest, rows)
+    if rows == n:
+        return lambda body: body(0, n)
+    return lambda body: pl.loop(0, rows // n)(lambda c: body(pl.multiple_of(c * n, n), n))
+
+
+def _forward_kernel(walk, passes, packed, activation, has_bias, x_ref, *refs):
+    """One tile of time: moves the window on, then one matmul per chunk."""
+    *w_refs, y_ref, window = refs
+    b_ref = w_refs.pop() if has_bias else None
+    s = pl.program_id(2)
+    walk.advance(s, x_ref.at[0], window)
+
+    @pl.when(s >= walk.warm)
+    def _():
+        @_chunks(walk.rows, CHUNK)
+        def _(at, n):
+            # Aligned here and by a constant below: a dynamic offset must be a whole tile.
+            rows = window.at[pl.ds(at, n + walk.history)]
+            taps = [rows[pl.ds(walk.offset(k), n)] for k in range(walk.taps)]
+            if packed:
+                w = [ref[...] for ref in w_refs]
+                acc = _dot(jnp.concatenate(taps, 1), w if len(w) > 1 else w[0], passes)
+            else:
+                acc = jnp.zeros((n, y_ref.shape[2]), jnp.float32)
+                for k, tap in enumerate(taps):
+                    w = [ref[k] for ref in w_refs]
+                    acc += _dot(tap, w if len(w) > 1 else w[0], passes)
+            if has_bias:
+                acc += b_ref[...]
+            if activation is not None:
+                acc = activation(acc)
+            y_ref[0, pl.ds(at, n)] = acc.astype(y_ref.dtype)
+
+
+def _kernel_grad_kernel(walk, passes, x_ref, g_ref, dw_ref, window):
+    """One tile of time: adds ``x_k^T g`` to every tap of dw, which stays."""
+    n, s = pl.program_id(3), pl.program_id(4)
+    walk.advance(s, x_ref.at[0], window)
+
+    @pl.when((n == 0) & (s == 0))
+    def _():
+        dw_ref[...] = jnp.zeros(dw_ref.shape, dw_ref.dtype)
+
+    @pl.when(s >= walk.warm)
+    def _():
+        @_chunks(walk.rows, SUM_CHUNK)
+        def _(at, n):
+            g = g_ref[0, pl.ds(at, n)].astype(window.dtype)
+            if walk.out_time % walk.rows:  # the last tile has rows past the end
+                u = (s - walk.warm) * walk.rows + at + lax.broadcasted_iota(jnp.int32, g.shape, 0)
+                g = jnp.where(u < walk.out_time, g.astype(jnp.float32), 0.0).astype(g.dtype)
+            g = _split(g) if passes == "bf16x3" else g
+            rows = window.at[pl.ds(at, n + walk.history)]
+            for k in range(walk.taps):
+                dw_ref[0, k] += _dot(rows[pl.ds(walk.offset(k), n)], g, passes, ((0,), (0,)))
+
+
+# --- Tiles ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The tiles of one call: `walk` along time, ``BC`` channels in, ``BO`` out."""
+
+    walk: Walk
+    BC: int
+    BO: int
+    vmem: int
+
+
+def _channel_tiles(channels: int) -> list[int]:
+    """All channels at once, else ever fewer whole lanes."""
+    lanes = round_up(channels, LANES)
+    return [channels, *(b for b in (2048, 1024, 512, 256, 128) if b < lanes)]
+
+
+def _plan(
+    spec: ConvSpec,
+    C: int,
+    O: int,
+    sizes: tuple[int, int, int],
+    passes: str,
+    sums: bool,
+    chip: Chip,
+    longest: int,
+) -> Plan | None:
+    """The longest tile of time with the widest tile of channels that fits.
+
+    Args:
+      sizes: bytes of an element of x, of w or g, and of the output.
+      sums: over time, for the kernel gradient.
+    """
+    operand = 2 if passes == "bf16" else 4
+    copies = 2 if passes == "bf16x3" else 1
+
+    def need(walk: Walk, BC: int, BO: int) -> int:
+        chunk = min(SUM_CHUNK if sums else CHUNK, walk.rows)
+        common = 2 * vmem_bytes(walk.rows, BC, sizes[0]) + vmem_bytes(walk.window_rows, BC, operand)
+        if sums:
+            return (
+                common
+                + 2 * vmem_bytes(walk.rows, BO, sizes[1])
+                + copies * vmem_bytes(chunk, BO, operand)
+                + 2 * vmem_bytes(chunk, BC, operand)
+                + (2 * walk.taps + 1) * vmem_bytes(BC, BO, 4)
+            )
+        return (
+            common
+            + 2 * vmem_bytes(walk.rows, BO, sizes[2])
+            + 2 * vmem_bytes(walk.taps * round_up(BC, 8), BO, operand)
+            + copies * vmem_bytes(chunk, walk.taps * round_up(BC, LANES), operand)
+            + 2 * vmem_bytes(chunk, BO, 4)
+        )
+
+    # A tile as long as a chunk with fewer channels beats a shorter one with all of them.
+    for least in (CHUNK, 1):
+        for BO in _channel_tiles(O):
+            for BC in _channel_tiles(C) if sums else [C]:
+                rows = rows_that_fit(
+                    spec.out_time,
+                    longest,
+                    lambda rows, BC=BC, BO=BO: need(Walk.of(spec, rows), BC, BO) <= chip.budget,
+                )
+                if rows is not None and rows >= min(least, longest, spec.out_time):
+                    walk = Walk.of(spec, rows)
+                    return Plan(walk, BC, BO, need(walk, BC, BO))
+    return None
+
+
+def _plan_of(problem: Problem, chip: Chip, longest: int = LONGEST) -> Plan | None:
+    passes = _passes(problem)
+    sizes = (problem.lhs_dtype.itemsize, problem.rhs_dtype.itemsize, problem.out_dtype.itemsize)
+    spec, C, O = problem.spec, problem.C, problem.O
+    if problem.operation == "conv1d_input_grad":
+        spec, C, O = spec.transposed(), O, C
+    sums = problem.operation == "conv1d_kernel_grad"
+    return _plan(spec, C, O, sizes, passes, sums, chip, longest)
+
+
+# --- Launchers ---
+
+
+def _params(plan: Plan, chip: Chip, semantics: tuple[str, ...]) -> pltpu.CompilerParams:
+    # The plan counts buffers; what the compiler adds lies between it and the limit.
+    return pltpu.CompilerParams(
+        dimension_semantics=semantics, vmem_limit_bytes=min(chip.vmem * 15 // 16, 2**30)
+    )
+
+
+def forward(
+    x, w, plan: Plan, passes: str, out_dtype, chip: Chip, *, bias=None, activation=None,
+    interpret=False,
+):  # fmt: skip
+    """``activation(conv(x, w) + bias)`` by the plan of a forward convolution.
+
+    Args:
+      w: ``(K, C, O)`` with all taps; the dead ones are left out here.
+      bias: ``(O,)`` or None; added in float32, as the activation is applied in it.
+    """
+    (N, _, C), O, walk = x.shape, w.shape[2], plan.walk
+    if walk.taps == 0:
+        raise ValueError("no tap of this convolution sees its input")
+    w = w[walk.first : walk.first + walk.taps]
+    packed = C % LANES == 0 or (pl.cdiv(walk.taps * C, chip.mxu) < walk.taps * pl.cdiv(C, chip.mxu))
+    if packed:
+        w = w.reshape(walk.taps * C, O)
+    w = {
+        "bf16": lambda: (w.astype(jnp.bfloat16),),
+        "bf16x3": lambda: _split(w.astype(jnp.float32)),
+        "f32": lambda: (w.astype(jnp.float32),),
+    }[passes]()
+    block = (*w[0].shape[:-1], plan.BO)
+    w_spec = pl.BlockSpec(block, lambda o, n, s: (*(0,) * (len(block) - 1), o))
+    operands, in_specs = [x, *w], [
+        pl.BlockSpec((1, walk.rows, C), lambda o, n, s: (n, walk.x_block(s), 0)),
+        *(w_spec for _ in w),
+    ]  # fmt: skip
+    if bias is not None:
+        operands.append(bias.astype(jnp.float32).reshape(1, O))
+        in_specs.append(pl.BlockSpec((1, plan.BO), lambda o, n, s: (0, o)))
+    return pl.pallas_call(
+        functools.partial(_forward_kernel, walk, passes, packed, activation, bias is not None),
+        grid=(pl.cdiv(O, plan.BO), N, walk.steps),
+        in_specs=in_specs,
+        out_specs=pl.BlockSpec((1, walk.rows, plan.BO), lambda o, n, s: (n, walk.out_block(s), o)),
+        out_shape=jax.ShapeDtypeStruct((N, walk.out_time, O), out_dtype),
+        scratch_shapes=[
+            pltpu.VMEM((walk.window_rows, C), jnp.bfloat16 if passes == "bf16" else jnp.float32)
+        ],
+        compiler_params=_params(plan, chip, ("parallel", "parallel", "arbitrary")),
+        interpret=interpret,
+        name="conv1d_dense",
+    )(*operands)
+
+
+def kernel_grad(x, g, spec: ConvSpec, plan: Plan, passes: str, chip: Chip, *, interpret=False):
+    """dw ``(K, C, O)`` in float32, by the plan of a kernel gradient."""
+    (N, _, C), O, walk = x.shape, g.shape[2], plan.walk
+    parts = chip.cores if N % chip.cores == 0 else 1
+    share = N // parts
+    out = pl.pallas_call(
+        functools.partial(_kernel_grad_kernel, walk, passes),
+        grid=(parts, pl.cdiv(C, plan.BC), pl.cdiv(O, plan.BO), share, walk.steps),
+        in_specs=[
+            pl.BlockSpec(
+                (1, walk.rows, plan.BC),
+                lambda p, c, o, n, s: (p * share + n, walk.x_block(s), c),
+            ),
+            pl.BlockSpec(
+                (1, walk.rows, plan.BO),
+                lambda p, c, o, n, s: (p * share + n, walk.out_block(s), o),
+            ),
+        ],
+        out_specs=pl.BlockSpec(
+            (1, walk.taps, plan.BC, plan.BO), lambda p, c, o, n, s: (p, 0, c, o)
+        ),
+        out_shape=jax.ShapeDtypeStruct((parts, walk.taps, C, O), jnp.float32),
+        scratch_shapes=[
+            pltpu.VMEM(
+                (walk.window_rows, plan.BC), jnp.bfloat16 if passes == "bf16" else jnp.float32
+            )
+        ],
+        compiler_params=_params(plan, chip, ("parallel", *("arbitrary",) * 4)),
+        interpret=interpret,
+        name="conv1d_dense_kernel_grad",
+    )(x, g)
+    out = functools.reduce(jnp.add, out)
+    return jnp.pad(out, ((walk.first, spec.kernel_size - walk.first - walk.taps), (0, 0), (0, 0)))
+
+
+def launch(
+    problem: Problem, lhs, rhs, chip: Chip, *, longest: int = LONGEST, interpret=False
+) -> jax.Array:
+    """The operation of ``problem`` with the tiles of ``chip``, at most ``longest`` steps each."""
+    if 0 in problem.out_shape:
+        return jnp.zeros(problem.out_shape, problem.out_dtype)
+    plan, passes = _plan_of(problem, chip, longest), _passes(problem)
+    if plan.walk.taps == 0:  # nothing but padding is ever seen
+        return jnp.zeros(problem.out_shape, problem.out_dtype)
+    if problem.operation == "conv1d_kernel_grad":
+        dw = kernel_grad(lhs, rhs, problem.spec, plan, passes, chip, interpret=interpret)
+        return dw.astype(problem.out_dtype)
+    if problem.operation == "conv1d_input_grad":
+        rhs = flip(rhs, 1)
+    return forward(lhs, rhs, plan, passes, problem.out_dtype, chip, interpret=interpret)
+
+
+def run(problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    return launch(problem, lhs, rhs, Chip.current())
+
+
+# --- What it declines ---
+
+OPERANDS = (np.dtype(jnp.bfloat16), np.dtype(np.float32))
+
+
+def decline(problem: Problem) -> str | None:
+    spec = problem.spec
+    if spec.groups != 1:
+        return "is for one group of channels"
+    if spec.stride != 1 or spec.input_dilation != 1:
+        return "takes neither strides nor input dilation"
+    if not isinstance(spec.time, int) or not isinstance(problem.N, int):
+        return "needs a time and a batch size that are known when it is compiled"
+    for dtype in (problem.lhs_dtype, problem.rhs_dtype, problem.out_dtype):
+        if dtype not in OPERANDS:
+            return f"takes bfloat16 and float32, not {dtype}"
+    if _passes(problem) is None:
+        return f"knows the precisions DEFAULT, HIGH and HIGHEST, not {problem.precision}"
+    if 0 not in problem.out_shape and _plan_of(problem, Chip.current()) is None:
+        return "this kernel and its halo do not fit in VMEM"
+    return None
+
+
+def describe(problem: Problem) -> str:
+    if 0 in problem.out_shape:
+        return "zeros"
+    plan = _plan_of(problem, Chip.current())
+    return (
+        f"{plan.walk.rows} steps, {plan.walk.taps} taps, {plan.BO} channels out at once; "
+        f"a halo of {plan.walk.history} steps in VMEM; {_passes(problem)} products"
+    )
+
+
+KERNEL = Kernel(
+    implementation="pallas_tpu",
+    platforms=("tpu",),
+    run=run,
+    decline=decline,
+    describe=describe,
+    priority=None,
+    vmappable=False,
+)

@@ -1,0 +1,206 @@
+"""A window over time that stays in VMEM, for TPU kernels that walk along the time axis.
+
+A kernel's grid ends in a sequential axis. At step ``s`` it is given block ``j = s - warm + ahead``
+of x and makes block ``i = s - warm`` of the output, both of ``rows`` steps:
+
+    window   | history: what was read before | block j of x |
+    tap k    reads ``rows`` rows from ``offset(k)`` on
+
+so that x is read from HBM once, however long the halo is and whatever the padding: a low padding
+is a history of zeros, a high padding or a SAME convolution looks ``ahead``, and what lies outside
+of ``0 <= t < T``, also past the end of the last block, is written as zeros.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from conv_pallas.spec import ConvSpec
+
+LANES = 128
+TILE_ROWS = 16  # rows of a tile of the narrowest dtype: aligned for any of them
+COPY_ROWS = 256  # rows that are moved at once inside VMEM
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """Where each tap finds its rows; see the module's docstring.
+
+    Attributes:
+      time, out_time: ``T`` and ``T'``.
+      low: padding before the first *live* tap.
+      dilation: ``D``.
+      first, taps: the live taps ``first, ..., first + taps - 1``. The others see nothing but
+        padding, whatever the output.
+      rows: output steps in one step of the grid, a multiple of `TILE_ROWS`.
+    """
+
+    time: int
+    out_time: int
+    low: int
+    dilation: int
+    first: int
+    taps: int
+    rows: int
+
+    @classmethod
+    def of(cls, spec: ConvSpec, rows: int) -> "Walk":
+        live = [
+            k
+            for k in range(spec.kernel_size)
+            if -spec.out_time < k * spec.kernel_dilation - spec.padding[0] < spec.time
+        ]
+        first = live[0] if live else 0
+        return cls(
+            spec.time, spec.out_time, spec.padding[0] - first * spec.kernel_dilation,
+            spec.kernel_dilation, first, len(live), rows,
+        )  # fmt: skip
+
+    @property
+    def ahead(self) -> int:
+        """Blocks by which x runs ahead of the output; negative where it lags."""
+        return -(-((self.taps - 1) * self.dilation - self.low) // self.rows)
+
+    @property
+    def warm(self) -> int:
+        """Steps before the first that makes an output."""
+        return max(self.ahead, 0)
+
+    @property
+    def steps(self) -> int:
+        return self.warm + pl.cdiv(self.out_time, self.rows)
+
+    @property
+    def reach(self) -> int:
+        """How many rows before block j the first tap reads."""
+        return self.ahead * self.rows + self.low
+
+    @property
+    def history(self) -> int:
+        """Rows of the window before block j."""
+        return round_up(self.reach, TILE_ROWS)
+
+    @property
+    def window_rows(self) -> int:
+        return self.history + self.rows
+
+    def offset(self, k: int) -> int:
+        """The first row of the window that live tap ``k`` reads."""
+        return self.history - self.reach + k * self.dilation
+
+    def x_block(self, s):
+        """Which block of x comes at step ``s``; any, where there is none."""
+        return jnp.clip(s - self.warm + self.ahead, 0, pl.cdiv(self.time, self.rows) - 1)
+
+    def out_block(self, s):
+        """Which block of the output step ``s`` makes; the first, before there is one."""
+        return jnp.maximum(s - self.warm, 0)
+
+    def advance(self, s, x_ref, window) -> None:
+        """Moves the window on to step ``s``: device code, once a step.
+
+        Args:
+          x_ref: block ``x_block(s)``, ``(rows, C)``.
+          window: VMEM ``(window_rows, C)``, carried from one step to the next.
+        """
+        H, BT = self.history, self.rows
+
+        @pl.when(s == 0)
+        def _():
+            _by_chunks(H, lambda at, n: _store(window, at, n, jnp.zeros((n, window.shape[1]))))
+
+        if self.steps > 1:
+
+            @pl.when(s > 0)
+            def _():
+                # Ascending, and no chunk is longer than the way it goes, so that a long
+                # history may overlap itself.
+                _by_chunks(H, lambda at, n: _store(window, at, n, _load(window, at, n, BT)), BT)
+
+        start = (s - self.warm + self.ahead) * BT
+        whole = (start >= 0) & (start + BT <= self.time)
+
+        @pl.when(whole)
+        def _():
+            _by_chunks(BT, lambda at, n: _store(window, at, n, _load(x_ref, at, n), H))
+
+        @pl.when(jnp.logical_not(whole))
+        def _():
+            def masked(at, n):
+                t = start + at + lax.broadcasted_iota(jnp.int32, (n, window.shape[1]), 0)
+                real = (t >= 0) & (t < self.time)
+                # Selected in float32: the older chips compare and select in 32 bits.
+                x = _load(x_ref, at, n).astype(jnp.float32)
+                _store(window, at, n, jnp.where(real, x, 0.0), H)
+
+            _by_chunks(BT, masked)
+
+
+def _by_chunks(rows: int, body, longest: int = COPY_ROWS) -> None:
+    """``body(at, n)`` for ``at`` in steps of ``n`` rows, so that few values live at once."""
+    n = min(COPY_ROWS, longest)
+    whole, rest = divmod(rows, n)
+    if whole == 1:
+        body(0, n)
+    elif whole:
+        pl.loop(0, whole)(lambda c: body(pl.multiple_of(c * n, n), n))
+    if rest:
+        body(whole * n, rest)
+
+
+def _load(ref, at, n: int, shift: int = 0) -> jax.Array:
+    return ref[pl.ds(at + shift, n)]
+
+
+def _store(ref, at, n: int, value: jax.Array, shift: int = 0) -> None:
+    ref[pl.ds(at + shift, n)] = value.astype(ref.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What tiles depend on. Bytes and counts are those of one core."""
+
+    vmem: int
+    mxu: int
+    cores: int
+
+    @classmethod
+    def current(cls) -> "Chip":
+        """The chip that is lowered for.
+
+        A model that is exported from a host without a TPU does not know its chip. It gets tiles
+        for the least of them, which run on all.
+        """
+        try:
+            info = pltpu.get_tpu_info()
+        except ValueError:  # no TPU here, and none is named by the abstract mesh
+            return cls(vmem=16 * 2**20, mxu=128, cores=1)
+        return cls(info.vmem_capacity_bytes, info.mxu_column_size, info.num_cores)
+
+    @property
+    def budget(self) -> int:
+        """Bytes that a kernel may plan with; the rest is the compiler's, for spills and copies."""
+        return self.vmem * 3 // 4
+
+
+def vmem_bytes(rows: int, lanes: int, itemsize: int) -> int:
+    """What an array takes up in VMEM, in whole tiles."""
+    return round_up(rows, TILE_ROWS) * round_up(lanes, LANES) * itemsize
+
+
+def rows_that_fit(out_time: int, longest: int, fits) -> int | None:
+    """The longest block of time, a power of two times `TILE_ROWS`, that ``fits(rows)``."""
+    rows = TILE_ROWS
+    while rows < min(longest, out_time):
+        rows *= 2
+    while rows >= TILE_ROWS and not fits(rows):
+        rows //= 2
+    return rows if rows >= TILE_ROWS else None

@@ -1,0 +1,164 @@
+"""The arithmetic of the TPU kernels, interpreted on the CPU with race detection.
+
+Memory that was not written reads as NaN, what is read or written out of bounds raises, and so
+does a race. The last tests plant one mistake of each kind, so that the harness is known to see it.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from conv_pallas.kernels import tpu_dense
+from conv_pallas.kernels.tpu_window import Chip
+from conv_pallas.spec import OPERATIONS
+from tests.cases import Case
+from tests.tolerance import check
+
+V5E = Chip(vmem=128 * 2**20, mxu=128, cores=1)
+MEGACORE = Chip(vmem=16 * 2**20, mxu=128, cores=2)
+
+DENSE = (
+    Case("causal", T=40, C=8, O=16, D=4),
+    Case("halo_longer_than_tile", T=60, C=8, O=8, D=24),
+    Case("time_shorter_than_halo", T=12, C=4, O=8, D=7),
+    Case("ragged", T=37, C=25, O=30, K=2, D=3),
+    Case("wide", batch=(1,), T=24, C=150, O=130, D=1),
+    Case("lanes", batch=(1,), T=40, C=128, O=128, D=5),
+    Case("same", T=50, C=3, O=5, K=4, D=9, padding="SAME"),
+    Case("valid", T=50, C=3, O=5, D=11, padding="VALID"),
+    Case("crop", T=70, C=3, O=5, D=2, padding=[(-20, -3)]),
+    Case("pad_beyond_field", T=20, C=3, O=5, K=2, padding=[(40, 25)]),
+    Case("dead_taps", T=10, C=3, O=5, K=5, D=8, padding="SAME"),
+    Case("pointwise", T=20, C=3, O=5, K=1),
+    Case("bfloat16", T=40, C=16, O=16, D=5, dtype="bfloat16"),
+    Case("bfloat16_to_float32", T=40, C=16, O=16, D=2, dtype="bfloat16", out_dtype="float32"),
+    Case("high", T=40, C=16, O=16, D=3, precision="high"),
+    Case("highest", T=40, C=130, O=16, D=3, precision="highest"),
+)
+
+
+def params() -> pltpu.InterpretParams:
+    return pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+
+
+@pytest.fixture(autouse=True)
+def fresh_interpreter():
+    """What an interpreted kernel leaves behind when it raises must not reach the next."""
+    pltpu.reset_tpu_interpret_mode_state()
+    yield
+    pltpu.reset_tpu_interpret_mode_state()
+
+
+def operands(case: Case, operation: str):
+    x, w, g = case.arrays()
+    return {
+        "conv1d": (x, w),
+        "conv1d_input_grad": (g, w),
+        "conv1d_kernel_grad": (x, g),
+    }[operation]
+
+
+def check_kernel(module, case: Case, operation: str, chip: Chip = V5E) -> np.ndarray:
+    """Interprets one operation in tiles of 16 steps; returns what it computed."""
+    problem = case.problem(operation, "tpu")
+    lhs, rhs = operands(case, operation)
+    assert module.decline(problem) is None
+    out = module.launch(problem, lhs, rhs, chip, longest=16, interpret=params())
+    check(
+        out, operation, lhs, rhs, case.spec, out_dtype=problem.out_dtype,
+        precision=case.precision, platform="tpu",
+    )  # fmt: skip
+    return np.asarray(out)
+
+
+@pytest.mark.parametrize("operation", ["conv1d", "conv1d_kernel_grad"])
+@pytest.mark.parametrize("case", DENSE, ids=str)
+def test_dense(case, operation):
+    check_kernel(tpu_dense, case, operation)
+
+
+# The device code is the forward's; what differs is the geometry.
+@pytest.mark.parametrize("name", ["causal", "ragged", "crop", "pad_beyond_field", "dead_taps"])
+def test_dense_input_grad(name):
+    (case,) = (case for case in DENSE if case.name == name)
+    check_kernel(tpu_dense, case, "conv1d_input_grad")
+
+
+def test_dense_in_tiles_of_channels():
+    # So little memory that C and O must be split.
+    chip = dataclasses.replace(V5E, vmem=900 * 2**10)
+    case = Case("channels", batch=(1,), T=20, C=260, O=260, K=3)
+    for operation in OPERATIONS:
+        plan = tpu_dense._plan_of(case.problem(operation, "tpu"), chip, 16)
+        assert plan.BO < case.O
+        check_kernel(tpu_dense, case, operation, chip)
+
+
+def test_parts_of_the_kernel_gradient_are_added_in_order():
+    case = Case("parts", batch=(4,), T=40, C=8, O=8)
+    one = check_kernel(tpu_dense, case, "conv1d_kernel_grad", MEGACORE)
+    two = check_kernel(tpu_dense, case, "conv1d_kernel_grad", MEGACORE)
+    np.testing.assert_array_equal(one, two)
+
+
+def test_bias_and_activation():
+    case = Case("epilogue", T=40, C=8, O=24, D=3)
+    x, w, _ = case.arrays()
+    bias = np.linspace(-1, 1, case.O, dtype=np.float32)
+    problem = case.problem("conv1d", "tpu")
+    plan = tpu_dense._plan_of(problem, V5E, 16)
+    y = tpu_dense.forward(
+        x, w, plan, "f32", np.float32, V5E, bias=bias, activation=jax.nn.relu, interpret=params()
+    )
+    plain = tpu_dense.forward(x, w, plan, "f32", np.float32, V5E, interpret=params())
+    np.testing.assert_allclose(y, np.maximum(plain + bias, 0), rtol=1e-6, atol=1e-6)
+
+
+# --- The harness sees what it is there for ---
+
+
+def copies(*, wait: bool = True, first: int = 0, read: int = 16):
+    """Copies 16 rows from ``first`` on into VMEM, by hand, and returns ``read`` of them doubled."""
+
+    def kernel(x_hbm, y_ref, window, semaphore):
+        start = first + pl.program_id(0)  # not known before it runs
+        source = x_hbm.at[pl.ds(start, 16)]
+        copy = pltpu.make_async_copy(source, window.at[pl.ds(0, 16)], semaphore)
+        copy.start()
+        if wait:
+            copy.wait()
+        y_ref[...] = 2 * window[pl.ds(0, read)]
+        if not wait:
+            copy.wait()
+
+    return pl.pallas_call(
+        kernel,
+        grid=(1,),
+        in_specs=[pl.BlockSpec(memory_space=pl.ANY)],
+        out_shape=jax.ShapeDtypeStruct((read, 128), jnp.float32),
+        scratch_shapes=[pltpu.VMEM((32, 128), jnp.float32), pltpu.SemaphoreType.DMA],
+        interpret=params(),
+    )(jnp.ones((16, 128), jnp.float32))
+
+
+def test_a_correct_copy_passes():
+    np.testing.assert_array_equal(copies(), 2.0)
+
+
+def test_a_missing_wait_is_caught():
+    with pytest.raises(Exception, match=r"[Rr]ace"):
+        jax.block_until_ready(copies(wait=False))
+
+
+def test_a_copy_out_of_bounds_is_caught():
+    with pytest.raises(Exception, match=r"[Oo]ut.of.bound"):
+        jax.block_until_ready(copies(first=1))
+
+
+def test_a_read_of_uninitialised_memory_is_caught():
+    assert np.isnan(copies(read=24)[16:]).all()
