@@ -93,7 +93,7 @@ def explain(
         )
     chain = dispatch.canonicalize(implementation)
     dtype = promoted_dtype(x, kernel, *([] if bias is None else [bias]))
-    note = lax_reason(dtype, len(kernel.shape) - 2)
+    note = lax_reason(dtype, max(1, len(kernel.shape) - 2))  # of fewer `make_spec` complains
     if note is None and is_stock(chain):
         note = "xla_native: jax.lax.conv_general_dilated as nnx.Conv calls it"
     if note:

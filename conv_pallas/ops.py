@@ -176,10 +176,7 @@ def conv_general_dilated(
         )
     if lhs.dtype != rhs.dtype:
         raise TypeError(f"lhs and rhs must have the same dtype, got {lhs.dtype} and {rhs.dtype}")
-    if isinstance(padding, str) and padding.upper() not in ("SAME", "SAME_LOWER", "VALID"):
-        raise UnknownPaddingError(
-            f"padding must be SAME, SAME_LOWER, VALID or [(low, high)], got {padding!r}"
-        )
+    _check_as_lax(window_strides, padding, lhs_dilation, rhs_dilation)
     numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
     (n, c, t), (o, i, k), out = numbers
     x, kernel = lhs.transpose(n, t, c), rhs.transpose(k, i, o)
@@ -208,6 +205,26 @@ def conv_general_dilated(
         chain=chain,
     )
     return y.transpose(np.argsort((out[0], out[2], out[1])))
+
+
+def _check_as_lax(window_strides, padding, lhs_dilation, rhs_dilation) -> None:
+    """Refuses what `conv1d` takes and `jax.lax` does not, with the types of `jax.lax`."""
+    numbers = dict(
+        window_strides=window_strides, lhs_dilation=lhs_dilation, rhs_dilation=rhs_dilation
+    )
+    for name, value in numbers.items():
+        if value is not None and not isinstance(value, Sequence | np.ndarray):
+            raise TypeError(f"{name} must be a sequence of one int, got {value!r}")
+    expected = f"padding must be SAME, SAME_LOWER, VALID or [(low, high)], got {padding!r}"
+    if isinstance(padding, str):
+        if padding.upper() not in ("SAME", "SAME_LOWER", "VALID"):
+            raise UnknownPaddingError(expected)
+        return
+    pairs = padding if isinstance(padding, Sequence | np.ndarray) else (padding,)
+    if not all(isinstance(pair, Sequence | np.ndarray) and len(pair) == 2 for pair in pairs):
+        raise ValueError(expected)
+    if len(pairs) != 1:
+        raise TypeError(expected)
 
 
 def lax_reason(dtype, spatial_rank: int) -> str | None:
