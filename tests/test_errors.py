@@ -1,0 +1,339 @@
+"""Bad input: one line that names the argument, what it was and what it may be, at trace time."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from conv_pallas import conv1d, conv_general_dilated, explain
+from conv_pallas.nn import Conv, replace_convs
+
+X = jax.ShapeDtypeStruct((2, 11, 4), jnp.float32)
+NAMES = "triton, pallas_tpu, xla, xla_native"
+PADDINGS = "SAME, SAME_LOWER, VALID, CAUSAL, CIRCULAR, REFLECT, an int, [int] or [(low, high)]"
+
+# name: (arguments of the layer, the exception, words of the message in their order); `x` is
+# the input's shape, and `flax` what nnx.Conv raises, where that is not the same: None where
+# it computes something.
+BAD = {
+    "channels": (dict(x=(2, 11, 5)), ValueError, ["x must have 4 channels", "got 5"]),
+    "channels_of_groups": (
+        dict(x=(2, 11, 6), feature_group_count=2),
+        ValueError,
+        ["x must have 4 channels", "2 times feature_group_count=2", "got 6"],
+    ),
+    "rank": (dict(x=(4,)), ValueError, ["x must have shape (*batch, time, channels)", "(4,)"]),
+    "groups_in": (
+        dict(feature_group_count=3, flax=AssertionError),
+        ValueError,
+        ["feature_group_count must divide in_features=4", "got 3"],
+    ),
+    "groups_out": (
+        dict(feature_group_count=4),
+        ValueError,
+        ["feature_group_count must divide", "6 output channels", "got 4"],
+    ),
+    "mask": (
+        dict(mask=jnp.ones((3, 4, 5))),
+        ValueError,
+        ["mask must have", "(3, 4, 6)", "got (3, 4, 5)"],
+    ),
+    **{
+        f"{p}_with_input_dilation": (
+            dict(padding=p, input_dilation=2),
+            ValueError,
+            ["padding must be", "an int, [int] or [(low, high)]", f"got padding='{p}'", "=2"],
+        )
+        for p in ("SAME", "VALID", "CAUSAL", "CIRCULAR")
+    },
+    "unknown_padding": (
+        dict(padding="BLUE", flax=RuntimeError),
+        (ValueError, RuntimeError),
+        ["padding must be one of", PADDINGS, "got 'BLUE'"],
+    ),
+    **{
+        f"padding_{p}": (dict(padding=p), ValueError, ["padding must be", PADDINGS, f"got {p!r}"])
+        for p in (None, 1.5, (1, 2), [(1, 2), (1, 2)], [(1, 2, 3)], [(1.5, 2)], [])
+    },
+    "padding_crops_too_much": (
+        dict(padding=[(-8, -8)]),
+        ValueError,
+        ["padding must not crop more than x's 11 steps", "got [(-8, -8)]"],
+    ),
+    "stride_zero": (dict(strides=0, flax=None), ValueError, ["strides must be 1 or more", "got 0"]),
+    "stride_negative": (
+        dict(strides=(-2,), flax=None),
+        ValueError,
+        ["strides must be 1 or more", "got -2"],
+    ),
+    "stride_of_two": (dict(strides=(1, 2)), ValueError, ["strides must be an int", "got (1, 2)"]),
+    "stride_float": (dict(strides=1.5), TypeError, ["strides must be an int", "got 1.5"]),
+    "kernel_dilation_zero": (
+        dict(kernel_dilation=0),
+        TypeError,
+        ["kernel_dilation must be 1 or more", "got 0"],
+    ),
+    "kernel_dilation_negative": (
+        dict(kernel_dilation=-3),
+        TypeError,
+        ["kernel_dilation must be 1 or more", "got -3"],
+    ),
+    "kernel_dilation_of_two": (
+        dict(kernel_dilation=(2, 2), flax=None),
+        ValueError,
+        ["kernel_dilation must be an int", "got (2, 2)"],
+    ),
+    "kernel_dilation_float": (
+        dict(kernel_dilation=2.0),
+        TypeError,
+        ["kernel_dilation must be an int", "got 2.0"],
+    ),
+    "input_dilation_zero": (
+        dict(input_dilation=0, padding=1),
+        TypeError,
+        ["input_dilation must be 1 or more", "got 0"],
+    ),
+    "input_dilation_negative": (
+        dict(input_dilation=[-1], padding=1),
+        TypeError,
+        ["input_dilation must be 1 or more", "got -1"],
+    ),
+    "implementation_can_not": (
+        dict(implementation="triton", flax=None),
+        NotImplementedError,
+        ["implementation='triton'", "on cpu", "triton: ", "may be", "xla"],
+    ),
+    "implementations_can_not": (
+        dict(implementation=("triton", "pallas_tpu"), flax=None),
+        NotImplementedError,
+        ["implementation='triton', 'pallas_tpu'", "triton: ", "pallas_tpu: ", "may be"],
+    ),
+}  # fmt: skip
+
+
+def _trace(cls, arguments: dict):
+    """Makes the layer and traces its call; nothing is computed."""
+    arguments = dict(arguments)
+    arguments.pop("flax", None)
+    shape = arguments.pop("x", X.shape)
+    if cls is nnx.Conv:
+        arguments.pop("implementation", None)
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    def call(x):
+        layer = cls(4, 6, 3, rngs=nnx.Rngs(0), kernel_init=nnx.initializers.ones, **arguments)
+        # Platforms are known where it is lowered, implementations that no platform has before.
+        return layer(x)
+
+    if "implementation" in arguments:
+        return jax.jit(call).lower(x)
+    return jax.eval_shape(call, x)
+
+
+def _assert_message(error: BaseException, words: list[str]):
+    message = str(error)
+    assert "\n" not in message
+    assert re.search(".*".join(map(re.escape, words)), message), message
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_layer(name):
+    arguments, exceptions, words = BAD[name]
+    for exception in exceptions if isinstance(exceptions, tuple) else (exceptions,):
+        with pytest.raises(exception) as error:
+            _trace(Conv, arguments)
+    _assert_message(error.value, words)
+
+
+@pytest.mark.parametrize("name", [n for n in BAD if not n.startswith("implementation")])
+def test_layer_of_any_implementation(name):
+    """The complaint must not depend on what would have run."""
+    arguments, exceptions, words = BAD[name]
+    with pytest.raises(exceptions) as error:
+        _trace(Conv, arguments | dict(implementation="xla_native"))
+    _assert_message(error.value, words)
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # nnx.Conv, stride 0
+def test_flax_raises_the_same(name):
+    arguments, exceptions, _ = BAD[name]
+    expected = arguments.get("flax", exceptions)
+    if expected is None:
+        _trace(nnx.Conv, arguments)  # flax computes something; see whether that still holds
+    else:
+        with pytest.raises(expected):
+            _trace(nnx.Conv, arguments)
+
+
+KERNEL = jax.ShapeDtypeStruct((3, 4, 6), jnp.float32)
+
+BAD_CALLS = {
+    "kernel_rank": (
+        dict(kernel=(3, 4)),
+        ValueError,
+        ["kernel must have shape", "got (3, 4)"],
+    ),
+    "kernel_without_taps": (
+        dict(kernel=(0, 4, 6)),
+        ValueError,
+        ["kernel must have at least one tap", "(0, 4, 6)"],
+    ),
+    "bias": (dict(bias=(5,)), ValueError, ["bias must have shape (6,)", "got (5,)"]),
+    "bias_rank": (dict(bias=(1, 6)), ValueError, ["bias must have shape (6,)", "got (1, 6)"]),
+    "activation": (
+        dict(activation="blue"),
+        ValueError,
+        ["activation must be None, a callable or one of relu, ", "got 'blue'"],
+    ),
+    "groups_zero": (
+        dict(feature_group_count=0),
+        ValueError,
+        ["feature_group_count must be 1 or more", "got 0"],
+    ),
+    "groups_negative": (
+        dict(feature_group_count=-2),
+        ValueError,
+        ["feature_group_count must be 1 or more", "got -2"],
+    ),
+    "preferred_narrower": (
+        dict(preferred_element_type=jnp.bfloat16),
+        TypeError,
+        ["preferred_element_type", "must not be narrower"],
+    ),
+    "implementation": (
+        dict(implementation="cudnn"),
+        ValueError,
+        ["implementation must be None, one of", NAMES, "sequence", "got 'cudnn'"],
+    ),
+    "implementation_in_sequence": (
+        dict(implementation=("xla", "cudnn")),
+        ValueError,
+        ["implementation must be None, one of", NAMES, "got ('xla', 'cudnn')"],
+    ),
+    "implementation_of_none": (
+        dict(implementation=()),
+        ValueError,
+        ["implementation must be None, one of", NAMES, "got ()"],
+    ),
+    "implementation_number": (
+        dict(implementation=3),
+        ValueError,
+        ["implementation must be None, one of", NAMES, "got 3"],
+    ),
+    "implementation_can_not": (
+        dict(implementation="triton"),
+        NotImplementedError,
+        ["implementation='triton'", "on cpu", "triton: "],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+@pytest.mark.parametrize("function", [conv1d, explain], ids=["conv1d", "explain"])
+def test_function(name, function):
+    arguments, exception, words = BAD_CALLS[name]
+    arguments = dict(arguments)
+    if function is explain and "bias" in arguments:
+        return  # it does not look at the bias
+    operands = [X, *(
+        jax.ShapeDtypeStruct(arguments.pop(n, default), jnp.float32)
+        for n, default in (("kernel", (3, 4, 6)), ("bias", (6,)))
+    )]  # fmt: skip
+    with pytest.raises(exception) as error:
+        if function is explain:
+            explain(*operands, **arguments)
+        else:
+            jax.jit(lambda *operands: conv1d(*operands, **arguments)).lower(*operands)
+    _assert_message(error.value, words)
+
+
+@pytest.mark.parametrize("name", [n for n in BAD if n not in ("mask", "groups_in")])
+def test_function_complains_as_the_layer(name):
+    arguments, exceptions, words = BAD[name]
+    arguments = {k: v for k, v in arguments.items() if k != "flax"}
+    x = jax.ShapeDtypeStruct(arguments.pop("x", X.shape), jnp.float32)
+    groups = arguments.get("feature_group_count", 1)
+    kernel = jax.ShapeDtypeStruct((3, 4 // groups, 6), jnp.float32)
+    with pytest.raises(exceptions) as error:
+        jax.jit(lambda *operands: conv1d(*operands, **arguments)).lower(x, kernel)
+    _assert_message(error.value, words)
+
+
+def test_causal_in_two_dimensions():
+    for cls in (nnx.Conv, Conv):
+        layer = cls(4, 6, (3, 3), padding="CAUSAL", rngs=nnx.Rngs(0))
+        with pytest.raises(ValueError, match="Causal padding is only implemented for 1D"):
+            jax.eval_shape(layer, jax.ShapeDtypeStruct((2, 7, 7, 4), jnp.float32))
+
+
+@pytest.mark.parametrize("make", [
+    lambda implementation: Conv(4, 6, 3, rngs=nnx.Rngs(0), implementation=implementation),
+    lambda implementation: replace_convs(
+        nnx.Conv(4, 6, 3, rngs=nnx.Rngs(0)), implementation=implementation
+    ),
+], ids=["Conv", "replace_convs"])  # fmt: skip
+def test_layers_refuse_unknown_implementations_when_made(make):
+    with pytest.raises(ValueError) as error:
+        make("cudnn")
+    _assert_message(error.value, ["implementation must be None, one of", NAMES, "got 'cudnn'"])
+
+
+def test_environment_variable(monkeypatch):
+    monkeypatch.setenv("CONV_PALLAS_IMPLEMENTATION", "cudnn")
+    layer = Conv(4, 6, 3, rngs=nnx.Rngs(0))
+    for call in (
+        lambda: jax.eval_shape(conv1d, X, KERNEL),
+        lambda: jax.eval_shape(layer, X),
+        lambda: explain(X, KERNEL),
+    ):
+        with pytest.raises(ValueError) as error:
+            call()
+        _assert_message(
+            error.value,
+            ["environment variable CONV_PALLAS_IMPLEMENTATION must be", NAMES, "got 'cudnn'"],
+        )
+    monkeypatch.setenv("CONV_PALLAS_IMPLEMENTATION", "triton")
+    with pytest.raises(NotImplementedError, match="'triton'"):
+        jax.jit(conv1d).lower(X, KERNEL)
+
+
+LAX = dict(window_strides=(1,), padding="SAME", dimension_numbers=("NWC", "WIO", "NWC"))
+
+
+@pytest.mark.parametrize("arguments", [
+    dict(padding="CAUSAL"),
+    dict(padding="CIRCULAR"),
+    dict(padding="blue"),
+    dict(padding=[(1, 2), (3, 4)]),
+    dict(padding=None),
+    dict(lhs_dilation=(2,)),
+    dict(lhs_dilation=(0,), padding=[(1, 1)]),
+    dict(rhs_dilation=(0,)),
+    dict(rhs_dilation=(-1,)),
+    dict(window_strides=(1, 1)),
+    dict(window_strides=1),
+    dict(feature_group_count=3),
+    dict(feature_group_count=0),
+    dict(dimension_numbers=("NWC", "WIO")),
+    dict(dimension_numbers=("NWC", "WIO", "NWQ")),
+    dict(preferred_element_type=jnp.bfloat16),
+    dict(preferred_element_type=jnp.int32),
+    dict(batch_group_count=0),
+    dict(lhs=jax.ShapeDtypeStruct((2, 11, 4), jnp.bfloat16)),
+    dict(lhs=jax.ShapeDtypeStruct((2, 11, 5), jnp.float32)),
+    dict(lhs=jax.ShapeDtypeStruct((11, 4), jnp.float32)),
+], ids=str)  # fmt: skip
+def test_conv_general_dilated_raises_as_lax(arguments):
+    def trace(function):
+        keywords = LAX | arguments
+        operands = [keywords.pop("lhs", X), keywords.pop("rhs", KERNEL)]
+        return jax.eval_shape(lambda *operands: function(*operands, **keywords), *operands)
+
+    with pytest.raises(Exception) as theirs:
+        trace(jax.lax.conv_general_dilated)
+    with pytest.raises(type(theirs.value)) as ours:
+        trace(conv_general_dilated)
+    assert str(ours.value)
