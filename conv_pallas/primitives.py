@@ -270,16 +270,12 @@ def _unfold(a, axis: int, size: int, groups: int):
 # --- Differentiation ---
 
 
-def _to(aval, operation: Operation, lhs, rhs, *, out_dtype, out_sharding, **params):
+def _to(aval, operation: Operation, lhs, rhs, **params):
     """An operation whose result is the cotangent of a value of type `aval`."""
-    out_sharding = None
-    if not aval.sharding.mesh._are_all_axes_auto_or_manual:
-        out_sharding = aval.sharding
+    out_sharding = aval.sharding if aval.sharding.mesh.explicit_axes else None
     return _PRIMITIVES[operation].bind(
         *jax_core.auto_insert_reshard(lhs, rhs),
-        out_dtype=aval.dtype,
-        out_sharding=out_sharding,
-        **params,
+        **(params | dict(out_dtype=aval.dtype, out_sharding=out_sharding)),
     )
 
 
