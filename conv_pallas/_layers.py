@@ -1,0 +1,202 @@
+"""Layers that somebody published, in the size they were trained or run in.
+
+The demo, the benchmarks and whoever asks for a layer by name read this one table.
+"""
+
+import dataclasses
+import difflib
+
+import jax
+from flax import nnx
+
+from conv_pallas.nn import Conv
+from conv_pallas.ops import ACTIVATIONS
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Layer:
+    """One convolution of a model. The letters are those of `conv_pallas.spec`.
+
+    Attributes:
+      name: the model, then what tells its layers apart: ``"wavenet/D512"``.
+      source: where the model is described.
+      padding: as in `conv_pallas.conv1d`.
+      activation: what directly follows the convolution, as in `conv_pallas.conv1d`; None where
+        nothing elementwise does (a gate over pairs of channels, a norm, another convolution).
+      dtype: of parameters and activations.
+    """
+
+    name: str
+    source: str
+    N: int
+    T: int
+    C: int
+    O: int
+    K: int
+    D: int = 1
+    S: int = 1
+    G: int = 1
+    padding: str = "CAUSAL"
+    activation: str | None = None
+    dtype: str = "float32"
+
+    @property
+    def model(self) -> str:
+        return self.name.partition("/")[0]
+
+    @property
+    def kind(self) -> str:
+        if self.G == 1:
+            kind = "dense"
+        else:
+            kind = "depthwise" if self.G == self.C else "grouped"
+        return kind if self.S == 1 else f"{kind}, stride {self.S}"
+
+    @property
+    def span(self) -> int:
+        """Steps from a window's first tap to its last, both counted."""
+        return (self.K - 1) * self.D + 1
+
+    @property
+    def products(self) -> int:
+        """Multiplications in one forward pass, those with padding counted."""
+        return self.N * -(-self.T // self.S) * self.K * (self.C // self.G) * self.O
+
+    def __str__(self) -> str:
+        """The geometry, on one line."""
+        channels = f"C={self.C}" if self.C == self.O else f"C={self.C} O={self.O}"
+        rest = "".join(
+            f" {letter}={value}"
+            for letter, value in (("D", self.D), ("S", self.S), ("G", self.G))
+            if value > 1
+        )
+        return f"N={self.N} T={self.T} {channels} K={self.K}{rest}"
+
+    def build(self, conv: type[nnx.Conv] = Conv, rngs: nnx.Rngs | None = None, **more) -> nnx.Conv:
+        """The layer without its activation.
+
+        Args:
+          conv: the class, `nnx.Conv` for the stock layer.
+          rngs: draws the parameters; None is ``nnx.Rngs(0)``.
+          more: further arguments of ``conv``.
+        """
+        return conv(
+            self.C,
+            self.O,
+            (self.K,),
+            self.S,
+            padding=self.padding,
+            kernel_dilation=self.D,
+            feature_group_count=self.G,
+            dtype=self.dtype,
+            param_dtype=self.dtype,
+            rngs=nnx.Rngs(0) if rngs is None else rngs,
+            **more,
+        )
+
+    def activate(self, y: jax.Array) -> jax.Array:
+        """What the model does to the convolution's output."""
+        return y if self.activation is None else ACTIVATIONS[self.activation](y)
+
+
+_BAI = "Bai, Kolter & Koltun 2018, arXiv:1803.01271, github.com/locuslab/TCN"
+_WAVENET = "van den Oord et al. 2016, arXiv:1609.03499"
+_TASNET = "Luo & Mesgarani 2019, arXiv:1809.07454"
+_HIFIGAN = "Kong, Kim & Bae 2020, arXiv:2010.05646, V1"
+_MSTCN = "Abu Farha & Gall 2019, arXiv:1903.01945"
+_SPLICEAI = "Jaganathan et al. 2019, doi:10.1016/j.cell.2018.12.015, SpliceAI-10k"
+_ATACWORKS = "Lal et al. 2021, doi:10.1038/s41467-021-21765-5"
+_MAMBA = "Gu & Dao 2023, arXiv:2312.00752, 2.8B"
+_LIMIT = "no model: the far end of what a layer may be"
+
+
+def _stack(model: str, source: str, dilations: tuple[int, ...], *sizes: int, **more):
+    N, T, C, O, K = sizes
+    return [Layer(f"{model}/D{D}", source, N, T, C, O, K, D, **more) for D in dilations]
+
+
+def _powers(last: int) -> tuple[int, ...]:
+    return tuple(1 << i for i in range(last.bit_length()))
+
+
+PUBLISHED: tuple[Layer, ...] = (
+    *_stack("tcn-adding", _BAI, _powers(128), 32, 400, 30, 30, 7, activation="relu"),
+    *_stack("tcn-copy", _BAI, _powers(128), 32, 1020, 10, 10, 8, activation="relu"),
+    *_stack("tcn-mnist", _BAI, _powers(128), 64, 784, 25, 25, 7, activation="relu"),
+    *_stack("tcn-music", _BAI, _powers(8), 1, 256, 150, 150, 5, activation="relu"),
+    *_stack("tcn-ptb-characters", _BAI, _powers(4), 32, 400, 450, 450, 3, activation="relu"),
+    *_stack("tcn-ptb-words", _BAI, _powers(8), 16, 80, 600, 600, 3, activation="relu"),
+    *_stack("wavenet", _WAVENET, _powers(512), 8, 16000, 64, 128, 2),
+    *_stack("conv-tasnet", _TASNET, _powers(128), 8, 3999, 512, 512, 3, G=512, padding="SAME"),
+    *(
+        Layer(f"hifigan-v1/C{C}/K{K}/D{D}", _HIFIGAN, 16, T, C, C, K, D, padding="SAME")
+        for T, C in ((256, 256), (2048, 128), (4096, 64), (8192, 32))
+        for K in (3, 7, 11)
+        for D in (1, 3, 5)
+    ),
+    *_stack("ms-tcn", _MSTCN, _powers(512), 1, 5000, 64, 64, 3, padding="SAME", activation="relu"),
+    *(
+        Layer(f"spliceai-10k/K{K}/D{D}", _SPLICEAI, 8, 15000, 32, 32, K, D, padding="SAME")
+        for K, D in ((11, 1), (11, 4), (21, 10), (41, 25))
+    ),
+    *_stack("atacworks", _ATACWORKS, (8,), 8, 60000, 15, 15, 51, padding="SAME", activation="relu"),
+    *_stack("mamba-2.8b", _MAMBA, (1,), 8, 2048, 5120, 5120, 4, G=5120, activation="silu"),
+    *_stack("wide-and-long", _LIMIT, (1, 4, 64, 512, 1024), 8, 4096, 512, 512, 3),
+    *_stack("very-long", _LIMIT, (1, 1024), 1, 1 << 20, 64, 64, 3),
+)
+
+
+def find(name: str, layers: tuple[Layer, ...] = PUBLISHED) -> Layer:
+    """The layer of that name.
+
+    Raises:
+      ValueError: there is none; it says which there are.
+    """
+    for layer in layers:
+        if layer.name == name:
+            return layer
+    near = difflib.get_close_matches(name, [layer.name for layer in layers], n=3, cutoff=0.4)
+    models = list(dict.fromkeys(layer.model for layer in layers))
+    raise ValueError(
+        f"layer must be the name of one, such as {' or '.join(near) or layers[0].name}, of the "
+        f"models {', '.join(models)}; got {name!r}"
+    )
+
+
+def select(text: str, layers: tuple[Layer, ...] = PUBLISHED) -> tuple[Layer, ...]:
+    """The layers whose name contains one of the words of ``text``, which commas divide.
+
+    Raises:
+      ValueError: a word selects nothing; it says what there is.
+    """
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    for word in words or [text]:
+        if not any(word in layer.name for layer in layers) or not words:
+            find(word, layers)
+    return tuple(layer for layer in layers if any(word in layer.name for word in words))
+
+
+def fit(layer: Layer, platform: str) -> Layer:
+    """The layer, with fewer sequences and then shorter ones where a CPU would take too long.
+
+    A CPU runs a stock forward pass in some tenths of a second then. Channels, taps and dilation,
+    which decide what is the fastest way, stay, and a sequence keeps four windows' length.
+    """
+    if platform != "cpu":
+        return layer
+    most = 1 << 30
+    while _work_on_cpu(layer) > most and layer.N > 1:
+        layer = dataclasses.replace(layer, N=layer.N // 2)
+    while _work_on_cpu(layer) > most and layer.T // 2 >= max(64, 4 * layer.span):
+        layer = dataclasses.replace(layer, T=layer.T // 2)
+    return layer
+
+
+def _work_on_cpu(layer: Layer) -> int:
+    """What the stock layer costs, in products of a dense forward pass."""
+    if layer.G == 1:
+        return layer.products
+    # With few channels in a group XLA's convolution runs at a hundredth of the dense one's speed
+    # on a CPU; and its kernel gradient computes all pairs of channels, across groups too.
+    slowness = max(1, 128 // (layer.C // layer.G) ** 2)
+    return max(layer.products * slowness, layer.products * layer.G >> 3)

@@ -1,0 +1,311 @@
+"""Times implementations of a layer against each other, so that the ratio can be trusted.
+
+The variants take turns, so that whatever else the machine does slows all of them, and the
+ratio is taken turn by turn. Before anything is timed, they must agree.
+"""
+
+import dataclasses
+import datetime
+import math
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+from flax import nnx
+
+import conv_pallas
+from conv_pallas._layers import Layer
+from conv_pallas.dispatch import Implementation
+from conv_pallas.nn import Conv
+
+FORWARD = "forward"
+STEP = "training step"
+PASSES = (FORWARD, STEP)
+
+STOCK = "stock"
+OURS = "conv_pallas"
+
+
+class DisagreementError(RuntimeError):
+    """Two implementations of a layer don't compute the same."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Spread:
+    """The median of some values and the quartiles around it."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values) -> "Spread":
+        values = list(values)
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0])
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, low, high)
+
+    @property
+    def width(self) -> float:
+        """Between the quartiles, relative to the median."""
+        return (self.high - self.low) / self.median
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Settings:
+    """How much time to spend on one comparison.
+
+    Attributes:
+      least: seconds that one sample lasts at least; the call is repeated to fill them.
+      rounds: the fewest and the most samples of each variant. In between it stops once the
+        median ratio is known to ``settled``, relatively.
+      limit: seconds after which it stops, though never before three rounds.
+    """
+
+    least: float = 0.02
+    rounds: tuple[int, int] = (9, 31)
+    settled: float = 0.015
+    limit: float = 5.0
+
+
+QUICK = Settings(least=0.005, rounds=(5, 9), settled=0.03, limit=1.0)
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], Any]], settings: Settings | None = None
+) -> dict[str, tuple[float, ...]]:
+    """Seconds a call of each variant takes, one entry a round.
+
+    Args:
+      calls: compiled functions without arguments; the first is what the others are compared to.
+    """
+    settings = settings or Settings()
+    # On a CPU the next call must not start before the last has ended, or both share the cores.
+    # On an accelerator calls queue up, so that the host's part in them does not count.
+    wait_each = jax.default_backend() == "cpu"
+
+    def sample(call, repeats):
+        start = time.perf_counter()
+        for _ in range(repeats):
+            out = call()
+            if wait_each:
+                jax.block_until_ready(out)
+        jax.block_until_ready(out)
+        return (time.perf_counter() - start) / repeats
+
+    repeats = {}
+    start = time.perf_counter()
+    for name, call in calls.items():
+        first = sample(call, 1)
+        once = first if first > settings.limit / 20 else min(sample(call, 1) for _ in range(3))
+        repeats[name] = max(1, math.ceil(settings.least / once))
+    times = {name: [] for name in calls}
+    names = list(calls)
+    for turn in range(settings.rounds[1]):
+        if turn >= 3 and time.perf_counter() - start > settings.limit:
+            break
+        if turn >= settings.rounds[0]:
+            base = times[names[0]]
+            spreads = [ratio(base, times[name]).width for name in names[1:]]
+            # The median of n values is known to about their spread over the root of n.
+            if all(width / math.sqrt(turn) < settings.settled for width in spreads):
+                break
+        shift = turn % len(names)  # who follows whom must not matter
+        for name in names[shift:] + names[:shift]:
+            times[name].append(sample(calls[name], repeats[name]))
+    return {name: tuple(t) for name, t in times.items()}
+
+
+def ratio(base, other) -> Spread:
+    """How many times faster ``other`` is than ``base``, round by round."""
+    return Spread.of(b / o for b, o in zip(base, other, strict=True))
+
+
+# --- a layer -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Program:
+    """A compiled pass of a layer with its arguments.
+
+    Attributes:
+      text: the compiled program without names: where two are equal, the machine does the same.
+    """
+
+    compiled: Any
+    arguments: tuple
+    text: str
+
+    def __call__(self):
+        return self.compiled(*self.arguments)
+
+
+def inputs(layer: Layer, seed: int = 0) -> tuple[jax.Array, jax.Array]:
+    """x, and an output gradient g."""
+    rng = np.random.default_rng(seed)
+    y = jax.eval_shape(layer.build(nnx.Conv), jax.ShapeDtypeStruct(x_shape(layer), layer.dtype))
+    return tuple(
+        jnp.asarray(rng.standard_normal(shape, np.float32), layer.dtype)
+        for shape in (x_shape(layer), y.shape)
+    )
+
+
+def x_shape(layer: Layer) -> tuple[int, int, int]:
+    return (layer.N, layer.T, layer.C)
+
+
+def prepare(layer: Layer, which: str, module: nnx.Conv, x: jax.Array, g: jax.Array) -> Program:
+    """Compiles a pass of ``module``, which `Layer.build` made.
+
+    The training step gives the loss and its gradients by the parameters and by x. The loss is
+    ``<g, y>``: it costs one pass over y, and hands g to the layer as the layers above would.
+    """
+    graph, params = nnx.split(module, nnx.Param)
+
+    def forward(params, x):
+        return layer.activate(nnx.merge(graph, params)(x))
+
+    def loss(params, x, g):
+        return jnp.sum(forward(params, x).astype(jnp.float32) * g.astype(jnp.float32))
+
+    if which == FORWARD:
+        function, arguments = forward, (params, x)
+    else:
+        function, arguments = jax.value_and_grad(loss, argnums=(0, 1)), (params, x, g)
+    compiled = jax.jit(function).lower(*arguments).compile()
+    return Program(compiled, arguments, _anonymous(compiled.as_text()))
+
+
+def _anonymous(text: str) -> str:
+    """Compiled HLO without its names, which tell where in the source an operation is from."""
+    text = re.sub(r"\nFileNames\n.*?\n\n\n", "\n", text, count=1, flags=re.DOTALL)
+    text = re.sub(r", metadata=\{[^}]*\}", "", text)
+    text = re.sub(r"[\w.-]+: (?=\(|\w+\[)", "", text)  # the parameters in a computation's head
+    numbers: dict[str, str] = {}
+    return re.sub(r"%[\w.-]+", lambda m: numbers.setdefault(m[0], f"%{len(numbers)}"), text)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Measurement:
+    """One pass of one layer, stock against ours.
+
+    Attributes:
+      layer: as it was measured; see `conv_pallas._layers.fit`.
+      seconds: for each variant, a call's time in every round.
+      difference: the largest one between the two results, relative to the largest element.
+      identical: whether both compiled to the same program; their ratio then shows the noise.
+    """
+
+    layer: Layer
+    which: str
+    seconds: dict[str, tuple[float, ...]]
+    difference: float
+    identical: bool
+
+    @property
+    def speedup(self) -> Spread:
+        return ratio(self.seconds[STOCK], self.seconds[OURS])
+
+    def time(self, variant: str) -> Spread:
+        return Spread.of(self.seconds[variant])
+
+
+def variants(layer: Layer, implementation: Implementation = None) -> dict[str, nnx.Conv]:
+    """The stock layer and ours, with equal parameters."""
+    return {STOCK: layer.build(nnx.Conv), OURS: layer.build(Conv, implementation=implementation)}
+
+
+def compare(
+    layer: Layer,
+    which: str,
+    *,
+    implementation: Implementation = None,
+    settings: Settings | None = None,
+) -> Measurement:
+    """Measures one pass of a layer, stock and ours.
+
+    Raises:
+      DisagreementError: the two don't compute the same.
+      NotImplementedError: ``implementation`` can't run this layer here.
+    """
+    x, g = inputs(layer)
+    programs = {
+        name: prepare(layer, which, module, x, g)
+        for name, module in variants(layer, implementation).items()
+    }
+    results = [programs[name]() for name in (STOCK, OURS)]
+    if which == STEP:  # the loss is a sum in which terms cancel, and y is compared by itself
+        results = [gradients for _, gradients in results]
+    off = difference(*results)
+    if not off <= tolerance(layer):
+        raise DisagreementError(
+            f"{layer.name}, {which}: ours is off by {off:.2g} of the largest element, "
+            f"{tolerance(layer):.2g} is allowed"
+        )
+    return Measurement(
+        layer,
+        which,
+        interleaved(programs, settings),
+        off,
+        programs[STOCK].text == programs[OURS].text,
+    )
+
+
+def difference(expected, actual) -> float:
+    """The largest difference in any array of two trees, relative to its largest element."""
+
+    def off(a, b):
+        a, b = (np.asarray(v).astype(np.float64) for v in (a, b))
+        return np.abs(a - b).max() / max(np.abs(a).max(), np.finfo(np.float32).tiny)
+
+    pairs = zip(jax.tree.leaves(expected), jax.tree.leaves(actual), strict=True)
+    # Not max(), which would lose a NaN.
+    return float(np.max([off(a, b) for a, b in pairs]))
+
+
+def tolerance(layer: Layer) -> float:
+    """How far two correct results may be apart, relative to the largest element."""
+    if layer.dtype == "bfloat16":
+        return 3e-2
+    # Off a CPU, float32 products are rounded to tf32 or bfloat16 unless told otherwise.
+    return {"cpu": 1e-4, "gpu": 5e-3}.get(jax.default_backend(), 3e-2)
+
+
+# --- telling -------------------------------------------------------------------------------------
+
+
+def host() -> dict[str, Any]:
+    """What the figures depend on."""
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                processor = line.partition(":")[2].strip()
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "platform": jax.default_backend(),
+        "device": jax.devices()[0].device_kind,
+        "cpu": processor,
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "flax": flax.__version__,
+        "numpy": np.__version__,
+        "conv_pallas": conv_pallas.__version__,
+    }
