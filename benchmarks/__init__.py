@@ -1,0 +1,1 @@
+"""Measurements of conv_pallas: run from a checkout, not installed."""
