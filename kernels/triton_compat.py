@@ -1,0 +1,104 @@
+"""Calling Triton from JAX over several versions of both: what differs stands here alone.
+
+Each shim says which version it is for and when it can go. Kernels call `call`,
+`descriptor` and `compute_capability`, and import triton for nothing but the language.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import triton
+import triton.backends.nvidia.driver as _nvidia
+from jax._src import mesh as _mesh
+from jax._src.pallas.triton import gpu_info as _gpu_info
+
+if not hasattr(_nvidia, "TMA_TF32"):
+    # For triton 3.6: jax-triton 0.4.1 imports this name, which came with 3.7, and takes a
+    # failed import for a missing NVIDIA backend. Goes when triton 3.6 is no longer supported.
+    _nvidia.TMA_TF32 = 11  # CU_TENSOR_MAP_DATA_TYPE_TFLOAT32
+
+import jax_triton as jt
+from jax_triton import triton_lib as _lib
+
+VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+if "is_im2col" in _lib.TensorDescMeta.__required_keys__ and VERSION < (3, 9):
+    # For triton 3.6 and 3.7: their compilers describe a descriptor without this field, and
+    # jax-triton 0.4.1 insists on it. Goes when 3.9 is the oldest that is supported.
+    _lib.TensorDescMeta.__required_keys__ = frozenset(
+        _lib.TensorDescMeta.__required_keys__ - {"is_im2col"}
+    )
+
+# For triton 3.7 and newer: they write PTX for the newest CUDA, which the ptxas of CUDA 13.0
+# refuses. 8.7 knows every architecture up to sm_100a. Goes when CUDA 13.1 is the oldest.
+OPTIONS = {"enable_fp_fusion": True} | ({"ptx_version": 87} if VERSION >= (3, 7) else {})
+
+# Not shimmed, because it does not reach us: jax 0.12 changed the signature of dead-code rules,
+# and jax-triton 0.4.1 has the old one. Our calls are traced inside a primitive's lowering,
+# where no dead code is removed, and `jax.jit(kernel.run)` by itself fails with jax 0.12.
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """An array and the block of it that the copy engine (TMA) moves at a time.
+
+    Out of bounds it reads zeros, before the start of an axis as after its end.
+
+    Attributes:
+      round_to_tf32: the engine rounds float32 to tf32 on the way; the tensor cores by
+        themselves cut the bits off.
+    """
+
+    array: Any
+    block: tuple[int, ...]
+    round_to_tf32: bool = False
+
+
+def call(kernel, *args, out: jax.ShapeDtypeStruct, programs: int, warps: int, stages: int, **meta):
+    """Runs a Triton kernel: arrays, `Tile`s and ints in, one array out.
+
+    Args:
+      kernel: its last argument that is no constexpr is a pointer to the result.
+      args: in the kernel's order.
+      out: of the result.
+      programs: all on the grid's first axis, the only one that may exceed 65535.
+      meta: the kernel's constexprs.
+    """
+    args = [
+        jt.TensorDescriptor.from_array(a.array, a.block, round_f32_to_tf32=a.round_to_tf32)
+        if isinstance(a, Tile)
+        else a
+        for a in args
+    ]
+    return jt.triton_call(
+        *args, kernel=kernel, out_type=out, grid=(programs,), num_warps=warps, num_stages=stages,
+        compute_capability=compute_capability(), backend_options=OPTIONS, name=kernel.__name__,
+        **meta,
+    )  # fmt: skip
+
+
+def compute_capability() -> int | None:
+    """Of the chip that is compiled for, as 80 or 90; None where nobody said and none is here.
+
+    Where jax compiles for a chip that is not here, its mesh names an abstract device.
+    """
+    kind = _mesh.get_abstract_mesh().abstract_device
+    if kind is not None:
+        version = _gpu_info.gpu_version_from_device_kind(kind.device_kind)
+        if version is not None:
+            return int(_gpu_info.get_gpu_info_from_version(version).compute_capability)
+    try:
+        device = jax.local_devices(backend="cuda")[0]
+    except RuntimeError:  # jax's word for "no such backend"
+        return None
+    return int(device.compute_capability.replace(".", ""))
+
+
+def has_tma(capability: int | None) -> bool:
+    """Whether the chip's copy engine and the large tiles that go with it are there.
+
+    Hopper and data-centre Blackwell; sm_120 has the engine but less than half of the shared
+    memory. Where nobody said, the answer is for Hopper.
+    """
+    return capability is None or 90 <= capability < 120
