@@ -1,0 +1,143 @@
+"""What the Triton kernels share: phases, epilogue, and what none of them does."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import triton
+import triton.language as tl
+
+from conv_pallas.kernels import triton_compat
+from conv_pallas.spec import ConvSpec, Problem
+
+SUPPORTED = ("bfloat16", "float16", "float32")
+PROCESSORS = 132  # of an H200; an A100 has 108, a B200 148
+ACTIVATIONS = (None, "relu", "gelu", "gelu_exact", "silu", "tanh", "sigmoid")
+
+
+# --- Strides and input dilation, by phases ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Phases:
+    """Stride S and input dilation E without a product with zero.
+
+    Output ``u = a + phases * j`` of phase ``a`` is reached by those taps alone for which
+    ``a * S + k * D - low`` is a multiple of E. They are ``tap_step`` apart, the same for all
+    ``j``, and from one ``j`` to the next they move on by ``row_step`` input steps. So each
+    phase is a convolution of its own, with neither stride nor holes in its kernel.
+    """
+
+    phases: int
+    row_step: int
+    tap_step: int
+
+    @classmethod
+    def of(cls, spec: ConvSpec) -> "Phases":
+        S, E, D = spec.stride, spec.input_dilation, spec.kernel_dilation
+        return cls(E // math.gcd(S, E), S // math.gcd(S, E), E // math.gcd(D, E))
+
+
+@triton.jit
+def first_tap(a, D, LOW, K: tl.constexpr, S: tl.constexpr, E: tl.constexpr, STEP: tl.constexpr):
+    """The first tap that reaches phase ``a``; K where none does."""
+    k0 = K
+    for i in tl.static_range(STEP):
+        k = STEP - 1 - i
+        k0 = tl.where((a * S + k * D - LOW) % E == 0, k, k0)
+    return tl.minimum(k0, K)
+
+
+@triton.jit
+def first_output(k, D, LOW, S: tl.constexpr, E: tl.constexpr, PHASES: tl.constexpr):
+    """The first output that tap ``k`` reaches, were all of time there; -1 where there is none."""
+    u0 = -1
+    for i in tl.static_range(PHASES):
+        a = PHASES - 1 - i
+        u0 = tl.where((a * S + k * D - LOW) % E == 0, a, u0)
+    return u0
+
+
+# --- Epilogue ---
+
+
+@triton.jit
+def _tanh(z):
+    # Triton has no tanh of its own. Around 0 the difference of exponentials cancels.
+    e = tl.exp(-2.0 * tl.abs(z))
+    far = (1.0 - e) / (1.0 + e)
+    s = z * z
+    near = 1.0 + s * (-0.33333333 + s * (0.13333333 + s * (-0.053968254 + s * 0.021869488)))
+    return tl.where(tl.abs(z) < 0.25, z * near, tl.where(z < 0, -far, far))
+
+
+@triton.jit
+def activate(z, ACTIVATION: tl.constexpr):
+    """The activation of that name, of float32."""
+    if ACTIVATION == "relu":
+        # Not `tl.maximum`, which drops NaN.
+        z = tl.where(z < 0, 0.0, z)
+    elif ACTIVATION == "gelu":
+        z = 0.5 * z * (1.0 + _tanh(0.7978845608028654 * (z + 0.044715 * z * z * z)))
+    elif ACTIVATION == "gelu_exact":
+        z = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+    elif ACTIVATION == "silu":
+        z = z / (1.0 + tl.exp(-z))
+    elif ACTIVATION == "tanh":
+        z = _tanh(z)
+    elif ACTIVATION == "sigmoid":
+        z = 1.0 / (1.0 + tl.exp(-z))
+    return z
+
+
+# --- Numbers ---
+
+
+def decline(problem: Problem) -> str | None:
+    """Why no Triton kernel does this, or None."""
+    for dtype in (problem.lhs_dtype, problem.rhs_dtype, problem.out_dtype):
+        if np.dtype(dtype).name not in SUPPORTED:
+            return f"takes {', '.join(SUPPORTED)}, not {np.dtype(dtype).name}"
+    sizes = (*problem.x_shape, *problem.y_shape, *problem.w_shape)
+    if not all(isinstance(size, int) for size in sizes):
+        return "needs every size to be known when it is compiled"
+    if max(sizes) >= 2**30 or max(map(abs, problem.spec.padding)) + problem.spec.span >= 2**30:
+        return "counts steps with 32 bits"
+    capability = triton_compat.compute_capability()
+    if capability is not None and capability < 80:
+        return f"needs compute capability 8.0 or newer, not {capability / 10}"
+    return None
+
+
+def dot_precision(problem: Problem) -> str:
+    """How `tl.dot` multiplies float32; nothing else has a choice."""
+    asked = problem.precision if isinstance(problem.precision, tuple) else (problem.precision,)
+    highest = max((jax.lax.Precision(p or 0).value for p in asked), default=0)
+    return ("tf32", "tf32x3", "ieee")[highest]
+
+
+def operand_dtype(problem: Problem) -> np.dtype:
+    """The dtype that both factors are brought to."""
+    return np.dtype(jnp.promote_types(problem.lhs_dtype, problem.rhs_dtype))
+
+
+def add_in_order(partial: jax.Array, dtype) -> jax.Array:
+    """The sum over the first axis, always in the same order, as one elementwise expression.
+
+    A reduction would leave the order to XLA; this leaves it nothing, and fuses with what
+    comes next, be that a cast or an optimizer's update.
+    """
+    while partial.shape[0] > 1:
+        width = min(16, partial.shape[0])
+        rows = -(-partial.shape[0] // width)
+        sums = []
+        for row in range(rows):
+            terms = list(partial[row * width : (row + 1) * width])
+            sums.append(functools.reduce(lambda a, b: a + b, terms))
+        if rows == 1:
+            return sums[0].astype(dtype)
+        partial = jnp.stack(sums)
+    return partial[0].astype(dtype)
