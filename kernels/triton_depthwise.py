@@ -1,0 +1,265 @@
+"""Depthwise convolution on NVIDIA GPUs, with a channel multiplier M = O / C, in Triton.
+
+Forward:       y[n, u, o]  = sum over k  of  x[n, u*S + k*D - low, o // M] * w[k, 0, o]
+Input grad:    dx[n, t, c] = sum over k, m  of  g[...] * w[k, 0, c*M + m], taps reversed
+Kernel grad:   dw[k, 0, o] = sum over n, u  of  x[n, u*S + k*D - low, o // M] * g[n, u, o]
+
+``2 N T' K O`` operations over ``N (T C + T' O)`` elements: K operations for each of them, far
+below what any chip turns at. So only bytes count: each tensor once from memory. A tile of time
+and channels is loaded once for each tap, ``D`` steps on; all but one of those loads find their
+lines in the L1 or L2, where the same program or one beside it has just put them. What is beside
+depends on the halo: channels are the fastest index of the grid, which reads memory in long runs,
+unless the halo of all channels together would push itself out of the L2; then time is.
+
+Kernel grad holds K sums for each channel in registers, up to `TAPS` at a time, over a tile of
+time that it walks along; g is loaded once for all of those taps. The walk is split among as many
+programs as keep the chip busy; each writes float32, and those are added in a fixed order.
+
+The products are exact and the sums float32 for every dtype and precision.
+"""
+
+import jax
+import numpy as np
+import triton
+import triton.language as tl
+
+from conv_pallas.kernels import Kernel
+from conv_pallas.kernels import triton_compat as compat
+from conv_pallas.kernels.triton_common import (
+    PROCESSORS,
+    Phases,
+    activate,
+    add_in_order,
+    first_output,
+    first_tap,
+)
+from conv_pallas.kernels.triton_common import decline as decline_any
+from conv_pallas.spec import ConvSpec, Problem
+
+TAPS = 4  # of the kernel gradient that are summed side by side
+L2_BYTES = 8 * 2**20  # of a halo: a small part of any chip's L2, which all programs share
+
+# --- Device functions ---
+
+
+@triton.jit
+def _tap(
+    acc, i, x, w, n, a, j0, o, k0, T, D, LOW,
+    CI: tl.constexpr, CO: tl.constexpr, K: tl.constexpr, S: tl.constexpr, E: tl.constexpr,
+    ROW_STEP: tl.constexpr, TAP_STEP: tl.constexpr, IN_PER_OUT: tl.constexpr,
+    OUT_PER_IN: tl.constexpr, REVERSE: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """Adds product ``i`` of the sum over taps and, in them, channels in per channel out."""
+    k = k0 + i // IN_PER_OUT * TAP_STEP
+    c = o // OUT_PER_IN * IN_PER_OUT + i % IN_PER_OUT
+    t0 = (a * S + k * D - LOW) // E + j0 * ROW_STEP
+    j = tl.arange(0, BT)
+    t = t0 + j * ROW_STEP
+    real = o < tl.where(k < K, CO, 0)
+    start = x + (n.to(tl.int64) * T + t0) * CI
+    where = start + (j * (ROW_STEP * CI))[:, None] + c[None, :]
+    xb = tl.load(where, (t >= 0)[:, None] & (t < T)[:, None] & real[None, :], 0.0)
+    kw = K - 1 - k if REVERSE else k
+    # A kernel has as many columns as there are channels on its wider side.
+    column = c if IN_PER_OUT > 1 else o
+    wb = tl.load(w + kw * (CO * IN_PER_OUT) + column, real, 0.0)
+    return acc + xb.to(tl.float32) * wb.to(tl.float32)[None, :]
+
+
+@triton.jit
+def conv_depthwise(
+    x, w, bias, T, J, U, D, LOW, y,
+    CI: tl.constexpr, CO: tl.constexpr, K: tl.constexpr, S: tl.constexpr, E: tl.constexpr,
+    PHASES: tl.constexpr, ROW_STEP: tl.constexpr, TAP_STEP: tl.constexpr,
+    IN_PER_OUT: tl.constexpr, OUT_PER_IN: tl.constexpr, REVERSE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, TIME_FIRST: tl.constexpr,
+    TERMS: tl.constexpr, UNROLL: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """One tile ``(BT, BC)`` of y, out of CI channels in and CO channels out."""
+    TILES_O: tl.constexpr = (CO + BC - 1) // BC
+    pid = tl.program_id(0)
+    tiles_j = tl.cdiv(J, BT)
+    if TIME_FIRST:
+        j0 = pid % tiles_j * BT
+        pid = pid // tiles_j
+        o0 = pid % TILES_O * BC
+        pid = pid // TILES_O
+    else:
+        o0 = pid % TILES_O * BC
+        pid = pid // TILES_O
+        j0 = pid % tiles_j * BT
+        pid = pid // tiles_j
+    a = pid % PHASES
+    n = pid // PHASES
+
+    o = o0 + tl.arange(0, BC)
+    k0 = first_tap(a, D, LOW, K, S, E, TAP_STEP)
+    acc = tl.zeros((BT, BC), tl.float32)
+    if UNROLL:
+        for i in tl.static_range(TERMS):
+            acc = _tap(
+                acc, i, x, w, n, a, j0, o, k0, T, D, LOW, CI, CO, K, S, E, ROW_STEP, TAP_STEP,
+                IN_PER_OUT, OUT_PER_IN, REVERSE, BT,
+            )  # fmt: skip
+    else:
+        for i in tl.range(TERMS):
+            acc = _tap(
+                acc, i, x, w, n, a, j0, o, k0, T, D, LOW, CI, CO, K, S, E, ROW_STEP, TAP_STEP,
+                IN_PER_OUT, OUT_PER_IN, REVERSE, BT,
+            )  # fmt: skip
+    if HAS_BIAS:
+        acc += tl.load(bias + o, o < CO, 0.0).to(tl.float32)[None, :]
+    acc = activate(acc, ACTIVATION)
+    j = tl.arange(0, BT)
+    u = a + (j0 + j) * PHASES
+    start = y + (n.to(tl.int64) * U + a + j0 * PHASES) * CO
+    where = start + (j * (PHASES * CO))[:, None] + o[None, :]
+    tl.store(where, acc.to(y.dtype.element_ty), (u < U)[:, None] & (o < CO)[None, :])
+
+
+@triton.jit
+def conv_depthwise_kernel_grad(
+    x, gy, T, U, J, N, D, LOW, BLOCKS, out,
+    C: tl.constexpr, O: tl.constexpr, K: tl.constexpr, S: tl.constexpr, E: tl.constexpr,
+    PHASES: tl.constexpr, ROW_STEP: tl.constexpr,
+    BK: tl.constexpr, BU: tl.constexpr, BO: tl.constexpr,
+):  # fmt: skip
+    """dw of BK taps and BO channels, summed over BLOCKS tiles of (n, u)."""
+    TILES_K: tl.constexpr = (K + BK - 1) // BK
+    TILES_O: tl.constexpr = (O + BO - 1) // BO
+    pid = tl.program_id(0)
+    k = pid % TILES_K * BK + tl.arange(0, BK)
+    pid = pid // TILES_K
+    o = pid % TILES_O * BO + tl.arange(0, BO)
+    split = pid // TILES_O
+
+    # Tap k meets gy at u0, u0 + PHASES, ..., and x there at t0, t0 + ROW_STEP, ...
+    u0 = first_output(k, D, LOW, S, E, PHASES)
+    t0 = (u0 * S + k * D - LOW) // E
+    taps = (k < K) & (u0 >= 0)
+    r = tl.arange(0, BU)
+    c = o // (O // C)
+    per_sample = tl.cdiv(J, BU)
+    first = split * BLOCKS
+    last = tl.minimum(first + BLOCKS, N * per_sample)
+    acc = tl.zeros((BK, BU, BO), tl.float32)
+    for i in tl.range(first, last):
+        n = i // per_sample
+        j = i % per_sample * BU + r
+        t = t0[:, None] + (j * ROW_STEP)[None, :]
+        u = u0[:, None] + (j * PHASES)[None, :]
+        rows = taps[:, None] & (t >= 0) & (t < T) & (u < U)
+        start = x + n.to(tl.int64) * T * C
+        where = start + t.to(tl.int64)[:, :, None] * C + c[None, None, :]
+        xb = tl.load(where, rows[:, :, None] & (o < O)[None, None, :], 0.0).to(tl.float32)
+        start = gy + n.to(tl.int64) * U * O
+        if PHASES == 1:
+            where = start + j.to(tl.int64)[:, None] * O + o[None, :]
+            gb = tl.load(where, (j < U)[:, None] & (o < O)[None, :], 0.0).to(tl.float32)[None]
+        else:
+            where = start + u.to(tl.int64)[:, :, None] * O + o[None, None, :]
+            inside = (taps[:, None] & (u < U))[:, :, None] & (o < O)[None, None, :]
+            gb = tl.load(where, inside, 0.0).to(tl.float32)
+        acc += xb * gb
+    total = tl.sum(acc, 1)
+    where = out + (split * K + k)[:, None] * O + o[None, :]
+    tl.store(where, total.to(out.dtype.element_ty), (k < K)[:, None] & (o < O)[None, :])
+
+
+# --- Launchers ---
+
+
+def forward(
+    x: jax.Array, w: jax.Array, spec: ConvSpec, *, O: int, out_dtype, transposed: bool = False,
+    bias: jax.Array | None = None, activation: str | None = None,
+    tile: tuple[int, int] | None = None,
+) -> jax.Array:  # fmt: skip
+    """``activation(conv(x, w) + bias)``.
+
+    Args:
+      x: ``(N, T, C)``; w: ``(K, 1, max(C, O))``.
+      spec: of this convolution: for an input gradient the transposed one.
+      O: channels out; a multiple of C, or if ``transposed`` (its taps to be reversed) C of it.
+      bias, activation: as in `triton_dense.forward`.
+      tile: steps and channels of one program.
+    """
+    N, T, C = x.shape
+    K, phases = spec.kernel_size, Phases.of(spec)
+    J = triton.cdiv(spec.out_time, phases.phases)
+    BT, BC = tile or (32, max(16, min(128, triton.next_power_of_2(O))))
+    in_per_out = C // O if transposed else 1
+    terms = triton.cdiv(K, phases.tap_step) * in_per_out
+    halo = (K - 1) * spec.kernel_dilation // spec.input_dilation * C * x.dtype.itemsize
+    return compat.call(
+        conv_depthwise, x, w,
+        x if bias is None else bias,  # a pointer that is not read
+        T, J, spec.out_time, spec.kernel_dilation, spec.padding[0],
+        out=jax.ShapeDtypeStruct((N, spec.out_time, O), out_dtype),
+        programs=N * phases.phases * triton.cdiv(J, BT) * triton.cdiv(O, BC), warps=4, stages=2,
+        CI=C, CO=O, K=K, S=spec.stride, E=spec.input_dilation, PHASES=phases.phases,
+        ROW_STEP=phases.row_step, TAP_STEP=phases.tap_step, IN_PER_OUT=in_per_out,
+        OUT_PER_IN=1 if transposed else O // C, REVERSE=transposed,
+        HAS_BIAS=bias is not None, ACTIVATION=activation, TIME_FIRST=halo > L2_BYTES,
+        TERMS=terms, UNROLL=terms <= 8, BT=BT, BC=BC,
+    )  # fmt: skip
+
+
+def kernel_grad(
+    x: jax.Array, gy: jax.Array, spec: ConvSpec, *, out_dtype,
+    tile: tuple[int, int] | None = None, splits: int | None = None,
+) -> jax.Array:  # fmt: skip
+    """``dw (K, 1, O)`` of x ``(N, T, C)`` and gy ``(N, T', O)``."""
+    (N, T, C), (_, U, O) = x.shape, gy.shape
+    K, phases = spec.kernel_size, Phases.of(spec)
+    J = triton.cdiv(U, phases.phases)
+    BK = min(TAPS, triton.next_power_of_2(K))
+    # With a multiplier the loads of x are narrower, and so more.
+    rows = 64 if C == O else 32
+    BU, BO = tile or (rows // BK, max(16, min(128, triton.next_power_of_2(O))))
+    blocks = N * triton.cdiv(J, BU)
+    tiles = triton.cdiv(K, BK) * triton.cdiv(O, BO)
+    splits = splits or min(blocks, triton.cdiv(8 * PROCESSORS, tiles), 256)
+    per_split = triton.cdiv(blocks, splits)
+    splits = triton.cdiv(blocks, per_split)
+    partial = compat.call(
+        conv_depthwise_kernel_grad, x, gy,
+        T, U, J, N, spec.kernel_dilation, spec.padding[0], per_split,
+        out=jax.ShapeDtypeStruct(
+            (splits, K, 1, O), out_dtype if splits == 1 else np.dtype(np.float32)
+        ),
+        programs=tiles * splits, warps=4, stages=2,
+        C=C, O=O, K=K, S=spec.stride, E=spec.input_dilation, PHASES=phases.phases,
+        ROW_STEP=phases.row_step, BK=BK, BU=BU, BO=BO,
+    )  # fmt: skip
+    return add_in_order(partial, out_dtype)
+
+
+def run(problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    spec, out_dtype = problem.spec, problem.out_dtype
+    if problem.operation == "conv1d_kernel_grad":
+        return kernel_grad(lhs, rhs, spec, out_dtype=out_dtype)
+    if problem.operation == "conv1d_input_grad":
+        spec = spec.transposed()
+        return forward(lhs, rhs, spec, O=problem.C, out_dtype=out_dtype, transposed=True)
+    return forward(lhs, rhs, spec, O=problem.O, out_dtype=out_dtype)
+
+
+# --- What it declines ---
+
+
+def decline(problem: Problem) -> str | None:
+    if not problem.depthwise:
+        return "more than one channel in a group is for triton_dense"
+    return decline_any(problem)
+
+
+KERNEL = Kernel(
+    implementation="triton",
+    platforms=("cuda",),
+    run=run,
+    decline=decline,
+    describe=lambda problem: "shifted products in registers",
+    # Nobody has measured it on a chip yet, so that it runs only where it is asked for.
+    priority=None,
+    vmappable=False,
+)
