@@ -1,0 +1,25 @@
+"""The arithmetic of the Triton kernels, on Triton's interpreter in processes of their own."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.triton_cases import NAMES
+
+pytestmark = pytest.mark.aot
+
+CHUNKS = 4  # so that several processors share the work
+
+
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_every_operation_is_right_on_the_interpreter(chunk):
+    pytest.importorskip("jax_triton")
+    names = NAMES[chunk::CHUNKS]
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.triton_interpreter", *names],
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr
+    # None is left out by accident.
+    assert all(f"PASS {name}" in run.stdout for name in names), run.stdout + run.stderr

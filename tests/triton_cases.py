@@ -1,0 +1,37 @@
+"""Which cases the interpreter runs: it takes a second for each, so the telling ones.
+
+`python -m benchmarks.on_device` runs every case of `tests.cases` on the chip itself.
+"""
+
+from tests import cases
+from tests.cases import Case
+
+# What only tiles can get wrong: several tiles with remainders on every axis.
+EXTRA = (
+    Case("tiles_ragged", T=150, C=72, O=136, D=7, batch=(2,), dtype="bfloat16"),
+    Case("tiles_grouped", T=140, C=64, O=96, G=2, K=2, D=33, batch=(1,), dtype="float16"),
+    Case("tiles_strided", T=141, C=40, O=20, S=2, D=3, batch=(1,), dtype="bfloat16"),
+    Case("tiles_same", T=131, C=33, O=70, D=5, padding="SAME", batch=(1,)),
+    Case("tiles_depthwise", T=300, C=200, O=200, G=200, K=4, D=3, batch=(2,), dtype="bfloat16"),
+    Case("tiles_multiplier", T=70, C=40, O=120, G=40, K=7, D=2, batch=(2,)),
+)
+
+NAMES = (
+    "epilogue_dense", "epilogue_depthwise",
+    *(case.name for case in EXTRA),
+    "dense", "wide", "ragged", "grouped", "grouped_narrowing", "depthwise", "depthwise_dilated",
+    "multiplier", "depthwise_of_one", "pointwise_dilated", "many_taps",
+    "time_shorter_than_field", "time_shorter_than_dilation", "one_step_same",
+    "stride_grouped", "stride_depthwise", "stride_remainder", "input_dilation_stride",
+    "input_dilation_depthwise", "input_dilation_short", "input_dilation_crop",
+    "same_lower", "pad_beyond_field", "crop_both", "crop_depthwise",
+    "dense_bfloat16_float32", "depthwise_bfloat16_float32", "grouped_highest", "dense_high",
+    "long_dense_bfloat16", "long_depthwise_float16",
+)  # fmt: skip
+
+
+def named(name: str) -> Case:
+    for case in EXTRA:
+        if case.name == name:
+            return case
+    return cases.named(name)
