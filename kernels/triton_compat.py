@@ -5,6 +5,7 @@ Each shim says which version it is for and when it can go. Kernels call `call`,
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -78,21 +79,35 @@ def call(kernel, *args, out: jax.ShapeDtypeStruct, programs: int, warps: int, st
     )  # fmt: skip
 
 
-def compute_capability() -> int | None:
-    """Of the chip that is compiled for, as 80 or 90; None where nobody said and none is here.
+def device_kind() -> str | None:
+    """The name of the chip that is compiled for; None where nobody said and none is here.
 
     Where jax compiles for a chip that is not here, its mesh names an abstract device.
     """
     kind = _mesh.get_abstract_mesh().abstract_device
-    if kind is not None:
-        version = _gpu_info.gpu_version_from_device_kind(kind.device_kind)
-        if version is not None:
-            return int(_gpu_info.get_gpu_info_from_version(version).compute_capability)
+    if kind is not None and kind.platform == "gpu":
+        return kind.device_kind
+    device = _device_here()
+    return device and device.device_kind
+
+
+def compute_capability() -> int | None:
+    """Of the chip that is compiled for, as 80 or 90; None as for `device_kind`."""
+    kind, device = device_kind(), _device_here()
+    if kind is None:
+        return None
+    if device is not None and device.device_kind == kind:
+        return int(device.compute_capability.replace(".", ""))
+    version = _gpu_info.gpu_version_from_device_kind(kind)
+    return version and int(_gpu_info.get_gpu_info_from_version(version).compute_capability)
+
+
+@functools.cache
+def _device_here():
     try:
-        device = jax.local_devices(backend="cuda")[0]
+        return jax.local_devices(backend="cuda")[0]
     except RuntimeError:  # jax's word for "no such backend"
         return None
-    return int(device.compute_capability.replace(".", ""))
 
 
 def has_tma(capability: int | None) -> bool:

@@ -32,6 +32,7 @@ import triton
 import triton.language as tl
 
 from conv_pallas.kernels import Kernel, triton_compat
+from conv_pallas.kernels import triton_tuned as tuned
 from conv_pallas.kernels.triton_common import (
     PROCESSORS,
     Phases,
@@ -206,15 +207,20 @@ class Config:
 
 
 def configure(
-    rows: int, columns: int, depth: int, *, count: int, itemsize: int, precision: str, tma: bool
-) -> Config:
-    """A heuristic, not a measurement: tiles as large as registers and shared memory allow.
+    kernel: str, rows: int, columns: int, depth: int, *, count: int, dtype: np.dtype,
+    precision: str, tma: bool,
+) -> Config:  # fmt: skip
+    """A tuned tile, or a heuristic: as large as registers and shared memory allow.
 
     Args:
       rows, columns, depth: sizes of one group's matmul.
       count: how many matmuls of that size there are.
-      itemsize: bytes of a factor.
+      dtype: of a factor.
     """
+    tile = tuned.lookup(tuned.key(kernel, rows, columns, depth, dtype.name, precision))
+    if tile is not None:
+        return Config(*tile)
+    itemsize = dtype.itemsize
     if itemsize == 4 and precision == "ieee":
         # No tensor cores: each thread keeps its share of both tiles in registers.
         limit = Config(64, 64, 16, 8, 2)
@@ -273,9 +279,10 @@ def forward(
     J = triton.cdiv(spec.out_time, phases.phases)
     dtype = np.dtype(jnp.promote_types(x.dtype, w.dtype))
     tma = triton_compat.has_tma(triton_compat.compute_capability())
-    config = config or configure(
-        J, o, c, count=N * G * phases.phases, itemsize=dtype.itemsize, precision=precision, tma=tma
-    )
+    config = configure(
+        "conv_dense", J, o, c, count=N * G * phases.phases, dtype=dtype, precision=precision,
+        tma=tma,
+    )  # fmt: skip
     # The last axis of w is that of the sum in a transposed kernel. For float32 the tensor
     # cores of Hopper take nothing else, and transposing the kernel is cheap.
     contract_last, reverse = transposed, transposed
@@ -314,9 +321,8 @@ def forward(
 
 
 def kernel_grad(
-    x: jax.Array, gy: jax.Array, spec: ConvSpec, *, out_dtype, precision: str,
-    config: Config | None = None, splits: int | None = None,
-) -> jax.Array:  # fmt: skip
+    x: jax.Array, gy: jax.Array, spec: ConvSpec, *, out_dtype, precision: str
+) -> jax.Array:
     """``dw (K, C // G, O)`` of x ``(N, T, C)`` and gy ``(N, T', O)``."""
     (N, T, C), (_, U, O) = x.shape, gy.shape
     G, K = spec.groups, spec.kernel_size
@@ -326,12 +332,13 @@ def kernel_grad(
     dtype = np.dtype(jnp.promote_types(x.dtype, gy.dtype))
     tma = triton_compat.has_tma(triton_compat.compute_capability())
     # The sum is split, so that there are always tiles enough.
-    config = config or configure(
-        c, o, J, count=PROCESSORS * K * G, itemsize=dtype.itemsize, precision=precision, tma=tma
-    )
+    config = configure(
+        "conv_dense_kernel_grad", c, o, J, count=PROCESSORS * K * G, dtype=dtype,
+        precision=precision, tma=tma,
+    )  # fmt: skip
     blocks = N * triton.cdiv(J, config.depth)
     tiles = K * G * triton.cdiv(c, config.rows) * triton.cdiv(o, config.columns)
-    splits = splits or choose_splits(tiles, blocks, K * c * O, config)
+    splits = choose_splits(tiles, blocks, K * c * O, config)
     per_split = triton.cdiv(blocks, splits)
     splits = triton.cdiv(blocks, per_split)
     tma_x = tma and phases.row_step == 1 and _tileable(x, c if G > 1 else 0)

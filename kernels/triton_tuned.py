@@ -1,0 +1,51 @@
+"""Tiles that were measured to be the fastest, one file per kind of device.
+
+``triton_tuned_<device>.json`` beside this file maps a key, which tells a kernel and a shape, to
+the fields of `triton_dense.Config`. ``python -m benchmarks.on_device`` measures and writes such a
+file; nothing measures by itself inside somebody's training step. What no file knows, a heuristic
+decides.
+"""
+
+import contextlib
+import functools
+import json
+import re
+from pathlib import Path
+
+from conv_pallas.kernels import triton_compat
+
+_trial: dict[str, tuple[int, ...]] = {}
+
+
+def key(kernel: str, rows: int, columns: int, depth: int, dtype, precision: str) -> str:
+    """Of one group's matmul; what grows with the batch or with time counts by powers of two."""
+    size = lambda n: n if n <= 1024 else 1 << (n - 1).bit_length()  # noqa: E731
+    return f"{kernel} {size(rows)}x{size(columns)}x{size(depth)} {dtype} {precision}"
+
+
+def lookup(key: str) -> tuple[int, ...] | None:
+    """The tuned tile for that key on the device that is compiled for."""
+    return _trial.get(key) or _table(triton_compat.device_kind()).get(key)
+
+
+@contextlib.contextmanager
+def trial(key: str, tile: tuple[int, ...]):
+    """Within it, that tile is the tuned one. Traces and compiled functions outlive it."""
+    _trial[key] = tile
+    try:
+        yield
+    finally:
+        del _trial[key]
+
+
+def file_name(kind: str) -> str:
+    return f"triton_tuned_{re.sub('[^a-z0-9]+', '-', kind.lower()).strip('-')}.json"
+
+
+@functools.cache
+def _table(kind: str | None) -> dict[str, tuple[int, ...]]:
+    file = Path(__file__).with_name(file_name(kind or "none"))
+    if not file.exists():
+        return {}
+    content = json.loads(file.read_text(encoding="utf-8"))
+    return {key: tuple(tile) for key, tile in content["tiles"].items()}
