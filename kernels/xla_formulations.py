@@ -62,12 +62,25 @@ def taps(x: jax.Array, spec: ConvSpec) -> list[jax.Array]:
     ]
 
 
+def seen(x: jax.Array, k: int, spec: ConvSpec) -> jax.Array:
+    """What the outputs see through tap k, ``(N, T', C)``, by a pad of its own.
+
+    XLA fuses it into what uses it, where the one pad of `taps` is written to memory first.
+    """
+    length = (spec.out_time - 1) * spec.stride + 1
+    low = spec.padding[0] - k * spec.kernel_dilation
+    high = length - spec.dilated_time - low
+    zero = jnp.zeros((), x.dtype)
+    x = lax.pad(x, zero, ((0, 0, 0), (low, high, spec.input_dilation - 1), (0, 0, 0)))
+    return lax.slice_in_dim(x, 0, length, spec.stride, axis=1)
+
+
 def grouped_matmul(x: jax.Array, w: jax.Array, groups: int, numbers: Numbers) -> jax.Array:
     """``(N, U, C) @ (C//G, O)``, group by group: ``(N, U, O)``."""
-    kwargs = dict(precision=numbers.precision, preferred_element_type=numbers.acc)
+    kwargs = {"precision": numbers.precision, "preferred_element_type": numbers.acc}
     if groups == 1:
         return lax.dot_general(x, w, (((2,), (0,)), ((), ())), **kwargs)
-    (N, U, C), (c, O) = x.shape, w.shape
+    (N, U, _), (c, O) = x.shape, w.shape
     x, w = x.reshape(N, U, groups, c), w.reshape(c, groups, O // groups)
     y = lax.dot_general(x, w, (((3,), (0,)), ((2,), (1,))), **kwargs)
     return y.transpose(1, 2, 0, 3).reshape(N, U, O)
@@ -75,7 +88,7 @@ def grouped_matmul(x: jax.Array, w: jax.Array, groups: int, numbers: Numbers) ->
 
 def grouped_outer(x: jax.Array, g: jax.Array, groups: int, numbers: Numbers) -> jax.Array:
     """``(N, U, C)^T @ (N, U, O)``, group by group: ``(C//G, O)``."""
-    kwargs = dict(precision=numbers.precision, preferred_element_type=numbers.acc)
+    kwargs = {"precision": numbers.precision, "preferred_element_type": numbers.acc}
     if groups == 1:
         return lax.dot_general(x, g, (((0, 1), (0, 1)), ((), ())), **kwargs)
     (N, U, C), O = x.shape, g.shape[2]
@@ -101,37 +114,50 @@ def native(x, w, spec, numbers):
     return xla_native.conv(x, w, spec, numbers.out, numbers.precision)
 
 
+def padded(x, w, spec, numbers):
+    """Pads in memory, then one `lax.conv_general_dilated`. So does nnx.Conv for CAUSAL."""
+    return native(pad(x, spec), w, _valid(spec), numbers)
+
+
 def barrier(x, w, spec, numbers):
     """Pads in memory, out of sight of the convolution.
 
     XLA:GPU folds a pad it can see into the window; an uneven window is beyond cuDNN, and
     XLA then fills the kernel with zeros up to its span. Behind a barrier it stays VALID.
     """
-    valid = ConvSpec(
-        time=spec.dilated_time + sum(spec.padding),
-        kernel_size=spec.kernel_size,
-        stride=spec.stride,
-        kernel_dilation=spec.kernel_dilation,
-        groups=spec.groups,
-    )
-    return native(lax.optimization_barrier(pad(x, spec)), w, valid, numbers)
+    return native(lax.optimization_barrier(pad(x, spec)), w, _valid(spec), numbers)
+
+
+def _valid(spec: ConvSpec) -> ConvSpec:
+    """What is left to do once x is padded."""
+    time = spec.dilated_time + sum(spec.padding)
+    return dataclasses.replace(spec, time=time, padding=(0, 0), input_dilation=1)
 
 
 def shifts(x, w, spec, numbers):
-    """Shifted multiply-adds: for each tap and each channel of a group one broadcast product."""
-    (N, _, C), (K, c, O) = x.shape, w.shape
-    U, G = spec.out_time, spec.groups
+    """Shifted multiply-adds of one padded x: a broadcast product per tap and channel of a group."""
+    return _multiply_add(taps(x, spec), w, spec, numbers)
+
+
+def own_pads(x, w, spec, numbers):
+    """Shifted multiply-adds of x, each with a pad of its own that is never in memory."""
+    return _multiply_add([seen(x, k, spec) for k in range(len(w))], w, spec, numbers)
+
+
+def _multiply_add(taps, w, spec, numbers):
+    (c, O), G = w.shape[1:], spec.groups
     w = w.astype(numbers.acc)
     y = None
-    for k, tap in enumerate(taps(x, spec)):
+    for k, tap in enumerate(taps):
         tap = tap.astype(numbers.acc)
         for i in range(c):
-            if C == O == G:
+            if c == 1 and O == G:
                 product = tap * w[k, i]
             else:
-                product = tap.reshape(N, U, G, c)[..., i, None] * w[k, i].reshape(G, O // G)
+                grouped = tap.reshape(*tap.shape[:2], G, c)
+                product = grouped[..., i, None] * w[k, i].reshape(G, O // G)
             y = product if y is None else y + product
-    return y.reshape(N, U, O)
+    return y.reshape(*y.shape[:2], O)
 
 
 def matmuls(x, w, spec, numbers):
@@ -155,21 +181,13 @@ def scatter(x, w, spec, numbers):
     No zero of an input dilation is multiplied. Holds K copies of y before its stride.
     """
     (N, T, _), (K, c, O) = x.shape, w.shape
-    G, E = spec.groups, spec.input_dilation
+    G = spec.groups
     w = w.reshape(K, c, G, O // G).transpose(1, 2, 0, 3).reshape(c, G * K * (O // G))
     products = grouped_matmul(x, w, G, numbers).reshape(N, T, G, K, O // G)
-    length = (spec.out_time - 1) * spec.stride + 1
     y = None
     for k in range(K):
-        low = spec.padding[0] - k * spec.kernel_dilation
-        high = length - spec.dilated_time - low
-        shifted = lax.pad(
-            products[:, :, :, k].reshape(N, T, O),
-            jnp.zeros((), products.dtype),
-            ((0, 0, 0), (low, high, E - 1), (0, 0, 0)),
-        )
-        shifted = lax.slice_in_dim(shifted, 0, length, spec.stride, axis=1)
-        y = shifted if y is None else y + shifted
+        product = seen(products[:, :, :, k].reshape(N, T, O), k, spec)
+        y = product if y is None else y + product
     return y
 
 
@@ -193,7 +211,7 @@ def fold(x, w, spec, numbers):
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=spec.groups,
         precision=numbers.precision,
-        preferred_element_type=numbers.out,
+        preferred_element_type=jnp.promote_types(x.dtype, numbers.out),
     )
     return lax.slice_in_dim(y.reshape(N, rows * D, O), 0, length, S, axis=1)
 
@@ -219,7 +237,20 @@ def split(x, w, spec, numbers):
 
 
 FORWARD: dict[str, Formulation] = {
-    f.__name__: f for f in (native, barrier, shifts, matmuls, im2col, scatter, fold, dense, split)
+    f.__name__: f
+    for f in (
+        native,
+        padded,
+        barrier,
+        shifts,
+        own_pads,
+        matmuls,
+        im2col,
+        scatter,
+        fold,
+        dense,
+        split,
+    )
 }
 
 
@@ -231,11 +262,10 @@ def transposed(formulation: Formulation) -> Formulation:
 
     def kernel_grad(x, g, spec, numbers):
         K, c, O = spec.kernel_size, x.shape[2] // spec.groups, g.shape[2]
-        # Forward, with numbers.out the dtype of g, so that g may be its cotangent.
-        forward = Numbers(numbers.acc, g.dtype, numbers.precision)
+        forward = Numbers(numbers.acc, g.dtype, numbers.precision)  # so that g is its cotangent
         f = jax.linear_transpose(
             lambda w: formulation(x, w, spec, forward).astype(g.dtype),
-            jax.ShapeDtypeStruct((K, c, O), numbers.out),
+            jax.ShapeDtypeStruct((K, c, O), x.dtype),
         )
         return f(g)[0]
 
@@ -255,6 +285,44 @@ def shifts_kernel_grad(x, g, spec, numbers):
     return jnp.stack(sums).reshape(spec.kernel_size, c, O)
 
 
+def tree_kernel_grad(x, g, spec, numbers, ways=16):
+    """Shifted multiply-reductions, ``ways`` blocks of time added as whole arrays, then again.
+
+    XLA:CPU sums over rows one column at a time, a cache line for each number; additions of
+    arrays it does in the order of memory.
+    """
+    (_, U, O), G = g.shape, spec.groups
+    c, m = x.shape[2] // G, O // G
+    ways = min(ways, U)
+    more = -U % ways  # steps of zeros that make the blocks equal
+    g = jnp.pad(g, ((0, 0), (0, more), (0, 0))).astype(numbers.acc)
+    low, high = spec.padding
+    longer = dataclasses.replace(spec, padding=(low, high + more * spec.stride))
+
+    def block(a, b):
+        return lax.slice_in_dim(a, b * (U + more) // ways, (b + 1) * (U + more) // ways, axis=1)
+
+    def product(tap, i, b):
+        tap, gb = block(tap, b).astype(numbers.acc), block(g, b)
+        if c == m == 1:
+            return tap * gb
+        tap = tap.reshape(*tap.shape[:2], G, c)[..., i, None]
+        return (tap * gb.reshape(*gb.shape[:2], G, m)).reshape(gb.shape)
+
+    def total(rows):
+        while len(rows) > ways:
+            rows = jnp.pad(rows, ((0, -len(rows) % ways), (0, 0)))
+            rows = sum(jnp.split(rows, ways))
+        return jnp.sum(rows, 0)
+
+    sums = [
+        total(sum(product(tap, i, b) for b in range(ways)).reshape(-1, O))
+        for tap in taps(x, longer)
+        for i in range(c)
+    ]
+    return jnp.stack(sums).reshape(spec.kernel_size, c, O)
+
+
 def matmuls_kernel_grad(x, g, spec, numbers):
     """K matmuls over batch and time."""
     return jnp.stack([grouped_outer(tap, g, spec.groups, numbers) for tap in taps(x, spec)])
@@ -268,7 +336,9 @@ def im2col_kernel_grad(x, g, spec, numbers):
 
 KERNEL_GRAD: dict[str, Formulation] = {
     "native": transposed(native),
+    "padded": transposed(padded),
     "shifts": shifts_kernel_grad,
+    "tree": tree_kernel_grad,
     "matmuls": matmuls_kernel_grad,
     "im2col": im2col_kernel_grad,
     "fold": transposed(fold),

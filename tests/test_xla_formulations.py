@@ -1,0 +1,97 @@
+"""Every formulation for XLA, chosen by a rule or not, against the formula in float64."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from conv_pallas.kernels import xla
+from conv_pallas.kernels.xla_formulations import FORWARD, KERNEL_GRAD, flip
+from conv_pallas.spec import OPERATIONS
+from tests.cases import CASES, Case, named
+from tests.support import padded, rows
+from tests.tolerance import check
+
+HARD = (
+    "dense",
+    "grouped_narrowing",
+    "depthwise_dilated",
+    "multiplier",
+    "depthwise_of_one",
+    "pointwise_dilated",
+    "time_shorter_than_dilation",
+    "stride_over_taps",
+    "stride_grouped",
+    "input_dilation_stride",
+    "input_dilation_depthwise",
+    "input_dilation_crop",
+    "pad_beyond_field",
+    "crop_depthwise",
+    "dense_bfloat16",
+    "depthwise_float16",
+    "grouped_bfloat16_float32",
+    "long_depthwise_bfloat16",
+)
+INTEGERS = tuple(
+    dataclasses.replace(named(name), name=f"{name}_{dtype}_{out}", dtype=dtype, out_dtype=out)
+    for name, dtype, out in (("dense", "int32", None), ("stride_grouped", "int8", "int32"))
+)
+TESTS = [(case, operation) for case in map(named, HARD) for operation in OPERATIONS]
+TESTS += [(case, "conv1d") for case in INTEGERS]  # integers have no gradients
+
+
+def operands(case: Case, operation):
+    """The two operands of ``operation``, with one batch axis."""
+    x, kernel, g = case.arrays()
+    x, g = rows(padded(x, case)), rows(g)
+    return {
+        "conv1d": (x, kernel),
+        "conv1d_input_grad": (g, kernel),
+        "conv1d_kernel_grad": (x, g),
+    }[operation]
+
+
+def check_all(case: Case, operation) -> None:
+    problem = case.problem(operation)
+    table = KERNEL_GRAD if operation == "conv1d_kernel_grad" else FORWARD
+
+    def run(lhs, rhs):
+        return {name: xla.run_as(name, problem, lhs, rhs) for name in table}
+
+    lhs, rhs = operands(case, operation)
+    # Compiled without LLVM's optimisations, which would take most of the time.
+    run = jax.jit(run).lower(lhs, rhs).compile({"xla_backend_optimization_level": 0})
+    for name, actual in run(lhs, rhs).items():
+        try:
+            check(actual, operation, lhs, rhs, case.spec, out_dtype=problem.out_dtype)
+        except AssertionError as e:
+            raise AssertionError(f"{name}: {e}") from None
+
+
+@pytest.mark.parametrize("case, operation", TESTS, ids=str)
+def test_formulations(case, operation):
+    check_all(case, operation)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_float64(operation):
+    with jax.enable_x64(True):
+        check_all(dataclasses.replace(named("stride_grouped"), dtype="float64"), operation)
+
+
+def test_flip_twice_is_nothing():
+    w = np.random.default_rng(0).standard_normal((3, 4, 6)).astype(np.float32)
+    np.testing.assert_array_equal(flip(flip(jax.numpy.asarray(w), 2), 2), w)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm", "tpu"])
+def test_choice_exists(platform):
+    for case in CASES:
+        for operation in OPERATIONS:
+            problem = case.problem(operation, platform)
+            table = KERNEL_GRAD if operation == "conv1d_kernel_grad" else FORWARD
+            if 0 in (*problem.x_shape, *problem.w_shape, *problem.y_shape):
+                continue
+            assert xla.choose(problem) in table
+            assert xla.KERNEL.describe(problem)
