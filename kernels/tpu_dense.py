@@ -9,8 +9,8 @@ all of its output channels fit; a tile of w stays in VMEM while all of x passes.
 
 Tiling. The grid is (tile of O, n, time), time innermost and in sequence, so that the halo is
 carried in VMEM (`tpu_window.py`). A long tile of time amortises the copy of the halo and the
-fixed cost of a step. Inside it, `CHUNK` rows at a time: all K windows side by side make one
-``(CHUNK, K*C)`` matrix, so that the sum over taps happens inside the matrix unit, and so that
+fixed cost of a step. Inside it, some hundred rows at a time: all K windows side by side make
+one ``(rows, K*C)`` matrix, so that the sum over taps happens inside the matrix unit, and so that
 K taps of few channels fill it: 3 taps of 25 channels are one pass over 128 rows instead of 3.
 
 The kernel gradient sums over time instead: its grid is (part of N, tile of C, tile of O, n,
@@ -23,7 +23,6 @@ which is what XLA does; HIGH is three passes; HIGHEST is the compiler's own floa
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -33,12 +32,23 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from conv_pallas.kernels import Kernel
-from conv_pallas.kernels.tpu_window import LANES, Chip, Walk, round_up, rows_that_fit, vmem_bytes
+from conv_pallas.kernels.tpu_window import (
+    LANES,
+    Chip,
+    Walk,
+    by_chunks,
+    compiler_params,
+    round_up,
+    rows_that_fit,
+    vmem_bytes,
+)
 from conv_pallas.kernels.xla_formulations import flip
 from conv_pallas.spec import ConvSpec, Problem
 
-CHUNK = 256  # rows of one matmul: two passes of the matrix unit are in flight, few registers live
-SUM_CHUNK = 512  # rows summed by one matmul: each chunk reads and writes all of dw
+# Unrolled passes of the matrix unit over 8 rows. Longer code hides more of its latency; beyond
+# this, it takes long to compile and gains little.
+CODE = 1024
+CHUNKS = (2048, 1024, 512, 256)
 LONGEST = 2048  # rows of a tile of time; longer ones gain nothing
 
 PASSES = {None: "bf16", "DEFAULT": "bf16", "HIGH": "bf16x3", "HIGHEST": "f32"}
@@ -52,6 +62,14 @@ def _passes(problem: Problem) -> str | None:
     if isinstance(precision, tuple):
         precision = max(precision, key=lambda p: 0 if p is None else p.value)
     return PASSES.get(getattr(precision, "name", precision))
+
+
+def _chunk(rows: int, passes: str, taps: int, C: int, O: int) -> int:
+    """Rows of one matmul: few enough that its code stays short."""
+    wide = 256
+    each = pl.cdiv(taps * C, wide) * pl.cdiv(O, wide) * {"bf16": 1, "bf16x3": 3, "f32": 6}[passes]
+    fitting = [n for n in CHUNKS if n * each <= 8 * CODE]
+    return min(rows, fitting[0] if fitting else CHUNKS[-1])
 
 
 # --- Device code ---
@@ -79,25 +97,17 @@ def _dot(a: jax.Array, b, passes: str, contract=((1,), (0,))) -> jax.Array:
     return dot(high, b[0]) + (dot(high, b[1]) + dot(low, b[0]))
 
 
-def _chunks(rows: int, longest: int) -> Callable:
-    """A loop over the chunks of a tile of time: ``body(first_row, rows)``."""
-    n = min(longest, rows)
-    if rows == n:
-        return lambda body: body(0, n)
-    return lambda body: pl.loop(0, rows // n)(lambda c: body(pl.multiple_of(c * n, n), n))
-
-
 def _forward_kernel(walk, passes, packed, activation, has_bias, x_ref, *refs):
     """One tile of time: moves the window on, then one matmul per chunk."""
     *w_refs, y_ref, window = refs
     b_ref = w_refs.pop() if has_bias else None
+    longest = _chunk(walk.rows, passes, walk.taps, window.shape[1], y_ref.shape[2])
     s = pl.program_id(2)
     walk.advance(s, x_ref.at[0], window)
 
     @pl.when(s >= walk.warm)
     def _():
-        @_chunks(walk.rows, CHUNK)
-        def _(at, n):
+        def chunk(at, n):
             # Aligned here and by a constant below: a dynamic offset must be a whole tile.
             rows = window.at[pl.ds(at, n + walk.history)]
             taps = [rows[pl.ds(walk.offset(k), n)] for k in range(walk.taps)]
@@ -115,10 +125,13 @@ def _forward_kernel(walk, passes, packed, activation, has_bias, x_ref, *refs):
                 acc = activation(acc)
             y_ref[0, pl.ds(at, n)] = acc.astype(y_ref.dtype)
 
+        by_chunks(walk.rows, chunk, longest)
+
 
 def _kernel_grad_kernel(walk, passes, x_ref, g_ref, dw_ref, window):
     """One tile of time: adds ``x_k^T g`` to every tap of dw, which stays."""
     n, s = pl.program_id(3), pl.program_id(4)
+    longest = _chunk(walk.rows, passes, walk.taps, window.shape[1], g_ref.shape[2])
     walk.advance(s, x_ref.at[0], window)
 
     @pl.when((n == 0) & (s == 0))
@@ -127,8 +140,7 @@ def _kernel_grad_kernel(walk, passes, x_ref, g_ref, dw_ref, window):
 
     @pl.when(s >= walk.warm)
     def _():
-        @_chunks(walk.rows, SUM_CHUNK)
-        def _(at, n):
+        def chunk(at, n):
             g = g_ref[0, pl.ds(at, n)].astype(window.dtype)
             if walk.out_time % walk.rows:  # the last tile has rows past the end
                 u = (s - walk.warm) * walk.rows + at + lax.broadcasted_iota(jnp.int32, g.shape, 0)
@@ -137,6 +149,8 @@ def _kernel_grad_kernel(walk, passes, x_ref, g_ref, dw_ref, window):
             rows = window.at[pl.ds(at, n + walk.history)]
             for k in range(walk.taps):
                 dw_ref[0, k] += _dot(rows[pl.ds(walk.offset(k), n)], g, passes, ((0,), (0,)))
+
+        by_chunks(walk.rows, chunk, longest)
 
 
 # --- Tiles ---
@@ -178,7 +192,7 @@ def _plan(
     copies = 2 if passes == "bf16x3" else 1
 
     def need(walk: Walk, BC: int, BO: int) -> int:
-        chunk = min(SUM_CHUNK if sums else CHUNK, walk.rows)
+        chunk = _chunk(walk.rows, passes, walk.taps, BC, BO)
         common = 2 * vmem_bytes(walk.rows, BC, sizes[0]) + vmem_bytes(walk.window_rows, BC, operand)
         if sums:
             return (
@@ -197,7 +211,7 @@ def _plan(
         )
 
     # A tile as long as a chunk with fewer channels beats a shorter one with all of them.
-    for least in (CHUNK, 1):
+    for least in (CHUNKS[-1], 1):
         for BO in _channel_tiles(O):
             for BC in _channel_tiles(C) if sums else [C]:
                 rows = rows_that_fit(
@@ -222,13 +236,6 @@ def _plan_of(problem: Problem, chip: Chip, longest: int = LONGEST) -> Plan | Non
 
 
 # --- Launchers ---
-
-
-def _params(plan: Plan, chip: Chip, semantics: tuple[str, ...]) -> pltpu.CompilerParams:
-    # The plan counts buffers; what the compiler adds lies between it and the limit.
-    return pltpu.CompilerParams(
-        dimension_semantics=semantics, vmem_limit_bytes=min(chip.vmem * 15 // 16, 2**30)
-    )
 
 
 def forward(
@@ -271,7 +278,7 @@ def forward(
         scratch_shapes=[
             pltpu.VMEM((walk.window_rows, C), jnp.bfloat16 if passes == "bf16" else jnp.float32)
         ],
-        compiler_params=_params(plan, chip, ("parallel", "parallel", "arbitrary")),
+        compiler_params=compiler_params(chip, ("parallel", "parallel", "arbitrary")),
         interpret=interpret,
         name="conv1d_dense",
     )(*operands)
@@ -304,7 +311,7 @@ def kernel_grad(x, g, spec: ConvSpec, plan: Plan, passes: str, chip: Chip, *, in
                 (walk.window_rows, plan.BC), jnp.bfloat16 if passes == "bf16" else jnp.float32
             )
         ],
-        compiler_params=_params(plan, chip, ("parallel", *("arbitrary",) * 4)),
+        compiler_params=compiler_params(chip, ("parallel", *("arbitrary",) * 4)),
         interpret=interpret,
         name="conv1d_dense_kernel_grad",
     )(x, g)

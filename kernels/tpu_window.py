@@ -92,6 +92,12 @@ class Walk:
     def window_rows(self) -> int:
         return self.history + self.rows
 
+    @property
+    def always_inside(self) -> bool:
+        """Whether every block of x has all of its rows in ``0 <= t < T``."""
+        last = self.steps - 1 - self.warm + self.ahead
+        return self.ahead >= 0 and (last + 1) * self.rows <= self.time
+
     def offset(self, k: int) -> int:
         """The first row of the window that live tap ``k`` reads."""
         return self.history - self.reach + k * self.dilation
@@ -115,7 +121,7 @@ class Walk:
 
         @pl.when(s == 0)
         def _():
-            _by_chunks(H, lambda at, n: _store(window, at, n, jnp.zeros((n, window.shape[1]))))
+            by_chunks(H, lambda at, n: _store(window, at, n, jnp.zeros((n, window.shape[1]))))
 
         if self.steps > 1:
 
@@ -123,14 +129,21 @@ class Walk:
             def _():
                 # Ascending, and no chunk is longer than the way it goes, so that a long
                 # history may overlap itself.
-                _by_chunks(H, lambda at, n: _store(window, at, n, _load(window, at, n, BT)), BT)
+                by_chunks(
+                    H,
+                    lambda at, n: _store(window, at, n, _load(window, at, n, BT)),
+                    min(BT, COPY_ROWS),
+                )
 
+        def copied(at, n):
+            _store(window, at, n, _load(x_ref, at, n), H)
+
+        if self.always_inside:
+            by_chunks(BT, copied)
+            return
         start = (s - self.warm + self.ahead) * BT
         whole = (start >= 0) & (start + BT <= self.time)
-
-        @pl.when(whole)
-        def _():
-            _by_chunks(BT, lambda at, n: _store(window, at, n, _load(x_ref, at, n), H))
+        pl.when(whole)(lambda: by_chunks(BT, copied))
 
         @pl.when(jnp.logical_not(whole))
         def _():
@@ -141,12 +154,12 @@ class Walk:
                 x = _load(x_ref, at, n).astype(jnp.float32)
                 _store(window, at, n, jnp.where(real, x, 0.0), H)
 
-            _by_chunks(BT, masked)
+            by_chunks(BT, masked)
 
 
-def _by_chunks(rows: int, body, longest: int = COPY_ROWS) -> None:
+def by_chunks(rows: int, body, longest: int = COPY_ROWS) -> None:
     """``body(at, n)`` for ``at`` in steps of ``n`` rows, so that few values live at once."""
-    n = min(COPY_ROWS, longest)
+    n = min(longest, rows) or 1
     whole, rest = divmod(rows, n)
     if whole == 1:
         body(0, n)
@@ -194,6 +207,13 @@ class Chip:
 def vmem_bytes(rows: int, lanes: int, itemsize: int) -> int:
     """What an array takes up in VMEM, in whole tiles."""
     return round_up(rows, TILE_ROWS) * round_up(lanes, LANES) * itemsize
+
+
+def compiler_params(chip: Chip, semantics: tuple[str, ...]) -> pltpu.CompilerParams:
+    """For a grid of these dimensions; what a plan counted is below this limit of VMEM."""
+    return pltpu.CompilerParams(
+        dimension_semantics=semantics, vmem_limit_bytes=chip.vmem * 15 // 16
+    )
 
 
 def rows_that_fit(out_time: int, longest: int, fits) -> int | None:

@@ -13,7 +13,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from conv_pallas.kernels import tpu_dense
+from conv_pallas.kernels import tpu_dense, tpu_depthwise
 from conv_pallas.kernels.tpu_window import Chip
 from conv_pallas.spec import OPERATIONS
 from tests.cases import Case
@@ -39,6 +39,14 @@ DENSE = (
     Case("bfloat16_to_float32", T=40, C=16, O=16, D=2, dtype="bfloat16", out_dtype="float32"),
     Case("high", T=40, C=16, O=16, D=3, precision="high"),
     Case("highest", T=40, C=130, O=16, D=3, precision="highest"),
+)
+
+
+DEPTHWISE = (
+    Case("depthwise", T=40, C=8, O=8, G=8, K=4),
+    Case("depthwise_dilated", T=60, C=130, O=130, G=130, D=24, K=2),
+    Case("depthwise_same", T=37, C=25, O=25, G=25, K=7, D=3, padding="SAME", dtype="bfloat16"),
+    Case("depthwise_crop", T=50, C=4, O=4, G=4, padding=[(-19, -2)]),
 )
 
 
@@ -117,6 +125,12 @@ def test_bias_and_activation():
     )
     plain = tpu_dense.forward(x, w, plan, "f32", np.float32, V5E, interpret=params())
     np.testing.assert_allclose(y, np.maximum(plain + bias, 0), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("case", DEPTHWISE, ids=str)
+def test_depthwise(case, operation):
+    check_kernel(tpu_depthwise, case, operation)
 
 
 # --- The harness sees what it is there for ---

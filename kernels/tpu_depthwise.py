@@ -1,0 +1,261 @@
+"""The depthwise convolution on a TPU's vector unit, all three operations.
+
+    y[n, u, c]  = sum over k of  x[n, u + k*D - low, c] * w[k, c]
+    dx          = the same of g, with the taps reversed
+    dw[k, c]    = sum over n, u of  x[n, u + k*D - low, c] * g[n, u, c]
+
+Operations: ``2 N T K C``. Bytes: x once and y once, so that it is memory that limits it up to
+some dozens of taps. The matrix unit would spend 128 products on each that is wanted.
+
+Tiling. The grid is (tile of C, n, time), time innermost and in sequence, with the halo carried
+in VMEM (`tpu_window.py`). Channels lie along lanes and time along sublanes, so that a tap is
+one multiplication and one addition of whole registers. The window is float32: a tap then starts
+at any row without unpacking pairs of rows, and each step of x is converted once, not K times.
+Inside a tile of time `CHUNK` rows and 128 channels at a time keep their sums in registers.
+
+The kernel gradient sums over time into eight rows, one for each sublane, which XLA adds in the
+end: no reduction across sublanes is left in the loop. Each core makes a part of its own; parts
+and rows are added in a fixed order, so that the result is the same in every run.
+
+All sums and products are float32, whatever the precision asked for.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from conv_pallas.kernels import Kernel
+from conv_pallas.kernels.tpu_window import (
+    LANES,
+    Chip,
+    Walk,
+    by_chunks,
+    compiler_params,
+    round_up,
+    rows_that_fit,
+    vmem_bytes,
+)
+from conv_pallas.spec import Problem
+
+SUBLANES = 8
+LANES_AT_ONCE = 512  # channels of a tile: contiguous reads of 1 KB and more from HBM
+CHUNK = 128  # rows of one sum: its 16 registers, and those of a tap, fit in the 64 there are
+LONGEST = 1024  # rows of a tile of time
+
+# --- Device code ---
+
+
+def _by_lanes(width: int, window):
+    """For each 128 of ``width`` channels, where they are, and their window."""
+    for i, at in enumerate(range(0, width, LANES)):
+        n = min(LANES, width - at)
+        yield pl.ds(at, n), window.at[i, :, pl.ds(0, n)]
+
+
+def _window(plan) -> pltpu.VMEM:
+    # Of its own for each 128 channels: there a tap that starts between two tiles of 8 rows is
+    # one contiguous load, where lanes side by side would take two, and a shift.
+    return pltpu.VMEM((pl.cdiv(plan.BC, LANES), plan.walk.window_rows, LANES), jnp.float32)
+
+
+def _forward_kernel(walk, x_ref, w_ref, y_ref, window):
+    """One tile of time: moves the window on, then one sum of taps per chunk."""
+    s = pl.program_id(2)
+    BC = x_ref.shape[2]
+    for c, lanes in _by_lanes(BC, window):
+        walk.advance(s, x_ref.at[0, :, c], lanes)
+
+    @pl.when(s >= walk.warm)
+    def _():
+        def chunk(at, n):
+            # Aligned here and by a constant below: a dynamic offset must be a whole tile.
+            for c, lanes in _by_lanes(BC, window):
+                rows = lanes.at[pl.ds(at, n + walk.history)]
+                acc = rows[pl.ds(walk.offset(0), n)] * w_ref[pl.ds(0, 1), c]
+                for k in range(1, walk.taps):
+                    acc += rows[pl.ds(walk.offset(k), n)] * w_ref[pl.ds(k, 1), c]
+                y_ref[0, pl.ds(at, n), c] = acc.astype(y_ref.dtype)
+
+        by_chunks(walk.rows, chunk, CHUNK)
+
+
+def _kernel_grad_kernel(walk, x_ref, g_ref, dw_ref, window):
+    """One tile of time: adds ``x_k * g`` to every tap of dw, by sublanes; dw stays."""
+    n, s = pl.program_id(2), pl.program_id(3)
+    BC = x_ref.shape[2]
+    for c, lanes in _by_lanes(BC, window):
+        walk.advance(s, x_ref.at[0, :, c], lanes)
+
+    @pl.when((n == 0) & (s == 0))
+    def _():
+        dw_ref[...] = jnp.zeros(dw_ref.shape, dw_ref.dtype)
+
+    @pl.when(s >= walk.warm)
+    def _():
+        def chunk(at, n):
+            for c, lanes in _by_lanes(BC, window):
+                rows = lanes.at[pl.ds(at, n + walk.history)]
+                g = g_ref[0, pl.ds(at, n), c].astype(jnp.float32)
+                if walk.out_time % walk.rows:  # the last tile has rows past the end
+                    first = (s - walk.warm) * walk.rows + at
+                    u = first + lax.broadcasted_iota(jnp.int32, g.shape, 0)
+                    g = jnp.where(u < walk.out_time, g, 0.0)
+                for k in range(walk.taps):
+                    product = rows[pl.ds(walk.offset(k), n)] * g
+                    sums = product.reshape(n // SUBLANES, SUBLANES, g.shape[1]).sum(0)
+                    dw_ref[0, k, :, c] += sums
+
+        by_chunks(walk.rows, chunk, CHUNK)
+
+
+# --- Tiles ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The tiles of one call: `walk` along time, ``BC`` channels."""
+
+    walk: Walk
+    BC: int
+
+
+def _plan_of(problem: Problem, chip: Chip, longest: int = LONGEST) -> Plan | None:
+    """The longest tile of time and the widest of channels that fit."""
+    spec, C = problem.spec, problem.C
+    if problem.operation == "conv1d_input_grad":
+        spec = spec.transposed()
+    sums = problem.operation == "conv1d_kernel_grad"
+
+    def need(rows: int, BC: int) -> int:
+        walk = Walk.of(spec, rows)
+        tap_rows = SUBLANES if sums else 1
+        taps = 2 * vmem_bytes(round_up(walk.taps * tap_rows, SUBLANES), BC, 4)
+        return 4 * vmem_bytes(rows, BC, 4) + vmem_bytes(walk.window_rows, BC, 4) + taps
+
+    for least in (min(longest, LONGEST // 4, spec.out_time), 1):
+        for BC in (min(C, LANES_AT_ONCE), min(C, LANES)):
+            fits = lambda rows, BC=BC: need(rows, BC) <= chip.budget  # noqa: E731
+            rows = rows_that_fit(spec.out_time, longest, fits)
+            if rows is not None and rows >= least:
+                return Plan(Walk.of(spec, rows), BC)
+    return None
+
+
+# --- Launchers ---
+
+
+def _forward(x, w, plan: Plan, out_dtype, chip: Chip, interpret) -> jax.Array:
+    """``w`` is ``(K, C)`` in float32, with all taps."""
+    (N, _, C), walk = x.shape, plan.walk
+    w = w[walk.first : walk.first + walk.taps]
+    return pl.pallas_call(
+        functools.partial(_forward_kernel, walk),
+        grid=(pl.cdiv(C, plan.BC), N, walk.steps),
+        in_specs=[
+            pl.BlockSpec((1, walk.rows, plan.BC), lambda c, n, s: (n, walk.x_block(s), c)),
+            pl.BlockSpec((walk.taps, plan.BC), lambda c, n, s: (0, c)),
+        ],
+        out_specs=pl.BlockSpec((1, walk.rows, plan.BC), lambda c, n, s: (n, walk.out_block(s), c)),
+        out_shape=jax.ShapeDtypeStruct((N, walk.out_time, C), out_dtype),
+        scratch_shapes=[_window(plan)],
+        compiler_params=compiler_params(chip, ("parallel", "parallel", "arbitrary")),
+        interpret=interpret,
+        name="conv1d_depthwise",
+    )(x, w)
+
+
+def _kernel_grad(x, g, K: int, plan: Plan, chip: Chip, interpret) -> jax.Array:
+    """dw ``(K, C)`` in float32."""
+    (N, _, C), walk = x.shape, plan.walk
+    parts = chip.cores if N % chip.cores == 0 else 1
+    share = N // parts
+    out = pl.pallas_call(
+        functools.partial(_kernel_grad_kernel, walk),
+        grid=(parts, pl.cdiv(C, plan.BC), share, walk.steps),
+        in_specs=[
+            pl.BlockSpec(
+                (1, walk.rows, plan.BC), lambda p, c, n, s: (p * share + n, walk.x_block(s), c)
+            ),
+            pl.BlockSpec(
+                (1, walk.rows, plan.BC), lambda p, c, n, s: (p * share + n, walk.out_block(s), c)
+            ),
+        ],
+        out_specs=pl.BlockSpec((1, walk.taps, SUBLANES, plan.BC), lambda p, c, n, s: (p, 0, 0, c)),
+        out_shape=jax.ShapeDtypeStruct((parts, walk.taps, SUBLANES, C), jnp.float32),
+        scratch_shapes=[_window(plan)],
+        compiler_params=compiler_params(chip, ("parallel", *("arbitrary",) * 3)),
+        interpret=interpret,
+        name="conv1d_depthwise_kernel_grad",
+    )(x, g)
+    dw = functools.reduce(jnp.add, out).sum(1)
+    return jnp.pad(dw, ((walk.first, K - walk.first - walk.taps), (0, 0)))
+
+
+def launch(
+    problem: Problem, lhs, rhs, chip: Chip, *, longest: int = LONGEST, interpret=False
+) -> jax.Array:
+    """The operation of ``problem`` with the tiles of ``chip``, at most ``longest`` steps each."""
+    plan = _plan_of(problem, chip, longest)
+    if 0 in problem.out_shape or plan.walk.taps == 0:  # nothing but padding is ever seen
+        return jnp.zeros(problem.out_shape, problem.out_dtype)
+    if problem.operation == "conv1d_kernel_grad":
+        dw = _kernel_grad(lhs, rhs, problem.spec.kernel_size, plan, chip, interpret)
+        return dw[:, None].astype(problem.out_dtype)
+    w = rhs[:, 0].astype(jnp.float32)
+    if problem.operation == "conv1d_input_grad":
+        w = w[::-1]
+    return _forward(lhs, w, plan, problem.out_dtype, chip, interpret)
+
+
+def run(problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    return launch(problem, lhs, rhs, Chip.current())
+
+
+# --- What it declines ---
+
+OPERANDS = (np.dtype(jnp.bfloat16), np.dtype(np.float32))
+
+
+def decline(problem: Problem) -> str | None:
+    spec = problem.spec
+    if not problem.depthwise:
+        return "is for one channel a group"
+    if problem.O != problem.C:
+        return "makes one channel out of each channel in"
+    if spec.stride != 1 or spec.input_dilation != 1:
+        return "takes neither strides nor input dilation"
+    if not isinstance(spec.time, int) or not isinstance(problem.N, int):
+        return "needs a time and a batch size that are known when it is compiled"
+    for dtype in (problem.lhs_dtype, problem.rhs_dtype, problem.out_dtype):
+        if dtype not in OPERANDS:
+            return f"takes bfloat16 and float32, not {dtype}"
+    if 0 not in problem.out_shape and _plan_of(problem, Chip.current()) is None:
+        return "the halo does not fit in VMEM"
+    return None
+
+
+def describe(problem: Problem) -> str:
+    if 0 in problem.out_shape:
+        return "zeros"
+    plan = _plan_of(problem, Chip.current())
+    return (
+        f"on the vector unit, {plan.walk.rows} steps of {plan.BC} channels at once; "
+        f"a halo of {plan.walk.history} steps in VMEM"
+    )
+
+
+KERNEL = Kernel(
+    implementation="pallas_tpu",
+    platforms=("tpu",),
+    run=run,
+    decline=decline,
+    describe=describe,
+    priority=None,
+    vmappable=False,
+)
