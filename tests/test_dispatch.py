@@ -1,0 +1,260 @@
+"""Which kernel runs, how a user asks for one, and what `explain` says about it."""
+
+import dataclasses
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import lax
+
+from conv_pallas import conv1d, dispatch, explain, kernels
+from conv_pallas.nn import Conv
+from conv_pallas.spec import OPERATIONS
+from tests import cases
+
+X = jax.ShapeDtypeStruct((2, 16, 8), jnp.float32)
+W = jax.ShapeDtypeStruct((3, 8, 8), jnp.float32)
+
+
+def _layer(**kwargs):
+    return Conv(8, 8, 3, rngs=nnx.Rngs(0), **kwargs)
+
+
+# --- explain ---
+
+
+@pytest.mark.parametrize("platform", dispatch.PLATFORMS)
+def test_explain_names_a_choice_and_every_reason(platform):
+    told = explain(X, W, platform=platform, kernel_dilation=2)
+
+    assert told.platform == platform
+    assert tuple(told.chosen) == tuple(told.candidates) == OPERATIONS
+    for operation in OPERATIONS:
+        answers = {c.implementation: c for c in told.candidates[operation]}
+        assert set(dispatch.IMPLEMENTATIONS) <= set(answers)
+        assert answers[told.chosen[operation]].reason is None
+        for answer in answers.values():
+            assert (answer.reason is None) != (answer.how is None)  # one or the other
+        assert f"{operation} on {platform}: {told.chosen[operation]}" in str(told)
+    for answer in answers.values():
+        assert (answer.reason or answer.how) in str(told)
+
+
+def test_explain_on_this_machine():
+    told = explain(X, W)
+    assert told.platform == "cpu"
+    assert set(told.chosen.values()) == {"xla"}
+    assert "not on cpu" in {c.implementation: c for c in told.candidates["conv1d"]}[
+        "triton"
+    ].reason or "not installed" in str(told) or "no such kernel" in str(told)  # fmt: skip
+
+
+def test_explain_follows_the_order():
+    assert set(explain(X, W, implementation=("triton", "xla")).chosen.values()) == {"xla"}
+    assert "xla_native" in str(explain(X, W, implementation="xla_native"))
+
+
+@pytest.mark.parametrize(("layer", "shape", "words"), [
+    (lambda: Conv(8, 8, (3, 3), rngs=nnx.Rngs(0)), (2, 16, 16, 8), ["2-D", "lax"]),
+    (lambda: Conv(8, 8, (3, 3, 3), rngs=nnx.Rngs(0)), (2, 8, 8, 8, 8), ["3-D", "lax"]),
+    (lambda: _layer(param_dtype=jnp.complex64), (2, 16, 8), ["complex64", "lax"]),
+    (lambda: _layer(conv_general_dilated=lambda *a, **k: None), (2, 16, 8), ["its own"]),
+    (lambda: _layer(implementation="xla_native"), (2, 16, 8), ["xla_native"]),
+], ids=["2d", "3d", "complex", "own", "stock"])  # fmt: skip
+def test_explain_says_what_is_left_to_lax(layer, shape, words):
+    for told in (
+        explain(layer(), jax.ShapeDtypeStruct(shape, jnp.float32)),
+        layer().explain(jax.ShapeDtypeStruct(shape, jnp.float32)),
+    ):
+        assert told.chosen == {}
+        assert all(word in told.note and word in str(told) for word in words)
+
+
+def test_explain_of_a_layer_is_of_its_arguments():
+    depthwise = Conv(8, 8, 3, feature_group_count=8, rngs=nnx.Rngs(0))
+    kernel = jax.ShapeDtypeStruct((3, 1, 8), jnp.float32)
+    assert explain(depthwise, X) == explain(X, kernel, padding="SAME", feature_group_count=8)
+    assert explain(depthwise, X) != explain(X, W)
+
+
+def test_explain_wants_a_known_platform():
+    with pytest.raises(ValueError, match=r"platform must be None or one of cpu, .* got 'gpu'"):
+        explain(X, W, platform="gpu")
+
+
+@pytest.mark.parametrize("name", ["dense", "depthwise_dilated", "stride_grouped"])
+def test_what_is_explained_is_what_is_selected(name):
+    case = cases.named(name)
+    told = explain(
+        *(jax.ShapeDtypeStruct(s, jnp.float32) for s in (case.x_shape, case.kernel_shape)),
+        **case.kwargs,
+    )
+    for operation in OPERATIONS:
+        kernel = dispatch.select(case.problem(operation), None)
+        assert told.chosen[operation] == kernel.implementation
+
+
+# --- Asking for one ---
+
+
+def _hlo(**kwargs) -> str:
+    # Of a grouping for which "xla" does something else than "xla_native".
+    x, w = (
+        jax.ShapeDtypeStruct((2, 16, 8), jnp.float32),
+        jax.ShapeDtypeStruct((3, 1, 8), jnp.float32),
+    )
+    run = lambda x, w: conv1d(x, w, feature_group_count=8, **kwargs)  # noqa: E731
+    return jax.jit(run).lower(x, w).as_text()
+
+
+def test_orders_and_chains(monkeypatch):
+    is_native = lambda **kwargs: "stablehlo.convolution" in _hlo(**kwargs)  # noqa: E731
+    assert is_native(implementation="xla_native")
+    assert not is_native(implementation="xla")
+    assert not is_native()
+    assert is_native(implementation=("triton", "pallas_tpu", "xla_native", "xla"))
+    assert not is_native(implementation=["triton", "xla", "xla_native"])
+
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "xla_native")
+    assert is_native()
+    assert not is_native(implementation="xla")  # what is said in code counts
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "triton, xla_native")
+    assert is_native()
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "")
+    assert not is_native()
+
+
+def test_environment_variable_reaches_layers(monkeypatch):
+    layer = Conv(8, 8, 3, feature_group_count=8, rngs=nnx.Rngs(0))
+    lowered = lambda: jax.jit(lambda x: layer(x)).lower(X).as_text()  # noqa: E731
+    assert "stablehlo.convolution" not in lowered()
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "xla_native")
+    assert "stablehlo.convolution" in lowered()
+
+
+@pytest.mark.parametrize("implementation", ["triton", "pallas_tpu", ("triton", "pallas_tpu")])
+def test_an_order_that_can_not_be_met_is_refused(implementation):
+    wanted = [implementation] if isinstance(implementation, str) else implementation
+    with pytest.raises(NotImplementedError) as error:
+        jax.jit(lambda x, w: conv1d(x, w, implementation=implementation)).lower(X, W)
+    message = str(error.value)
+    assert "\n" not in message
+    for name in wanted:
+        assert f"'{name}'" in message
+        assert f"{name}: " in message
+    assert "may be None or any of xla" in message
+
+
+# --- Kernels that are added ---
+
+TOY = """
+    from conv_pallas.kernels import Kernel
+    {more}
+
+    def run(problem, lhs, rhs):
+        {body}
+
+    KERNEL = Kernel(
+        implementation="toy",
+        platforms=("cpu",),
+        run=run,
+        decline=lambda problem: None if problem.operation == "conv1d" else "forward only",
+        describe=lambda problem: "returns sevens",
+        priority={priority},
+    )
+"""
+
+
+@pytest.fixture
+def add_kernel(tmp_path, monkeypatch):
+    """Puts a file beside the kernels that are there, for one test."""
+
+    def add(name="toy", more="", body="return sevens(problem)", priority=None):
+        sevens = "def sevens(p): return jnp.full(p.out_shape, 7, p.out_dtype)"
+        source = TOY.format(
+            more=f"import jax.numpy as jnp\n    {sevens}\n    {more}", body=body, priority=priority
+        )
+        (tmp_path / f"{name}.py").write_text(textwrap.dedent(source))
+        monkeypatch.setattr(kernels, "__path__", [*kernels.__path__, str(tmp_path)])
+        kernels.discover.cache_clear()
+
+    before = set(sys.modules)
+    yield add
+    monkeypatch.undo()
+    kernels.discover.cache_clear()
+    for name in set(sys.modules) - before:
+        if name.startswith("conv_pallas.kernels."):
+            del sys.modules[name]
+    assert "toy" not in kernels.discover()[0]
+
+
+def _run(implementation=None):
+    x, w = np.ones((2, 5, 3), np.float32), np.ones((3, 3, 4), np.float32)
+    return jax.jit(lambda x, w: conv1d(x, w, implementation=implementation))(x, w)
+
+
+def test_a_new_file_is_found_by_itself(add_kernel):
+    add_kernel()
+    assert "toy" in dispatch.names()
+    assert "toy" not in set(explain(X, W).chosen.values())  # only when asked for
+    np.testing.assert_array_equal(_run("toy"), np.full((2, 5, 4), 7))
+    assert "returns sevens" in str(explain(X, W))
+    with pytest.raises(ValueError, match="xla_native, toy, or a sequence of those"):
+        _run("blue")
+
+
+def test_the_highest_priority_that_can_is_picked(add_kernel):
+    add_kernel(priority=1000)
+    np.testing.assert_array_equal(_run(), np.full((2, 5, 4), 7))
+    assert explain(X, W).chosen == {
+        "conv1d": "toy", "conv1d_input_grad": "xla", "conv1d_kernel_grad": "xla"
+    }  # fmt: skip
+    assert "toy         declines: forward only" in str(explain(X, W))
+
+
+def test_a_kernel_that_declines_a_gradient_raises_only_for_the_gradient(add_kernel):
+    add_kernel()
+    x, w = np.ones((2, 5, 3), np.float32), np.ones((3, 3, 4), np.float32)
+    loss = lambda implementation: jax.jit(  # noqa: E731
+        jax.grad(lambda x: conv1d(x, w, implementation=implementation).sum())
+    )
+    with pytest.raises(NotImplementedError, match="toy: forward only"):
+        loss("toy")(x)
+    want = jax.grad(lambda x: lax.conv_general_dilated(
+        x, w, (1,), [(2, 0)], dimension_numbers=("NWC", "WIO", "NWC")).sum())(x)  # fmt: skip
+    np.testing.assert_allclose(loss(("toy", "xla"))(x), want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", [None, "toy", ("toy", "xla")])
+def test_a_broken_kernel_is_not_passed_over(add_kernel, implementation):
+    add_kernel(body="raise ZeroDivisionError('broken')", priority=1000)
+    with pytest.raises(ZeroDivisionError, match="broken"):
+        _run(implementation)
+
+
+@pytest.mark.parametrize("more", ["1 / 0", "import no_such_package"])
+def test_a_file_that_does_not_import_is_not_passed_over(add_kernel, more):
+    add_kernel(more=more)
+    with pytest.raises((ZeroDivisionError, ModuleNotFoundError)):
+        _run()
+
+
+def test_a_missing_optional_package_is_a_reason(add_kernel, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax_triton", None)  # as if it were not installed
+    add_kernel(name="triton_toy", more="import jax_triton", priority=1000)
+    assert _run().shape == (2, 5, 4)
+    missing = kernels.discover()[1]
+    assert missing["triton_toy"] == "needs the package jax_triton, which is not installed"
+
+
+def test_kernels_say_what_they_are():
+    found, missing = kernels.discover()
+    assert {"xla", "xla_native"} <= {k.implementation for k in found.values()}
+    for kernel in found.values():
+        assert set(kernel.platforms) <= set(dispatch.PLATFORMS)
+        assert {f.name for f in dataclasses.fields(kernel)} >= {"run", "decline", "describe"}
+    assert all("package" in reason for reason in missing.values())

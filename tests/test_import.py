@@ -1,0 +1,85 @@
+"""`import conv_pallas` needs jax and flax alone, and is quick."""
+
+import os
+import subprocess
+import sys
+
+OPTIONAL = (
+    "triton", "jax_triton", "torch", "libtpu", "rich", "sklearn", "matplotlib", "optax",
+    "hypothesis", "pytest", "ml_collections",
+)  # fmt: skip
+
+
+def _python(code: str) -> str:
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True,
+        env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
+def test_works_without_optional_packages():
+    out = _python(f"""if True:
+        import importlib.abc, sys
+        class Absent(importlib.abc.MetaPathFinder):
+            def find_spec(self, name, path, target=None):
+                if name.split(".")[0] in {OPTIONAL!r}:
+                    raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+        import flax.nnx  # may use what it likes
+        before = set(sys.modules)
+        for name in list(sys.modules):
+            if name.split(".")[0] in {OPTIONAL!r}:
+                del sys.modules[name]
+        sys.meta_path.insert(0, Absent())
+        import jax.numpy as jnp
+        import conv_pallas, conv_pallas.nn
+        from flax import nnx
+        layer = conv_pallas.nn.Conv(2, 2, 3, padding="CAUSAL", rngs=nnx.Rngs(0))
+        print(layer(jnp.ones((1, 4, 2))).shape)
+        print(conv_pallas.explain(layer, jnp.ones((1, 4, 2))).chosen["conv1d"])
+        print([n for n in {OPTIONAL!r} if n in sys.modules and n not in before])
+    """)
+    assert out.splitlines() == ["(1, 4, 2)", "xla", "[]"]
+
+
+def test_importing_does_not_import_kernels_nor_start_a_backend():
+    out = _python("""if True:
+        import sys
+        import flax.nnx
+        before = set(sys.modules)
+        import conv_pallas, conv_pallas.nn
+        from jax._src import xla_bridge
+        print(xla_bridge.backends_are_initialized())
+        print(*sorted(set(sys.modules) - before))
+    """)
+    initialized, new = out.splitlines()
+    assert initialized == "False"
+    assert "conv_pallas.nn.conv" in new
+    for name in new.split():
+        assert name.split(".")[0] not in OPTIONAL
+        assert not name.startswith(("conv_pallas.kernels.", "jax.experimental.pallas"))
+
+
+def test_takes_no_time_over_importing_flax():
+    """Processor time, in the best of three tries: how busy the machine is does not count."""
+    code = """if True:
+        import time
+        import flax.nnx, jax
+        start = time.process_time()
+        import conv_pallas, conv_pallas.nn
+        print(time.process_time() - start)
+    """
+    assert any(float(_python(code)) < 0.3 for _ in range(3))
+
+
+def test_public_names():
+    import conv_pallas
+    from conv_pallas import nn
+
+    for module in (conv_pallas, nn):
+        assert all(hasattr(module, name) for name in module.__all__)
+    assert {"conv1d", "conv_general_dilated", "explain"} <= set(conv_pallas.__all__)
+    assert {"Conv", "replace_convs", "TemporalBlock", "TCN"} <= set(nn.__all__)
