@@ -33,7 +33,7 @@ format: venv ## format, and fix what ruff can fix
 	$(BIN)/ruff format .
 
 bench: venv ## measure layers on this machine
-	$(BIN)/python -m benchmarks $(ARGS)
+	$(BIN)/python -m benchmarks.layer_sweep $(ARGS)
 
 venv: .venv/installed ## make .venv, for everything but test-aot
 venv-aot: .venv-aot/installed ## make .venv-aot, which adds libtpu, the CUDA plugin and triton
