@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--quick",
         action="store_true",
-        help="two epochs and three layers: shows that it works, learns and tells little",
+        help="a smaller TCN, two epochs, two layers: shows that it works, learns and tells little",
     )
     return parser
 

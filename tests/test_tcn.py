@@ -1,0 +1,235 @@
+"""`TemporalBlock` and `TCN`: what they compute, what they are made of, what they refuse."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from conv_pallas.nn import TCN, Conv, TemporalBlock
+
+
+def network(seed=0, dropout=0.0, **kwargs):
+    """Three blocks; without dropout, whose random bits take most of the time to compile."""
+    return TCN(3, [4, 4, 6], 2, 2, dropout, nnx.Rngs(seed), **kwargs)
+
+
+# Compiled as a whole: op by op every operation of every shape would be compiled by itself.
+@nnx.jit
+def apply(model, x):
+    return model(x)
+
+
+def assert_same_parameters(*models):
+    states = [nnx.to_pure_dict(nnx.state(model, nnx.Param)) for model in models]
+    jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def inputs(*shape):
+    return jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
+
+
+def convolutions(model):
+    return [module for _, module in nnx.iter_modules(model) if isinstance(module, nnx.Conv)]
+
+
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3)], ids=str)
+def test_shapes(batch):
+    x = jax.ShapeDtypeStruct((*batch, 11, 3), jnp.float32)
+    assert nnx.eval_shape(lambda model, x: model(x), network(), x).shape == (*batch, 11, 2)
+    block = TemporalBlock(3, 5, 2, 4, 0.1, nnx.Rngs(0))
+    assert nnx.eval_shape(lambda block, x: block(x), block, x).shape == (*batch, 11, 5)
+
+
+def test_arguments_by_position_and_by_keyword():
+    positional = TCN(3, [4], 2, 3, 0.1, nnx.Rngs(0))
+    named = TCN(
+        in_channels=3, num_channels=(4,), out_features=2, kernel_size=3, dropout=0.1,
+        rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    assert nnx.graphdef(positional) == nnx.graphdef(named)
+    assert_same_parameters(positional, named)
+    block = TemporalBlock(
+        in_channels=3, out_channels=4, kernel_size=3, dilation=2, dropout=0.1, rngs=nnx.Rngs(0)
+    )
+    assert nnx.graphdef(block) == nnx.graphdef(TemporalBlock(3, 4, 3, 2, 0.1, nnx.Rngs(0)))
+
+
+def test_defaults():
+    model = TCN(1, [4, 4], 2)
+    assert model.blocks[0].conv1.kernel_size == (2,)
+    assert model.blocks[0].dropout1.rate == 0.2
+    same = TCN(1, [4, 4], 2, rngs=nnx.Rngs(0))
+    assert_same_parameters(model, same)
+
+
+def test_the_formula():
+    """What the docstring says, written with the layers' own parameters."""
+    block = TemporalBlock(3, 4, 2, 2, 0.0, nnx.Rngs(0))
+    x = np.asarray(inputs(2, 9, 3))
+
+    def conv(layer, x, dilation):
+        w, b = np.asarray(layer.kernel[...]), np.asarray(layer.bias[...])
+        past = np.pad(x, ((0, 0), ((len(w) - 1) * dilation, 0), (0, 0)))
+        taps = [past[:, k * dilation : k * dilation + x.shape[1]] @ w[k] for k in range(len(w))]
+        return np.sum(taps, 0) + b
+
+    h = np.maximum(conv(block.conv1, x, 2), 0)
+    h = np.maximum(conv(block.conv2, h, 2), 0)
+    expected = np.maximum(h + conv(block.shortcut, x, 1), 0)
+    np.testing.assert_allclose(apply(block, jnp.asarray(x)), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_causal_and_sees_what_it_should():
+    x = inputs(1, 24, 3)
+    # Three blocks of two layers with two taps, dilations 1, 2, 4.
+    seen = 1 + 2 * (2 - 1) * (2**3 - 1)
+    t = 20
+
+    @nnx.jit
+    def touched(model, x):
+        """For each input step whether the derivative of output step t by it is not zero."""
+        return jnp.any(jax.jacrev(lambda x: model(x)[0, t])(x)[:, 0] != 0, (0, 2))
+
+    # A ReLU may hide a path: over several networks every step that is seen is seen by some.
+    found = np.zeros(24, bool)
+    for seed in range(9):
+        found |= np.asarray(touched(network(seed), x))
+    np.testing.assert_array_equal(np.flatnonzero(found), np.arange(t - seen + 1, t + 1))
+
+
+def test_a_change_touches_no_earlier_output():
+    model = network()
+    model.eval()
+    x = inputs(2, 24, 3)
+    before, after = apply(model, x), apply(model, x.at[:, 10].set(jnp.nan))
+    np.testing.assert_array_equal(before[:, :10], after[:, :10])
+    assert jnp.isnan(after[:, 10]).all()
+
+
+def test_layers():
+    model = network()
+    assert [block.conv1.kernel_dilation for block in model.blocks] == [1, 2, 4]
+    assert [block.conv2.kernel_dilation for block in model.blocks] == [1, 2, 4]
+    assert [block.shortcut is not None for block in model.blocks] == [True, False, True]
+    assert model.blocks[0].shortcut.kernel_size == (1,)
+    assert model.readout.kernel_size == (1,)
+    assert {layer.padding for layer in convolutions(model)} == {"CAUSAL"}
+    assert all(type(layer) is Conv for layer in convolutions(model))
+
+
+def test_dropout_only_in_training():
+    model = TCN(3, [4], 2, dropout=0.25, rngs=nnx.Rngs(0))
+    without = TCN(3, [4], 2, dropout=0.0, rngs=nnx.Rngs(0))
+    x = inputs(2, 16, 3)
+    expected = apply(without, x)
+    model.eval()
+    np.testing.assert_array_equal(apply(model, x), expected)
+    model.train()
+    first, second = apply(model, x), apply(model, x)
+    assert not np.array_equal(first, second)
+    assert not np.array_equal(first, expected)
+
+
+def test_equals_its_stock_twin():
+    arguments = (3, [4, 6], 2, 2, 0.25)
+    model, stock = TCN(*arguments, nnx.Rngs(0)), TCN(*arguments, nnx.Rngs(0), conv=nnx.Conv)
+    x = inputs(2, 16, 3)
+    assert all(type(layer) is nnx.Conv for layer in convolutions(stock))
+    assert_same_parameters(model, stock)
+
+    @nnx.jit
+    def results(model, x):
+        loss = lambda model, x: jnp.sum(jnp.sin(model(x)))  # noqa: E731
+        return nnx.value_and_grad(loss, argnums=(0, 1))(model, x)
+
+    jax.tree.map(  # while both drop the same, for their rngs are equal
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        *(jax.tree.leaves(results(m, x)) for m in (model, stock)),
+    )
+
+
+def test_state_moves_into_stock_layers():
+    model, x = network(), inputs(2, 16, 3)
+    stock = network(seed=1, conv=nnx.Conv)
+    nnx.update(stock, nnx.state(model))
+    np.testing.assert_allclose(apply(model, x), apply(stock, x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "xla_native", ("pallas_tpu", "xla")], ids=str)
+def test_implementation_reaches_every_layer(implementation):
+    model = network(implementation=implementation)
+    wanted = (implementation,) if isinstance(implementation, str) else implementation
+    assert {layer.implementation for layer in convolutions(model)} == {wanted}
+    x = inputs(2, 16, 3)
+    np.testing.assert_allclose(apply(model, x), apply(network(), x), rtol=1e-5, atol=1e-6)
+
+
+def test_learns_under_nnx_transforms():
+    model, x = network(), inputs(4, 16, 3)
+    target = jnp.roll(x[..., :2], 1, axis=1)
+
+    def loss(model):
+        return jnp.mean((model(x) - target) ** 2)
+
+    @nnx.jit
+    def step(model):
+        value, grads = nnx.value_and_grad(loss)(model)
+        params = nnx.state(model, nnx.Param)
+        nnx.update(model, jax.tree.map(lambda p, g: p - 0.1 * g, params, grads))
+        return value
+
+    losses = [step(model) for _ in range(30)]
+    assert losses[-1] < 0.8 * losses[0]
+    expected = apply(model, x)
+
+    @nnx.jit
+    def in_other_ways(model, x):
+        per_sample = nnx.vmap(lambda model, x: model(x), in_axes=(None, 0))
+        return per_sample(model, x), nnx.remat(lambda model, x: model(x))(model, x)
+
+    for actual in in_other_ways(model, x):
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(num_channels=[]), "num_channels must be a sequence .* got \\[\\]"),
+        (dict(num_channels=8), "num_channels must be a sequence .* got 8"),
+        (dict(num_channels=[8, 0]), "num_channels\\[1\\] must be an int of 1 or more, got 0"),
+        (dict(num_channels=[8.0]), "num_channels\\[0\\] must be an int of 1 or more, got 8.0"),
+        (dict(in_channels=0), "in_channels must be an int of 1 or more, got 0"),
+        (dict(out_features=-1), "out_features must be an int of 1 or more, got -1"),
+        (dict(kernel_size=0), "kernel_size must be an int of 1 or more, got 0"),
+        (dict(dropout=1.0), "dropout must be a number in \\[0, 1\\), got 1.0"),
+        (dict(dropout=-0.1), "dropout must be a number in \\[0, 1\\), got -0.1"),
+        (dict(dropout="0.1"), "dropout must be a number in \\[0, 1\\), got '0.1'"),
+        (dict(rngs=0), "rngs must be an nnx.Rngs, .* got 0"),
+        (dict(implementation="fast"), "implementation must be .* got 'fast'"),
+    ],
+    ids=str,
+)
+def test_bad_arguments(changes, message):
+    good = dict(in_channels=3, num_channels=[4], out_features=2)
+    with pytest.raises(ValueError, match=f"^{message}") as error:
+        TCN(**good | changes)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(dilation=0), "dilation must be an int of 1 or more, got 0"),
+        (dict(out_channels=0), "out_channels must be an int of 1 or more, got 0"),
+        (dict(dropout=2), "dropout must be a number in \\[0, 1\\), got 2"),
+        (dict(rngs=None), "rngs must be an nnx.Rngs, .* got None"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_of_a_block(changes, message):
+    good = dict(
+        in_channels=3, out_channels=4, kernel_size=2, dilation=1, dropout=0.1, rngs=nnx.Rngs(0)
+    )
+    with pytest.raises(ValueError, match=f"^{message}"):
+        TemporalBlock(**good | changes)
