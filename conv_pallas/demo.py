@@ -342,7 +342,7 @@ def plot_training(history: History, path: Path) -> None:
 def plot_speedup(measurements: Iterable[Measurement], host: dict, path: Path) -> None:
     """How many times faster ours is, a pair of bars for each layer, as PNG."""
     layers = by_layer(measurements)
-    figure = Figure(figsize=(8, 1.6 + 0.5 * len(layers)), layout="constrained")
+    figure = Figure(figsize=(8, 1.6 + 0.45 * len(layers)), layout="constrained")
     axes = figure.subplots()
     height = 0.38
     for shift, which, color in ((-height / 2, FORWARD, BLUE), (height / 2, STEP, ORANGE)):
@@ -371,17 +371,17 @@ def plot_speedup(measurements: Iterable[Measurement], host: dict, path: Path) ->
     axes.set_xscale("log")
     low = min(p.speedup.low for passes in layers.values() for p in passes.values())
     high = max(p.speedup.high for passes in layers.values() for p in passes.values())
-    axes.set_xlim(min(low, 0.8) / 1.1, max(high, 2) * 1.5)
+    axes.set_xlim(min(low, 0.8) / 1.1, max(high, 2) * 2)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_yticks(range(len(layers)), [f"{la.name}\n{geometry(la)}" for la in layers], fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(layers) - 0.4, -0.6)  # the first on top
     axes.set_title("Times faster than stock nnx.Conv", loc="left")
     axes.set_xlabel(
         f"JAX {host['jax']} on {host['device']} ({host['cpu']}, {host['cores']} cores); "
-        "whiskers are quartiles",
+        "whiskers are quartiles, * is shortened for a CPU",
         fontsize=8,
     )
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
+    figure.legend(loc="outside upper right", ncols=2, frameon=False)
     _plain(axes)
     axes.grid(axis="y", visible=False)
     figure.savefig(path, dpi=150)
