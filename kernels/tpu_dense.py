@@ -85,14 +85,16 @@ def _split(a: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _dot(a: jax.Array, b, passes: str, contract=((1,), (0,))) -> jax.Array:
     """The float32 product; where it takes three passes, ``b`` is a pair from `_split`."""
+    # Named, or what `jax.default_matmul_precision` says would reach bfloat16 operands.
+    precision = lax.Precision.HIGHEST if passes == "f32" else lax.Precision.DEFAULT
     dot = functools.partial(
-        lax.dot_general, dimension_numbers=(contract, ((), ())),
+        lax.dot_general, precision=precision, dimension_numbers=(contract, ((), ())),
         preferred_element_type=jnp.float32,
     )  # fmt: skip
     if passes == "bf16":
         return dot(a.astype(jnp.bfloat16), b)
     if passes == "f32":
-        return dot(a.astype(jnp.float32), b, precision=lax.Precision.HIGHEST)
+        return dot(a.astype(jnp.float32), b)
     high, low = _split(a.astype(jnp.float32))
     return dot(high, b[0]) + (dot(high, b[1]) + dot(low, b[0]))
 
