@@ -96,3 +96,12 @@ def primitives_of(jaxpr) -> list[str]:
             if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
                 names += primitives_of(inner)
     return names
+
+
+def tree_close(actual, want, rtol=1e-5):
+    """Two results of one float32 computation, rounded in another order."""
+    assert jax.tree.structure(actual) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(want), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        scale = np.max(np.abs(b), initial=0.0)
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * scale)
