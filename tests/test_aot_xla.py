@@ -1,0 +1,134 @@
+"""What XLA makes of ``"xla"`` on GPUs and TPUs that are not here."""
+
+import dataclasses
+import functools
+import importlib.metadata
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from conv_pallas import aot, conv1d
+from conv_pallas.kernels import xla, xla_native
+from conv_pallas.spec import OPERATIONS, ConvSpec, Problem
+
+pytestmark = pytest.mark.aot
+
+# name: N, T, C, O, K, D, S, G
+LAYERS = {
+    **{f"dense_dilated_{D}": (8, 4096, 256, 256, 3, D, 1, 1) for D in (1, 4, 64, 512)},
+    **{f"depthwise_dilated_{D}": (8, 4096, 512, 512, 4, D, 1, 512) for D in (1, 64)},
+    "multiplier": (8, 4096, 128, 512, 4, 8, 1, 128),
+    "grouped": (8, 4096, 256, 256, 3, 64, 1, 8),
+    "grouped_not_dilated": (8, 4096, 256, 256, 3, 1, 1, 8),
+    "strided": (8, 4096, 256, 256, 4, 1, 2, 1),
+    "strided_dilated": (8, 4096, 256, 256, 3, 8, 2, 1),
+    "strided_grouped": (8, 4096, 256, 256, 3, 4, 2, 8),
+    "wide": (4, 4096, 32, 32, 21, 25, 1, 1),
+    "pointwise": (8, 4096, 256, 256, 1, 1, 1, 1),
+}
+
+
+def problem_of(layer: str, operation, platform: str, dtype: str = "bfloat16") -> Problem:
+    N, T, C, O, K, D, S, G = LAYERS[layer]
+    spec = ConvSpec(T, K, S, ((K - 1) * D, 0), D, 1, G)
+    dtype = np.dtype(jnp.dtype(dtype))
+    return Problem(operation, spec, N, C, O, dtype, dtype, dtype, None, platform)
+
+
+def compiled(chip: str, problem: Problem, run):
+    lhs, rhs = {
+        "conv1d": (problem.x_shape, problem.w_shape),
+        "conv1d_input_grad": (problem.y_shape, problem.w_shape),
+        "conv1d_kernel_grad": (problem.x_shape, problem.y_shape),
+    }[problem.operation]
+    return aot.compile_for(
+        chip,
+        functools.partial(run, problem),
+        aot.struct(lhs, problem.lhs_dtype),
+        aot.struct(rhs, problem.rhs_dtype),
+    )
+
+
+def sizes(windows: list[str]) -> list[int]:
+    return [int(re.search(r"size=(\d+)", w)[1]) for w in windows]
+
+
+def check_windows(windows: list[str], K: int, D: int) -> None:
+    """As many taps as the kernel has, and the dilation told to cuDNN."""
+    assert all(size <= K for size in sizes(windows)), windows
+    if D > 1 and K > 1:
+        assert all(f"rhs_dilate={D}" in w for w in windows), windows
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_h200_keeps_the_dilation(layer, operation, dtype):
+    problem = problem_of(layer, operation, "cuda", dtype)
+    windows = aot.conv_windows(compiled("h200", problem, xla.run))
+    if operation == "conv1d_kernel_grad":
+        assert all(size <= problem.spec.kernel_size for size in sizes(windows)), windows
+    else:
+        check_windows(windows, problem.spec.kernel_size, problem.spec.kernel_dilation)
+
+
+def test_parser_sees_what_it_looks_for():
+    """The native form has the zero-filled kernel and the convolution as wide as time."""
+    expected = {
+        "conv1d": ["size=1025"],
+        "conv1d_input_grad": ["size=1025"],
+        "conv1d_kernel_grad": ["size=4096 stride=512"],
+    }
+    for operation, windows in expected.items():
+        problem = problem_of("dense_dilated_512", operation, "cuda")
+        assert aot.conv_windows(compiled("h200", problem, xla_native.run)) == windows
+
+
+@pytest.mark.parametrize("chip", ["a100", "b200"])
+def test_other_gpus(chip):
+    problem = problem_of("dense_dilated_64", "conv1d", "cuda")
+    check_windows(aot.conv_windows(compiled(chip, problem, xla.run)), 3, 64)
+
+
+def layer_loss(implementation, D, x, kernel):
+    y = conv1d(x, kernel, kernel_dilation=D, implementation=implementation)
+    return jnp.sum(jnp.square(y.astype(jnp.float32)))
+
+
+@pytest.mark.parametrize("D", [1, 64, 512])
+def test_h200_value_and_gradients_of_a_layer(D):
+    """Through the primitives: all three operations in one program."""
+    f = jax.value_and_grad(functools.partial(layer_loss, "xla", D), (0, 1))
+    x, kernel = (aot.struct(s, jnp.bfloat16) for s in ((8, 4096, 256), (3, 256, 256)))
+    windows = aot.conv_windows(aot.compile_for("h200", f, x, kernel))
+    assert len(windows) == 2  # forward and input gradient; the kernel gradient is matmuls
+    check_windows(windows, 3, D)
+
+
+@pytest.mark.parametrize("chip", aot.TPUS)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_tpus(chip, operation):
+    for layer in ("dense_dilated_64", "depthwise_dilated_64", "grouped", "strided"):
+        problem = problem_of(layer, operation, "tpu")
+        shorter = dataclasses.replace(problem.spec, time=1024)  # it compiles in half the time
+        assert compiled(chip, dataclasses.replace(problem, spec=shorter), xla.run).as_text()
+
+
+def test_unknown_chip():
+    with pytest.raises(ValueError, match=r"chip must be one of a100, h200, .*got 'h20'"):
+        aot.compile_for("h20", jnp.sin, aot.struct((3,), "float32"))
+
+
+def test_missing_wheel(monkeypatch):
+    monkeypatch.setattr(aot, "_device", aot._device.__wrapped__)
+    missing = importlib.metadata.PackageNotFoundError("libtpu")
+    monkeypatch.setattr(importlib.metadata, "version", lambda wheel: raise_(missing))
+    with pytest.raises(aot.MissingWheelError, match=r"needs the wheel libtpu.*aot"):
+        aot.compile_for("v6e", jnp.sin, aot.struct((3,), "float32"))
+
+
+def raise_(error):
+    raise error
