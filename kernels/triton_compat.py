@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import triton
+import triton.backends.nvidia.compiler as _compiler
 import triton.backends.nvidia.driver as _nvidia
 from jax._src import mesh as _mesh
 from jax._src.pallas.triton import gpu_info as _gpu_info
@@ -21,6 +22,11 @@ if not hasattr(_nvidia, "TMA_TF32"):
 
 import jax_triton as jt
 from jax_triton import triton_lib as _lib
+
+if not _lib._TMA_DTYPE_DEVICE_TO_HOST:
+    # Somebody imported jax-triton before us: repaired after the fact. Goes with the above.
+    _lib.cb, _lib._TMA_TF32 = _compiler, _nvidia.TMA_TF32
+    _lib._TMA_DTYPE_DEVICE_TO_HOST = _nvidia.TMA_DTYPE_DEVICE_TO_HOST
 
 VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from conv_pallas.kernels import triton_compat
 
-_trial: dict[str, tuple[int, ...]] = {}
+_trial: tuple[tuple[int, ...] | None, list[str]] | None = None
 
 
 def key(kernel: str, rows: int, columns: int, depth: int, dtype, precision: str) -> str:
@@ -25,17 +25,26 @@ def key(kernel: str, rows: int, columns: int, depth: int, dtype, precision: str)
 
 def lookup(key: str) -> tuple[int, ...] | None:
     """The tuned tile for that key on the device that is compiled for."""
-    return _trial.get(key) or _table(triton_compat.device_kind()).get(key)
+    if _trial is not None:
+        tile, asked = _trial
+        asked.append(key)
+        return tile
+    return _table(triton_compat.device_kind()).get(key)
 
 
 @contextlib.contextmanager
-def trial(key: str, tile: tuple[int, ...]):
-    """Within it, that tile is the tuned one. Traces and compiled functions outlive it."""
-    _trial[key] = tile
+def trial(tile: tuple[int, ...] | None):
+    """Within it every kernel gets that tile; None: what the heuristic says.
+
+    Yields the keys that were asked for, the last one last. What is compiled meanwhile keeps
+    the tile.
+    """
+    global _trial
+    before, _trial = _trial, (tile, [])
     try:
-        yield
+        yield _trial[1]
     finally:
-        del _trial[key]
+        _trial = before
 
 
 def file_name(kind: str) -> str:
