@@ -1,0 +1,274 @@
+"""Eight CPU devices: what is computed where, read from the compiled HLO."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from conv_pallas import conv1d
+from tests.support import collectives, tree_close
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Shapes, and how x and the kernel lie on a mesh of 4 by 2 devices.
+
+    Attributes:
+      forward: the collectives of the forward pass.
+    """
+
+    x: tuple[int, ...]
+    w: tuple[int, ...]
+    x_spec: P
+    w_spec: P
+    G: int = 1
+    forward: tuple[tuple[str, int], ...] = ()
+
+    def arrays(self, seed=0):
+        rng = np.random.default_rng(seed)
+        return [rng.standard_normal(s).astype(np.float32) for s in (self.x, self.w)]
+
+    def place(self, mesh):
+        specs = (self.x_spec, self.w_spec)
+        return [
+            jax.device_put(a, NamedSharding(mesh, s))
+            for a, s in zip(self.arrays(), specs, strict=True)
+        ]
+
+
+X, W = (16, 17, 8), (3, 8, 6)
+ONE_SUM = (("all-reduce", 1),)
+
+# What needs no gathering: no device ever sees more of x, y or g than its share.
+LAYOUTS = {
+    "batch": Layout(X, W, P("a"), P()),
+    "batch_over_both": Layout(X, W, P(("a", "b")), P()),
+    "two_batch_axes": Layout((4, 8, 17, 8), W, P("b", "a"), P()),
+    "channels_out": Layout(X, W, P(), P(None, None, "b")),
+    "batch_and_channels_out": Layout(X, W, P("a"), P(None, None, "b")),
+    "channels_in": Layout(X, W, P(None, None, "b"), P(None, "b"), forward=ONE_SUM),
+    "batch_and_channels_in": Layout(X, W, P("a", None, "b"), P(None, "b"), forward=ONE_SUM),
+    "groups": Layout(X, (3, 2, 12), P("a", None, "b"), P(None, None, "b"), G=4),
+    "depthwise": Layout(X, (3, 1, 8), P("a", None, "b"), P(None, None, "b"), G=8),
+    "depthwise_over_both": Layout(
+        X, (3, 1, 8), P(None, None, ("a", "b")), P(None, None, ("a", "b")), G=8
+    ),
+    "multiplier": Layout(X, (3, 1, 16), P("a", None, "b"), P(None, None, "b"), G=8),
+}  # fmt: skip
+
+each_layout = pytest.mark.parametrize("layout", LAYOUTS)
+each_mesh = pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto], ids=str)
+
+
+def _mesh(axis_type):
+    return jax.make_mesh((4, 2), ("a", "b"), axis_types=(axis_type,) * 2)
+
+
+def _function(layout: Layout, implementation=None):
+    return functools.partial(
+        conv1d, kernel_dilation=2, feature_group_count=layout.G, implementation=implementation
+    )
+
+
+def _value(f):
+    return f
+
+
+def _gradient(f):
+    return jax.grad(lambda x, w: jnp.sum(jnp.sin(f(x, w))), (0, 1))
+
+
+def _hvp(f):
+    return lambda x, w: jax.jvp(_gradient(f), (x, w), (x, w))[1]
+
+
+def _compiled(f, mesh, *operands):
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(f).lower(*operands).compile()
+        return compiled, jax.tree.map(np.asarray, compiled(*operands))
+
+
+@each_layout
+@each_mesh
+def test_nothing_is_gathered_and_all_is_right(layout, axis_type):
+    layout, mesh = LAYOUTS[layout], _mesh(axis_type)
+    operands = layout.place(mesh)
+    f, stock = _function(layout), _function(layout, "xla_native")
+    for transform in (_value, _gradient, _hvp):
+        compiled, out = _compiled(transform(f), mesh, *operands)
+        found = collectives(compiled)
+        assert set(found) <= {"all-reduce"}
+        if transform is _value:
+            assert found == dict(layout.forward)
+        tree_close(out, jax.jit(transform(stock))(*layout.arrays()), rtol=1e-4)
+
+
+@each_layout
+def test_the_result_is_split_as_the_operands_are(layout):
+    layout, mesh = LAYOUTS[layout], _mesh(AxisType.Explicit)
+    x, w = layout.place(mesh)
+    with jax.set_mesh(mesh):
+        y = jax.jit(_function(layout))(x, w)
+        dx, dw = jax.jit(_gradient(_function(layout)))(x, w)
+    batch = tuple(layout.x_spec)[: len(layout.x) - 2]
+    channels = layout.w_spec[2] if len(layout.w_spec) == 3 else None
+    assert y.sharding.spec == P(*batch, *[None] * (len(layout.x) - 2 - len(batch)), None, channels)
+    assert dx.sharding.is_equivalent_to(x.sharding, x.ndim)
+    assert dw.sharding.is_equivalent_to(w.sharding, w.ndim)
+
+
+@pytest.mark.parametrize("x_spec", [P(None, "a"), P("b", "a")], ids=str)
+@each_mesh
+def test_time_is_gathered(x_spec, axis_type):
+    """Right, if slow; and the proof that the check above sees an all-gather where one is."""
+    layout = Layout((16, 24, 8), W, x_spec, P())
+    mesh = _mesh(axis_type)
+    for transform in (_value, _gradient):
+        compiled, out = _compiled(transform(_function(layout)), mesh, *layout.place(mesh))
+        assert collectives(compiled).get("all-gather", 0) >= 1
+        want = jax.jit(transform(_function(layout, "xla_native")))(*layout.arrays())
+        tree_close(out, want, rtol=1e-4)
+
+
+@each_mesh
+def test_fully_sharded_kernel(axis_type):
+    """The kernel, split over the batch's devices, is gathered; x, y and g are not."""
+    layout = Layout(X, (3, 8, 8), P("a"), P(None, None, "a"))
+    mesh = _mesh(axis_type)
+    operands = layout.place(mesh)
+    gathers = [1, 2, 8]
+    for transform, at_most in zip((_value, _gradient, _hvp), gathers, strict=True):
+        compiled, out = _compiled(transform(_function(layout)), mesh, *operands)
+        assert set(collectives(compiled)) <= {
+            "all-gather", "all-reduce", "reduce-scatter", "all-to-all"
+        }  # fmt: skip
+        gathered = _gathered_sizes(compiled)
+        assert 1 <= len(gathered) <= at_most
+        assert set(gathered) == {3 * 8 * 8}  # the kernel, or its tangent or gradient
+        want = jax.jit(transform(_function(layout, "xla_native")))(*layout.arrays())
+        tree_close(out, want, rtol=1e-4)
+
+
+def _gathered_sizes(compiled) -> list[int]:
+    """How many elements each all-gather gives."""
+    shapes = re.findall(r"= \(?\w+\[([\d,]*)\][^=]*? all-gather(?:-start)?\(", compiled.as_text())
+    return [int(np.prod([int(d) for d in s.split(",")])) for s in shapes]
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("name", ["batch", "batch_and_channels_out", "depthwise", "channels_in"])
+def test_inside_shard_map(name, check_vma):
+    layout, mesh = LAYOUTS[name], _mesh(AxisType.Auto)
+    summed = name == "channels_in"
+
+    def local(x, w):
+        groups = layout.G // (1 if layout.G == 1 else 2)
+        y = conv1d(x, w, kernel_dilation=2, feature_group_count=groups)
+        return lax.psum(y, "b") if summed else y
+
+    batch = layout.x_spec[0] if len(layout.x_spec) else None
+    channels = layout.w_spec[2] if len(layout.w_spec) == 3 else None
+    f = jax.shard_map(
+        local, mesh=mesh, in_specs=(layout.x_spec, layout.w_spec),
+        out_specs=P(batch, None, channels), check_vma=check_vma,
+    )  # fmt: skip
+    stock = _function(layout, "xla_native")
+    for transform in (_value, _gradient, _hvp):
+        out = jax.jit(transform(f))(*layout.arrays())
+        tree_close(out, jax.jit(transform(stock))(*layout.arrays()), rtol=1e-4)
+
+
+def test_gradient_inside_shard_map():
+    """The gradient to a kernel that all have must be summed over those that have the batch."""
+    layout, mesh = LAYOUTS["batch"], _mesh(AxisType.Auto)
+    grad = _gradient(_function(layout))
+    f = jax.shard_map(grad, mesh=mesh, in_specs=(P("a"), P()), out_specs=(P("a"), P()))
+    tree_close(jax.jit(f)(*layout.arrays()), jax.jit(grad)(*layout.arrays()), rtol=1e-4)
+
+
+def test_manual_over_one_axis():
+    """Manual over the batch, automatic over the channels."""
+    layout, mesh = LAYOUTS["batch_and_channels_out"], _mesh(AxisType.Auto)
+    f = jax.shard_map(
+        _function(layout), mesh=mesh, in_specs=(P("a"), P()), out_specs=P("a"), axis_names={"a"}
+    )
+    for transform in (_value, _gradient):
+        _, out = _compiled(transform(f), mesh, *layout.place(mesh))
+        want = jax.jit(transform(_function(layout, "xla_native")))(*layout.arrays())
+        tree_close(out, want, rtol=1e-4)
+
+
+@pytest.mark.parametrize("spec", [P("a"), P(), P("b", None, "a"), P(None, "a"), P(("a", "b"))])
+@pytest.mark.parametrize("name", ["batch", "depthwise"])
+def test_out_sharding(name, spec):
+    layout, mesh = LAYOUTS[name], _mesh(AxisType.Explicit)
+    layout = dataclasses.replace(layout, x=(16, 20, 8), w=(*layout.w[:2], 8))
+    x, w = layout.place(mesh)
+    f = lambda x, w: _function(layout)(x, w, out_sharding=spec)  # noqa: E731
+    with jax.set_mesh(mesh):
+        y = jax.jit(f)(x, w)
+        grads = jax.jit(_gradient(f))(x, w)
+    assert y.sharding.is_equivalent_to(NamedSharding(mesh, spec), y.ndim)
+    stock = _function(layout, "xla_native")
+    tree_close(np.asarray(y), np.asarray(stock(*layout.arrays())), rtol=1e-4)
+    want = _gradient(stock)(*layout.arrays())
+    tree_close(jax.tree.map(np.asarray, grads), jax.tree.map(np.asarray, want), rtol=1e-4)
+
+
+@each_mesh
+@pytest.mark.parametrize("in_axes", [(0, None), (None, 0), (0, 0)], ids=str)
+def test_vmap_over_a_sharded_axis(in_axes, axis_type):
+    mesh = _mesh(axis_type)
+    layout = LAYOUTS["batch"]
+    x, w = layout.arrays()
+    rng = np.random.default_rng(1)
+    arrays, placed = [], []
+    for array, axis in zip((x, w), in_axes, strict=True):
+        array = array if axis is None else rng.standard_normal((8, *array.shape)).astype("f4")
+        arrays.append(array)
+        spec = P() if axis is None else P("a")
+        placed.append(jax.device_put(array, NamedSharding(mesh, spec)))
+    for transform in (_value, _gradient):
+        f = jax.vmap(transform(_function(layout)), in_axes)
+        compiled, out = _compiled(f, mesh, *placed)
+        assert "all-gather" not in collectives(compiled)
+        want = jax.jit(jax.vmap(transform(_function(layout, "xla_native")), in_axes))(*arrays)
+        tree_close(out, want, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["batch", "batch_and_channels_out", "channels_in", "depthwise"])
+def test_export_of_a_sharded_function(name):
+    layout, mesh = LAYOUTS[name], _mesh(AxisType.Auto)
+    f = _gradient(_function(layout))
+    shardings = tuple(NamedSharding(mesh, s) for s in (layout.x_spec, layout.w_spec))
+    with jax.set_mesh(mesh):
+        exported = jax.export.export(jax.jit(f, in_shardings=shardings))(*layout.arrays())
+        loaded = jax.export.deserialize(exported.serialize())
+        assert loaded.nr_devices == 8
+        out = jax.jit(loaded.call, in_shardings=shardings)(*layout.place(mesh))
+    tree_close(
+        jax.tree.map(np.asarray, out),
+        jax.tree.map(np.asarray, jax.jit(f)(*layout.arrays())),
+        rtol=1e-4,
+    )
+
+
+def test_a_layer_with_bias_on_a_mesh():
+    """The bias is added to a split y, and its gradient is summed over what split the batch."""
+    layout = LAYOUTS["batch_and_channels_out"]
+    b = np.arange(6, dtype=np.float32)
+    for axis_type in (AxisType.Explicit, AxisType.Auto):
+        mesh = _mesh(axis_type)
+        x, w = layout.place(mesh)
+        bias = jax.device_put(b, NamedSharding(mesh, P("b")))
+        grad = jax.grad(lambda *a: jnp.sum(jnp.sin(conv1d(*a, activation="relu"))), (0, 1, 2))
+        compiled, out = _compiled(grad, mesh, x, w, bias)
+        assert set(collectives(compiled)) <= {"all-reduce"}
+        tree_close(out, jax.jit(grad)(*layout.arrays(), b), rtol=1e-4)
