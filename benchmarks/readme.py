@@ -26,7 +26,7 @@ def figures(result: dict[str, Any]) -> str:
     for model, passes in models.items():
         kinds = sorted({m["layer"]["kind"] for ms in passes.values() for m in ms})
         cells = [_cell(passes.get(p, [])) for p in ("forward", "training step")]
-        rows.append(f"| {model} | {', '.join(kinds)} | {' | '.join(cells)} |")
+        rows.append(f"| {model} | {'; '.join(kinds)} | {' | '.join(cells)} |")
     source = RESULT.relative_to(ROOT)
     return "\n".join(
         [

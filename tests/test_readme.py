@@ -1,0 +1,23 @@
+"""The README's figures are those of the stored result."""
+
+import json
+
+import pytest
+
+from benchmarks import readme
+
+
+def test_figures_are_those_of_the_result():
+    text = readme.README.read_text(encoding="utf-8")
+    table = readme.figures(json.loads(readme.RESULT.read_text(encoding="utf-8")))
+    assert readme.with_figures(text, table) == text, "run python -m benchmarks.readme"
+    assert table in text
+    assert readme.with_figures(text, table + "\n| another | row |") != text
+
+
+@pytest.mark.parametrize(
+    ("ratio", "text"),
+    [(0.957, "0.96"), (1.04, "1.0"), (12.4, "12"), (204.2, "200"), (9.96, "10.0")],
+)
+def test_two_significant_digits(ratio, text):
+    assert readme._digits(ratio) == text
