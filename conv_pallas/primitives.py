@@ -222,7 +222,12 @@ def _batching_rule(axis_data, args, dims, *, kernel_batch, out_sharding, operati
     if rhs_dim is None and operation != "conv1d_kernel_grad":
         # The same kernel for all: the axis becomes one of the batch.
         lhs, dim = jnp.moveaxis(lhs, lhs_dim, V), V
-    elif (lhs_dim is None or rhs_dim is None) and out_sharding is None and mesh_axis is None:
+    elif (
+        (lhs_dim is None or rhs_dim is None)
+        and axis_data.size  # none at all can't be split off again
+        and out_sharding is None
+        and mesh_axis is None
+    ):
         return _widen(bind, operation, lhs, rhs, lhs_dim, rhs_dim, V, params["spec"].groups)
     else:
         lhs = batching.bdim_at_front(lhs, lhs_dim, axis_data.size, mesh_axis)
