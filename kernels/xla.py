@@ -1,6 +1,9 @@
 """The convolution as XLA does it best: which formulation, for which operation, where.
 
-The formulations themselves are in `xla_formulations.py`.
+The formulations themselves are in `xla_formulations.py`. On a CPU the rules come from
+measurements, which ``python -m benchmarks.formulations`` repeats and whose results are in
+``benchmarks/results/cpu/formulations.json``. On other platforms they come from what XLA
+compiles to, read without the device; nothing was timed there.
 """
 
 import jax
@@ -12,101 +15,159 @@ from conv_pallas.kernels import Kernel
 from conv_pallas.kernels.xla_formulations import FORWARD, KERNEL_GRAD, Numbers, flip
 from conv_pallas.spec import Problem
 
+DESCRIPTIONS = {
+    "native": "one lax.conv_general_dilated",
+    "padded": "x padded in memory, then one lax.conv_general_dilated",
+    "barrier": "x padded in memory behind a barrier, so that cuDNN gets the dilation",
+    "shifts": "shifted multiply-adds of one padded x",
+    "own_pads": "shifted multiply-adds, each with a pad fused into it",
+    "tree": "shifted multiply-reductions, block by block of time",
+    "matmuls": "one matmul for each tap",
+    "im2col": "one matmul of all taps side by side",
+    "scatter": "one matmul whose products for all taps are shifted and added",
+    "fold": "the dilation as an axis of its own",
+    "dense": "one dense convolution with zeros between the groups",
+    "split": "one lax.conv_general_dilated for each group",
+}
+
 
 def choose(problem: Problem) -> str:
     """The name of the formulation to take, of `FORWARD` or `KERNEL_GRAD`."""
+    gradient_of_kernel = problem.operation == "conv1d_kernel_grad"
     if problem.platform in ("cuda", "rocm"):
-        return _choose_gpu(problem)
+        return _gpu_kernel_grad(problem) if gradient_of_kernel else _gpu_forward(problem)
     if problem.platform == "tpu":
         return "shifts" if problem.depthwise else "native"
-    if problem.operation == "conv1d_kernel_grad":
-        return _choose_cpu_kernel_grad(problem)
-    return _choose_cpu_forward(problem)
+    if not all(isinstance(size, int) for size in (problem.N, problem.spec.time)):
+        # An export whose batch or time is a symbol: nothing may depend on how much there is.
+        grouped = gradient_of_kernel and problem.spec.groups > 1
+        return "shifts" if problem.depthwise else "matmuls" if grouped else "native"
+    return _cpu_kernel_grad(problem) if gradient_of_kernel else _cpu_forward(problem)
 
 
-def _choose_cpu_forward(problem: Problem) -> str:
-    """Forward and input gradient on a CPU.
+def _channels(problem: Problem) -> tuple[int, int]:
+    """Channels that one output sums over, and outputs, for each group."""
+    c, o = problem.C // problem.spec.groups, problem.O // problem.spec.groups
+    return (o, c) if problem.operation == "conv1d_input_grad" else (c, o)
 
-    How many times faster than ``native`` (XLA:CPU, jax 0.12.0.1, AVX2, 2 cores, float32, C = O
-    where one is given; ``python -m benchmarks.formulations`` measures it again):
 
-        depthwise K=4 C=512 D=1     own_pads 100   scatter 110    matmuls 57     shifts 52
-        depthwise K=4 C=512 D=64    own_pads 200   scatter 120    matmuls 98     shifts 76
-        depthwise K=31 C=128        matmuls 21     shifts 9 to 23   dense 1.8    scatter 1.5
-        C=256 G=32 K=3 D=4          shifts 5.6     scatter 2.4    split 1.3
-        C=256 G=2 K=3 D=4           split 1.1      scatter 0.97   matmuls 0.79
-        C=1 O=25 K=7                own_pads 12    scatter 11     matmuls 9      shifts 8
-        C=64 O=1 K=3                scatter 3.4    matmuls 0.83   im2col 0.45
-        C=64 O=1 K=3 input gradient own_pads 10    scatter 10     shifts 7       matmuls 7
-        C=128 K=3 D=64              scatter 0.85   fold 0.82      matmuls 0.81   im2col 0.75
+# --- CPU ---
+
+
+def _cpu_forward(problem: Problem) -> str:
+    """Forward and input gradient.
+
+    Times faster than nnx.Conv's pad and convolution, for c channels into o of each group
+    (float32 where nothing is said; XLA:CPU, jax 0.12.0.1, AVX2, 2 busy cores):
+
+        ================================  ======================================================
+        depthwise K=4 C=512               own_pads 100  scatter 110  matmuls 57   shifts 52
+        depthwise K=4 C=512 bfloat16      own_pads 71   scatter 53   matmuls 94   shifts 93
+          its input gradient              own_pads 20   scatter 14   matmuls 89   shifts 90
+        depthwise K=31 C=128                            scatter 1.5  matmuls 21   shifts 9
+        c=1 o=32 K=3                      own_pads 12   scatter 12   matmuls 9    shifts 12
+        c=4 o=4 K=3                       own_pads 6    scatter 3    matmuls 2.5  shifts 7
+        c=64 o=1 K=3                                    scatter 3.4  matmuls 0.8  im2col 0.5
+        c=16 o=16 K=7, 512 steps in all   im2col 2.0    scatter 1.0  matmuls 1.6
+        c=25 o=25 K=3, 2048 steps in all  im2col 1.5    scatter 1.9  matmuls 1.2
+        c=128 o=128 K=3 D=64              im2col 0.8    scatter 0.9  matmuls 0.8  fold 0.8
+        G=32 c=8 o=8 K=3                  shifts 5.6    scatter 2.4  matmuls 1.4  split 1.3
+        G=8 c=16 o=16 K=3 bfloat16        shifts 1.3    scatter 1.9  matmuls 1.5  split 1.1
+        G=8 c=32 o=32 K=3                               scatter 1.4  matmuls 0.9  split 1.6
+        G=8 c=16 o=16 K=7 D=64                          scatter 0.9  matmuls 0.7  split 1.8
+        ================================  ======================================================
     """
     spec = problem.spec
-    G, K, C, O = spec.groups, spec.kernel_size, problem.C, problem.O
-    inner, outer = C // G, O // G
-    if problem.operation == "conv1d_input_grad":
-        spec, inner, outer = spec.transposed(), outer, inner
-    products = K * inner  # multiply-adds for one output
-    if G > 1:
-        if products <= 8:
-            return "own_pads"
-        if inner <= 8 and products <= 64:
-            return "shifts"
-        if inner == 1:
-            return "matmuls"
-        return "split" if G <= 8 else "scatter"
-    if spec.input_dilation == spec.stride == 1 < K:
-        if products <= 8 and min(inner, outer) <= 2:
-            return "own_pads"
-        if inner <= 4 and products <= 16:
-            return "shifts"
-        if outer == 1:
-            return "scatter"
-    # What is left Eigen does best. With CAUSAL padding nnx.Conv writes the zeros first: the same
-    # program is neither slower nor faster.
+    # nnx.Conv writes CAUSAL zeros first. Where nothing is faster, be the same program.
     causal = problem.operation == "conv1d" and spec.padding == (spec.span - 1, 0)
-    return "padded" if causal and spec.input_dilation == 1 else "native"
-
-
-def _choose_cpu_kernel_grad(problem: Problem) -> str:
-    """Kernel gradient on a CPU; measured as in `_choose_cpu_forward`.
-
-    depthwise K=4 C=512         tree 32        shifts 11      im2col 1.3     matmuls 1.7
-    depthwise K=31 C=128        tree 7.7       shifts 2.0     matmuls 0.88
-    C=32 G=2 K=3                im2col 2900    matmuls 2400   split 2200     tree 760
-    C=256 G=32 K=3 D=4          split 60       tree 48        matmuls 48     im2col 42
-    C=128 G=8 K=7 D=64          split 19       matmuls 9.6    im2col 3.1
-    C=128 G=8 K=5 S=2           im2col 9.0     matmuls 5.9    split 4.0
-    C=1 O=32 K=3                matmuls 4.8    im2col 4.3     tree 1.6
-    C=128 K=3 S=2               im2col 1.5     matmuls 1.1    padded 0.86
-    C=128 K=3 D=64              im2col 0.99    padded 0.96    matmuls 0.87   fold 0.32
-    C=32 K=21                   padded 2.1     matmuls 0.33
-    """
-    spec = problem.spec
-    G, K = spec.groups, spec.kernel_size
-    inner, outer = problem.C // G, problem.O // G
+    stock = "padded" if causal and spec.input_dilation == 1 else "native"
+    if problem.operation == "conv1d_input_grad":
+        spec = spec.transposed()
+    K, G, (c, o) = spec.kernel_size, spec.groups, _channels(problem)
+    every_step = spec.stride == spec.input_dilation == 1
+    own_pads_or_shifts = "own_pads" if K * c <= 6 else "shifts"
     if G > 1:
-        if inner == 1:
+        if c == 1:
+            return "own_pads" if K <= 4 and problem.out_dtype.itemsize >= 4 else "matmuls"
+        if c <= 8 and K * c <= 64:
+            return own_pads_or_shifts
+        if K <= 4 and every_step and (max(c, o) <= 16 or G > 32):
+            return "scatter"
+        return "split" if G <= 32 else stock
+    if not every_step or K == 1:
+        return stock
+    if c <= 8 and c * o <= 64 and K * c <= 24:
+        return own_pads_or_shifts
+    if o == 1 and K <= 32:
+        return "scatter"
+    if problem.N * spec.time * K * c <= 2**16:
+        return "im2col"
+    if max(c, o) <= 32 and problem.N * spec.time * K * o <= 2**18:
+        return "scatter"
+    return stock
+
+
+def _cpu_kernel_grad(problem: Problem) -> str:
+    """Kernel gradient; measured as in `_cpu_forward`.
+
+    ================================  ======================================================
+    depthwise K=4 C=512               tree 32     shifts 11     im2col 1.3     matmuls 1.7
+    depthwise K=31 C=128              tree 7.7    shifts 2.0                   matmuls 0.9
+    multiplier 4 K=4 C=64             tree 44     shifts 9      im2col 34      matmuls 17
+    G=2 c=16 o=16 K=3                 tree 760    split 2200    im2col 2900    matmuls 2400
+    G=8 c=16 o=16 K=7 D=64                        split 19      im2col 3       matmuls 10
+    G=8 c=16 o=16 K=5 S=2                         split 4       im2col 9       matmuls 6
+    G=32 c=8 o=8 K=3                  tree 48     split 60      im2col 42      matmuls 48
+    c=1 o=32 K=3                      tree 1.6    native 1.0    im2col 4.3     matmuls 4.8
+    c=32 o=32 K=3, 512 steps in all               native 0.4    im2col 1.5     matmuls 1.1
+    c=128 o=128 K=3 S=2                           native 1.2    im2col 1.7     matmuls 1.3
+    c=128 o=128 K=3 D=64                          native 1.0    im2col 1.0     matmuls 0.9
+    c=32 o=32 K=21                                native 0.5                   matmuls 0.2
+    ================================  ======================================================
+    """
+    spec, (c, _) = problem.spec, _channels(problem)
+    K, G = spec.kernel_size, spec.groups
+    if G > 1:
+        if c == 1:
             return "tree" if K <= 64 else "matmuls"
-        if spec.stride > 1 and K <= 8:
+        if K <= 8 and (spec.stride > 1 or G > 8):
             return "im2col"
         return "split" if G <= 32 else "matmuls"
     if K == 1 and spec.stride == spec.input_dilation == 1:
         return "matmuls"
-    if min(inner, outer) <= 2 and K <= 3:
-        return "matmuls"
-    if spec.stride > 1 and K <= 8 and spec.input_dilation == 1:
+    columns = problem.N * spec.out_time * K * c  # what im2col holds
+    if columns <= 2**17 or (K <= 8 and (c == 1 or spec.stride > 1)):
         return "im2col"
-    if spec.input_dilation == 1 and spec.padding == (spec.span - 1, 0) and K > 4:
-        return "padded"
-    return "native"
+    causal = spec.input_dilation == 1 and spec.padding == (spec.span - 1, 0)
+    return "padded" if causal and K > 4 else "native"
 
 
-def _choose_gpu(problem: Problem) -> str:
+# --- GPU ---
+
+
+def _gpu_forward(problem: Problem) -> str:
+    """Forward and input gradient: the dilation reaches cuDNN, and no zero is multiplied.
+
+    XLA:GPU folds CAUSAL padding into the window, finds it uneven, and fills the kernel with
+    zeros: for K=3 and D=512 ``window={size=1025}``. Behind a barrier it stays ``window={size=3
+    rhs_dilate=512}`` (read from jax 0.12.0.1's output for an H200; `conv_pallas.aot`). A
+    depthwise convolution moves far more than it multiplies: XLA makes one fusion of it.
+    """
     if problem.depthwise:
         return "shifts"
-    if problem.operation == "conv1d_kernel_grad" or problem.spec.kernel_size == 1:
-        return "matmuls"
-    return "barrier"
+    return "matmuls" if problem.spec.kernel_size == 1 else "barrier"
+
+
+def _gpu_kernel_grad(problem: Problem) -> str:
+    """Kernel gradient: matmuls and reductions, for cuDNN has none of these gradients.
+
+    XLA:GPU makes of it a forward convolution whose window is as wide as time, ``window=
+    {size=4096 stride=512}``, between transposes of x and g.
+    """
+    return "shifts" if problem.depthwise else "matmuls"
+
+
+# --- Running it ---
 
 
 def numbers_of(problem: Problem) -> tuple[np.dtype, Numbers]:
@@ -135,11 +196,12 @@ def run_as(name: str, problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.A
 
 
 def run(problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    """The operation of ``problem`` by the formulation that `choose` names."""
     if 0 in problem.out_shape:
         return jnp.zeros(problem.out_shape, problem.out_dtype)
     name = choose(problem)
     out = run_as(name, problem, lhs, rhs)
-    if problem.platform == "cpu" and name in ("own_pads", "shifts"):
+    if problem.platform == "cpu" and name in ("own_pads", "shifts", "matmuls", "scatter"):
         # Fused into a reduction that consumes it, such as a loss, the sum over taps is done
         # element by element: 54 ms for a training step of 4 MiB that takes 7 ms behind a barrier.
         # Bias and activation lose next to nothing by it.
@@ -152,7 +214,9 @@ KERNEL = Kernel(
     platforms=("cpu", "cuda", "rocm", "tpu"),
     run=run,
     decline=lambda problem: None,
-    describe=choose,
+    describe=lambda problem: DESCRIPTIONS[choose(problem)],
     priority=0,
-    vmappable=True,
+    # A batch of kernels becomes groups, and the rules see them. Mapped, each would run as the
+    # dense case that it no longer is.
+    vmappable=False,
 )
