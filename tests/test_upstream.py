@@ -54,7 +54,8 @@ def _flax_tests() -> Path:
 
 @pytest.mark.parametrize(("file", "select", "counted", "at_least"), [
     ("nnx/nn/conv_test.py", "nnx_linen_conv_equivalence", "Conv", 32),
-    ("linen/linen_linear_test.py", "conv and not transpose and not 2d_constant", "conv_general_dilated", 100),
+    ("linen/linen_linear_test.py", "conv and not transpose and not 2d_constant",
+     "conv_general_dilated", 100),
 ], ids=["nnx", "linen"])  # fmt: skip
 def test_flax(file, select, counted, at_least):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
