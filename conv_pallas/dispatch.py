@@ -131,15 +131,19 @@ def check_anywhere(problem: Problem, implementation: tuple[str, ...] | None) -> 
     """Raises at once what `select` would raise on every platform.
 
     Tracing does not know for which platform it traces; but what no platform can do need not
-    wait for lowering.
+    wait for lowering. The reasons are those on the platforms that the kernels are for.
     """
     if implementation is None:
         return
-    failure = None
+    failures = {}
     for platform in PLATFORMS:
         try:
             select(dataclasses.replace(problem, platform=platform), implementation)
             return
         except NotImplementedError as e:
-            failure = failure or e
-    raise failure
+            failures[platform] = e
+    from conv_pallas import kernels
+
+    found, _ = kernels.discover()
+    theirs = {p for k in found.values() if k.implementation in implementation for p in k.platforms}
+    raise next((e for p, e in failures.items() if p in theirs), failures["cpu"])

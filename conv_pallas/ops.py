@@ -91,16 +91,37 @@ def conv1d(
     act = activation_function(activation)
     x, kernel, bias = (None if a is None else jnp.asarray(a) for a in (x, kernel, bias))
     dtype = promoted_dtype(x, kernel, *([] if bias is None else [bias]))
-    x, kernel, bias = (None if a is None else a.astype(dtype) for a in (x, kernel, bias))
-    spec, mode = make_spec(
-        x.shape,
-        kernel.shape,
+    y = convolve(
+        *(None if a is None else a.astype(dtype) for a in (x, kernel, bias)),
         strides=strides,
         padding=padding,
         input_dilation=input_dilation,
         kernel_dilation=kernel_dilation,
         feature_group_count=feature_group_count,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+        out_sharding=out_sharding,
+        implementation=implementation,
     )
+    return y if act is None else act(y)
+
+
+def convolve(
+    x,
+    kernel,
+    bias,
+    *,
+    padding,
+    precision,
+    preferred_element_type,
+    out_sharding,
+    implementation,
+    **geometry,
+):
+    """`conv1d` without an activation, of operands that are promoted as they are to be."""
+    if x.dtype != kernel.dtype:
+        raise TypeError(f"x and kernel must have the same dtype, got {x.dtype} and {kernel.dtype}")
+    spec, mode = make_spec(x.shape, kernel.shape, padding=padding, **geometry)
     if bias is not None and bias.shape != kernel.shape[-1:]:
         raise ValueError(f"bias must have shape {kernel.shape[-1:]}, got {bias.shape}")
     if mode is not None:
@@ -115,9 +136,7 @@ def conv1d(
         chain=dispatch.canonicalize(implementation),
         pad_first=isinstance(padding, str) and padding.upper() == "CAUSAL",
     )
-    if bias is not None:
-        y = y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
-    return y if act is None else act(y)
+    return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
 
 
 def conv_general_dilated(
@@ -309,7 +328,7 @@ def promoted_dtype(*arrays):
 def activation_function(activation):
     if activation is None or callable(activation):
         return activation
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(
             f"activation must be None, a callable or one of {', '.join(ACTIVATIONS)}, "
             f"got {activation!r}"

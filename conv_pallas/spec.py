@@ -147,6 +147,12 @@ class Problem:
         return self.spec.groups == self.C and self.C > 1
 
 
+def _is_sequence(value: Any) -> bool:
+    if isinstance(value, np.ndarray):
+        return value.ndim > 0
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
 def scalar(name: str, value: int | Sequence[int] | None, error: type[Exception]) -> int:
     """One positive int out of ``value``, which may be None (1), an int or a sequence of one.
 
@@ -157,7 +163,7 @@ def scalar(name: str, value: int | Sequence[int] | None, error: type[Exception])
     """
     if value is None:
         return 1
-    if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str):
+    if _is_sequence(value):
         if len(value) != 1:
             raise ValueError(
                 f"{name} must be an int or a sequence of one int for a 1-D convolution, "
@@ -209,10 +215,10 @@ def resolve_padding(
         less, more = total // 2, total - total // 2
         return (less, more) if mode == "SAME" else (more, less)
     pair = padding
-    if isinstance(pair, Sequence | np.ndarray) and len(pair) == 1:
+    if _is_sequence(pair) and len(pair) == 1:
         (pair,) = pair
     try:
-        if isinstance(pair, Sequence | np.ndarray):
+        if _is_sequence(pair):
             low, high = map(operator.index, pair)
             if pair is padding:  # (low, high) without the outer brackets means rank 2 to flax
                 raise ValueError

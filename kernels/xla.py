@@ -1,9 +1,8 @@
 """The convolution as XLA does it best: which formulation, for which operation, where.
 
 The formulations themselves are in `xla_formulations.py`. On a CPU the rules come from
-measurements, which ``python -m benchmarks.formulations`` repeats and whose results are in
-``benchmarks/results/cpu/formulations.json``. On other platforms they come from what XLA
-compiles to, read without the device; nothing was timed there.
+measurements, which ``python -m benchmarks.formulations`` repeats. On other platforms they come
+from what XLA compiles to, read without the device; nothing was timed there.
 """
 
 import jax
@@ -31,16 +30,23 @@ DESCRIPTIONS = {
 }
 
 
+# The most taps that are written out one by one; beyond, compiling takes longer than it saves.
+UNROLLED = 64
+
+
 def choose(problem: Problem) -> str:
     """The name of the formulation to take, of `FORWARD` or `KERNEL_GRAD`."""
     gradient_of_kernel = problem.operation == "conv1d_kernel_grad"
+    unrolled = problem.spec.kernel_size <= UNROLLED
     if problem.platform in ("cuda", "rocm"):
         return _gpu_kernel_grad(problem) if gradient_of_kernel else _gpu_forward(problem)
     if problem.platform == "tpu":
-        return "shifts" if problem.depthwise else "native"
+        return "shifts" if problem.depthwise and unrolled else "native"
     if not all(isinstance(size, int) for size in (problem.N, problem.spec.time)):
         # An export whose batch or time is a symbol: nothing may depend on how much there is.
         grouped = gradient_of_kernel and problem.spec.groups > 1
+        if not unrolled:
+            return "split" if grouped and problem.spec.groups <= 32 else "native"
         return "shifts" if problem.depthwise else "matmuls" if grouped else "native"
     return _cpu_kernel_grad(problem) if gradient_of_kernel else _cpu_forward(problem)
 
@@ -86,6 +92,8 @@ def _cpu_forward(problem: Problem) -> str:
     K, G, (c, o) = spec.kernel_size, spec.groups, _channels(problem)
     every_step = spec.stride == spec.input_dilation == 1
     own_pads_or_shifts = "own_pads" if K * c <= 6 else "shifts"
+    if K > UNROLLED:
+        return stock
     if G > 1:
         if c == 1:
             return "own_pads" if K <= 4 and problem.out_dtype.itemsize >= 4 else "matmuls"
@@ -127,9 +135,12 @@ def _cpu_kernel_grad(problem: Problem) -> str:
     """
     spec, (c, _) = problem.spec, _channels(problem)
     K, G = spec.kernel_size, spec.groups
+    causal = spec.input_dilation == 1 and spec.padding == (spec.span - 1, 0)
+    if K > UNROLLED:
+        return "split" if 1 < G <= 32 else "padded" if causal else "native"
     if G > 1:
         if c == 1:
-            return "tree" if K <= 64 else "matmuls"
+            return "tree"
         if K <= 8 and (spec.stride > 1 or G > 8):
             return "im2col"
         return "split" if G <= 32 else "matmuls"
@@ -138,7 +149,6 @@ def _cpu_kernel_grad(problem: Problem) -> str:
     columns = problem.N * spec.out_time * K * c  # what im2col holds
     if columns <= 2**17 or (K <= 8 and (c == 1 or spec.stride > 1)):
         return "im2col"
-    causal = spec.input_dilation == 1 and spec.padding == (spec.span - 1, 0)
     return "padded" if causal and K > 4 else "native"
 
 
@@ -153,7 +163,7 @@ def _gpu_forward(problem: Problem) -> str:
     rhs_dilate=512}`` (read from jax 0.12.0.1's output for an H200; `conv_pallas.aot`). A
     depthwise convolution moves far more than it multiplies: XLA makes one fusion of it.
     """
-    if problem.depthwise:
+    if problem.depthwise and problem.spec.kernel_size <= UNROLLED:
         return "shifts"
     return "matmuls" if problem.spec.kernel_size == 1 else "barrier"
 
@@ -197,8 +207,6 @@ def run_as(name: str, problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.A
 
 def run(problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
     """The operation of ``problem`` by the formulation that `choose` names."""
-    if 0 in problem.out_shape:
-        return jnp.zeros(problem.out_shape, problem.out_dtype)
     name = choose(problem)
     out = run_as(name, problem, lhs, rhs)
     if problem.platform == "cpu" and name in ("own_pads", "shifts", "matmuls", "scatter"):

@@ -294,10 +294,9 @@ def tree_kernel_grad(x, g, spec, numbers, ways=16):
     (_, U, O), G = g.shape, spec.groups
     c, m = x.shape[2] // G, O // G
     ways = min(ways, U)
-    more = -U % ways  # steps of zeros that make the blocks equal
-    g = jnp.pad(g, ((0, 0), (0, more), (0, 0))).astype(numbers.acc)
-    low, high = spec.padding
-    longer = dataclasses.replace(spec, padding=(low, high + more * spec.stride))
+    more = -U % ways  # steps that make the blocks equal: zeros in both, for 0 * NaN is not 0
+    longer = ((0, 0), (0, more), (0, 0))
+    g = jnp.pad(g, longer).astype(numbers.acc)
 
     def block(a, b):
         return lax.slice_in_dim(a, b * (U + more) // ways, (b + 1) * (U + more) // ways, axis=1)
@@ -317,7 +316,7 @@ def tree_kernel_grad(x, g, spec, numbers, ways=16):
 
     sums = [
         total(sum(product(tap, i, b) for b in range(ways)).reshape(-1, O))
-        for tap in taps(x, longer)
+        for tap in (jnp.pad(tap, longer) for tap in taps(x, spec))
         for i in range(c)
     ]
     return jnp.stack(sums).reshape(spec.kernel_size, c, O)

@@ -263,10 +263,27 @@ def test_function_complains_as_the_layer(name):
 
 
 def test_causal_in_two_dimensions():
-    for cls in (nnx.Conv, Conv):
+    said = {nnx.Conv: "Causal padding", Conv: "^padding may be SAME, .* 2-D .*, got 'CAUSAL'"}
+    for cls, match in said.items():
         layer = cls(4, 6, (3, 3), padding="CAUSAL", rngs=nnx.Rngs(0))
-        with pytest.raises(ValueError, match="Causal padding is only implemented for 1D"):
+        with pytest.raises(ValueError, match=match):
             jax.eval_shape(layer, jax.ShapeDtypeStruct((2, 7, 7, 4), jnp.float32))
+
+
+@pytest.mark.parametrize(
+    ("argument", "error"),
+    [("strides", ValueError), ("kernel_dilation", TypeError), ("input_dilation", TypeError)],
+)
+@pytest.mark.parametrize("value", [0, (2, -1)])
+def test_steps_in_two_dimensions(argument, error, value):
+    layer = Conv(4, 6, (3, 3), padding=1, rngs=nnx.Rngs(0), **{argument: value})
+    with pytest.raises(error, match=f"^{argument} must be 1 or more, got"):
+        jax.eval_shape(layer, jax.ShapeDtypeStruct((2, 7, 7, 4), jnp.float32))
+
+
+def test_no_groups():
+    with pytest.raises(ValueError, match="feature_group_count must be 1 or more, got 0"):
+        Conv(4, 6, 3, feature_group_count=0, rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize("make", [

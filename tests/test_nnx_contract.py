@@ -235,3 +235,17 @@ def test_mutated_attributes_take_effect():
         layer.padding, layer.kernel_dilation, layer.strides = "CAUSAL", 2, 2
         layer.kernel[...] = layer.kernel[...] * 2
     _assert_close(ours(x), stock(x), x.dtype)
+
+
+def test_promotion_is_the_layers_own():
+    """What `promote_dtype` returns is not promoted again, not even a wider bias."""
+
+    def narrow(arrays, *, dtype=None):
+        inputs, kernel, bias = arrays
+        return inputs.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16), bias
+
+    x = jax.random.normal(jax.random.key(0), (2, 9, 4))
+    ours, stock = (cls(4, 4, 3, promote_dtype=narrow, rngs=nnx.Rngs(0)) for cls in (Conv, nnx.Conv))
+    assert ours(x).dtype == stock(x).dtype == jnp.float32
+    np.testing.assert_array_equal(ours(x), stock(x))
+    assert ours.explain(x).chosen["conv1d"] == "xla"

@@ -94,6 +94,20 @@ def test_what_padding_crops_is_not_read(name, implementation):
 
 
 @each_implementation
+@pytest.mark.parametrize("crop", [0, 3])
+def test_kernel_gradient_reads_nothing_past_the_last_window(crop, implementation):
+    """With so many steps that they are summed in blocks, which they do not fill."""
+    case = Case("blocks", T=41, C=4, O=4, G=4, padding=[(0, -crop)])
+    x, _, g = case.arrays()
+    x[:, x.shape[1] - 1] = np.inf  # seen by the last tap alone, or by none
+    run = jax.jit(lambda x, g: bind(case.problem("conv1d_kernel_grad"), x, g, implementation))
+    dw = run(x, g)
+    finite = np.isfinite(dw)
+    assert finite[:-1].all()
+    assert finite[-1].all() == (crop > 0)
+
+
+@each_implementation
 @pytest.mark.parametrize("name", ["dilated", "depthwise_dilated", "grouped", "ragged"])
 def test_causal_output_sees_nothing_later(name, implementation):
     case = cases.named(name)

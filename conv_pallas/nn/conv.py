@@ -1,12 +1,15 @@
 """`Conv`, in place of `flax.nnx.Conv`, and `replace_convs`, which puts it there."""
 
+import functools
+from collections.abc import Sequence
+
 import jax
 from flax import nnx
 from jax import lax
 
 from conv_pallas import dispatch, explanation, ops
 from conv_pallas.dispatch import Implementation
-from conv_pallas.spec import make_spec
+from conv_pallas.spec import make_spec, scalar
 
 
 class Conv(nnx.Conv):
@@ -18,11 +21,12 @@ class Conv(nnx.Conv):
     as in flax.
 
     Args:
-      implementation: as in `conv_pallas.conv1d`; None picks the fastest known.
+      implementation: as in `conv_pallas.conv1d`; None picks the fastest known. It orders what
+        runs one-dimensional convolutions, and says nothing of the others.
       others: see `flax.nnx.Conv`.
 
     Raises:
-      ValueError: `implementation` is unknown.
+      ValueError: `implementation` is unknown, or `feature_group_count` is not positive.
     """
 
     # A class attribute, so that a layer without an order has the attributes of flax's own.
@@ -38,6 +42,9 @@ class Conv(nnx.Conv):
         implementation: Implementation = None,
         **kwargs,
     ):
+        if kwargs.get("feature_group_count", 1) < 1:
+            groups = kwargs["feature_group_count"]
+            raise ValueError(f"feature_group_count must be 1 or more, got {groups}")
         super().__init__(in_features, out_features, kernel_size, strides, **kwargs)
         _order(self, implementation)
 
@@ -61,6 +68,7 @@ class Conv(nnx.Conv):
                 f"got {self.feature_group_count}"
             )
         if self._left_to_flax():
+            self._check_dimensions()
             out = {} if out_sharding is None else {"out_sharding": out_sharding}
             return super().__call__(inputs, **out)
         if self.mask is not None and self.mask.shape != self.kernel_shape:
@@ -76,22 +84,39 @@ class Conv(nnx.Conv):
             kernel = kernel * self.mask
         bias = self.bias[...] if self.bias is not None else None
         inputs, kernel, bias = self.promote_dtype((inputs, kernel, bias), dtype=self.dtype)
-        return ops.conv1d(inputs, kernel, bias, out_sharding=out_sharding, **self._arguments())
+        return ops.convolve(inputs, kernel, bias, out_sharding=out_sharding, **self._arguments())
 
     def explain(self, inputs, *, platform: str | None = None) -> explanation.Explanation:
         """What would run for these inputs; see `conv_pallas.explain`."""
         if self.conv_general_dilated is not lax.conv_general_dilated:
             note = f"the layer brings its own convolution, {self.conv_general_dilated!r}"
             return explanation.Explanation(platform or explanation.default_platform(), {}, {}, note)
-        structs = jax.eval_shape(
-            lambda x, k: self.promote_dtype((x, k), dtype=self.dtype), inputs, self.kernel[...]
-        )
-        return explanation.explain(*structs, platform=platform, **self._arguments())
+        params = inputs, self.kernel[...], None if self.bias is None else self.bias[...]
+        promote = functools.partial(self.promote_dtype, dtype=self.dtype)
+        inputs, kernel, _ = jax.eval_shape(promote, params)
+        return explanation.explain(inputs, kernel, platform=platform, **self._arguments())
 
     def _left_to_flax(self) -> bool:
         return (
             len(self.kernel_size) != 1 or self.conv_general_dilated is not lax.conv_general_dilated
         )
+
+    def _check_dimensions(self) -> None:
+        """Of what is left to flax, the bad input that gets no readable answer there."""
+        rank = len(self.kernel_size)
+        if isinstance(self.padding, str) and self.padding.upper() == "CAUSAL" and rank != 1:
+            raise ValueError(
+                f"padding may be SAME, SAME_LOWER, VALID, CIRCULAR, REFLECT or numbers for a "
+                f"{rank}-D convolution; CAUSAL is for 1-D, got {self.padding!r}"
+            )
+        for name, error in (
+            ("strides", ValueError),
+            ("kernel_dilation", TypeError),
+            ("input_dilation", TypeError),
+        ):
+            value = getattr(self, name)
+            for number in value if isinstance(value, Sequence) else (value,):
+                scalar(name, number, error)
 
     def _is_stock(self) -> bool:
         # Of CAUSAL, CIRCULAR and REFLECT flax knows capitals only; `ops` knows the rest.
