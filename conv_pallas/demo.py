@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from flax import nnx
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -274,7 +275,10 @@ def measure(
 
 def table(measurements: Iterable[Measurement]) -> Table:
     """A line for each layer: both passes, milliseconds and how many times faster ours is."""
-    caption = "ms: the median call; ×: the median of stock / ours over rounds that took turns"
+    caption = (
+        "ms: the median call; ×: the median of stock / ours over rounds that took turns;\n"
+        "same: both compile to the same program, and what differs is noise"
+    )
     result = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left", pad_edge=False)
     result.add_column("layer")
     for which in PASSES:
@@ -286,7 +290,7 @@ def table(measurements: Iterable[Measurement]) -> Table:
             if which in passes:
                 m = passes[which]
                 cells += [_ms(m.time(STOCK).median), _ms(m.time(OURS).median)]
-                cells += [_colored(m.speedup.median)]
+                cells += [_ratio(m)]
             else:
                 cells += [""] * 3
         result.add_row(f"{layer.name}\n[dim]{geometry(layer)}[/dim]", *cells)
@@ -313,9 +317,19 @@ def _ms(seconds: float) -> str:
     return f"{ms:.2f}" if ms < 10 else f"{ms:.1f}" if ms < 100 else f"{ms:.0f}"
 
 
-def _colored(ratio: float) -> str:
+def _ratio(m: Measurement) -> str:
+    text = _times(m)
+    if m.identical:
+        return f"[dim]{text}[/dim]"
+    ratio = m.speedup.median
     color = "green" if ratio >= 1.05 else "red" if ratio < 0.95 else "default"
-    return f"[{color}]{ratio:.2f}[/{color}]" if ratio < 10 else f"[{color}]{ratio:.1f}[/{color}]"
+    return f"[{color}]{text}[/{color}]"
+
+
+def _times(m: Measurement) -> str:
+    """The ratio; where nothing but noise can be in it, that is said instead of it."""
+    ratio = m.speedup.median
+    return "same" if m.identical else f"{ratio:.2f}" if ratio < 10 else f"{ratio:.1f}"
 
 
 # --- showing it ----------------------------------------------------------------------------------
@@ -368,9 +382,11 @@ def plot_speedup(measurements: Iterable[Measurement], host: dict, path: Path) ->
     figure = Figure(figsize=(8, 1.6 + 0.45 * len(layers)), layout="constrained")
     axes = figure.subplots()
     height = 0.38
-    for shift, which, color in ((-height / 2, FORWARD, BLUE), (height / 2, STEP, ORANGE)):
+    colors = {FORWARD: BLUE, STEP: ORANGE}
+    for shift, (which, color) in zip((-height / 2, height / 2), colors.items(), strict=True):
         for row, passes in enumerate(layers.values()):
-            ratio = passes[which].speedup
+            m = passes[which]
+            ratio = m.speedup
             # Bars begin at 1, the stock layer: to the right faster, to the left slower.
             axes.barh(
                 row + shift,
@@ -378,12 +394,12 @@ def plot_speedup(measurements: Iterable[Measurement], host: dict, path: Path) ->
                 height,
                 left=1,
                 color=color,
+                alpha=0.4 if m.identical else 1,
                 xerr=[[ratio.median - ratio.low], [ratio.high - ratio.median]],
                 error_kw={"ecolor": "#333333", "elinewidth": 1},
-                label=which if row == 0 else None,
             )
             axes.annotate(
-                f"{ratio.median:.2f}" if ratio.median < 10 else f"{ratio.median:.1f}",
+                _times(m),
                 (max(ratio.high, 1), row + shift),
                 (4, 0),
                 textcoords="offset points",
@@ -401,10 +417,12 @@ def plot_speedup(measurements: Iterable[Measurement], host: dict, path: Path) ->
     axes.set_title("Times faster than stock nnx.Conv", loc="left")
     axes.set_xlabel(
         f"JAX {host['jax']} on {host['device']} ({host['cpu']}, {host['cores']} cores); "
-        "whiskers are quartiles, * is shortened for a CPU",
+        "whiskers are quartiles, * is shortened for a CPU,\n"
+        "same: both compile to the same program, and what differs is noise",
         fontsize=8,
     )
-    figure.legend(loc="outside upper right", ncols=2, frameon=False)
+    handles = [Patch(color=color, label=which) for which, color in colors.items()]
+    figure.legend(handles=handles, loc="outside upper right", ncols=2, frameon=False)
     _plain(axes)
     axes.grid(axis="y", visible=False)
     figure.savefig(path, dpi=150)
