@@ -94,6 +94,36 @@ class ConvSpec:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Epilogue:
+    """What follows the forward convolution, element by element: ``y = activation(z)`` with
+    ``z = conv(x, w) + bias``, in float32 at least, rounded once.
+
+    Attributes:
+      bias: whether there is a bias ``(O,)``.
+      activation: one of `ACTIVATIONS`, or None.
+    """
+
+    bias: bool = False
+    activation: str | None = None
+
+    @property
+    def saved(self) -> str | None:
+        """What the activation's derivative is computed from: ``"y"``, ``"z"``, or nothing."""
+        return None if self.activation is None else ACTIVATIONS[self.activation]
+
+
+# The activations that kernels know, and what their derivative is a function of.
+ACTIVATIONS = {
+    "relu": "y",
+    "gelu": "z",
+    "gelu_exact": "z",
+    "silu": "z",
+    "tanh": "y",
+    "sigmoid": "y",
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Problem:
     """All that a kernel may look at before it says that it can, or why it can't.
 
@@ -107,6 +137,8 @@ class Problem:
       precision: as `jax.lax.conv_general_dilated` canonicalises it: ``None``, a
         `jax.lax.Precision`, or one for each operand.
       platform: ``"cpu"``, ``"cuda"``, ``"rocm"`` or ``"tpu"``.
+      epilogue: what is fused around the forward convolution, for `Kernel.fused` and
+        `Kernel.backward`; `Kernel.run` never sees one.
     """
 
     operation: Operation
@@ -119,6 +151,7 @@ class Problem:
     out_dtype: np.dtype
     precision: Any
     platform: str
+    epilogue: Epilogue = Epilogue()
 
     @property
     def x_shape(self) -> tuple[int, int, int]:

@@ -33,6 +33,18 @@ class Kernel:
         wins; None: only when asked for by name.
       vmappable: whether `jax.vmap` of `run` over both operands is sound and fast. Where it
         is not, a batch of kernels is folded into groups.
+      fused: ``fused(problem, x, w, bias) -> y``, the forward convolution with
+        ``problem.epilogue`` around it; bias is None where there is none. None: the kernel
+        has no such thing, and XLA adds bias and activation to what `run` returns.
+      decline_fused: as `decline`, for `fused`.
+      backward: ``backward(problem, x, w, bias, saved, gy, wanted) -> (dx, dw, db)``, the
+        gradients of ``y = activation(z)``, ``z = conv(x, w) + bias``, for the forward
+        convolution's problem. ``saved`` is what ``problem.epilogue.saved`` says, y or z of
+        ``problem.out_shape``, or None; a kernel that computes z anew from x, w and bias leaves
+        it alone, and then XLA never makes it. ``wanted`` is three booleans; a gradient that
+        is not wanted is None, as is db without a bias. db is float32 or wider. None: XLA computes
+        ``gz = gy * activation'(z)`` and db, and `run` the other two from gz.
+      decline_backward: as `decline`, for `backward`; it is also given ``wanted``.
     """
 
     implementation: str
@@ -42,6 +54,12 @@ class Kernel:
     describe: Callable[[Problem], str]
     priority: int | None
     vmappable: bool = False
+    fused: Callable[[Problem, jax.Array, jax.Array, jax.Array | None], jax.Array] | None = None
+    decline_fused: Callable[[Problem], str | None] = lambda problem: None
+    backward: Callable[..., tuple[jax.Array | None, ...]] | None = None
+    decline_backward: Callable[[Problem, tuple[bool, bool, bool]], str | None] = (
+        lambda problem, wanted: None
+    )
 
 
 @functools.cache
