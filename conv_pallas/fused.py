@@ -16,6 +16,7 @@ first derivative of the first. So forward mode and every order are right as soon
 compositions are.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -23,12 +24,15 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax._src import core as jax_core
 from jax._src import dispatch as jax_dispatch
 from jax._src.interpreters import ad, batching, mlir
 from jax._src.lax import utils as lax_utils
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding
 
-from conv_pallas import dispatch, primitives
+from conv_pallas import dispatch, primitives, sharding
 from conv_pallas.spec import ConvSpec, Epilogue, Problem
 
 FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -194,12 +198,76 @@ def _backward_local(*operands, platform, activation, has_bias, wanted, **conv):
     return [g for g in grads if g is not None]
 
 
+def _partitioned(local, composed, avals_in, avals_out, *, spec: ConvSpec, wanted=None, **params):
+    """For several devices: a call that XLA's partitioner asks how to split, as for its parts.
+
+    Where channels in are split, z is a sum over devices before it gets its bias: there each device
+    runs the composition.
+    """
+    x, w = avals_in[:2]
+    axes = sharding.Axes.of("conv1d", spec.groups, x.ndim, 0)
+    at_x, at_w, at_y = axes.arrays
+    at_bias = at_y[-1:]
+    has_bias, activation = params["has_bias"], params["activation"]
+    at_in = [at_x, at_w, *([at_bias] if has_bias else [])]
+    if wanted is None:
+        at_out = [at_y] * len(avals_out)
+        summed = [("in",)] * len(avals_out)  # over what each result is a sum
+    else:
+        at_in += [at_y] * (len(avals_in) - len(at_in))
+        batch = at_x[:-2]
+        at_out = [a for a, there in zip((at_x, at_w, at_bias), wanted, strict=True) if there]
+        sums = (("out",), batch, batch)
+        summed = [labels for labels, there in zip(sums, wanted, strict=True) if there]
+        params |= dict(wanted=wanted)
+
+    def partition(mesh, operands, results):
+        y = results[0] if wanted is None else operands[-1]
+        arrays = [(a.shape, a.sharding.spec) for a in (*operands[:2], y)]
+        placed = axes.place(mesh, spec.groups, *arrays)
+        shards = math.prod(mesh.shape[name] for name in placed.get("group", ()))
+        names = [tuple(n for label in labels for n in placed.get(label, ())) for labels in summed]
+        split = dict(params, spec=dataclasses.replace(spec, groups=spec.groups // shards))
+
+        def share(*operands):
+            if "in" not in placed:
+                outs = local(*operands, **split)
+            elif wanted is None:
+                conv = _conv_params(split)
+                z = lax.psum(primitives.conv1d(*operands[:2], **conv), placed["in"])
+                z = _add_bias(z, operands[2] if has_bias else None)
+                return [activate(z, activation), z][: len(results)]
+            else:
+                outs = composed(*operands, **split)
+            if wanted is None:
+                return outs
+            return [lax.psum(o, n) if n else o for o, n in zip(outs, names, strict=True)]
+
+        place = lambda labels: NamedSharding(mesh, axes.partition_spec(labels, placed))  # noqa: E731
+        return mesh, share, [place(a) for a in at_out], tuple(place(a) for a in at_in)
+
+    inner, outer = w.shape[-2], w.shape[-1] // spec.groups
+    rule, sizes, whole = axes.shardy_rule(spec.groups, inner, outer, at_in, at_out)
+    call = custom_partitioning(lambda *operands: local(*operands, spec=spec, **params))
+    call.def_partition(partition, sharding_rule=rule, need_replication_factors=whole, **sizes)
+    return call
+
+
+def _conv_params(params):
+    return {k: params[k] for k in ("spec", "precision", "out_dtype", "implementation")}
+
+
 def _lowering(ctx, *operands, platform, local, composed, **params):
-    if primitives.can_partition(ctx):
-        # On several devices the three operations split themselves, and XLA the rest.
+    local = functools.partial(local, platform=platform)
+    if primitives.can_partition(ctx) and local.func is not _tangent_local:
+        avals = (primitives.without_sharding(a) for a in (ctx.avals_in, ctx.avals_out))
+        call = _partitioned(local, composed, *avals, **params)
+    elif primitives.can_partition(ctx):
+        # The three operations split themselves, and XLA the rest.
         call = functools.partial(composed, **params)
         return mlir.lower_fun(call, multiple_results=True)(ctx, *operands)
-    call = functools.partial(local, platform=platform, **params)
+    else:
+        call = functools.partial(local, **params)
     return primitives.lower_locally(ctx, call, operands, multiple_results=True)
 
 

@@ -197,14 +197,15 @@ def _lowering(ctx, lhs, rhs, *, platform, out_sharding, **params):
         call = _partitioned_by_types(compute, *ctx.avals_in, result, **params)
         return mlir.lower_fun(call, multiple_results=False)(ctx, lhs, rhs)
     if can_partition(ctx):
-        avals = _without_sharding((*ctx.avals_in, result))
+        avals = without_sharding((*ctx.avals_in, result))
         call = _partitioned_by_xla(compute, *avals[:2], **params)
     else:
         call = functools.partial(compute, **params)
     return lower_locally(ctx, call, (lhs, rhs), multiple_results=False)
 
 
-def _without_sharding(avals):
+def without_sharding(avals):
+    """The same shapes and dtypes, of no mesh."""
     return [jax_core.ShapedArray(a.shape, a.dtype) for a in avals]
 
 
@@ -214,7 +215,7 @@ def lower_locally(ctx, call, operands, *, multiple_results: bool):
     Of the mesh in context stays only which chip it names, where none of that kind is at hand.
     """
     ctx = ctx.replace(
-        avals_in=_without_sharding(ctx.avals_in), avals_out=_without_sharding(ctx.avals_out)
+        avals_in=without_sharding(ctx.avals_in), avals_out=without_sharding(ctx.avals_out)
     )
     chip = mesh_lib.get_abstract_mesh().abstract_device
     with mesh_lib.use_abstract_mesh(mesh_lib.AbstractMesh((), (), abstract_device=chip)):

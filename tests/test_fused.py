@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from conv_pallas import conv1d, fused, kernels
+from conv_pallas import conv1d, explain, fused, kernels
 from conv_pallas.kernels import Kernel, xla
 from conv_pallas.spec import ACTIVATIONS
 from tests import cases
@@ -203,17 +203,19 @@ def test_vmap_keeps_what_is_shared_in_one_call(monkeypatch):
     np.testing.assert_allclose(only_bias[1], _by_jax("tanh")(x, w, b + 1), rtol=1e-4, atol=1e-4)
 
 
-def test_on_a_mesh_the_parts_split_themselves(monkeypatch):
+def test_on_a_mesh_each_device_fuses_its_share(monkeypatch):
     toy = Toy(monkeypatch)
-    x, w, b, _ = _arrays(dataclasses.replace(CASE, batch=(4,)))
-    mesh = Mesh(np.array(jax.devices()[:2]), ("b",))
+    case = dataclasses.replace(CASE, batch=(4,))
+    x, w, b, _ = _arrays(case)
+    mesh = jax.make_mesh((2,), ("b",), axis_types=(AxisType.Auto,))
     split = jax.device_put(x, NamedSharding(mesh, P("b")))
-    with jax.set_mesh(mesh) if hasattr(jax, "set_mesh") else mesh:
-        grads = jax.jit(jax.grad(_loss("silu", "toy"), (0, 1, 2)))(split, w, b)
-    want = jax.grad(_by_jax("silu"), (0, 1, 2))(x, w, b)
+    with jax.set_mesh(mesh):
+        grads = jax.jit(jax.grad(_loss("silu", "toy", case), (0, 1, 2)))(split, w, b)
+    want = jax.grad(_by_jax("silu", case), (0, 1, 2))(x, w, b)
     for actual, expected in zip(grads, want, strict=True):
         np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
-    assert toy.calls
+    assert ("backward", (True, True, True), (2, *case.out_shape[1:])) in toy.calls
+    assert not [c for c in toy.calls if isinstance(c, str)]
 
 
 def test_nothing_to_compute(monkeypatch):
@@ -235,3 +237,16 @@ def test_only_what_can_be_fused_is():
     assert "conv1d" in plain and "cos" in plain
     native = names(lambda x, w, b: conv1d(x, w, b, implementation="xla_native"), x, w, b)
     assert "conv1d_fused" not in native
+
+
+def test_explain_says_who_computes_the_epilogue(monkeypatch):
+    x, w, b, _ = _arrays()
+    assert explain(x, w).epilogue is None
+    assert explain(x, w, activation=jnp.cos).epilogue is None
+    assert "relu: by XLA (xla carries none)" in str(explain(x, w, activation="relu"))
+    Toy(monkeypatch)
+    told = explain(x, w, b, activation="relu", implementation="toy")
+    assert told.epilogue == "bias and relu: in toy's kernel; their gradients in toy's kernels"
+    Toy(monkeypatch, declines=True)
+    told = explain(x, w, b, implementation="toy")
+    assert told.epilogue == "bias: by XLA (toy: no); their gradients by XLA"
