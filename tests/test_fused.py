@@ -51,7 +51,7 @@ class Toy:
         assert problem.epilogue.bias == (bias is not None)
         assert x.shape == problem.x_shape
         z = xla.run(problem, x, w)
-        z = z if bias is None else z + bias
+        z = z if bias is None else z + bias[None, None]
         if problem.epilogue.activation is None:
             return self.mark(z)
         return fused.activate(z, problem.epilogue.activation)
@@ -61,7 +61,7 @@ class Toy:
         assert gy.shape == problem.y_shape
         epilogue = problem.epilogue
         z = xla.run(problem, x, w)
-        z = z if bias is None else z + bias
+        z = z if bias is None else z + bias[None, None]
         if not self.recomputed and epilogue.saved:
             want = z if epilogue.saved == "z" else fused.activate(z, epilogue.activation)
             # Were it anything else than what is promised, the gradients would be wrong.
@@ -106,7 +106,8 @@ def test_a_kernel_that_fuses_carries_a_training_step(activation, recomputes, mon
     x, w, b, _ = _arrays()
     step = jax.jit(jax.value_and_grad(_loss(activation, "toy"), (0, 1, 2)))
 
-    value, grads = step(x, w, b)
+    with jax.numpy_rank_promotion("raise"):
+        value, grads = step(x, w, b)
 
     want = jax.value_and_grad(_by_jax(activation), (0, 1, 2))(x, w, b)
     np.testing.assert_allclose(value, want[0], rtol=1e-5)
