@@ -1,5 +1,6 @@
 """The functional API: `conv1d` and `conv_general_dilated`."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -279,6 +280,13 @@ def _convolve(
     bias=None,
     activation=None,
 ):
+    if not all(isinstance(p, int) for p in spec.padding):
+        # SAME with a stride, and T a symbol: how much there is to pad is not known before it runs,
+        # and a window takes numbers.
+        pads = [(0, 0)] * x.ndim
+        pads[-2] = spec.padding
+        x = jnp.pad(x, pads)
+        spec = dataclasses.replace(spec, time=x.shape[-2], padding=(0, 0))
     out_sharding = canonicalize_sharding(out_sharding, "conv1d")
     if is_stock(chain) or lax_reason(x.dtype, 1):
         return _stock(x, w, spec, precision, preferred_element_type, out_sharding, pad_first)
