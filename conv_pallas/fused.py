@@ -49,9 +49,7 @@ def activate(z: jax.Array, activation: str | None) -> jax.Array:
     return z if activation is None else FUNCTIONS[activation](z)
 
 
-def times_derivative(
-    d: jax.Array, saved: jax.Array | None, activation: str | None
-) -> jax.Array:  # fmt: skip
+def times_derivative(d: jax.Array, saved: jax.Array | None, activation: str | None) -> jax.Array:
     """``d * activation'(z)``, from what `Epilogue.saved` says: y, z, or nothing."""
     if activation is None:
         return d
@@ -258,14 +256,14 @@ def _conv_params(params):
 
 
 def _lowering(ctx, *operands, platform, local, composed, **params):
-    local = functools.partial(local, platform=platform)
-    if primitives.can_partition(ctx) and local.func is not _tangent_local:
-        avals = (primitives.without_sharding(a) for a in (ctx.avals_in, ctx.avals_out))
-        call = _partitioned(local, composed, *avals, **params)
-    elif primitives.can_partition(ctx):
-        # The three operations split themselves, and XLA the rest.
+    if local is None:
+        # The three operations split themselves where there are several devices, and XLA the rest.
         call = functools.partial(composed, **params)
         return mlir.lower_fun(call, multiple_results=True)(ctx, *operands)
+    local = functools.partial(local, platform=platform)
+    if primitives.can_partition(ctx):
+        avals = (primitives.without_sharding(a) for a in (ctx.avals_in, ctx.avals_out))
+        call = _partitioned(local, composed, *avals, **params)
     else:
         call = functools.partial(local, **params)
     return primitives.lower_locally(ctx, call, operands, multiple_results=True)
@@ -303,24 +301,26 @@ def _forward_jvp(primals, tangents, *, keep, **params):
 
 def _tangent_transpose(cts, *operands, wanted, **params):
     (ct,) = cts
-    constants = [a for a in operands if not ad.is_undefined_primal(a)]
-    linear = [a for a in operands if ad.is_undefined_primal(a)]
-    if len(linear) != sum(wanted):
-        raise NotImplementedError(
-            "a tangent of which only a part is linear"
-        )  # no JAX rule makes one
+    first = len(operands) - sum(wanted)
+    constants, tangents = operands[:first], operands[first:]
+    asked = [ad.is_undefined_primal(t) for t in tangents]
     if type(ct) is ad.Zero:
-        return [None] * len(constants) + [ad.Zero(a.aval) for a in linear]
-    return [None] * len(constants) + _bind(backward_p, *constants, ct, wanted=wanted, **params)
+        grads = [ad.Zero(t.aval) for t in tangents if ad.is_undefined_primal(t)]
+    else:
+        in_order = iter(asked)
+        still = tuple(there and next(in_order) for there in wanted)
+        grads = _bind(backward_p, *constants, ct, wanted=still, **params)
+    grads = iter(grads)
+    return [None] * first + [next(grads) if there else None for there in asked]
 
 
 # --- Batching ---
 
 
-def _batching(primitive_of, composed, shared, axis_data, args, dims, **params):
+def _batching(p, composed, shared, axis_data, args, dims, **params):
     """What is shared by the whole batch stays; an axis of anything else is one more batch axis."""
     if all(d is None for d in dims):
-        outs = primitive_of().bind(*args, **params)
+        outs = p.bind(*args, **params)
         return outs, [None] * len(outs)
     once = shared(len(args), **params)
     if all(dims[i] is None for i in once) and axis_data.explicit_mesh_axis is None:
@@ -328,7 +328,7 @@ def _batching(primitive_of, composed, shared, axis_data, args, dims, **params):
             a if i in once else batching.bdim_at_front(a, d, axis_data.size)
             for i, (a, d) in enumerate(zip(args, dims, strict=True))
         ]
-        outs = primitive_of().bind(*args, **params)
+        outs = p.bind(*args, **params)
     else:
         mapped = jax.vmap(
             functools.partial(composed, **params), in_axes=tuple(dims), axis_size=axis_data.size,
@@ -355,50 +355,46 @@ def _shared_backward(count, *, has_bias, wanted, **_):
 # --- The primitives ---
 
 
-def _shapes_forward(x, w, *_, spec, keep, **__):
-    y = (*x.shape[:-2], spec.out_time, w.shape[-1])
+def _results_forward(x, w, *_, spec, out_dtype, keep, **__):
+    y = jax.ShapeDtypeStruct((*x.shape[:-2], spec.out_time, w.shape[-1]), out_dtype)
     return [y, y] if keep else [y]
 
 
-def _shapes_tangent(x, w, *_, spec, **__):
-    return [(*x.shape[:-2], spec.out_time, w.shape[-1])]
+def _results_tangent(x, w, *_, **params):
+    return _results_forward(x, w, keep=False, **params)
 
 
-def _shapes_backward(x, w, *_, wanted, **__):
-    shapes = (x.shape, w.shape, (w.shape[-1],))
-    return [shape for shape, there in zip(shapes, wanted, strict=True) if there]
+def _results_backward(x, w, *rest, wanted, **_):
+    like = (x, w, rest[0])  # rest[0] is the bias wherever its gradient is wanted
+    return [a for a, there in zip(like, wanted, strict=True) if there]
 
 
-def _dtypes_forward(*_, keep, out_dtype, **__):
-    return [out_dtype] * (1 + keep)
+def _make(name, results, composed, local, shared):
+    """A primitive.
 
-
-def _dtypes_tangent(*_, out_dtype, **__):
-    return [out_dtype]
-
-
-def _dtypes_backward(x, w, *rest, wanted, **__):
-    dtypes = (x.dtype, w.dtype, rest[0].dtype if rest else None)
-    return [dtype for dtype, there in zip(dtypes, wanted, strict=True) if there]
-
-
-def _make(name, shapes, dtypes, composed, local, shared):
+    Args:
+      results: of the operands' types the results', or what has their shapes and dtypes.
+      composed: what it means.
+      local: how one device computes it; None: as composed.
+      shared: of the number of operands, which of them all members of a batch have in common.
+    """
     p = jax_core.Primitive(name)
     p.multiple_results = True
     p.def_impl(functools.partial(jax_dispatch.apply_primitive, p))
 
     def vma(*avals, **params):
-        common = jax_core.standard_vma_rule(name, *avals)
-        return [common] * len(shapes(*avals, **params))
+        return [jax_core.standard_vma_rule(name, *avals)] * len(results(*avals, **params))
 
     p.def_abstract_eval(
         functools.partial(
-            lax_utils.standard_multi_result_abstract_eval, p, shapes, dtypes,
+            lax_utils.standard_multi_result_abstract_eval, p,
+            lambda *avals, **params: [r.shape for r in results(*avals, **params)],
+            lambda *avals, **params: [r.dtype for r in results(*avals, **params)],
             lambda *_, **__: False, None, vma, None, None,
         )
     )  # fmt: skip
     ad.primitive_jvps[p] = _derivative_of_composition(composed)
-    batching.fancy_primitive_batchers[p] = functools.partial(_batching, lambda: p, composed, shared)
+    batching.fancy_primitive_batchers[p] = functools.partial(_batching, p, composed, shared)
     for platform in dispatch.PLATFORMS:
         rule = functools.partial(_lowering, platform=platform, local=local, composed=composed)
         mlir.register_lowering(p, rule, platform=platform)
@@ -406,22 +402,11 @@ def _make(name, shapes, dtypes, composed, local, shared):
     return p
 
 
-def _tangent_local(*operands, platform, **params):
-    del platform
-    return _tangent(*operands, **params)
-
-
-forward_p = _make(
-    "conv1d_fused", _shapes_forward, _dtypes_forward, _forward, _forward_local, _shared_forward
-)
-tangent_p = _make(
-    "conv1d_fused_tangent", _shapes_tangent, _dtypes_tangent, _tangent, _tangent_local,
-    _shared_tangent,
-)  # fmt: skip
+forward_p = _make("conv1d_fused", _results_forward, _forward, _forward_local, _shared_forward)
+tangent_p = _make("conv1d_fused_tangent", _results_tangent, _tangent, None, _shared_tangent)
 backward_p = _make(
-    "conv1d_fused_backward", _shapes_backward, _dtypes_backward, _backward, _backward_local,
-    _shared_backward,
-)  # fmt: skip
+    "conv1d_fused_backward", _results_backward, _backward, _backward_local, _shared_backward
+)
 ad.primitive_jvps[forward_p] = _forward_jvp
 ad.primitive_transposes[tangent_p] = _tangent_transpose
 

@@ -162,6 +162,17 @@ def test_a_kernel_that_declines_to_fuse_still_convolves(monkeypatch):
     assert set(toy.calls) == {"conv1d", "conv1d_input_grad", "conv1d_kernel_grad"}
 
 
+def test_the_tangent_is_linear_in_each_of_its_operands():
+    """One of them transposed while the others are numbers."""
+    x, w, b, g = _arrays()
+    f = lambda x, w, b: conv1d(x, w, b, **CASE.geometry, activation="silu")  # noqa: E731
+    zero = np.zeros_like(w)
+    along_bias = lambda db: jax.jvp(f, (x, w, b), (x, zero, db))[1]  # noqa: E731
+    (db,) = jax.linear_transpose(along_bias, b)(g)
+    want = jax.vjp(f, x, w, b)[1](g)[2]
+    np.testing.assert_allclose(db, want, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("activation", ["relu", "silu", "tanh"])
 def test_modes_and_orders(activation, monkeypatch):
     Toy(monkeypatch)
