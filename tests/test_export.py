@@ -74,7 +74,10 @@ SYMBOLIC = {
 def test_symbolic_sizes(symbolic):
     name, shape, *constraints = SYMBOLIC[symbolic]
     case = cases.named(name)
-    f = lambda x, w: conv1d(x, w, **case.kwargs)  # noqa: E731
+    epilogue = {}
+    if name in ("dense", "depthwise_dilated"):
+        epilogue = dict(bias=np.linspace(-1, 1, case.O, dtype=np.float32), activation="silu")
+    f = lambda x, w: conv1d(x, w, **case.kwargs, **epilogue)  # noqa: E731
     run = lambda x, w: (f(x, w), jax.grad(lambda x, w: jnp.sum(f(x, w) ** 2), (0, 1))(x, w))  # noqa: E731
     symbols = export.symbolic_shape(shape, constraints=constraints)
     _, w, _ = case.arrays()
