@@ -16,7 +16,6 @@ first derivative of the first. So forward mode and every order are right as soon
 compositions are.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -29,10 +28,8 @@ from jax._src import core as jax_core
 from jax._src import dispatch as jax_dispatch
 from jax._src.interpreters import ad, batching, mlir
 from jax._src.lax import utils as lax_utils
-from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import NamedSharding
 
-from conv_pallas import dispatch, primitives, sharding
+from conv_pallas import dispatch, fused_sharding, primitives
 from conv_pallas.spec import ConvSpec, Epilogue, Problem
 
 FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -80,25 +77,38 @@ def _add_bias(y, bias):
 
 
 def _forward(x, w, bias=None, *, activation, has_bias, keep, **conv):
-    z = _add_bias(primitives.conv1d(x, w, **conv), bias)
+    z = primitives.conv1d(x, w, **conv, out_sharding=_place_of_y(x, w, bias, conv["spec"]))
+    z = _add_bias(z, bias)
     y = activate(z, activation)
     return [y, z] if keep else [y]
 
 
 def _tangent(*operands, activation, has_bias, wanted, **conv):
-    x, w, _, saved, tangents = _split(operands, activation, has_bias)
+    x, w, bias, saved, tangents = _split(operands, activation, has_bias)
+    place = _place_of_y(x, w, bias, conv["spec"])
     tangents = iter(tangents)
     terms = []
     if wanted[0]:
-        terms.append(primitives.conv1d(next(tangents), w, **conv))
+        terms.append(primitives.conv1d(next(tangents), w, **conv, out_sharding=place))
     if wanted[1]:
-        terms.append(primitives.conv1d(x, next(tangents), **conv))
+        terms.append(primitives.conv1d(x, next(tangents), **conv, out_sharding=place))
     dz = functools.reduce(jnp.add, terms) if terms else None
     if wanted[2]:
         db = next(tangents).astype(conv["out_dtype"])
         shape = (*x.shape[:-2], conv["spec"].out_time, w.shape[-1])
-        dz = jnp.broadcast_to(db, shape) if dz is None else _add_bias(dz, db)
+        dz = (
+            lax.broadcast_in_dim(db, shape, (len(shape) - 1,), out_sharding=place)
+            if dz is None
+            else _add_bias(dz, db)
+        )
     return [times_derivative(dz, saved, activation)]
+
+
+def _place_of_y(x, w, bias, spec):
+    """The sharding of y on a mesh with explicit axes, else None."""
+    types = [jax.typeof(a) for a in (x, w, bias) if a is not None]
+    place = fused_sharding.of_y(*types, spec=spec)
+    return place if place.mesh.explicit_axes else None
 
 
 def _backward(*operands, activation, has_bias, wanted, **conv):
@@ -106,23 +116,20 @@ def _backward(*operands, activation, has_bias, wanted, **conv):
     gz = times_derivative(gy, saved, activation)
     grads = []
     if wanted[0]:
-        grads.append(primitives.conv1d_input_grad(gz, w, out_dtype=x.dtype, **_without_dtype(conv)))
+        grads.append(primitives.conv1d_input_grad(gz, w, **(conv | _type_of(x))))
     if wanted[1]:
-        grads.append(
-            primitives.conv1d_kernel_grad(x, gz, out_dtype=w.dtype, **_without_dtype(conv))
-        )
+        grads.append(primitives.conv1d_kernel_grad(x, gz, **(conv | _type_of(w))))
     if wanted[2]:
-        grads.append(_sum_rows(gz).astype(bias.dtype))
+        db = jnp.sum(gz, axis=tuple(range(gz.ndim - 1))).astype(bias.dtype)
+        place = _type_of(bias)["out_sharding"]
+        grads.append(db if place is None else jax.sharding.reshard(db, place))
     return grads
 
 
-def _without_dtype(conv):
-    return {name: value for name, value in conv.items() if name != "out_dtype"}
-
-
-def _sum_rows(gz):
-    """Over all axes but the last, as JAX sums: in float32 at least."""
-    return jnp.sum(gz, axis=tuple(range(gz.ndim - 1)))
+def _type_of(a):
+    """A gradient has the dtype of its operand, and on a mesh with explicit axes its sharding."""
+    place = jax.typeof(a).sharding
+    return dict(out_dtype=a.dtype, out_sharding=place if place.mesh.explicit_axes else None)
 
 
 # --- Lowering: a kernel that fuses, or the composition ---
@@ -145,10 +152,16 @@ def _empty(problem: Problem) -> bool:
     return 0 in (*problem.x_shape, *problem.w_shape, *problem.y_shape)
 
 
-def _forward_local(x, w, bias=None, *, platform, activation, has_bias, keep, **conv):
+def _forward_local(x, w, bias=None, *, platform, activation, has_bias, keep, psum=(), **conv):
+    """``psum`` are the mesh axes over which z is a sum, but for its bias."""
+
     def composed():
         return _forward(x, w, bias, activation=activation, has_bias=has_bias, keep=keep, **conv)
 
+    if psum:
+        z = _add_bias(lax.psum(primitives.conv1d(x, w, **conv), psum), bias)
+        y = activate(z, activation)
+        return [y, z] if keep else [y]
     problem = _problem(x, w, conv["spec"], conv["out_dtype"], conv["precision"], platform)
     if _empty(problem):
         return composed()
@@ -176,12 +189,13 @@ def _forward_local(x, w, bias=None, *, platform, activation, has_bias, keep, **c
     return [activate(z, activation), z]
 
 
-def _backward_local(*operands, platform, activation, has_bias, wanted, **conv):
+def _backward_local(*operands, platform, activation, has_bias, wanted, whole=True, **conv):
+    """``whole`` says whether x has all channels that z is a sum over."""
     x, w, bias, saved, (gy,) = _split(operands, activation, has_bias)
     problem = _problem(x, w, conv["spec"], conv["out_dtype"], conv["precision"], platform)
     epilogue = Epilogue(has_bias, activation)
     found = None
-    if not _empty(problem):
+    if whole and not _empty(problem):
         found = dispatch.backward(problem, epilogue, conv["implementation"], wanted)
     if found is None:
         return _backward(*operands, activation=activation, has_bias=has_bias, wanted=wanted, **conv)
@@ -196,74 +210,18 @@ def _backward_local(*operands, platform, activation, has_bias, wanted, **conv):
     return [g for g in grads if g is not None]
 
 
-def _partitioned(local, composed, avals_in, avals_out, *, spec: ConvSpec, wanted=None, **params):
-    """For several devices: a call that XLA's partitioner asks how to split, as for its parts.
-
-    Where channels in are split, z is a sum over devices before it gets its bias: there each device
-    runs the composition.
-    """
-    x, w = avals_in[:2]
-    axes = sharding.Axes.of("conv1d", spec.groups, x.ndim, 0)
-    at_x, at_w, at_y = axes.arrays
-    at_bias = at_y[-1:]
-    has_bias, activation = params["has_bias"], params["activation"]
-    at_in = [at_x, at_w, *([at_bias] if has_bias else [])]
-    if wanted is None:
-        at_out = [at_y] * len(avals_out)
-        summed = [("in",)] * len(avals_out)  # over what each result is a sum
-    else:
-        at_in += [at_y] * (len(avals_in) - len(at_in))
-        batch = at_x[:-2]
-        at_out = [a for a, there in zip((at_x, at_w, at_bias), wanted, strict=True) if there]
-        sums = (("out",), batch, batch)
-        summed = [labels for labels, there in zip(sums, wanted, strict=True) if there]
-        params |= dict(wanted=wanted)
-
-    def partition(mesh, operands, results):
-        y = results[0] if wanted is None else operands[-1]
-        arrays = [(a.shape, a.sharding.spec) for a in (*operands[:2], y)]
-        placed = axes.place(mesh, spec.groups, *arrays)
-        shards = math.prod(mesh.shape[name] for name in placed.get("group", ()))
-        names = [tuple(n for label in labels for n in placed.get(label, ())) for labels in summed]
-        split = dict(params, spec=dataclasses.replace(spec, groups=spec.groups // shards))
-
-        def share(*operands):
-            if "in" not in placed:
-                outs = local(*operands, **split)
-            elif wanted is None:
-                conv = _conv_params(split)
-                z = lax.psum(primitives.conv1d(*operands[:2], **conv), placed["in"])
-                z = _add_bias(z, operands[2] if has_bias else None)
-                return [activate(z, activation), z][: len(results)]
-            else:
-                outs = composed(*operands, **split)
-            if wanted is None:
-                return outs
-            return [lax.psum(o, n) if n else o for o, n in zip(outs, names, strict=True)]
-
-        place = lambda labels: NamedSharding(mesh, axes.partition_spec(labels, placed))  # noqa: E731
-        return mesh, share, [place(a) for a in at_out], tuple(place(a) for a in at_in)
-
-    inner, outer = w.shape[-2], w.shape[-1] // spec.groups
-    rule, sizes, whole = axes.shardy_rule(spec.groups, inner, outer, at_in, at_out)
-    call = custom_partitioning(lambda *operands: local(*operands, spec=spec, **params))
-    call.def_partition(partition, sharding_rule=rule, need_replication_factors=whole, **sizes)
-    return call
-
-
-def _conv_params(params):
-    return {k: params[k] for k in ("spec", "precision", "out_dtype", "implementation")}
-
-
 def _lowering(ctx, *operands, platform, local, composed, **params):
     if local is None:
         # The three operations split themselves where there are several devices, and XLA the rest.
         call = functools.partial(composed, **params)
         return mlir.lower_fun(call, multiple_results=True)(ctx, *operands)
     local = functools.partial(local, platform=platform)
+    if ctx.avals_out[0].sharding.mesh.explicit_axes:
+        call = fused_sharding.by_types(local, ctx.avals_in, ctx.avals_out, **params)
+        return mlir.lower_fun(call, multiple_results=True)(ctx, *operands)
     if primitives.can_partition(ctx):
         avals = (primitives.without_sharding(a) for a in (ctx.avals_in, ctx.avals_out))
-        call = _partitioned(local, composed, *avals, **params)
+        call = fused_sharding.by_xla(local, *avals, **params)
     else:
         call = functools.partial(local, **params)
     return primitives.lower_locally(ctx, call, operands, multiple_results=True)
@@ -382,6 +340,10 @@ def _make(name, results, composed, local, shared):
     p.multiple_results = True
     p.def_impl(functools.partial(jax_dispatch.apply_primitive, p))
 
+    def rule(*avals, **params):
+        types = results(*avals, **params)
+        return fused_sharding.of_results(types, *avals, gradients=composed is _backward, **params)
+
     def vma(*avals, **params):
         return [jax_core.standard_vma_rule(name, *avals)] * len(results(*avals, **params))
 
@@ -390,7 +352,7 @@ def _make(name, results, composed, local, shared):
             lax_utils.standard_multi_result_abstract_eval, p,
             lambda *avals, **params: [r.shape for r in results(*avals, **params)],
             lambda *avals, **params: [r.dtype for r in results(*avals, **params)],
-            lambda *_, **__: False, None, vma, None, None,
+            lambda *_, **__: False, rule, vma, None, None,
         )
     )  # fmt: skip
     ad.primitive_jvps[p] = _derivative_of_composition(composed)
@@ -425,20 +387,13 @@ def conv1d(
       activation: a name of `FUNCTIONS`, or None.
 
     Returns:
-      y ``(*batch, T', O)`` of ``out_dtype``. On a mesh with explicit axes the composition, which
-      splits as its parts do.
+      y ``(*batch, T', O)`` of ``out_dtype``.
     """
     conv = dict(
         spec=spec, precision=precision, out_dtype=np.dtype(out_dtype), implementation=implementation
     )
     operands = (x, w) if bias is None else (x, w, bias)
-    params = dict(conv, activation=activation, has_bias=bias is not None, keep=False)
-    if (bias is None and activation is None) or _explicit(operands):
-        (y,) = _forward(*operands, **params)
-    else:
-        (y,) = _bind(forward_p, *operands, **params)
+    (y,) = _bind(
+        forward_p, *operands, activation=activation, has_bias=bias is not None, keep=False, **conv
+    )
     return y
-
-
-def _explicit(operands) -> bool:
-    return any(jax.typeof(a).sharding.mesh.explicit_axes for a in operands)

@@ -364,13 +364,21 @@ def conv1d(x, w, *, spec: ConvSpec, precision, out_dtype, implementation, out_sh
     return _bind("conv1d", x, w, out_dtype=out_dtype, out_sharding=out_sharding, **params)
 
 
-def conv1d_input_grad(g, w, *, spec: ConvSpec, precision, out_dtype, implementation):
+def conv1d_input_grad(
+    g, w, *, spec: ConvSpec, precision, out_dtype, implementation, out_sharding=None
+):
     """dx ``(*batch, T, C)`` of g ``(*batch, T', O)`` and w ``(K, C // G, O)``; see `conv1d`."""
     params = dict(spec=spec, precision=precision, implementation=implementation)
-    return _bind("conv1d_input_grad", g, w, out_dtype=out_dtype, **params)
+    return _bind(
+        "conv1d_input_grad", g, w, out_dtype=out_dtype, out_sharding=out_sharding, **params
+    )
 
 
-def conv1d_kernel_grad(x, g, *, spec: ConvSpec, precision, out_dtype, implementation):
+def conv1d_kernel_grad(
+    x, g, *, spec: ConvSpec, precision, out_dtype, implementation, out_sharding=None
+):
     """dw ``(K, C // G, O)`` of x ``(*batch, T, C)`` and g ``(*batch, T', O)``; see `conv1d`."""
     params = dict(spec=spec, precision=precision, implementation=implementation)
-    return _bind("conv1d_kernel_grad", x, g, out_dtype=out_dtype, **params)
+    return _bind(
+        "conv1d_kernel_grad", x, g, out_dtype=out_dtype, out_sharding=out_sharding, **params
+    )

@@ -351,6 +351,7 @@ KERNEL = Kernel(
     fused=fused,
     decline_fused=decline,
     backward=backward,
+    recomputes=lambda problem: walk.decline(problem.spec, problem.C, problem.O) is None,
     decline_backward=lambda problem, wanted: decline(problem),
     # Nobody has measured it on a chip yet, so that it runs only where it is asked for.
     priority=None,

@@ -215,11 +215,12 @@ def test_vmap_keeps_what_is_shared_in_one_call(monkeypatch):
     np.testing.assert_allclose(only_bias[1], _by_jax("tanh")(x, w, b + 1), rtol=1e-4, atol=1e-4)
 
 
-def test_on_a_mesh_each_device_fuses_its_share(monkeypatch):
+@pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto], ids=str)
+def test_on_a_mesh_each_device_fuses_its_share(axis_type, monkeypatch):
     toy = Toy(monkeypatch)
     case = dataclasses.replace(CASE, batch=(4,))
     x, w, b, _ = _arrays(case)
-    mesh = jax.make_mesh((2,), ("b",), axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh((2,), ("b",), axis_types=(axis_type,))
     split = jax.device_put(x, NamedSharding(mesh, P("b")))
     with jax.set_mesh(mesh):
         grads = jax.jit(jax.grad(_loss("silu", "toy", case), (0, 1, 2)))(split, w, b)

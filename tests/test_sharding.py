@@ -281,3 +281,20 @@ def test_a_layer_with_bias_and_activation_on_a_mesh(layout, axis_type):
     compiled, out = _compiled(grads, mesh, x, w, bias)
     assert set(collectives(compiled)) <= {"all-reduce"}
     tree_close(out, jax.jit(grads)(*layout.arrays(), b), rtol=1e-4)
+
+
+@each_mesh
+@pytest.mark.parametrize("bias_spec", [P(), P("b")], ids=str)
+def test_second_order_of_a_layer_whose_bias_lies_elsewhere(bias_spec, axis_type):
+    """Types agree at every order, also where the bias alone is split."""
+    layout, mesh = LAYOUTS["batch"], _mesh(axis_type)
+    b = np.linspace(-1, 1, layout.w[-1], dtype=np.float32)
+    bias = jax.device_put(b, NamedSharding(mesh, bias_spec))
+
+    def hvp(x, w, b):
+        loss = lambda *a: jnp.sum(jnp.sin(_function(layout)(*a, activation="relu")))  # noqa: E731
+        grads = lambda *a: jax.grad(loss, (0, 1, 2))(*a)  # noqa: E731
+        return jax.jvp(grads, (x, w, b), (x, w, b))[1]
+
+    _, out = _compiled(hvp, mesh, *layout.place(mesh), bias)
+    tree_close(out, jax.jit(hvp)(*layout.arrays(), b), rtol=1e-4)
