@@ -16,7 +16,7 @@ from conv_pallas.ops import (
     promoted_dtype,
     result_dtype,
 )
-from conv_pallas.spec import OPERATIONS, make_spec
+from conv_pallas.spec import OPERATIONS, Epilogue, Problem, make_spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Explanation:
       platform: for which it was asked.
       chosen: for each operation, the name of the implementation that runs it.
       candidates: for each operation, every implementation's `dispatch.Candidate`.
+      epilogue: what becomes of bias and activation, forward and backward; None where there is
+        neither, or an activation that is no name.
       note: where no operation of ours takes part, the reason; else None.
     """
 
@@ -34,6 +36,7 @@ class Explanation:
     chosen: dict[str, str]
     candidates: dict[str, tuple[dispatch.Candidate, ...]]
     note: str | None = None
+    epilogue: str | None = None
 
     def __str__(self) -> str:
         if self.note:
@@ -43,6 +46,8 @@ class Explanation:
             lines.append(f"{operation} on {self.platform}: {self.chosen[operation]}")
             for c in answers:
                 lines.append(f"  {c.implementation:<11} " + (c.how or f"declines: {c.reason}"))
+        if self.epilogue:
+            lines.append(self.epilogue)
         return "\n".join(lines)
 
 
@@ -115,7 +120,28 @@ def explain(
         problem = problem_of(operation, x, w, spec, precision, out_dtype, platform)
         chosen[operation] = dispatch.select(problem, chain).implementation
         answers[operation] = tuple(c for c, _ in dispatch.candidates(problem))
-    return Explanation(platform, chosen, answers)
+    named = activation if isinstance(activation, str) else None
+    epilogue = None
+    if bias is not None or named:
+        problem = problem_of("conv1d", x, w, spec, precision, out_dtype, platform)
+        epilogue = _explain_epilogue(problem, Epilogue(bias is not None, named), chain)
+    return Explanation(platform, chosen, answers, epilogue=epilogue)
+
+
+def _explain_epilogue(problem: Problem, epilogue: Epilogue, chain) -> str:
+    """Who computes bias and activation, and their gradients."""
+    parts = [*(["bias"] if epilogue.bias else []), *filter(None, [epilogue.activation])]
+    kernel = dispatch.select(problem, chain)
+    whole = dataclasses.replace(problem, epilogue=epilogue)
+    if kernel.fused is None:
+        forward = f"by XLA ({kernel.implementation} carries none)"
+    elif reason := kernel.decline_fused(whole):
+        forward = f"by XLA ({kernel.implementation}: {reason})"
+    else:
+        forward = f"in {kernel.implementation}'s kernel"
+    found = dispatch.backward(problem, epilogue, chain, (True, True, epilogue.bias))
+    backward = "by XLA" if found is None else f"in {found[0].implementation}'s kernels"
+    return f"{' and '.join(parts)}: {forward}; their gradients {backward}"
 
 
 def default_platform() -> str:

@@ -1,0 +1,298 @@
+"""Every way to compute a layer that a user has today, and ours: what the benchmarks compare.
+
+A layer is ``activation(conv(x, kernel) + bias)``, the whole of it in each variant:
+
+| name | what it is |
+|---|---|
+| ``stock`` | `flax.nnx.Conv`, then the activation |
+| ``barrier`` | the padding written out behind an optimisation barrier, so that XLA can't fold it |
+| ``symmetric`` | padding of equal amounts on both sides, and a slice of the result |
+| ``matmuls`` | one matmul a tap of x shifted in time, added up; for depthwise a product a tap |
+| ``conv_pallas`` | ours: `conv_pallas.conv1d` with bias and activation |
+| ``torch`` | PyTorch's conv1d on its own layout (N, C, T), where PyTorch is installed |
+
+    forward = build("barrier", layer)              # (x, kernel, bias) -> y
+    step = training_step("barrier", layer)         # (x, kernel, bias, g) -> loss, (dx, dw, db)
+    x, kernel, bias, g = arguments(layer)
+    jax.jit(step)(x, kernel, bias, g)
+    call, result = torch_program(layer, FORWARD, arguments(layer))   # PyTorch has no jit
+"""
+
+import importlib.util
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from conv_pallas import conv1d
+from conv_pallas._layers import Layer
+from conv_pallas._measure import FORWARD, OURS, STOCK
+from conv_pallas.dispatch import Implementation
+from conv_pallas.spec import ConvSpec, make_spec
+
+BARRIER, SYMMETRIC, MATMULS, TORCH = "barrier", "symmetric", "matmuls", "torch"
+
+# The first is what the others are compared with.
+NAMES = (STOCK, BARRIER, SYMMETRIC, MATMULS, OURS, TORCH)
+
+type Forward = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+class NotApplicableError(Exception):
+    """A baseline does not exist for a layer, or not on this machine; says why."""
+
+
+def spec_of(layer: Layer) -> ConvSpec:
+    spec, mode = make_spec(
+        (layer.N, layer.T, layer.C),
+        kernel_shape(layer),
+        strides=layer.S,
+        padding=layer.padding,
+        kernel_dilation=layer.D,
+        feature_group_count=layer.G,
+    )
+    if mode is not None:
+        raise NotApplicableError(f"no baseline pads with {mode}")
+    return spec
+
+
+def kernel_shape(layer: Layer) -> tuple[int, int, int]:
+    return (layer.K, layer.C // layer.G, layer.O)
+
+
+def arguments(layer: Layer, seed: int = 0) -> tuple[np.ndarray, ...]:
+    """Random ``x (N, T, C)``, ``kernel (K, C//G, O)``, ``bias (O,)``, ``g (N, T', O)``.
+
+    Zero mean, and a kernel scaled so that y is about as large as x.
+    """
+    rng = np.random.default_rng(seed)
+    spec = spec_of(layer)
+
+    def normal(shape, scale=1.0):
+        values = rng.standard_normal(shape, np.float32)
+        return (values * np.float32(scale)).astype(jnp.dtype(layer.dtype))
+
+    x = normal((layer.N, layer.T, layer.C))
+    kernel = normal(kernel_shape(layer), 1 / math.sqrt(layer.K * layer.C // layer.G))
+    return x, kernel, normal((layer.O,)), normal((layer.N, spec.out_time, layer.O))
+
+
+def build(name: str, layer: Layer, implementation: Implementation = None) -> Forward:
+    """The forward pass of a variant: ``(x, kernel, bias) -> y``.
+
+    Args:
+      implementation: of ours; the others know none.
+
+    Raises:
+      NotApplicableError: the variant does not exist for this layer.
+      ValueError: there is no such variant.
+    """
+    if name not in _BUILDERS:
+        raise ValueError(f"variant must be one of {', '.join(_BUILDERS)}, got {name!r}")
+    if name == OURS:
+        return _ours(layer, implementation)
+    return _BUILDERS[name](layer)
+
+
+def training_step(name: str, layer: Layer, implementation: Implementation = None) -> Callable:
+    """``(x, kernel, bias, g) -> loss, (dx, dkernel, dbias)`` of a variant.
+
+    The loss is ``<g, y>``: it costs one pass over y, and hands g to the layer as the layers
+    above it would. Raises as `build`.
+    """
+    return step_of(build(name, layer, implementation))
+
+
+def step_of(forward: Forward) -> Callable:
+    """The training step of a forward pass."""
+
+    def loss(x, kernel, bias, g):
+        y = forward(x, kernel, bias)
+        return jnp.sum(y.astype(jnp.float32) * g.astype(jnp.float32))
+
+    return jax.value_and_grad(loss, argnums=(0, 1, 2))
+
+
+# --- the variants --------------------------------------------------------------------------------
+
+
+def _stock(layer: Layer) -> Forward:
+    graph, state = nnx.split(nnx.eval_shape(lambda: layer.build(nnx.Conv)))
+
+    def forward(x, kernel, bias):
+        filled = nnx.State(
+            {"kernel": state["kernel"].replace(kernel), "bias": state["bias"].replace(bias)}
+        )
+        return layer.activate(nnx.merge(graph, filled)(x))
+
+    return forward
+
+
+def _barrier(layer: Layer) -> Forward:
+    spec = spec_of(layer)
+
+    def forward(x, kernel, bias):
+        padded = lax.optimization_barrier(jnp.pad(x, ((0, 0), spec.padding, (0, 0))))
+        return layer.activate(_convolve(padded, kernel, (0, 0), spec) + bias)
+
+    return forward
+
+
+def _symmetric(layer: Layer) -> Forward:
+    spec = spec_of(layer)
+    low, high = spec.padding
+    most = max(low, high)
+    start, rest = divmod(most - low, spec.stride)
+    if rest:
+        raise NotApplicableError("its outputs fall between those of the layer")
+
+    def forward(x, kernel, bias):
+        y = _convolve(x, kernel, (most, most), spec)[:, start : start + spec.out_time]
+        return layer.activate(y + bias)
+
+    return forward
+
+
+def _matmuls(layer: Layer) -> Forward:
+    spec = spec_of(layer)
+    depthwise = layer.G == layer.C == layer.O
+
+    def forward(x, kernel, bias):
+        padded = jnp.pad(x, ((0, 0), spec.padding, (0, 0)))
+        last = (spec.out_time - 1) * spec.stride + 1
+        y = jnp.zeros((), jnp.float32)
+        for k in range(spec.kernel_size):
+            start = k * spec.kernel_dilation
+            shifted = padded[:, start : start + last : spec.stride]
+            if depthwise:
+                y = y + shifted.astype(jnp.float32) * kernel[k].astype(jnp.float32)
+                continue
+            # (N, T', G, C/G) by (C/G, G, O/G)
+            a = shifted.reshape(*shifted.shape[:2], spec.groups, -1)
+            b = kernel[k].reshape(kernel.shape[1], spec.groups, -1)
+            tap = jnp.einsum("ntgc,cgo->ntgo", a, b, preferred_element_type=jnp.float32)
+            y = y + tap.reshape(*shifted.shape[:2], -1)
+        return layer.activate(y.astype(x.dtype) + bias)
+
+    return forward
+
+
+def _ours(layer: Layer, implementation: Implementation = None) -> Forward:
+    def forward(x, kernel, bias):
+        return conv1d(
+            x,
+            kernel,
+            bias,
+            strides=layer.S,
+            padding=layer.padding,
+            kernel_dilation=layer.D,
+            feature_group_count=layer.G,
+            activation=layer.activation,
+            implementation=implementation,
+        )
+
+    return forward
+
+
+def _convolve(x, kernel, padding, spec: ConvSpec) -> jax.Array:
+    """XLA's convolution with amounts of padding, and nothing else of the layer."""
+    return lax.conv_general_dilated(
+        x, kernel, (spec.stride,), (padding,), rhs_dilation=(spec.kernel_dilation,),
+        dimension_numbers=("NWC", "WIO", "NWC"), feature_group_count=spec.groups,
+    )  # fmt: skip
+
+
+_BUILDERS: dict[str, Callable[[Layer], Forward]] = {
+    STOCK: _stock,
+    BARRIER: _barrier,
+    SYMMETRIC: _symmetric,
+    MATMULS: _matmuls,
+    OURS: _ours,
+}
+
+
+# --- PyTorch -------------------------------------------------------------------------------------
+
+
+def torch_program(
+    layer: Layer, which: str, arrays: tuple[np.ndarray, ...], compiled: bool = False
+) -> tuple[Callable[[], None], Callable[[], tuple[np.ndarray, ...]]]:
+    """A pass of the layer in PyTorch, on the GPU where PyTorch sees one.
+
+    Its conv1d in its own layout, cudnn.benchmark on, TF32 allowed for float32 as it is in JAX.
+    What is done beforehand is not timed: the arrays are on the device, and transposed.
+
+    Args:
+      arrays: from `arguments`.
+      compiled: with ``torch.compile`` around the layer.
+
+    Returns:
+      A call that has run when it returns, and a function that gives its result: ``(y,)`` or
+      ``(dx, dkernel, dbias)``, in our layouts.
+
+    Raises:
+      NotApplicableError: PyTorch is not installed, or has no such layer.
+    """
+    if importlib.util.find_spec("torch") is None:
+        raise NotApplicableError("PyTorch is not installed")
+    import torch
+    import torch.nn.functional as F
+
+    activations = {
+        None: lambda y: y, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh,
+        "sigmoid": torch.sigmoid, "gelu": lambda y: F.gelu(y, approximate="tanh"),
+        "gelu_exact": F.gelu,
+    }  # fmt: skip
+    if layer.activation not in activations:
+        raise NotApplicableError(f"PyTorch has no activation {layer.activation!r}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_tf32 = True
+    dtype = getattr(torch, layer.dtype)
+    spec = spec_of(layer)
+    low, high = spec.padding
+
+    def tensor(a, *axes):
+        a = np.ascontiguousarray(np.asarray(a, np.float32).transpose(axes))
+        return torch.from_numpy(a).to(device=device, dtype=dtype)
+
+    x, kernel, bias, g = arrays
+    x, kernel, bias, g = (  # (N, C, T), (O, C/G, K), (O,), (N, O, T')
+        tensor(x, 0, 2, 1), tensor(kernel, 2, 1, 0), tensor(bias, 0), tensor(g, 0, 2, 1)
+    )  # fmt: skip
+    padding = low if low == high else 0
+
+    def forward(x, kernel, bias):
+        if low != high:
+            x = F.pad(x, (low, high))
+        y = F.conv1d(x, kernel, bias, layer.S, padding, layer.D, layer.G)
+        return activations[layer.activation](y)
+
+    if compiled:
+        forward = torch.compile(forward)
+    latest = []
+
+    def call():
+        latest.clear()
+        if which == FORWARD:
+            with torch.no_grad():
+                latest.append(forward(x, kernel, bias))
+        else:
+            latest.extend(torch.autograd.grad(forward(*leaves), leaves, g))
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    leaves = [a.requires_grad_(which != FORWARD) for a in (x, kernel, bias)]
+
+    def result():
+        call()
+        out = [a.detach().float().cpu().numpy().astype(arrays[0].dtype) for a in latest]
+        axes = [(0, 2, 1)] if which == FORWARD else [(0, 2, 1), (2, 1, 0), (0,)]
+        return tuple(a.transpose(order) for a, order in zip(out, axes, strict=True))
+
+    return call, result
