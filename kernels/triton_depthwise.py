@@ -352,6 +352,7 @@ KERNEL = Kernel(
     decline_fused=decline,
     backward=backward,
     decline_backward=lambda problem, wanted: decline(problem),
+    recomputes=lambda problem: walk.decline(problem.spec, problem.C, problem.O) is None,
     # Nobody has measured it on a chip yet, so that it runs only where it is asked for.
     priority=None,
     vmappable=False,

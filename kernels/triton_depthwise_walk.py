@@ -18,10 +18,10 @@ computes its gradient in one such kernel too, for D = 1 and SiLU, with atomic ad
 sums stand here, one for each program, added afterwards in a fixed order.
 
 By estimate: a piece of R steps reads ``R + 2K - 2`` steps of x and ``R + K - 1`` of gy, so that
-for K = 4 and R = 32 the halo is 9 % of the three passes, less what of it the L2 still has. With SiLU it is
-some 45 instructions an element in sm_90 machine code, and an H200 has time for 47 while it moves
-the 6 bytes; were gz computed anew for each tap that needs it, as a kernel that tiles time has to,
-there were some 100. So the walk is what makes backward a matter of bytes alone.
+for K = 4 and R = 32 the halo is 9 % of the three passes, less what of it the L2 still has. With
+SiLU it is some 45 instructions an element in sm_90 machine code, and an H200 has time for 47 while
+it moves the 6 bytes; were gz computed anew for each tap that needs it, as a kernel that tiles time
+has to, there were some 100. So the walk is what makes backward a matter of bytes alone.
 """
 
 import math
