@@ -18,9 +18,10 @@ computes its gradient in one such kernel too, for D = 1 and SiLU, with atomic ad
 sums stand here, one for each program, added afterwards in a fixed order.
 
 By estimate: a piece of R steps reads ``R + 2K - 2`` steps of x and ``R + K - 1`` of gy, so that
-for K = 4 and R = 32 the halo is 9 % of the three passes, less what of it the L2 still has. Some 40
-instructions an element, of which an H200 has time for 47 while it moves the 6 bytes; were gz
-computed anew for each tap that needs it, as a kernel that tiles time would, there were some 100.
+for K = 4 and R = 32 the halo is 9 % of the three passes, less what of it the L2 still has. With
+SiLU it is some 45 instructions an element in sm_90 machine code, and an H200 has time for 47 while
+it moves the 6 bytes; were gz computed anew for each tap that needs it, as a kernel that tiles time
+has to, there were some 100. So the walk is what makes backward a matter of bytes alone.
 """
 
 import math
@@ -36,6 +37,7 @@ from conv_pallas.kernels.triton_activation import activate, activate_grad_of_z
 from conv_pallas.kernels.triton_common import PROCESSORS, add_in_order
 from conv_pallas.spec import ConvSpec
 
+AHEAD = 4  # steps that are loaded at a time
 TAPS = 8  # as many tiles as registers hold
 STEPS = 2**28  # positions are counted with 32 bits, and may go some way past the ends
 
@@ -55,16 +57,33 @@ def _kernel_taps(w, c, C: tl.constexpr, K: tl.constexpr, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def conv_walk(
-    x, w, bias, T, U, D, LOW, SERIES, STEPS, y,
-    C: tl.constexpr, K: tl.constexpr, REVERSE: tl.constexpr, HAS_BIAS: tl.constexpr,
-    ACTIVATION: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+def _steps_ahead(
+    x, start, t, T, real, D, step,
+    COUNT: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """y of BR pieces of STEPS steps each, and BC channels.
+    """COUNT tiles ``(BR, BC)``, the steps t, t + D, ... of rows that are `real`; zeros outside."""
+    tiles = ()
+    for i in tl.static_range(COUNT):
+        here = t + i * D
+        inside = real & (here >= 0)[:, None] & (here < T)[:, None]
+        tiles = tiles + (tl.load(x + start + i * step, inside, 0.0),)
+    return tiles
 
-    Piece ``i`` is the ``i // SERIES``-th of series ``i % SERIES``.
+
+@triton.jit
+def conv_walk(
+    x, w, bias, T, U, D, LOW, SERIES, GROUPS, y,
+    C: tl.constexpr, K: tl.constexpr, REVERSE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr, AHEAD: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """y of BR pieces of ``GROUPS * AHEAD`` steps each, and BC channels.
+
+    Piece ``i`` is the ``i // SERIES``-th of series ``i % SERIES``. The steps of one group are
+    loaded while those of the group before are computed: a store may be to anywhere, for all the
+    compiler knows, so that it moves no load before one.
     """
     TILES_C: tl.constexpr = (C + BC - 1) // BC
+    STEPS = GROUPS * AHEAD
     pid = tl.program_id(0)
     c = pid % TILES_C * BC + tl.arange(0, BC)
     pid = pid // TILES_C
@@ -72,53 +91,62 @@ def conv_walk(
     piece = pid % tiles * BR + tl.arange(0, BR)
     n = (pid // tiles).to(tl.int64)
     u = piece // SERIES * (STEPS * D) + piece % SERIES
-    real = (c < C)[None, :]
+    t = u - LOW
+    real = (u < U)[:, None] & (c < C)[None, :]
     taps = _kernel_taps(w, c, C, K, REVERSE)
     if HAS_BIAS:
         b = tl.load(bias + c, c < C, 0.0).to(tl.float32)[None, :]
 
     step = tl.full((), D, tl.int64) * C
-    px = x + n * T * C + (u - LOW).to(tl.int64)[:, None] * C + c[None, :]
+    px = n * T * C + t.to(tl.int64)[:, None] * C + c[None, :]
     py = y + n * U * C + u.to(tl.int64)[:, None] * C + c[None, :]
-    t = u - LOW
     xs = ()
-    for _ in tl.static_range(K - 1):
-        xs = xs + (tl.load(px, ((t >= 0) & (t < T))[:, None] & real, 0.0).to(tl.float32),)
-        px += step
-        t += D
-    for _ in tl.range(0, STEPS, loop_unroll_factor=K):
-        new = tl.load(px, ((t >= 0) & (t < T))[:, None] & real, 0.0).to(tl.float32)
-        xs = xs + (new,)
-        z = xs[0] * taps[0]
-        for k in tl.static_range(1, K):
-            z += xs[k] * taps[k]
-        if HAS_BIAS:
-            z += b
-        z = activate(z, ACTIVATION)
-        tl.store(py, z.to(y.dtype.element_ty), (u < U)[:, None] & real)
-        xs = xs[1:]
-        px += step
-        py += step
-        t += D
-        u += D
+    before = _steps_ahead(x, px, t, T, real, D, step, K - 1, BR, BC)
+    for k in tl.static_range(K - 1):
+        xs = xs + (before[k].to(tl.float32),)
+    t += (K - 1) * D
+    px += (K - 1) * step
+    ahead = _steps_ahead(x, px, t, T, real, D, step, AHEAD, BR, BC)
+    for group in tl.range(0, GROUPS):
+        now = ahead
+        t += AHEAD * D
+        px += AHEAD * step
+        end = tl.where(group + 1 < GROUPS, T, 0)
+        ahead = _steps_ahead(x, px, t, end, real, D, step, AHEAD, BR, BC)
+        for i in tl.static_range(AHEAD):
+            xs = xs + (now[i].to(tl.float32),)
+            z = xs[0] * taps[0]
+            for k in tl.static_range(1, K):
+                z += xs[k] * taps[k]
+            if HAS_BIAS:
+                z += b
+            z = activate(z, ACTIVATION)
+            inside = real & (u + i * D < U)[:, None]
+            tl.store(py + i * step, z.to(y.dtype.element_ty), inside)
+            xs = xs[1:]
+        u += AHEAD * D
+        py += AHEAD * step
 
 
 @triton.jit
 def conv_walk_backward(
-    x, w, bias, gy, T, U, N, D, LOW, SERIES, STEPS, FIRST, PIECES, TILES, dx, sums,
+    x, w, bias, gy, T, U, N, D, LOW, SERIES, GROUPS, FIRST, PIECES, TILES, dx, sums,
     C: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
-    INPUT: tl.constexpr, KERNEL: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    INPUT: tl.constexpr, KERNEL: tl.constexpr, AHEAD: tl.constexpr, BR: tl.constexpr,
+    BC: tl.constexpr,
 ):  # fmt: skip
     """dx of TILES times BR pieces and BC channels, and what they add to dw and db.
 
-    Positions count from FIRST, which is the first of u, or of t + LOW where dx begins earlier.
+    A piece is ``GROUPS * AHEAD`` steps, of which the first K-1 belong to the one before: their
+    gradients reach into it. Positions count from FIRST, which is the first of u, or of t + LOW
+    where dx begins earlier.
     """
     TILES_C: tl.constexpr = (C + BC - 1) // BC
     ROWS: tl.constexpr = K + 1 if HAS_BIAS else K
+    STEPS = GROUPS * AHEAD - (K - 1)
     pid = tl.program_id(0)
     c = pid % TILES_C * BC + tl.arange(0, BC)
     split = pid // TILES_C
-    real = (c < C)[None, :]
     if INPUT or ACTIVATION is not None:
         taps = _kernel_taps(w, c, C, K, False)
     if HAS_BIAS and ACTIVATION is not None:
@@ -134,57 +162,64 @@ def conv_walk_backward(
     for tile in tl.range(split * TILES, last):
         n = (tile // per_sample).to(tl.int64)
         piece = tile % per_sample * BR + tl.arange(0, BR)
-        # The gradients of the K-1 steps before a piece reach into it.
+        real = (piece < PIECES)[:, None] & (c < C)[None, :]
         u = FIRST + piece // SERIES * (STEPS * D) + piece % SERIES - (K - 1) * D
-        mine = piece < PIECES
         t = u - LOW
-        px = x + n * T * C + t.to(tl.int64)[:, None] * C + c[None, :]
-        pg = gy + n * U * C + u.to(tl.int64)[:, None] * C + c[None, :]
-        pd = dx + n * T * C + t.to(tl.int64)[:, None] * C + c[None, :]
-        ahead = t
+        px = n * T * C + t.to(tl.int64)[:, None] * C + c[None, :]
+        pg = n * U * C + u.to(tl.int64)[:, None] * C + c[None, :]
+        pd = dx + px
         xs, gs = (), ()
-        for _ in tl.static_range(K - 1):
-            inside = mine & (ahead >= 0) & (ahead < T)
-            xs = xs + (tl.load(px, inside[:, None] & real, 0.0).to(tl.float32),)
+        before = _steps_ahead(x, px, t, T, real, D, step, K - 1, BR, BC)
+        for k in tl.static_range(K - 1):
+            xs = xs + (before[k].to(tl.float32),)
             gs = gs + (tl.zeros((BR, BC), tl.float32),)
-            px += step
-            ahead += D
-        for i in tl.range(1 - K, STEPS, loop_unroll_factor=K):
-            inside = mine & (ahead >= 0) & (ahead < T)
-            xs = xs + (tl.load(px, inside[:, None] & real, 0.0).to(tl.float32),)
-            met = (mine & (u >= 0) & (u < U))[:, None]
-            g = tl.load(pg, met & real, 0.0).to(tl.float32)
-            if ACTIVATION is not None:
-                z = xs[0] * taps[0]
-                for k in tl.static_range(1, K):
-                    z += xs[k] * taps[k]
-                if HAS_BIAS:
-                    z += b
-                # Steps of x that no output has may be NaN, times which no zero is zero.
-                g = tl.where(met, activate_grad_of_z(g, z, ACTIVATION), 0.0)
-            if INPUT:
-                gs = gs + (g,)
-                d = gs[K - 1] * taps[0]
-                for k in tl.static_range(1, K):
-                    d += gs[K - 1 - k] * taps[k]
-                inside = mine & (t >= 0) & (t < T) & (i >= 0)
-                tl.store(pd, d.to(dx.dtype.element_ty), inside[:, None] & real)
-                gs = gs[1:]
-            if KERNEL:
-                own = met & (i >= 0)
-                added = ()
-                for k in tl.static_range(K):
-                    added = added + (tl.where(own, dw[k] + g * xs[k], dw[k]),)
-                dw = added
-                if HAS_BIAS:
-                    db = tl.where(own, db + g, db)
-            xs = xs[1:]
-            px += step
-            pg += step
-            pd += step
-            ahead += D
-            t += D
-            u += D
+        px += (K - 1) * step
+        t += (K - 1) * D
+        x_ahead = _steps_ahead(x, px, t, T, real, D, step, AHEAD, BR, BC)
+        g_ahead = _steps_ahead(gy, pg, u, U, real, D, step, AHEAD, BR, BC)
+        for group in tl.range(0, GROUPS):
+            x_now, g_now = x_ahead, g_ahead
+            t_end = tl.where(group + 1 < GROUPS, T, 0)
+            u_end = tl.where(group + 1 < GROUPS, U, 0)
+            px += AHEAD * step
+            pg += AHEAD * step
+            t += AHEAD * D
+            x_ahead = _steps_ahead(x, px, t, t_end, real, D, step, AHEAD, BR, BC)
+            g_ahead = _steps_ahead(gy, pg, u + AHEAD * D, u_end, real, D, step, AHEAD, BR, BC)
+            for i in tl.static_range(AHEAD):
+                here = u + i * D
+                halo = group * AHEAD + i < K - 1
+                met = ((here >= 0) & (here < U))[:, None] & real
+                xs = xs + (x_now[i].to(tl.float32),)
+                g = g_now[i].to(tl.float32)
+                if ACTIVATION is not None:
+                    z = xs[0] * taps[0]
+                    for k in tl.static_range(1, K):
+                        z += xs[k] * taps[k]
+                    if HAS_BIAS:
+                        z += b
+                    # Steps of x that no output has may be NaN, times which no zero is zero.
+                    g = tl.where(met, activate_grad_of_z(g, z, ACTIVATION), 0.0)
+                if INPUT:
+                    gs = gs + (g,)
+                    d = gs[K - 1] * taps[0]
+                    for k in tl.static_range(1, K):
+                        d += gs[K - 1 - k] * taps[k]
+                    inside = (here >= LOW) & (here < tl.where(halo, LOW, T + LOW))
+                    inside = inside[:, None] & real
+                    tl.store(pd + i * step, d.to(dx.dtype.element_ty), inside)
+                    gs = gs[1:]
+                if KERNEL:
+                    own = ((here >= 0) & (here < tl.where(halo, 0, U)))[:, None] & real
+                    added = ()
+                    for k in tl.static_range(K):
+                        added = added + (tl.where(own, dw[k] + g * xs[k], dw[k]),)
+                    dw = added
+                    if HAS_BIAS:
+                        db = tl.where(own, db + g, db)
+                xs = xs[1:]
+            u += AHEAD * D
+            pd += AHEAD * step
     if KERNEL:
         out = sums + split.to(tl.int64) * (ROWS * C) + c
         for k in tl.static_range(K):
@@ -236,16 +271,17 @@ def forward(
     K, D, U = spec.kernel_size, spec.kernel_dilation, spec.out_time
     per_thread = 8 if x.dtype.itemsize == 2 and K <= 4 else 4
     BR, BC, steps, warps = _tile("conv_walk", N, U, spec, C, x.dtype, per_thread)
-    series = min(D, U)
+    groups, series = triton.cdiv(steps, AHEAD), min(D, U)
+    steps = groups * AHEAD
     pieces = triton.cdiv(U, steps * D) * series
     return compat.call(
         conv_walk, x, w,
         x if bias is None else bias,  # a pointer that is not read
-        T, U, D, spec.padding[0], series, steps,
+        T, U, D, spec.padding[0], series, groups,
         out=jax.ShapeDtypeStruct((N, U, C), out_dtype),
         programs=N * triton.cdiv(pieces, BR) * triton.cdiv(C, BC), warps=warps, stages=1,
         C=C, K=K, REVERSE=transposed, HAS_BIAS=bias is not None, ACTIVATION=activation,
-        BR=BR, BC=BC,
+        AHEAD=AHEAD, BR=BR, BC=BC,
     )  # fmt: skip
 
 
@@ -262,7 +298,8 @@ def backward(
     first, end = (min(0, low), max(U, T + low)) if want_dx else (0, U)
     per_thread = 4 if K <= 4 else 2
     BR, BC, steps, warps = _tile("conv_walk_backward", N, end - first, spec, C, x.dtype, per_thread)
-    series = min(D, end - first)
+    groups, series = triton.cdiv(steps + K - 1, AHEAD), min(D, end - first)
+    steps = groups * AHEAD - (K - 1)
     pieces = triton.cdiv(end - first, steps * D) * series
     tiles, tiles_c = N * triton.cdiv(pieces, BR), triton.cdiv(C, BC)
     splits = min(tiles, max(1, math.ceil(16 * PROCESSORS / tiles_c)), 512)
@@ -272,14 +309,14 @@ def backward(
     rows = K + (bias is not None)
     dx, partial = compat.call(
         conv_walk_backward, x, w, x if bias is None else bias, gy,
-        T, U, N, D, low, series, steps, first, pieces, per_split,
+        T, U, N, D, low, series, groups, first, pieces, per_split,
         out=(
             jax.ShapeDtypeStruct((N, T, C), dx_dtype) if want_dx else nothing,
             jax.ShapeDtypeStruct((splits, rows, C), np.dtype(np.float32)) if sums else nothing,
         ),
         programs=splits * tiles_c, warps=warps, stages=1,
         C=C, K=K, HAS_BIAS=bias is not None, ACTIVATION=activation, INPUT=want_dx, KERNEL=sums,
-        BR=BR, BC=BC,
+        AHEAD=AHEAD, BR=BR, BC=BC,
     )  # fmt: skip
     total = add_in_order(partial, np.float32) if sums else None
     return (
