@@ -1,12 +1,13 @@
 """`explain`: which kernel would run, and why not the others."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.extend
 from jax._src.lax import lax as lax_internal
 
-from conv_pallas import dispatch
+from conv_pallas import dispatch, segments
 from conv_pallas.dispatch import Implementation
 from conv_pallas.ops import (
     activation_function,
@@ -63,6 +64,8 @@ def explain(
     kernel_dilation=1,
     feature_group_count=1,
     activation=None,
+    mask=None,
+    segment_ids=None,
     precision=None,
     preferred_element_type=None,
     out_sharding=None,
@@ -89,7 +92,7 @@ def explain(
             f"explain takes x and kernel, or a conv_pallas.nn.Conv and its input, "
             f"got {type(x).__name__} and {type(kernel).__name__}"
         )
-    del out_sharding
+    del out_sharding, mask  # zeros of x change nothing
     activation_function(activation)
     platform = platform or default_platform()
     if platform not in dispatch.PLATFORMS:
@@ -103,7 +106,7 @@ def explain(
         note = "xla_native: jax.lax.conv_general_dilated as nnx.Conv calls it"
     if note:
         return Explanation(platform, {}, {}, note)
-    spec, _ = make_spec(
+    spec, mode = make_spec(
         x.shape,
         kernel.shape,
         strides=strides,
@@ -113,6 +116,10 @@ def explain(
         feature_group_count=feature_group_count,
     )
     x, w = (jax.ShapeDtypeStruct(a.shape, dtype) for a in (x, kernel))
+    if segment_ids is not None:
+        separate = functools.partial(segments.separate, spec=spec, mode=mode)
+        x, w = jax.eval_shape(separate, x, segment_ids), jax.eval_shape(segments.pointwise, w)
+        spec, _ = make_spec(x.shape, w.shape, padding="VALID", feature_group_count=spec.groups)
     out_dtype = result_dtype(dtype, preferred_element_type)
     precision = lax_internal.canonicalize_precision(precision)
     chosen, answers = {}, {}

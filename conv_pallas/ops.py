@@ -14,7 +14,7 @@ from jax._src.lax import lax as lax_internal
 from jax._src.sharding_impls import canonicalize_sharding
 from jax.sharding import PartitionSpec as P
 
-from conv_pallas import dispatch, fused, primitives
+from conv_pallas import dispatch, fused, primitives, segments
 from conv_pallas.dispatch import Implementation
 from conv_pallas.spec import ConvSpec, Problem, UnknownPaddingError, make_spec
 
@@ -32,6 +32,8 @@ def conv1d(
     kernel_dilation: int | Sequence[int] | None = 1,
     feature_group_count: int = 1,
     activation: str | Callable[[jax.Array], jax.Array] | None = None,
+    mask: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
     precision: Any = None,
     preferred_element_type: Any = None,
     out_sharding: Any = None,
@@ -62,6 +64,11 @@ def conv1d(
         is a depthwise convolution.
       activation: one of ``"relu"``, ``"gelu"`` (tanh approximation), ``"gelu_exact"``,
         ``"silu"``, ``"tanh"``, ``"sigmoid"``, a callable, or None.
+      mask: ``(*batch, T)`` bool, False for padding, which then counts as zeros: no other
+        output and no gradient depends on what it holds, NaN included.
+      segment_ids: ``(*batch, T)`` integers; where they change a new sequence begins, and no
+        output sees another sequence than its own. Only where there is one output for each
+        step (stride 1, padding CAUSAL, SAME or as many zeros); takes K times the memory of x.
       precision: as in `jax.lax.conv_general_dilated`.
       preferred_element_type: dtype of the convolution's result, not narrower than the
         operands'; bias and activation are applied to it.
@@ -98,6 +105,8 @@ def conv1d(
         out_sharding=out_sharding,
         implementation=implementation,
         activation=activation,
+        mask=mask,
+        segment_ids=segment_ids,
     )
 
 
@@ -112,6 +121,8 @@ def convolve(
     out_sharding,
     implementation,
     activation=None,
+    mask=None,
+    segment_ids=None,
     **geometry,
 ):
     """`conv1d` of operands that are promoted as they are to be."""
@@ -120,6 +131,14 @@ def convolve(
     spec, mode = make_spec(x.shape, kernel.shape, padding=padding, **geometry)
     if bias is not None and bias.shape != kernel.shape[-1:]:
         raise ValueError(f"bias must have shape {kernel.shape[-1:]}, got {bias.shape}")
+    if mask is not None:
+        x = segments.hide(x, mask)
+    if segment_ids is not None:
+        x, kernel = segments.separate(x, segment_ids, spec, mode), segments.pointwise(kernel)
+        padding = "VALID"
+        spec, mode = make_spec(
+            x.shape, kernel.shape, padding=padding, feature_group_count=spec.groups
+        )
     if mode is not None:
         x = _pad_in_memory(x, mode, spec.span)
     chain = dispatch.canonicalize(implementation)
