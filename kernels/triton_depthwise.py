@@ -351,7 +351,6 @@ KERNEL = Kernel(
     fused=fused,
     decline_fused=decline,
     backward=backward,
-    recomputes=lambda problem: walk.decline(problem.spec, problem.C, problem.O) is None,
     decline_backward=lambda problem, wanted: decline(problem),
     recomputes=lambda problem: walk.decline(problem.spec, problem.C, problem.O) is None,
     # Nobody has measured it on a chip yet, so that it runs only where it is asked for.
