@@ -19,6 +19,7 @@ EXTRA = (
 
 NAMES = (
     *(fused.name for fused in FUSED), "unmet_dense", "unmet_depthwise", "rounding",
+    "far_dense", "far_strided", "far_walked",
     *(case.name for case in EXTRA),
     "dense", "wide", "ragged", "grouped", "grouped_narrowing", "depthwise", "depthwise_dilated",
     "multiplier", "depthwise_of_one", "pointwise_dilated", "many_taps",

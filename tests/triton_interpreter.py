@@ -12,6 +12,7 @@ bfloat16 cut bits off where the hardware rounds. What it can't show is tf32: the
 
 import dataclasses
 import functools
+import math
 import os
 import sys
 import traceback
@@ -32,6 +33,7 @@ from tests.support import padded, rows
 from tests.tolerance import REFERENCES, check
 
 GUARD = 4096  # bytes of NaN before and after each array
+HUGE = 2**30  # bytes from which on an array is taken as it is
 
 
 class _Storage:
@@ -63,6 +65,9 @@ class Tensor:
 
     def __init__(self, array: np.ndarray):
         array = np.asarray(array)
+        if array.nbytes >= HUGE:  # pages that nobody touches cost nothing
+            self.raw, self.span, self.array = np.empty(0, np.uint8), slice(0, 0), array
+            return
         self.raw = np.full(array.nbytes + 2 * GUARD + 128, 0xFF, np.uint8)  # NaN in every dtype
         start = GUARD + -(self.raw.ctypes.data + GUARD) % 128
         self.span = slice(start, start + array.nbytes)
@@ -152,12 +157,18 @@ def call(kernel, *args, out, programs, warps, stages, **meta):
     args = [convert(a) for a in args]
     # What is not written stays NaN.
     outs = out if isinstance(out, tuple) else (out,)
-    results = [Tensor(np.full(o.shape, np.nan, np.float32).astype(o.dtype)) for o in outs]
+    results = [Tensor(_unwritten(o)) for o in outs]
     kernel[(programs,)](*args, *results, **meta)
     for tensor in (*tensors.values(), *results):
         tensor.check_guards()
     arrays = tuple(result.array for result in results)
     return arrays if isinstance(out, tuple) else arrays[0]
+
+
+def _unwritten(out) -> np.ndarray:
+    if math.prod(out.shape) * out.dtype.itemsize >= HUGE:
+        return np.zeros(out.shape, out.dtype)
+    return np.full(out.shape, np.nan, np.float32).astype(out.dtype)
 
 
 triton_compat.call = call
@@ -230,6 +241,44 @@ def run_unmet(name: str, capability: int) -> None:
     assert np.isfinite(db).all()
 
 
+def run_far(name: str) -> None:
+    """Offsets beyond 2**31 elements, in a program at the far end of arrays that large."""
+    from conv_pallas import dispatch
+
+    triton_compat.compute_capability = lambda: 80
+    geometry = {
+        "far_dense": {},
+        "far_strided": dict(G=8, S=2),
+        "far_walked": dict(G=8),
+    }[name]
+    T, tail = 2**27, 64  # the last of three samples begins at 2**31
+    case = Case(name, batch=(3,), T=T, C=8, O=8, K=3, D=2, dtype="bfloat16", **geometry)
+    short = dataclasses.replace(case, batch=(1,), T=tail)
+    x, w, _ = short.arrays()
+    far = np.zeros(case.x_shape, x.dtype)
+    far[2, -tail:] = x[0]
+    problem = case.problem("conv1d", "cuda")
+    # Of a grid of so many programs the last one alone.
+    interpreter.range = lambda *a: range(a[0] - 1, a[0]) if a[0] > 10_000 else range(*a)
+    try:
+        y = dispatch.select(problem, ("triton",)).run(problem, far, w)[:, -8:]
+    finally:
+        del interpreter.range
+    expected = REFERENCES["conv1d"](x, w, short.spec)[:, -8:]
+    np.testing.assert_allclose(np.asarray(y[2:], float), expected, rtol=1e-2, atol=1e-2)
+
+    # Gradients whose outputs are few, of x alone that is so large.
+    case = dataclasses.replace(case, padding=[(tail - T, 0)])
+    short = dataclasses.replace(short, padding=0)
+    _, _, g = short.arrays()
+    gy = np.zeros(case.out_shape, g.dtype)
+    gy[2] = g[0]
+    problem = case.problem("conv1d_kernel_grad", "cuda")
+    dw = dispatch.select(problem, ("triton",)).run(problem, far, gy)
+    expected = REFERENCES["conv1d_kernel_grad"](x, g, short.spec)
+    np.testing.assert_allclose(np.asarray(dw, float), expected, rtol=1e-2, atol=0.1)
+
+
 def run_rounding() -> None:
     """float32 that pointers fetch is rounded to tf32, not cut off, before it is multiplied."""
     from conv_pallas import dispatch
@@ -275,6 +324,8 @@ def main(names: list[str]) -> int:
                 f"{name} sm_{c}": functools.partial(run_fused, name, c)
                 for c in _capabilities(triton_epilogue.named(name).case)
             }
+        elif name.startswith("far_"):
+            runs = {name: functools.partial(run_far, name)}
         elif name.startswith("unmet_"):
             runs = {name: functools.partial(run_unmet, name, 90)}
         else:
