@@ -9,8 +9,12 @@ ARGS ?=
 
 BIN := .venv/bin
 BIN_AOT := .venv-aot/bin
+BIN_OLDEST := .venv-oldest/bin
 
-.PHONY: help demo test test-aot lint format bench venv venv-aot clean
+# The oldest releases that setup.py allows, exactly: "jax==... flax==...".
+OLDEST := $(shell sed -n 's/.*install_requires=\[\(.*\)\].*/\1/p' setup.py | tr -d '",' | sed 's/>=/==/g')
+
+.PHONY: help demo test test-aot test-oldest lint format bench venv venv-aot venv-oldest clean
 
 help: ## list the targets (the default)
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -23,6 +27,9 @@ test: venv ## run the tests
 
 test-aot: venv-aot ## compile for GPUs and TPUs that are not here, and read the result
 	$(BIN_AOT)/python -m pytest -n $(WORKERS) --dist worksteal -m aot $(ARGS)
+
+test-oldest: venv-oldest ## run the tests with the oldest jax and flax that setup.py allows
+	$(BIN_OLDEST)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: venv ## check style and formatting
 	$(BIN)/ruff check .
@@ -37,23 +44,26 @@ bench: venv ## measure layers on this machine; make bench ARGS=--quick takes min
 
 venv: .venv/installed ## make .venv, for everything but test-aot
 venv-aot: .venv-aot/installed ## make .venv-aot, which adds libtpu, the CUDA plugin and triton
+venv-oldest: .venv-oldest/installed ## make .venv-oldest
 
 clean: ## remove all that these targets made, environments too
-	rm -rf .venv .venv-aot demo-output bench-output build dist *.egg-info
+	rm -rf .venv .venv-aot .venv-oldest demo-output bench-output build dist *.egg-info
 	rm -rf .benchmarks .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/installed: EXTRAS := demo,bench,test
 .venv-aot/installed: EXTRAS := test,aot
+.venv-oldest/installed: EXTRAS := demo,bench,test
+.venv-oldest/installed: PINS := $(OLDEST)
 
 # setup.py holds every dependency.  An environment is made anew rather than updated, so that it
 # is the one a fresh machine gets.  The stamp is written last, and --clear removes an old one:
 # after a failed or interrupted install there is none.
-.venv/installed .venv-aot/installed: setup.py
+.venv/installed .venv-aot/installed .venv-oldest/installed: setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null || { \
 	  echo "conv_pallas needs Python 3.12 or newer; $(PYTHON) is not. Name one: make PYTHON=python3.12 ..." >&2; \
 	  exit 1; }
 	@echo "Installing into $(@D), once: this takes a minute or two."
 	@$(PYTHON) -m venv --clear $(@D)
-	@$(@D)/bin/python -m pip install -q --disable-pip-version-check -e '.[$(EXTRAS)]'
+	@$(@D)/bin/python -m pip install -q --disable-pip-version-check -e '.[$(EXTRAS)]' $(PINS)
 	@touch $@

@@ -140,7 +140,7 @@ def lower_for(chip: str, f: Callable, *structs: Any) -> jax.stages.Lowered:
         num_cores=cores,
         platform="gpu" if platform == "cuda" else "tpu",
     )
-    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("_",), abstract_device=kind)):
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=kind)):
         return jax.jit(f).trace(*structs).lower(lowering_platforms=(platform,))
 
 

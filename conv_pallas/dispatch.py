@@ -8,7 +8,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 
-from conv_pallas.spec import Problem
+from conv_pallas.spec import Epilogue, Problem
 
 IMPLEMENTATIONS = ("triton", "pallas_tpu", "xla", "xla_native")
 ENVIRONMENT_VARIABLE = "CONV_PALLAS_IMPLEMENTATION"
@@ -125,6 +125,44 @@ def select(problem: Problem, implementation: tuple[str, ...] | None):
         f"implementation={', '.join(map(repr, wanted))} can't run {problem.operation} on "
         f"{problem.platform} ({reasons}); it may be None or any of {able}"
     )
+
+
+def fused(kernel, problem: Problem, epilogue: Epilogue) -> Problem | None:
+    """The forward problem with ``epilogue`` for `Kernel.fused`; None where `kernel` has none."""
+    problem = dataclasses.replace(problem, epilogue=epilogue)
+    if kernel.fused is None or kernel.decline_fused(problem) is not None:
+        return None
+    return problem
+
+
+def backward(
+    problem: Problem,
+    epilogue: Epilogue,
+    implementation: tuple[str, ...] | None,
+    wanted: tuple[bool, bool, bool],
+):
+    """The kernel whose `Kernel.backward` takes a forward problem, and its problem; or None.
+
+    It has to be the one that would compute each of the wanted gradients by itself.
+    """
+    x, w, y = problem.lhs_dtype, problem.rhs_dtype, problem.out_dtype
+    alone = (("conv1d_input_grad", y, w, x), ("conv1d_kernel_grad", x, y, w))
+    kernels = []
+    for (operation, lhs, rhs, out), needed in zip(alone, wanted, strict=False):
+        if needed:
+            this = dataclasses.replace(
+                problem, operation=operation, lhs_dtype=lhs, rhs_dtype=rhs, out_dtype=out
+            )
+            try:
+                kernels.append(select(this, implementation))
+            except NotImplementedError:
+                return None  # raised once that gradient is lowered by itself
+    if not kernels or any(kernel is not kernels[0] for kernel in kernels):
+        return None
+    problem = dataclasses.replace(problem, epilogue=epilogue)
+    if kernels[0].backward is None or kernels[0].decline_backward(problem, wanted) is not None:
+        return None
+    return kernels[0], problem
 
 
 def check_anywhere(problem: Problem, implementation: tuple[str, ...] | None) -> None:

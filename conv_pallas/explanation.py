@@ -1,12 +1,13 @@
 """`explain`: which kernel would run, and why not the others."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.extend
 from jax._src.lax import lax as lax_internal
 
-from conv_pallas import dispatch
+from conv_pallas import dispatch, segments
 from conv_pallas.dispatch import Implementation
 from conv_pallas.ops import (
     activation_function,
@@ -16,7 +17,7 @@ from conv_pallas.ops import (
     promoted_dtype,
     result_dtype,
 )
-from conv_pallas.spec import OPERATIONS, make_spec
+from conv_pallas.spec import OPERATIONS, Epilogue, Problem, make_spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Explanation:
       platform: for which it was asked.
       chosen: for each operation, the name of the implementation that runs it.
       candidates: for each operation, every implementation's `dispatch.Candidate`.
+      epilogue: what becomes of bias and activation, forward and backward; None where there is
+        neither, or an activation that is no name.
       note: where no operation of ours takes part, the reason; else None.
     """
 
@@ -34,6 +37,7 @@ class Explanation:
     chosen: dict[str, str]
     candidates: dict[str, tuple[dispatch.Candidate, ...]]
     note: str | None = None
+    epilogue: str | None = None
 
     def __str__(self) -> str:
         if self.note:
@@ -43,6 +47,8 @@ class Explanation:
             lines.append(f"{operation} on {self.platform}: {self.chosen[operation]}")
             for c in answers:
                 lines.append(f"  {c.implementation:<11} " + (c.how or f"declines: {c.reason}"))
+        if self.epilogue:
+            lines.append(self.epilogue)
         return "\n".join(lines)
 
 
@@ -58,6 +64,8 @@ def explain(
     kernel_dilation=1,
     feature_group_count=1,
     activation=None,
+    mask=None,
+    segment_ids=None,
     precision=None,
     preferred_element_type=None,
     out_sharding=None,
@@ -84,7 +92,7 @@ def explain(
             f"explain takes x and kernel, or a conv_pallas.nn.Conv and its input, "
             f"got {type(x).__name__} and {type(kernel).__name__}"
         )
-    del out_sharding
+    del out_sharding, mask  # zeros of x change nothing
     activation_function(activation)
     platform = platform or default_platform()
     if platform not in dispatch.PLATFORMS:
@@ -98,7 +106,7 @@ def explain(
         note = "xla_native: jax.lax.conv_general_dilated as nnx.Conv calls it"
     if note:
         return Explanation(platform, {}, {}, note)
-    spec, _ = make_spec(
+    spec, mode = make_spec(
         x.shape,
         kernel.shape,
         strides=strides,
@@ -108,6 +116,10 @@ def explain(
         feature_group_count=feature_group_count,
     )
     x, w = (jax.ShapeDtypeStruct(a.shape, dtype) for a in (x, kernel))
+    if segment_ids is not None:
+        separate = functools.partial(segments.separate, spec=spec, mode=mode)
+        x, w = jax.eval_shape(separate, x, segment_ids), jax.eval_shape(segments.pointwise, w)
+        spec, _ = make_spec(x.shape, w.shape, padding="VALID", feature_group_count=spec.groups)
     out_dtype = result_dtype(dtype, preferred_element_type)
     precision = lax_internal.canonicalize_precision(precision)
     chosen, answers = {}, {}
@@ -115,7 +127,28 @@ def explain(
         problem = problem_of(operation, x, w, spec, precision, out_dtype, platform)
         chosen[operation] = dispatch.select(problem, chain).implementation
         answers[operation] = tuple(c for c, _ in dispatch.candidates(problem))
-    return Explanation(platform, chosen, answers)
+    named = activation if isinstance(activation, str) else None
+    epilogue = None
+    if bias is not None or named:
+        problem = problem_of("conv1d", x, w, spec, precision, out_dtype, platform)
+        epilogue = _explain_epilogue(problem, Epilogue(bias is not None, named), chain)
+    return Explanation(platform, chosen, answers, epilogue=epilogue)
+
+
+def _explain_epilogue(problem: Problem, epilogue: Epilogue, chain) -> str:
+    """Who computes bias and activation, and their gradients."""
+    parts = [*(["bias"] if epilogue.bias else []), *filter(None, [epilogue.activation])]
+    kernel = dispatch.select(problem, chain)
+    whole = dataclasses.replace(problem, epilogue=epilogue)
+    if kernel.fused is None:
+        forward = f"by XLA ({kernel.implementation} carries none)"
+    elif reason := kernel.decline_fused(whole):
+        forward = f"by XLA ({kernel.implementation}: {reason})"
+    else:
+        forward = f"in {kernel.implementation}'s kernel"
+    found = dispatch.backward(problem, epilogue, chain, (True, True, epilogue.bias))
+    backward = "by XLA" if found is None else f"in {found[0].implementation}'s kernels"
+    return f"{' and '.join(parts)}: {forward}; their gradients {backward}"
 
 
 def default_platform() -> str:

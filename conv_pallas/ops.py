@@ -1,5 +1,7 @@
 """The functional API: `conv1d` and `conv_general_dilated`."""
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,18 +14,11 @@ from jax._src.lax import lax as lax_internal
 from jax._src.sharding_impls import canonicalize_sharding
 from jax.sharding import PartitionSpec as P
 
-from conv_pallas import dispatch, primitives
+from conv_pallas import dispatch, fused, primitives, segments
 from conv_pallas.dispatch import Implementation
 from conv_pallas.spec import ConvSpec, Problem, UnknownPaddingError, make_spec
 
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "relu": jax.nn.relu,
-    "gelu": jax.nn.gelu,
-    "gelu_exact": lambda y: jax.nn.gelu(y, approximate=False),
-    "silu": jax.nn.silu,
-    "tanh": jnp.tanh,
-    "sigmoid": jax.nn.sigmoid,
-}
+ACTIVATIONS = fused.FUNCTIONS
 
 
 def conv1d(
@@ -37,6 +32,8 @@ def conv1d(
     kernel_dilation: int | Sequence[int] | None = 1,
     feature_group_count: int = 1,
     activation: str | Callable[[jax.Array], jax.Array] | None = None,
+    mask: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
     precision: Any = None,
     preferred_element_type: Any = None,
     out_sharding: Any = None,
@@ -67,6 +64,11 @@ def conv1d(
         is a depthwise convolution.
       activation: one of ``"relu"``, ``"gelu"`` (tanh approximation), ``"gelu_exact"``,
         ``"silu"``, ``"tanh"``, ``"sigmoid"``, a callable, or None.
+      mask: ``(*batch, T)`` bool, False for padding, which then counts as zeros: no other
+        output and no gradient depends on what it holds, NaN included.
+      segment_ids: ``(*batch, T)`` integers; where they change a new sequence begins, and no
+        output sees another sequence than its own. Only where there is one output for each
+        step (stride 1, padding CAUSAL, SAME or as many zeros); takes K times the memory of x.
       precision: as in `jax.lax.conv_general_dilated`.
       preferred_element_type: dtype of the convolution's result, not narrower than the
         operands'; bias and activation are applied to it.
@@ -88,10 +90,10 @@ def conv1d(
         `preferred_element_type` does not fit.
       NotImplementedError: `implementation` was ordered and can't do this; says why.
     """
-    act = activation_function(activation)
+    activation_function(activation)
     x, kernel, bias = (None if a is None else jnp.asarray(a) for a in (x, kernel, bias))
     dtype = promoted_dtype(x, kernel, *([] if bias is None else [bias]))
-    y = convolve(
+    return convolve(
         *(None if a is None else a.astype(dtype) for a in (x, kernel, bias)),
         strides=strides,
         padding=padding,
@@ -102,8 +104,10 @@ def conv1d(
         preferred_element_type=preferred_element_type,
         out_sharding=out_sharding,
         implementation=implementation,
+        activation=activation,
+        mask=mask,
+        segment_ids=segment_ids,
     )
-    return y if act is None else act(y)
 
 
 def convolve(
@@ -116,27 +120,49 @@ def convolve(
     preferred_element_type,
     out_sharding,
     implementation,
+    activation=None,
+    mask=None,
+    segment_ids=None,
     **geometry,
 ):
-    """`conv1d` without an activation, of operands that are promoted as they are to be."""
+    """`conv1d` of operands that are promoted as they are to be."""
     if x.dtype != kernel.dtype:
         raise TypeError(f"x and kernel must have the same dtype, got {x.dtype} and {kernel.dtype}")
     spec, mode = make_spec(x.shape, kernel.shape, padding=padding, **geometry)
     if bias is not None and bias.shape != kernel.shape[-1:]:
         raise ValueError(f"bias must have shape {kernel.shape[-1:]}, got {bias.shape}")
+    if mask is not None:
+        x = segments.hide(x, mask)
+    if segment_ids is not None:
+        x, kernel = segments.separate(x, segment_ids, spec, mode), segments.pointwise(kernel)
+        padding = "VALID"
+        spec, mode = make_spec(
+            x.shape, kernel.shape, padding=padding, feature_group_count=spec.groups
+        )
     if mode is not None:
         x = _pad_in_memory(x, mode, spec.span)
-    y = _convolve(
+    chain = dispatch.canonicalize(implementation)
+    convolution = functools.partial(
+        _convolve,
         x,
         kernel,
         spec,
         precision=precision,
         preferred_element_type=preferred_element_type,
         out_sharding=out_sharding,
-        chain=dispatch.canonicalize(implementation),
+        chain=chain,
         pad_first=isinstance(padding, str) and padding.upper() == "CAUSAL",
     )
-    return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
+    named = activation if isinstance(activation, str) else None
+    ours = not (is_stock(chain) or lax_reason(x.dtype, 1))
+    can_fuse = ours and (bias is None or bias.dtype == x.dtype) and out_sharding is None
+    if can_fuse and jnp.issubdtype(x.dtype, jnp.floating):
+        y = convolution(bias=bias, activation=named)
+    else:
+        y = convolution()
+        y = y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
+        y = fused.activate(y, named)
+    return activation(y) if callable(activation) else y
 
 
 def conv_general_dilated(
@@ -270,7 +296,16 @@ def _convolve(
     out_sharding,
     chain,
     pad_first=False,
+    bias=None,
+    activation=None,
 ):
+    if not all(isinstance(p, int) for p in spec.padding):
+        # SAME with a stride, and T a symbol: how much there is to pad is not known before it runs,
+        # and a window takes numbers.
+        pads = [(0, 0)] * x.ndim
+        pads[-2] = spec.padding
+        x = jnp.pad(x, pads)
+        spec = dataclasses.replace(spec, time=x.shape[-2], padding=(0, 0))
     out_sharding = canonicalize_sharding(out_sharding, "conv1d")
     if is_stock(chain) or lax_reason(x.dtype, 1):
         return _stock(x, w, spec, precision, preferred_element_type, out_sharding, pad_first)
@@ -278,15 +313,10 @@ def _convolve(
     precision = lax_internal.canonicalize_precision(precision)
     if chain is not None:
         dispatch.check_anywhere(problem_of("conv1d", x, w, spec, precision, out_dtype), chain)
-    return primitives.conv1d(
-        x,
-        w,
-        spec,
-        precision=precision,
-        out_dtype=out_dtype,
-        implementation=chain,
-        out_sharding=out_sharding,
-    )
+    conv = dict(spec=spec, precision=precision, out_dtype=out_dtype, implementation=chain)
+    if bias is None and activation is None:
+        return primitives.conv1d(x, w, out_sharding=out_sharding, **conv)
+    return fused.conv1d(x, w, bias, activation=activation, **conv)
 
 
 def _stock(x, w, spec: ConvSpec, precision, preferred_element_type, out_sharding, pad_first):

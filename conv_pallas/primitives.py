@@ -175,7 +175,7 @@ def _partitioned_by_xla(compute, lhs, rhs, *, operation, spec, kernel_batch, **p
     return call
 
 
-def _can_partition(ctx) -> bool:
+def can_partition(ctx) -> bool:
     """Whether this lowering is for several devices at once, on a mesh that is known."""
     if ctx.module_context.lowering_parameters.for_export:
         # What is exported outlives this process, and with it any Python callback; there
@@ -196,17 +196,30 @@ def _lowering(ctx, lhs, rhs, *, platform, out_sharding, **params):
     if result.sharding.mesh.explicit_axes:
         call = _partitioned_by_types(compute, *ctx.avals_in, result, **params)
         return mlir.lower_fun(call, multiple_results=False)(ctx, lhs, rhs)
-    # Here nothing has a sharding in its type: what is inside is one device's, or the call's. Of
-    # the mesh in context stays only which chip it names, where none of that kind is at hand.
-    avals = [jax_core.ShapedArray(a.shape, a.dtype) for a in (*ctx.avals_in, result)]
-    if _can_partition(ctx):
+    if can_partition(ctx):
+        avals = without_sharding((*ctx.avals_in, result))
         call = _partitioned_by_xla(compute, *avals[:2], **params)
     else:
         call = functools.partial(compute, **params)
-    ctx = ctx.replace(avals_in=avals[:2], avals_out=avals[2:])
+    return lower_locally(ctx, call, (lhs, rhs), multiple_results=False)
+
+
+def without_sharding(avals):
+    """The same shapes and dtypes, of no mesh."""
+    return [jax_core.ShapedArray(a.shape, a.dtype) for a in avals]
+
+
+def lower_locally(ctx, call, operands, *, multiple_results: bool):
+    """Lowers ``call(*operands)`` where no type has a sharding: all is one device's, or the call's.
+
+    Of the mesh in context stays only which chip it names, where none of that kind is at hand.
+    """
+    ctx = ctx.replace(
+        avals_in=without_sharding(ctx.avals_in), avals_out=without_sharding(ctx.avals_out)
+    )
     chip = mesh_lib.get_abstract_mesh().abstract_device
     with mesh_lib.use_abstract_mesh(mesh_lib.AbstractMesh((), (), abstract_device=chip)):
-        return mlir.lower_fun(call, multiple_results=False)(ctx, lhs, rhs)
+        return mlir.lower_fun(call, multiple_results=multiple_results)(ctx, *operands)
 
 
 # --- Batching ---
@@ -324,7 +337,17 @@ _PRIMITIVES = {operation: _make(operation) for operation in OPERATIONS}
 conv1d_p, conv1d_input_grad_p, conv1d_kernel_grad_p = _PRIMITIVES.values()
 
 
-def conv1d(x, w, spec: ConvSpec, *, precision, out_dtype, implementation, out_sharding=None):
+def _bind(operation: Operation, lhs, rhs, *, out_dtype, out_sharding=None, **params):
+    return _PRIMITIVES[operation].bind(
+        *jax_core.auto_insert_reshard(lhs, rhs),
+        kernel_batch=0,
+        out_dtype=np.dtype(out_dtype),
+        out_sharding=out_sharding,
+        **params,
+    )
+
+
+def conv1d(x, w, *, spec: ConvSpec, precision, out_dtype, implementation, out_sharding=None):
     """The forward convolution of x ``(*batch, T, C)`` with w ``(K, C // G, O)``.
 
     Args:
@@ -337,12 +360,25 @@ def conv1d(x, w, spec: ConvSpec, *, precision, out_dtype, implementation, out_sh
     Returns:
       y ``(*batch, T', O)``.
     """
-    return conv1d_p.bind(
-        *jax_core.auto_insert_reshard(x, w),
-        spec=spec,
-        kernel_batch=0,
-        precision=precision,
-        out_dtype=np.dtype(out_dtype),
-        implementation=implementation,
-        out_sharding=out_sharding,
+    params = dict(spec=spec, precision=precision, implementation=implementation)
+    return _bind("conv1d", x, w, out_dtype=out_dtype, out_sharding=out_sharding, **params)
+
+
+def conv1d_input_grad(
+    g, w, *, spec: ConvSpec, precision, out_dtype, implementation, out_sharding=None
+):
+    """dx ``(*batch, T, C)`` of g ``(*batch, T', O)`` and w ``(K, C // G, O)``; see `conv1d`."""
+    params = dict(spec=spec, precision=precision, implementation=implementation)
+    return _bind(
+        "conv1d_input_grad", g, w, out_dtype=out_dtype, out_sharding=out_sharding, **params
+    )
+
+
+def conv1d_kernel_grad(
+    x, g, *, spec: ConvSpec, precision, out_dtype, implementation, out_sharding=None
+):
+    """dw ``(K, C // G, O)`` of x ``(*batch, T, C)`` and g ``(*batch, T', O)``; see `conv1d`."""
+    params = dict(spec=spec, precision=precision, implementation=implementation)
+    return _bind(
+        "conv1d_kernel_grad", x, g, out_dtype=out_dtype, out_sharding=out_sharding, **params
     )

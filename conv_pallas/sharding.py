@@ -77,8 +77,12 @@ class Axes:
 
     def partition_specs(self, placed: Placement) -> tuple[P, P, P]:
         """The `PartitionSpec` of lhs, rhs and the result."""
-        entry = lambda label: _unwrap(placed.get(label))  # noqa: E731
-        return tuple(P(*map(entry, labels)) for labels in self.arrays)
+        return tuple(self.partition_spec(labels, placed) for labels in self.arrays)
+
+    @staticmethod
+    def partition_spec(labels: tuple[str, ...], placed: Placement) -> P:
+        """The `PartitionSpec` of an array with these labels."""
+        return P(*(_unwrap(placed.get(label)) for label in labels))
 
     def contracted(self, placed: Placement) -> tuple[str, ...]:
         """The mesh axes over which the result is a sum of each device's share."""
@@ -87,12 +91,13 @@ class Axes:
         return tuple(n for label in sorted(summed) for n in placed.get(label, ()))
 
     def shardy_rule(
-        self, groups: int, inner: int, outer: int
+        self, groups: int, inner: int, outer: int, operands=None, results=None
     ) -> tuple[str, dict[str, int], tuple[str, ...]]:
-        """The rule for Shardy's propagation: how dimensions of the three correspond.
+        """The rule for Shardy's propagation: how dimensions of the arrays correspond.
 
         Args:
           groups, inner, outer: ``G``, ``C // G`` and ``O // G``.
+          operands, results: the labels of each; None: lhs and rhs, and the result.
 
         Returns:
           An einsum-like string, the sizes of the factors that occur in products only, and
@@ -107,8 +112,10 @@ class Axes:
                 return labels[i]
             return x if "time" in labels else y
 
-        text = [" ".join(dimension(a, i) for i in range(len(a))) for a in self.arrays]
-        rule = f"{text[0]}, {text[1]} -> {text[2]}"
+        def text(arrays):
+            return ", ".join(" ".join(dimension(a, i) for i in range(len(a))) for a in arrays)
+
+        rule = f"{text(operands or self.arrays[:2])} -> {text(results or self.arrays[2:])}"
         sizes = {}
         if groups > 1:
             sizes = {"outer": outer} if outer > 1 else {}

@@ -31,6 +31,14 @@ class UnknownPaddingError(ValueError, RuntimeError):
     """
 
 
+def _at_least_zero(steps):
+    if isinstance(steps, int):
+        return max(0, steps)
+    from jax import core  # T is symbolic: a shape-polymorphic export
+
+    return core.max_dim(steps, 0)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class ConvSpec:
     """The static geometry of a 1-D convolution; hashable, so that it keys compilation.
@@ -68,12 +76,7 @@ class ConvSpec:
     def out_time(self) -> int:
         """``T'``, the number of output steps."""
         padded = self.dilated_time + sum(self.padding)
-        steps = (padded - self.span) // self.stride + 1
-        if isinstance(steps, int):
-            return max(0, steps)
-        from jax import core  # T is symbolic: a shape-polymorphic export
-
-        return core.max_dim(steps, 0)
+        return _at_least_zero((padded - self.span) // self.stride + 1)
 
     def transposed(self) -> "ConvSpec":
         """The convolution that maps an output gradient to the input gradient.
@@ -244,7 +247,7 @@ def resolve_padding(
         if mode == "CAUSAL":
             return (span - 1, 0)
         out = -(-time // stride)
-        total = max(0, (out - 1) * stride + span - time)
+        total = _at_least_zero((out - 1) * stride + span - time)
         less, more = total // 2, total - total // 2
         return (less, more) if mode == "SAME" else (more, less)
     pair = padding
@@ -318,7 +321,7 @@ def make_spec(
         mode, pad = pad, (0, 0)
         time = time + span - 1
     spec = ConvSpec(time, K, S, pad, D, E, G)
-    if min(pad) < 0 and spec.dilated_time + sum(pad) < 0:
+    if all(isinstance(p, int) for p in pad) and min(pad) < 0 and spec.dilated_time + sum(pad) < 0:
         raise ValueError(
             f"padding must not crop more than x's {spec.dilated_time} steps, got {padding!r}"
         )

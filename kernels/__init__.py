@@ -45,6 +45,7 @@ class Kernel:
         is not wanted is None, as is db without a bias. db is float32 or wider. None: XLA computes
         ``gz = gy * activation'(z)`` and db, and `run` the other two from gz.
       decline_backward: as `decline`, for `backward`; it is also given ``wanted``.
+      recomputes: ``recomputes(problem)``, whether `backward` computes z anew.
     """
 
     implementation: str
@@ -60,6 +61,7 @@ class Kernel:
     decline_backward: Callable[[Problem, tuple[bool, bool, bool]], str | None] = (
         lambda problem, wanted: None
     )
+    recomputes: Callable[[Problem], bool] = lambda problem: False
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: phases, epilogue, and what none of them does."""
+"""What the Triton kernels share: phases, rounding, sums, and what none of them does."""
 
 import dataclasses
 import functools
@@ -15,7 +15,6 @@ from conv_pallas.spec import ConvSpec, Problem
 
 SUPPORTED = ("bfloat16", "float16", "float32")
 PROCESSORS = 132  # of an H200; an A100 has 108, a B200 148
-ACTIVATIONS = (None, "relu", "gelu", "gelu_exact", "silu", "tanh", "sigmoid")
 
 
 # --- Strides and input dilation, by phases ---
@@ -61,36 +60,23 @@ def first_output(k, D, LOW, S: tl.constexpr, E: tl.constexpr, PHASES: tl.constex
     return u0
 
 
-# --- Epilogue ---
+@triton.jit
+def offsets(i, STEP: tl.constexpr, COUNT: tl.constexpr):
+    """``i * STEP`` for i below COUNT, with 64 bits where 32 do not suffice."""
+    if STEP * COUNT >= 2**31:
+        i = i.to(tl.int64)
+    return i * STEP
 
 
 @triton.jit
-def _tanh(z):
-    # Triton has no tanh of its own. Around 0 the difference of exponentials cancels.
-    e = tl.exp(-2.0 * tl.abs(z))
-    far = (1.0 - e) / (1.0 + e)
-    s = z * z
-    near = 1.0 + s * (-0.33333333 + s * (0.13333333 + s * (-0.053968254 + s * 0.021869488)))
-    return tl.where(tl.abs(z) < 0.25, z * near, tl.where(z < 0, -far, far))
+def to_tf32(x):
+    """float32 rounded to the 10 bits after the point of which tensor cores take notice.
 
-
-@triton.jit
-def activate(z, ACTIVATION: tl.constexpr):
-    """The activation of that name, of float32."""
-    if ACTIVATION == "relu":
-        # Not `tl.maximum`, which drops NaN.
-        z = tl.where(z < 0, 0.0, z)
-    elif ACTIVATION == "gelu":
-        z = 0.5 * z * (1.0 + _tanh(0.7978845608028654 * (z + 0.044715 * z * z * z)))
-    elif ACTIVATION == "gelu_exact":
-        z = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
-    elif ACTIVATION == "silu":
-        z = z / (1.0 + tl.exp(-z))
-    elif ACTIVATION == "tanh":
-        z = _tanh(z)
-    elif ACTIVATION == "sigmoid":
-        z = 1.0 / (1.0 + tl.exp(-z))
-    return z
+    They cut the others off, which is twice as far off and always towards zero.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    rounded = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return tl.where(x == x, rounded, x)  # a NaN's bits might overflow into a zero's
 
 
 # --- Numbers ---
@@ -106,10 +92,24 @@ def decline(problem: Problem) -> str | None:
         return "needs every size to be known when it is compiled"
     if max(sizes) >= 2**30 or max(map(abs, problem.spec.padding)) + problem.spec.span >= 2**30:
         return "counts steps with 32 bits"
+    if most_programs(problem) >= 2**31:
+        return "has more tiles than a grid has programs"
     capability = triton_compat.compute_capability()
     if capability is not None and capability < 80:
         return f"needs compute capability 8.0 or newer, not {capability / 10}"
     return None
+
+
+def most_programs(problem: Problem) -> int:
+    """How many programs the smallest tiles would take, in whichever operation takes most."""
+    spec, C, O = problem.spec, problem.C, problem.O
+    G = 1 if problem.depthwise else spec.groups
+    c, o = (triton.cdiv(channels // G, 16) for channels in (C, O))
+    steps = 0
+    for direction in (spec, spec.transposed()):
+        phases = Phases.of(direction).phases
+        steps = max(steps, phases * triton.cdiv(direction.out_time, 16 * phases))
+    return G * max(problem.N * steps * max(c, o), 512 * spec.kernel_size * c * o)
 
 
 def dot_precision(problem: Problem) -> str:
@@ -141,3 +141,8 @@ def add_in_order(partial: jax.Array, dtype) -> jax.Array:
             return sums[0].astype(dtype)
         partial = jnp.stack(sums)
     return partial[0].astype(dtype)
+
+
+def bias_grad_in_xla(gz: jax.Array) -> jax.Array:
+    """The sum over all steps in float32, where no kernel carries it."""
+    return jnp.sum(gz, (0, 1), dtype=jnp.float32)

@@ -6,6 +6,7 @@ Each shim says which version it is for and when it can go. Kernels call `call`,
 
 import dataclasses
 import functools
+import inspect
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import triton
 import triton.backends.nvidia.compiler as _compiler
 import triton.backends.nvidia.driver as _nvidia
 from jax._src import mesh as _mesh
+from jax._src.interpreters import partial_eval as _partial_eval
 from jax._src.pallas.triton import gpu_info as _gpu_info
 
 if not hasattr(_nvidia, "TMA_TF32"):
@@ -41,9 +43,13 @@ if "is_im2col" in _lib.TensorDescMeta.__required_keys__ and VERSION < (3, 9):
 # refuses. 8.7 knows every architecture up to sm_100a. Goes when CUDA 13.1 is the oldest.
 OPTIONS = {"enable_fp_fusion": True} | ({"ptx_version": 87} if VERSION >= (3, 7) else {})
 
-# Not shimmed, because it does not reach us: jax 0.12 changed the signature of dead-code rules,
-# and jax-triton 0.4.1 has the old one. Our calls are traced inside a primitive's lowering,
-# where no dead code is removed, and `jax.jit(kernel.run)` by itself fails with jax 0.12.
+_dead_code_rule = _partial_eval.dce_rules[_lib.triton_kernel_call_p]
+if jax.__version_info__ >= (0, 12) and len(inspect.signature(_dead_code_rule).parameters) == 2:
+    # For jax 0.12 and newer, whose rules are given one argument more than jax-triton 0.4.1's
+    # takes: `jax.jit` of a kernel by itself needs it. Goes when jax-triton has the new signature.
+    _partial_eval.dce_rules[_lib.triton_kernel_call_p] = lambda used, live, eqn: _dead_code_rule(
+        used, eqn
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +68,13 @@ class Tile:
     round_to_tf32: bool = False
 
 
-def call(kernel, *args, out: jax.ShapeDtypeStruct, programs: int, warps: int, stages: int, **meta):
-    """Runs a Triton kernel: arrays, `Tile`s and ints in, one array out.
+def call(kernel, *args, out, programs: int, warps: int, stages: int, **meta):
+    """Runs a Triton kernel: arrays, `Tile`s and ints in, arrays out.
 
     Args:
-      kernel: its last argument that is no constexpr is a pointer to the result.
+      kernel: its last arguments that are no constexpr are pointers to the results.
       args: in the kernel's order.
-      out: of the result.
+      out: `jax.ShapeDtypeStruct` of the result, or a tuple of several.
       programs: all on the grid's first axis, the only one that may exceed 65535.
       meta: the kernel's constexprs.
     """

@@ -10,239 +10,47 @@ before time 0. The copy engine (TMA) of Hopper and newer reads zeros there, so p
 nothing; where it can't be used, pointers do the same with a mask.
 
 Bytes: x, w and y once each from memory if the L2 cache does its part: the K reads of an x tile,
-and the O/BO reads of a strip of x, are by programs that run at the same time (tiles of O are the
-fastest index of the grid, then time). No dilation changes that, but for the rows that a tap
-reaches beyond its neighbours' tiles.
+and the O/BO reads of a strip of x, are by programs that run at nearly the same time (tiles of O
+are the fastest index of the grid, then time). Dilation moves those K reads apart by D steps of x
+and y, and the L2 need keep no more than ``(K-1) D (C + O)`` elements between the first and the
+last: for K = 3, D = 1024, C = O = 512 in bf16 that is 4 MB of an H200's 50. So by estimate tiles
+of neighbouring steps serve every dilation here, and tiles inside residue classes, which could not
+be fetched by TMA in one piece, would save nothing. In the kernel gradient the programs that are at
+work at one time walk along some 5 pieces of time, and the same reckoning gives 5 times D steps,
+11 MB. It ends at D = 6000 or so for K = 3 and C = 512; from there on x comes from memory up to K
+times, which a layer of that many channels can still hide behind its matmul.
 
 Kernel grad has few outputs and a long sum. The sum over (n, u) is split among as many programs
 as keep the chip busy; each writes a partial result in float32, and those are added in a fixed
-order. The same input gives the same bits, always.
+order. The same input gives the same bits, always. It carries the bias gradient: one more program
+beside those of the taps sums the tiles of gy that they read, so that these come from the L2.
+Whether an activation's derivative is computed there too, `derivative_in_kernels` decides.
 
 Groups are one more index of the grid. Strides and input dilation run by phases (see
 `triton_common.Phases`): each output phase is a convolution without either.
 """
 
-import dataclasses
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import triton
-import triton.language as tl
 
 from conv_pallas.kernels import Kernel, triton_compat
-from conv_pallas.kernels import triton_tuned as tuned
+from conv_pallas.kernels.triton_activation import gradient_in_xla
 from conv_pallas.kernels.triton_common import (
     PROCESSORS,
     Phases,
-    activate,
     add_in_order,
+    bias_grad_in_xla,
     dot_precision,
-    first_output,
-    first_tap,
     operand_dtype,
 )
 from conv_pallas.kernels.triton_common import decline as decline_any
+from conv_pallas.kernels.triton_config import choose_splits, configure
+from conv_pallas.kernels.triton_matmul import conv_dense, conv_dense_kernel_grad
 from conv_pallas.spec import ConvSpec, Problem
 
-# --- Device functions ---
-
-
-@triton.jit
-def conv_dense(
-    x, w, bias, T, J, U, D, LOW, y,
-    C: tl.constexpr, O: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
-    S: tl.constexpr, E: tl.constexpr,
-    PHASES: tl.constexpr, ROW_STEP: tl.constexpr, TAP_STEP: tl.constexpr,
-    W_ROW: tl.constexpr, W_COL: tl.constexpr, W_ROWS: tl.constexpr, W_COLS: tl.constexpr,
-    CONTRACT_LAST: tl.constexpr, REVERSE: tl.constexpr,
-    TMA_X: tl.constexpr, TMA_W: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
-    BT: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    """One tile ``(BT, BO)`` of y. C and O are those of one group.
-
-    w is ``(K, W_ROWS, W_COLS)``; group g starts at row ``g * W_ROW`` and column ``g * W_COL``,
-    and the axis that is summed over is the last one if CONTRACT_LAST.
-    """
-    TILES_O: tl.constexpr = (O + BO - 1) // BO
-    TILES_C: tl.constexpr = (C + BC - 1) // BC
-    pid = tl.program_id(0)
-    o0 = pid % TILES_O * BO
-    pid = pid // TILES_O
-    tiles_j = tl.cdiv(J, BT)
-    j0 = pid % tiles_j * BT
-    pid = pid // tiles_j
-    a = pid % PHASES
-    pid = pid // PHASES
-    g = pid % G
-    n = pid // G
-
-    j = tl.arange(0, BT)
-    o = o0 + tl.arange(0, BO)
-    c = tl.arange(0, BC)
-    k0 = first_tap(a, D, LOW, K, S, E, TAP_STEP)
-    taps = tl.cdiv(K - k0, TAP_STEP)
-    acc = tl.zeros((BT, BO), tl.float32)
-    for i in tl.range(taps * TILES_C):
-        k = k0 + i // TILES_C * TAP_STEP
-        c0 = i % TILES_C * BC
-        # An exact division, so that it does not matter how negative numbers are rounded.
-        t0 = (a * S + k * D - LOW) // E + j0 * ROW_STEP
-        if TMA_X:
-            xb = x.load([n, t0, g * C + c0]).reshape(BT, BC)
-        else:
-            t = t0 + j * ROW_STEP
-            start = x + (n.to(tl.int64) * T + t0) * (G * C) + (g * C + c0)
-            inside = (t >= 0)[:, None] & (t < T)[:, None] & (c0 + c < C)[None, :]
-            xb = tl.load(start + (j * (ROW_STEP * G * C))[:, None] + c[None, :], inside, 0.0)
-        kw = K - 1 - k if REVERSE else k
-        if CONTRACT_LAST:
-            row, col = g * W_ROW + o0, g * W_COL + c0
-            if TMA_W:
-                wb = w.load([kw, row, col]).reshape(BO, BC).T
-            else:
-                start = w + (kw.to(tl.int64) * W_ROWS + row) * W_COLS + col
-                inside = (o < O)[None, :] & (c0 + c < C)[:, None]
-                wb = tl.load(start + (o - o0)[None, :] * W_COLS + c[:, None], inside, 0.0)
-        else:
-            row, col = g * W_ROW + c0, g * W_COL + o0
-            if TMA_W:
-                wb = w.load([kw, row, col]).reshape(BC, BO)
-            else:
-                start = w + (kw.to(tl.int64) * W_ROWS + row) * W_COLS + col
-                inside = (c0 + c < C)[:, None] & (o < O)[None, :]
-                wb = tl.load(start + c[:, None] * W_COLS + (o - o0)[None, :], inside, 0.0)
-        if WIDEN:
-            xb, wb = xb.to(tl.float32), wb.to(tl.float32)
-        acc = tl.dot(xb, wb, acc, input_precision=PRECISION)
-    if HAS_BIAS:
-        acc += tl.load(bias + g * O + o, o < O, 0.0).to(tl.float32)[None, :]
-    acc = activate(acc, ACTIVATION)
-    u = a + (j0 + j) * PHASES
-    start = y + (n.to(tl.int64) * U + a + j0 * PHASES) * (G * O) + (g * O + o0)
-    where = start + (j * (PHASES * G * O))[:, None] + (o - o0)[None, :]
-    tl.store(where, acc.to(y.dtype.element_ty), (u < U)[:, None] & (o < O)[None, :])
-
-
-@triton.jit
-def conv_dense_kernel_grad(
-    x, gy, T, U, J, N, D, LOW, BLOCKS, out,
-    C: tl.constexpr, O: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
-    S: tl.constexpr, E: tl.constexpr, PHASES: tl.constexpr, ROW_STEP: tl.constexpr,
-    TMA_X: tl.constexpr, TMA_G: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-    BU: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr,
-):  # fmt: skip
-    """One tile ``(BC, BO)`` of dw[k], summed over BLOCKS tiles of (n, u).
-
-    A tap is the fastest index of the grid: the K programs beside each other read the same
-    tiles of gy, and tiles of x that overlap or lie near.
-    """
-    TILES_O: tl.constexpr = (O + BO - 1) // BO
-    TILES_C: tl.constexpr = (C + BC - 1) // BC
-    pid = tl.program_id(0)
-    k = pid % K
-    pid = pid // K
-    o0 = pid % TILES_O * BO
-    pid = pid // TILES_O
-    c0 = pid % TILES_C * BC
-    pid = pid // TILES_C
-    g = pid % G
-    split = pid // G
-
-    # Tap k meets gy at u0, u0 + PHASES, ..., and x there at t0, t0 + ROW_STEP, ...
-    u0 = first_output(k, D, LOW, S, E, PHASES)
-    t0 = (u0 * S + k * D - LOW) // E
-    r = tl.arange(0, BU)
-    c = tl.arange(0, BC)
-    o = tl.arange(0, BO)
-    per_sample = tl.cdiv(J, BU)
-    first = split * BLOCKS
-    last = tl.minimum(first + BLOCKS, N * per_sample)
-    last = tl.where(u0 < 0, first, last)
-    acc = tl.zeros((BC, BO), tl.float32)
-    for i in tl.range(first, last):
-        n = i // per_sample
-        j0 = i % per_sample * BU
-        t1, u1 = t0 + j0 * ROW_STEP, u0 + j0 * PHASES
-        t, u = t1 + r * ROW_STEP, u1 + r * PHASES
-        if TMA_X:
-            xb = x.load([n, t1, g * C + c0]).reshape(BU, BC)
-        else:
-            start = x + (n.to(tl.int64) * T + t1) * (G * C) + (g * C + c0)
-            rows = ((t >= 0) & (t < T) & (u < U))[:, None]
-            where = start + (r * (ROW_STEP * G * C))[:, None] + c[None, :]
-            xb = tl.load(where, rows & (c0 + c < C)[None, :], 0.0)
-        if TMA_G:
-            gb = gy.load([n, u1, g * O + o0]).reshape(BU, BO)
-        else:
-            start = gy + (n.to(tl.int64) * U + u1) * (G * O) + (g * O + o0)
-            where = start + (r * (PHASES * G * O))[:, None] + o[None, :]
-            gb = tl.load(where, (u < U)[:, None] & (o0 + o < O)[None, :], 0.0)
-        if WIDEN:
-            xb, gb = xb.to(tl.float32), gb.to(tl.float32)
-        acc = tl.dot(xb.T, gb, acc, input_precision=PRECISION)
-    start = out + ((split.to(tl.int64) * K + k) * C + c0) * (G * O) + (g * O + o0)
-    where = start + (c * (G * O))[:, None] + o[None, :]
-    inside = (c0 + c < C)[:, None] & (o0 + o < O)[None, :]
-    tl.store(where, acc.to(out.dtype.element_ty), inside)
-
-
-# --- Configuration ---
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Tile sizes: ``rows`` of time, ``columns`` of channels out, ``depth`` of the inner sum.
-
-    For the kernel gradient ``rows`` are channels in and ``depth`` is time.
-    """
-
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
-
-
-def configure(
-    kernel: str, rows: int, columns: int, depth: int, *, count: int, dtype: np.dtype,
-    precision: str, tma: bool,
-) -> Config:  # fmt: skip
-    """A tuned tile, or a heuristic: as large as registers and shared memory allow.
-
-    Args:
-      rows, columns, depth: sizes of one group's matmul.
-      count: how many matmuls of that size there are.
-      dtype: of a factor.
-    """
-    tile = tuned.lookup(tuned.key(kernel, rows, columns, depth, dtype.name, precision))
-    if tile is not None:
-        return Config(*tile)
-    itemsize = dtype.itemsize
-    if itemsize == 4 and precision == "ieee":
-        # No tensor cores: each thread keeps its share of both tiles in registers.
-        limit = Config(64, 64, 16, 8, 2)
-    elif itemsize == 4 and precision == "tf32x3":
-        limit = Config(128 if tma else 64, 64, 32, 8, 2)
-    elif itemsize == 4:
-        limit = Config(128, 128, 32, 8, 3)
-    elif tma:
-        limit = Config(128, 256, 64, 8, 4)
-    else:
-        limit = Config(128, 128, 32, 8, 3)  # 48 KiB: also where shared memory is scarce
-    floor = 16
-    fit = lambda size, limit: min(limit, max(floor, triton.next_power_of_2(size)))  # noqa: E731
-    bt, bo = fit(rows, limit.rows), fit(columns, limit.columns)
-    bc = fit(depth, limit.depth)
-    # Fewer tiles than processors leave some idle: rather smaller tiles.
-    while bo > 64 and count * triton.cdiv(rows, bt) * triton.cdiv(columns, bo) < PROCESSORS:
-        bo //= 2
-    while bt > 64 and count * triton.cdiv(rows, bt) * triton.cdiv(columns, bo) < PROCESSORS:
-        bt //= 2
-    warps = 8 if bt * bo >= 128 * 128 else 4
-    return Config(bt, bo, bc, warps, limit.stages)
+# --- Launchers ---
 
 
 def _tileable(array: jax.Array, offset: int) -> bool:
@@ -254,13 +62,10 @@ def _tileable(array: jax.Array, offset: int) -> bool:
     return array.shape[-1] * size % 16 == 0 and offset * size % 16 == 0
 
 
-# --- Launchers ---
-
-
 def forward(
     x: jax.Array, w: jax.Array, spec: ConvSpec, *, O: int, out_dtype, precision: str,
     transposed: bool = False, bias: jax.Array | None = None, activation: str | None = None,
-    config: Config | None = None,
+    saved: jax.Array | None = None, grad_of: str | None = None,
 ) -> jax.Array:  # fmt: skip
     """``activation(conv(x, w) + bias)``.
 
@@ -270,7 +75,9 @@ def forward(
       spec: of this convolution: for an input gradient the transposed one.
       O: channels out, all groups together.
       bias: ``(O,)``, or None.
-      activation: of `triton_common.ACTIVATIONS`.
+      activation: of `conv_pallas.spec.ACTIVATIONS`, or None.
+      grad_of: an activation of which x is a gradient, to be taken times its derivative, which
+        is computed from saved, an array of x's shape.
     """
     N, T, C = x.shape
     G, K = spec.groups, spec.kernel_size
@@ -297,17 +104,20 @@ def forward(
     # What a tile holds past a group's end only feeds results that are not stored, but for what
     # is summed over: there the next group begins, and the engine has no mask.
     whole = G == 1 or c % config.depth == 0
-    tma_x = tma and whole and phases.row_step == 1 and _tileable(x, c if G > 1 else 0)
+    tma_x = (
+        tma and whole and phases.row_step == 1 and grad_of is None
+        and _tileable(x, c if G > 1 else 0)
+    )  # fmt: skip
     tma_w = tma and whole and _tileable(w, w_col if G > 1 else 0)
     block = (config.columns, config.depth) if contract_last else (config.depth, config.columns)
-    rounded = dtype == np.float32 and precision == "tf32"
-    tile = lambda a, block: triton_compat.Tile(a, (1, *block), rounded and a.dtype == dtype)  # noqa: E731
+    rounded = precision == "tf32"
+    tile = lambda a, block: triton_compat.Tile(a, (1, *block), rounded and a.dtype == np.float32)  # noqa: E731
     programs = N * G * phases.phases * triton.cdiv(J, config.rows) * triton.cdiv(o, config.columns)
     return triton_compat.call(
         conv_dense,
         tile(x, (config.rows, config.depth)) if tma_x else x,
         tile(w, block) if tma_w else w,
-        x if bias is None else bias,  # a pointer that is not read
+        x if bias is None else bias, x if saved is None else saved,  # pointers that are not read
         T, J, spec.out_time, spec.kernel_dilation, spec.padding[0],
         out=jax.ShapeDtypeStruct((N, spec.out_time, O), out_dtype),
         programs=programs, warps=config.warps, stages=config.stages,
@@ -315,15 +125,24 @@ def forward(
         ROW_STEP=phases.row_step, TAP_STEP=phases.tap_step, W_ROW=w_row, W_COL=w_col,
         W_ROWS=w.shape[1], W_COLS=w.shape[2], CONTRACT_LAST=contract_last, REVERSE=reverse,
         TMA_X=tma_x, TMA_W=tma_w, PRECISION=precision, WIDEN=x.dtype != w.dtype,
-        HAS_BIAS=bias is not None, ACTIVATION=activation,
+        ROUND_X=rounded and not tma_x and x.dtype == np.float32,
+        ROUND_W=rounded and not tma_w and w.dtype == np.float32,
+        HAS_BIAS=bias is not None, ACTIVATION=activation, GRAD_OF=grad_of,
         BT=config.rows, BO=config.columns, BC=config.depth,
     )  # fmt: skip
 
 
 def kernel_grad(
-    x: jax.Array, gy: jax.Array, spec: ConvSpec, *, out_dtype, precision: str
-) -> jax.Array:
-    """``dw (K, C // G, O)`` of x ``(N, T, C)`` and gy ``(N, T', O)``."""
+    x: jax.Array, gy: jax.Array, spec: ConvSpec, *, out_dtype, precision: str, bias: bool = False,
+    saved: jax.Array | None = None, activation: str | None = None,
+) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
+    """``dw (K, C // G, O)`` of x ``(N, T, C)`` and gy ``(N, T', O)``; and db ``(O,)``, or None.
+
+    Args:
+      bias: whether db, the sum of gz over n and u in float32, is wanted; not if the input is
+        dilated: then no program sees all steps.
+      saved, activation: with them ``gz = gy * activation'``, else gz is gy.
+    """
     (N, T, C), (_, U, O) = x.shape, gy.shape
     G, K = spec.groups, spec.kernel_size
     c, o = C // G, O // G
@@ -336,56 +155,116 @@ def kernel_grad(
         "conv_dense_kernel_grad", c, o, J, count=PROCESSORS * K * G, dtype=dtype,
         precision=precision, tma=tma,
     )  # fmt: skip
-    blocks = N * triton.cdiv(J, config.depth)
-    tiles = K * G * triton.cdiv(c, config.rows) * triton.cdiv(o, config.columns)
-    splits = choose_splits(tiles, blocks, K * c * O, config)
-    per_split = triton.cdiv(blocks, splits)
-    splits = triton.cdiv(blocks, per_split)
+    tma = tma and phases.phases == 1
     tma_x = tma and phases.row_step == 1 and _tileable(x, c if G > 1 else 0)
-    tma_g = tma and phases.phases == 1 and _tileable(gy, o if G > 1 else 0)
-    rounded = dtype == np.float32 and precision == "tf32"
-    tile = lambda a, block: triton_compat.Tile(a, (1, *block), rounded and a.dtype == dtype)  # noqa: E731
+    tma_g = tma and activation is None and _tileable(gy, o if G > 1 else 0)
+    # Whether some tap's last tile holds steps of x that it does not meet.
+    tail = tma_x and U % config.depth != 0 and T > U - spec.padding[0]
+    blocks = N * (J // config.depth if tail else triton.cdiv(J, config.depth))
+    tiles_c = triton.cdiv(c, config.rows)
+    tiles = (K * tiles_c + bias) * G * triton.cdiv(o, config.columns)
+    splits = choose_splits(tiles, max(blocks, N), (K * c + bias) * O, config, dtype.itemsize)
+    per_split = triton.cdiv(blocks, splits)
+    splits = triton.cdiv(blocks, per_split) if blocks else splits
+    rounded = precision == "tf32"
+    tile = lambda a, block: triton_compat.Tile(a, (1, *block), rounded and a.dtype == np.float32)  # noqa: E731
+    narrow = splits == 1 and not bias
     partial = triton_compat.call(
         conv_dense_kernel_grad,
         tile(x, (config.depth, config.rows)) if tma_x else x,
         tile(gy, (config.depth, config.columns)) if tma_g else gy,
-        T, U, J, N, spec.kernel_dilation, spec.padding[0], per_split,
+        gy if saved is None else saved,  # a pointer that is not read
+        T, U, J, N, spec.kernel_dilation, spec.padding[0], per_split, splits,
         out=jax.ShapeDtypeStruct(
-            (splits, K, c, O), out_dtype if splits == 1 else np.dtype(np.float32)
+            (splits, K * c + bias, O), out_dtype if narrow else np.dtype(np.float32)
         ),
         programs=tiles * splits, warps=config.warps, stages=config.stages,
         C=c, O=o, G=G, K=K, S=spec.stride, E=spec.input_dilation, PHASES=phases.phases,
-        ROW_STEP=phases.row_step, TMA_X=tma_x, TMA_G=tma_g, PRECISION=precision,
-        WIDEN=x.dtype != gy.dtype, BU=config.depth, BC=config.rows, BO=config.columns,
+        ROW_STEP=phases.row_step, TMA_X=tma_x, TMA_G=tma_g, TAIL=tail, PRECISION=precision,
+        WIDEN=x.dtype != gy.dtype, ROUND_X=rounded and not tma_x and x.dtype == np.float32,
+        ROUND_G=rounded and not tma_g and gy.dtype == np.float32, BIAS=bias, GRAD_OF=activation,
+        BU=config.depth, BC=config.rows, BO=config.columns,
     )  # fmt: skip
-    return add_in_order(partial, out_dtype)
+    total = add_in_order(partial, out_dtype if narrow else np.float32)
+    dw = total[: K * c].reshape(K, c, O).astype(out_dtype)
+    return dw, total[K * c] if bias else None
 
 
-def choose_splits(tiles: int, blocks: int, outputs: int, config: Config) -> int:
-    """How many partial sums take the least time, by an estimate and not by a measurement.
-
-    More of them fill the chip, and write and read more partial results.
-    """
-    block_seconds = 2 * config.rows * config.columns * config.depth / 5e12  # on one processor
-    partial_seconds = 2 * 4 * outputs / 4e12
-
-    def seconds(splits: int) -> float:
-        rounds = math.ceil(tiles * splits / PROCESSORS)
-        return rounds * math.ceil(blocks / splits) * block_seconds + splits * partial_seconds
-
-    return min(range(1, min(blocks, 128) + 1), key=seconds)
+def _precision(problem: Problem) -> str:
+    # Two kinds of 16 bits meet in float32, without a pass over memory: see WIDEN.
+    return dot_precision(problem) if operand_dtype(problem) == np.float32 else "tf32"
 
 
 def run(problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-    spec, dtype = problem.spec, operand_dtype(problem)
-    # Two kinds of 16 bits meet in float32, without a pass over memory: see WIDEN.
-    precision = dot_precision(problem) if dtype == np.float32 else "tf32"
-    common = dict(out_dtype=problem.out_dtype, precision=precision)
+    common = dict(out_dtype=problem.out_dtype, precision=_precision(problem))
     if problem.operation == "conv1d_kernel_grad":
-        return kernel_grad(lhs, rhs, spec, **common)
+        return kernel_grad(lhs, rhs, problem.spec, **common)[0]
     if problem.operation == "conv1d_input_grad":
-        return forward(lhs, rhs, spec.transposed(), O=problem.C, transposed=True, **common)
-    return forward(lhs, rhs, spec, O=problem.O, **common)
+        return forward(lhs, rhs, problem.spec.transposed(), O=problem.C, transposed=True, **common)
+    return forward(lhs, rhs, problem.spec, O=problem.O, **common)
+
+
+def fused(problem: Problem, x: jax.Array, w: jax.Array, bias: jax.Array | None) -> jax.Array:
+    return forward(
+        x, w, problem.spec, O=problem.O, out_dtype=problem.out_dtype,
+        precision=_precision(problem), bias=bias, activation=problem.epilogue.activation,
+    )  # fmt: skip
+
+
+def derivative_in_kernels(problem: Problem, wanted: tuple[bool, bool, bool]) -> bool:
+    """Whether the kernels compute gz from gy and what was saved, as they read them.
+
+    Else XLA makes gz in one pass, and the kernels fetch it by TMA. By estimate: that pass reads
+    two arrays of gy's size and writes one, and each kernel reads one; done in the kernels, each
+    reads two, and computes the derivative once for each tap. For ReLU both gradients together
+    then move 4 such arrays rather than 5. For K = 3 and a derivative of 20 instructions an H200's
+    arithmetic would take as long as moving 4 of them in bf16, for each kernel; so there it pays
+    only where one of the two gradients is wanted. Where the matmul is the bottleneck, nothing
+    pays that keeps it from TMA: beyond ``TURNING_POINT`` operations a byte.
+    """
+    spec, item = problem.spec, problem.lhs_dtype.itemsize
+    products = problem.N * spec.out_time * spec.kernel_size * problem.C // spec.groups * problem.O
+    moved = item * problem.N * (spec.time * problem.C + spec.out_time * problem.O)
+    if 2 * products > TURNING_POINT * moved:
+        return False
+    move = item / BYTES_PER_SECOND
+    instructions = 2 if problem.epilogue.activation == "relu" else 20
+    compute = spec.kernel_size * instructions / INSTRUCTIONS_PER_SECOND
+    gradients = sum(wanted[:2])
+    return gradients * max(2 * move, compute) < (3 + gradients) * move
+
+
+# Of an H200: what its memory was measured to move, its data sheet's lanes times clock, and where
+# 790 measured TFLOP/s turn.
+BYTES_PER_SECOND, INSTRUCTIONS_PER_SECOND, TURNING_POINT = 4.3e12, 33e12, 184
+
+
+def backward(problem: Problem, x, w, bias, saved, gy, wanted):
+    spec, activation = problem.spec, problem.epilogue.activation
+    precision = _precision(problem)
+    want_dx, want_dw, want_db = wanted
+    want_db = want_db and bias is not None
+    dx = dw = db = None
+    carries = want_dw and spec.input_dilation == 1
+    in_kernels = derivative_in_kernels(problem, wanted) and not (want_db and not carries)
+    if activation is not None and not in_kernels:
+        gy, saved, activation = gradient_in_xla(gy, saved, activation, gy.dtype), None, None
+    if activation is None:
+        saved = None
+    around = dict(saved=saved, precision=precision)
+    if want_dx:
+        dx = forward(
+            gy, w, spec.transposed(), O=problem.C, out_dtype=x.dtype, transposed=True,
+            grad_of=activation, **around,
+        )  # fmt: skip
+    if want_dw:
+        dw, db = kernel_grad(
+            x, gy, spec, out_dtype=w.dtype, bias=want_db and carries, activation=activation,
+            **around,
+        )  # fmt: skip
+    if want_db and db is None:
+        db = bias_grad_in_xla(gy)
+    return dx, dw, db
 
 
 # --- What it declines ---
@@ -408,6 +287,10 @@ KERNEL = Kernel(
     run=run,
     decline=decline,
     describe=describe,
+    fused=fused,
+    decline_fused=decline,
+    backward=backward,
+    decline_backward=lambda problem, wanted: decline(problem),
     # Nobody has measured it on a chip yet, so that it runs only where it is asked for.
     priority=None,
     vmappable=False,

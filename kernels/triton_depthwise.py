@@ -5,11 +5,20 @@ Input grad:    dx[n, t, c] = sum over k, m  of  g[...] * w[k, 0, c*M + m], taps 
 Kernel grad:   dw[k, 0, o] = sum over n, u  of  x[n, u*S + k*D - low, o // M] * g[n, u, o]
 
 ``2 N T' K O`` operations over ``N (T C + T' O)`` elements: K operations for each of them, far
-below what any chip turns at. So only bytes count: each tensor once from memory. A tile of time
-and channels is loaded once for each tap, ``D`` steps on; all but one of those loads find their
-lines in the L1 or L2, where the same program or one beside it has just put them. What is beside
-depends on the halo: channels are the fastest index of the grid, which reads memory in long runs,
-unless the halo of all channels together would push itself out of the L2; then time is.
+below what any chip turns at. So only bytes count: each tensor once from memory.
+
+Where there are few taps and neither multiplier, stride nor dilated input, `triton_depthwise_walk`
+does that for any dilation. The rest is done here, by tiles of time and channels that are loaded
+once for each tap, ``D`` steps on; all but one of those loads are to find their lines in the L1 or
+L2, where the same program or one beside it has just put them. What is beside depends on the halo:
+channels are the fastest index of the grid, which reads memory in long runs, unless the halo of all
+channels together would push itself out of the L2; then time is.
+
+Backward, where it can't be walked: one elementwise pass, left to XLA, makes gz. Computed in the
+input gradient's loads, once for each tap, the activation's derivative would cost some ``20 K``
+instructions an element, which by estimate is more than the pass (3 reads and writes, for which an
+H200 takes as long as for 50 instructions) for K > 2. Where no input gradient is wanted, the kernel
+gradient computes gz as it reads gy. It carries the bias gradient in both cases.
 
 Kernel grad holds K sums for each channel in registers, up to `TAPS` at a time, over a tile of
 time that it walks along; g is loaded once for all of those taps. The walk is split among as many
@@ -25,13 +34,16 @@ import triton.language as tl
 
 from conv_pallas.kernels import Kernel
 from conv_pallas.kernels import triton_compat as compat
+from conv_pallas.kernels import triton_depthwise_walk as walk
+from conv_pallas.kernels.triton_activation import activate, activate_grad, gradient_in_xla
 from conv_pallas.kernels.triton_common import (
     PROCESSORS,
     Phases,
-    activate,
     add_in_order,
+    bias_grad_in_xla,
     first_output,
     first_tap,
+    offsets,
 )
 from conv_pallas.kernels.triton_common import decline as decline_any
 from conv_pallas.spec import ConvSpec, Problem
@@ -57,12 +69,12 @@ def _tap(
     t = t0 + j * ROW_STEP
     real = o < tl.where(k < K, CO, 0)
     start = x + (n.to(tl.int64) * T + t0) * CI
-    where = start + (j * (ROW_STEP * CI))[:, None] + c[None, :]
+    where = start + offsets(j, ROW_STEP * CI, BT)[:, None] + c[None, :]
     xb = tl.load(where, (t >= 0)[:, None] & (t < T)[:, None] & real[None, :], 0.0)
     kw = K - 1 - k if REVERSE else k
     # A kernel has as many columns as there are channels on its wider side.
     column = c if IN_PER_OUT > 1 else o
-    wb = tl.load(w + kw * (CO * IN_PER_OUT) + column, real, 0.0)
+    wb = tl.load(w + kw.to(tl.int64) * (CO * IN_PER_OUT) + column, real, 0.0)
     return acc + xb.to(tl.float32) * wb.to(tl.float32)[None, :]
 
 
@@ -113,22 +125,27 @@ def conv_depthwise(
     j = tl.arange(0, BT)
     u = a + (j0 + j) * PHASES
     start = y + (n.to(tl.int64) * U + a + j0 * PHASES) * CO
-    where = start + (j * (PHASES * CO))[:, None] + o[None, :]
+    where = start + offsets(j, PHASES * CO, BT)[:, None] + o[None, :]
     tl.store(where, acc.to(y.dtype.element_ty), (u < U)[:, None] & (o < CO)[None, :])
 
 
 @triton.jit
 def conv_depthwise_kernel_grad(
-    x, gy, T, U, J, N, D, LOW, BLOCKS, out,
+    x, gy, saved, T, U, J, N, D, LOW, BLOCKS, out,
     C: tl.constexpr, O: tl.constexpr, K: tl.constexpr, S: tl.constexpr, E: tl.constexpr,
-    PHASES: tl.constexpr, ROW_STEP: tl.constexpr,
+    PHASES: tl.constexpr, ROW_STEP: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
     BK: tl.constexpr, BU: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
-    """dw of BK taps and BO channels, summed over BLOCKS tiles of (n, u)."""
+    """dw of BK taps and BO channels, summed over BLOCKS tiles of (n, u).
+
+    With BIAS the sum of gz follows the last tap.
+    """
+    ROWS: tl.constexpr = K + 1 if BIAS else K
     TILES_K: tl.constexpr = (K + BK - 1) // BK
     TILES_O: tl.constexpr = (O + BO - 1) // BO
     pid = tl.program_id(0)
-    k = pid % TILES_K * BK + tl.arange(0, BK)
+    tile_k = pid % TILES_K
+    k = tile_k * BK + tl.arange(0, BK)
     pid = pid // TILES_K
     o = pid % TILES_O * BO + tl.arange(0, BO)
     split = pid // TILES_O
@@ -143,6 +160,7 @@ def conv_depthwise_kernel_grad(
     first = split * BLOCKS
     last = tl.minimum(first + BLOCKS, N * per_sample)
     acc = tl.zeros((BK, BU, BO), tl.float32)
+    db = tl.zeros((1, BU, BO), tl.float32)
     for i in tl.range(first, last):
         n = i // per_sample
         j = i % per_sample * BU + r
@@ -155,15 +173,28 @@ def conv_depthwise_kernel_grad(
         start = gy + n.to(tl.int64) * U * O
         if PHASES == 1:
             where = start + j.to(tl.int64)[:, None] * O + o[None, :]
-            gb = tl.load(where, (j < U)[:, None] & (o < O)[None, :], 0.0).to(tl.float32)[None]
+            inside = (j < U)[:, None] & (o < O)[None, :]
+            gb = tl.load(where, inside, 0.0).to(tl.float32)[None]
+            if ACTIVATION is not None:
+                start = saved + n.to(tl.int64) * U * O
+                where = start + j.to(tl.int64)[:, None] * O + o[None, :]
+                sb = tl.load(where, inside, 0.0).to(tl.float32)[None]
+                gb = activate_grad(gb, sb, ACTIVATION)
         else:
             where = start + u.to(tl.int64)[:, :, None] * O + o[None, None, :]
             inside = (taps[:, None] & (u < U))[:, :, None] & (o < O)[None, None, :]
             gb = tl.load(where, inside, 0.0).to(tl.float32)
         acc += xb * gb
-    total = tl.sum(acc, 1)
-    where = out + (split * K + k)[:, None] * O + o[None, :]
-    tl.store(where, total.to(out.dtype.element_ty), (k < K)[:, None] & (o < O)[None, :])
+        if BIAS:
+            db += gb
+    start = out + split.to(tl.int64) * ROWS * O
+    where = start + k.to(tl.int64)[:, None] * O + o[None, :]
+    total = tl.sum(acc, 1).to(out.dtype.element_ty)
+    tl.store(where, total, (k < K)[:, None] & (o < O)[None, :])
+    if BIAS:
+        row = start + tl.full((), K, tl.int64) * O + o
+        mine = o < tl.where(tile_k == 0, O, 0)
+        tl.store(row, tl.sum(tl.sum(db, 1), 0).to(out.dtype.element_ty), mine)
 
 
 # --- Launchers ---
@@ -184,6 +215,11 @@ def forward(
       tile: steps and channels of one program.
     """
     N, T, C = x.shape
+    if tile is None and walk.decline(spec, C, O) is None:
+        return walk.forward(
+            x, w, spec, out_dtype=out_dtype, transposed=transposed, bias=bias,
+            activation=activation,
+        )  # fmt: skip
     K, phases = spec.kernel_size, Phases.of(spec)
     J = triton.cdiv(spec.out_time, phases.phases)
     BT, BC = tile or (32, max(16, min(128, triton.next_power_of_2(O))))
@@ -205,10 +241,17 @@ def forward(
 
 
 def kernel_grad(
-    x: jax.Array, gy: jax.Array, spec: ConvSpec, *, out_dtype,
+    x: jax.Array, gy: jax.Array, spec: ConvSpec, *, out_dtype, bias: bool = False,
+    saved: jax.Array | None = None, activation: str | None = None,
     tile: tuple[int, int] | None = None, splits: int | None = None,
-) -> jax.Array:  # fmt: skip
-    """``dw (K, 1, O)`` of x ``(N, T, C)`` and gy ``(N, T', O)``."""
+) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
+    """``dw (K, 1, O)`` of x ``(N, T, C)`` and gy ``(N, T', O)``; and db ``(O,)``, or None.
+
+    Args:
+      bias: whether db, the sum of gz over n and u in float32, is wanted; not if `Phases` are
+        more than one or the input is dilated.
+      saved, activation: with them ``gz = gy * activation'``, else gz is gy; not with phases.
+    """
     (N, T, C), (_, U, O) = x.shape, gy.shape
     K, phases = spec.kernel_size, Phases.of(spec)
     J = triton.cdiv(U, phases.phases)
@@ -221,27 +264,68 @@ def kernel_grad(
     splits = splits or min(blocks, triton.cdiv(8 * PROCESSORS, tiles), 256)
     per_split = triton.cdiv(blocks, splits)
     splits = triton.cdiv(blocks, per_split)
+    narrow = splits == 1 and not bias
     partial = compat.call(
         conv_depthwise_kernel_grad, x, gy,
+        gy if saved is None else saved,  # a pointer that is not read
         T, U, J, N, spec.kernel_dilation, spec.padding[0], per_split,
         out=jax.ShapeDtypeStruct(
-            (splits, K, 1, O), out_dtype if splits == 1 else np.dtype(np.float32)
+            (splits, K + bias, O), out_dtype if narrow else np.dtype(np.float32)
         ),
         programs=tiles * splits, warps=4, stages=2,
         C=C, O=O, K=K, S=spec.stride, E=spec.input_dilation, PHASES=phases.phases,
-        ROW_STEP=phases.row_step, BK=BK, BU=BU, BO=BO,
+        ROW_STEP=phases.row_step, BIAS=bias, ACTIVATION=activation, BK=BK, BU=BU, BO=BO,
     )  # fmt: skip
-    return add_in_order(partial, out_dtype)
+    total = add_in_order(partial, out_dtype if narrow else np.float32)
+    return total[:K].reshape(K, 1, O).astype(out_dtype), total[K] if bias else None
 
 
 def run(problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
     spec, out_dtype = problem.spec, problem.out_dtype
     if problem.operation == "conv1d_kernel_grad":
-        return kernel_grad(lhs, rhs, spec, out_dtype=out_dtype)
+        if walk.decline(spec, problem.C, problem.O) is None:
+            wanted = (False, True, False)
+            return walk.backward(
+                lhs, lhs, None, rhs, spec, activation=None, wanted=wanted, dx_dtype=None,
+                dw_dtype=out_dtype,
+            )[1]  # fmt: skip
+        return kernel_grad(lhs, rhs, spec, out_dtype=out_dtype)[0]
     if problem.operation == "conv1d_input_grad":
         spec = spec.transposed()
         return forward(lhs, rhs, spec, O=problem.C, out_dtype=out_dtype, transposed=True)
     return forward(lhs, rhs, spec, O=problem.O, out_dtype=out_dtype)
+
+
+def fused(problem: Problem, x: jax.Array, w: jax.Array, bias: jax.Array | None) -> jax.Array:
+    return forward(
+        x, w, problem.spec, O=problem.O, out_dtype=problem.out_dtype, bias=bias,
+        activation=problem.epilogue.activation,
+    )  # fmt: skip
+
+
+def backward(problem: Problem, x, w, bias, saved, gy, wanted):
+    spec, activation = problem.spec, problem.epilogue.activation
+    if walk.decline(spec, problem.C, problem.O) is None:
+        return walk.backward(
+            x, w, bias, gy, spec, activation=activation, wanted=wanted, dx_dtype=x.dtype,
+            dw_dtype=w.dtype,
+        )  # fmt: skip
+    want_dx, want_dw, want_db = wanted
+    want_db = want_db and bias is not None
+    dx = dw = db = None
+    carries = spec.input_dilation == 1
+    if want_dx or not want_dw or not carries:
+        gy, saved, activation = gradient_in_xla(gy, saved, activation, gy.dtype), None, None
+    if want_dx:
+        dx = forward(gy, w, spec.transposed(), O=problem.C, out_dtype=x.dtype, transposed=True)
+    if want_dw:
+        dw, db = kernel_grad(
+            x, gy, spec, out_dtype=w.dtype, bias=want_db and carries, saved=saved,
+            activation=activation,
+        )  # fmt: skip
+    if want_db and db is None:
+        db = bias_grad_in_xla(gy)
+    return dx, dw, db
 
 
 # --- What it declines ---
@@ -253,12 +337,22 @@ def decline(problem: Problem) -> str | None:
     return decline_any(problem)
 
 
+def describe(problem: Problem) -> str:
+    why = walk.decline(problem.spec, problem.C, problem.O)
+    return "steps in registers, read once" if why is None else f"a tile for each tap: {why}"
+
+
 KERNEL = Kernel(
     implementation="triton",
     platforms=("cuda",),
     run=run,
     decline=decline,
-    describe=lambda problem: "shifted products in registers",
+    describe=describe,
+    fused=fused,
+    decline_fused=decline,
+    backward=backward,
+    decline_backward=lambda problem, wanted: decline(problem),
+    recomputes=lambda problem: walk.decline(problem.spec, problem.C, problem.O) is None,
     # Nobody has measured it on a chip yet, so that it runs only where it is asked for.
     priority=None,
     vmappable=False,

@@ -1,9 +1,9 @@
 """Tiles that were measured to be the fastest, one file per kind of device.
 
 ``triton_tuned_<device>.json`` beside this file maps a key, which tells a kernel and a shape, to
-the fields of `triton_dense.Config`. ``python -m benchmarks.on_device`` measures and writes such a
-file; nothing measures by itself inside somebody's training step. What no file knows, a heuristic
-decides.
+the fields of `triton_config.Config`, or to the tile of `triton_depthwise_walk`.
+`conv_pallas.tuning.tune` measures and writes such a file; nothing measures by itself inside
+somebody's training step. What no file knows, a heuristic decides.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from conv_pallas.kernels import triton_compat
 
+FOLDER = Path(__file__).parent
 _trial: tuple[tuple[int, ...] | None, list[str]] | None = None
 
 
@@ -47,13 +48,20 @@ def trial(tile: tuple[int, ...] | None):
         _trial = before
 
 
-def file_name(kind: str) -> str:
-    return f"triton_tuned_{re.sub('[^a-z0-9]+', '-', kind.lower()).strip('-')}.json"
+def file_of(kind: str) -> Path:
+    """Where the tiles of a kind of device are kept."""
+    name = f"triton_tuned_{re.sub('[^a-z0-9]+', '-', kind.lower()).strip('-')}.json"
+    return FOLDER / name
+
+
+def forget() -> None:
+    """Reads the files anew from now on."""
+    _table.cache_clear()
 
 
 @functools.cache
 def _table(kind: str | None) -> dict[str, tuple[int, ...]]:
-    file = Path(__file__).with_name(file_name(kind or "none"))
+    file = file_of(kind or "none")
     if not file.exists():
         return {}
     content = json.loads(file.read_text(encoding="utf-8"))

@@ -152,10 +152,10 @@ def _multiply_add(taps, w, spec, numbers):
         tap = tap.astype(numbers.acc)
         for i in range(c):
             if c == 1 and O == G:
-                product = tap * w[k, i]
+                product = tap * w[k, i].reshape(1, 1, O)
             else:
                 grouped = tap.reshape(*tap.shape[:2], G, c)
-                product = grouped[..., i, None] * w[k, i].reshape(G, O // G)
+                product = grouped[..., i, None] * w[k, i].reshape(1, 1, G, O // G)
             y = product if y is None else y + product
     return y.reshape(*y.shape[:2], O)
 
@@ -219,7 +219,7 @@ def fold(x, w, spec, numbers):
 def block_diagonal(w: jax.Array, groups: int) -> jax.Array:
     """The dense kernel ``(K, C, O)`` that is zero between groups."""
     K, c, O = w.shape
-    eye = jnp.eye(groups, dtype=w.dtype)[:, None, :, None]  # (G, 1, G, 1)
+    eye = jnp.eye(groups, dtype=w.dtype)[None, :, None, :, None]  # (1, G, 1, G, 1)
     return (w.reshape(K, 1, c, groups, O // groups) * eye).reshape(K, groups * c, O)
 
 

@@ -1,6 +1,5 @@
 """The Triton kernels' machine code, and what XLA makes of layers that use them."""
 
-import dataclasses
 import functools
 import math
 import re
@@ -14,7 +13,7 @@ pytest.importorskip("jax_triton")
 from conv_pallas import aot, conv1d
 from conv_pallas.kernels import triton_compat
 from tests.cases import Case
-from tests.triton_machine_code import SHARED_BYTES, codes
+from tests.triton_machine_code import SHARED_BYTES, amd_codes, codes
 
 pytestmark = pytest.mark.aot
 
@@ -24,66 +23,103 @@ def _case(name, C, O=None, **kwargs) -> Case:
     return Case(name, C=C, O=O or C, **kwargs)
 
 
-# Every tile that a launcher's heuristic picks appears for one of these.
+# Every kind of tile that a launcher's heuristic picks appears for one of these.
 EVERYWHERE = (
-    _case("dense", 512),
-    _case("ragged", 25, 30),
-    _case("tf32", 256, dtype="float32"),
-    _case("tf32x3", 256, dtype="float32", precision="high"),
-    _case("ieee", 256, dtype="float32", precision="highest"),
-    _case("depthwise", 512, G=512, K=4),
+    (_case("dense", 512), "gelu"),
+    (_case("bandwidth", 64), "relu"),  # its kernels compute the derivative as they read gy
+    (_case("ragged", 25, 30), None),
+    (_case("tf32", 256, dtype="float32"), None),
+    (_case("tf32_ragged", 25, 30, dtype="float32"), "relu"),
+    (_case("tf32x3", 256, dtype="float32", precision="high"), None),
+    (_case("ieee", 256, dtype="float32", precision="highest"), None),
+    (_case("depthwise", 512, G=512, K=4), "silu"),
 )
 HOPPER = (
-    _case("narrow", 64, K=5),
-    _case("tiny", 16, batch=(1,), T=100, dtype="float16"),
-    _case("grouped", 256, G=8),
-    _case("strided", 64, S=2),
-    _case("one_channel", 1, 16),
-    _case("mixed", 64, out_dtype="float32"),
-    _case("depthwise_float32", 256, G=256, S=2, dtype="float32"),
-    _case("multiplier", 64, 256, G=64, K=31),
+    (_case("narrow", 64, K=5), "silu"),
+    (_case("tiny", 16, batch=(1,), T=100, dtype="float16"), "tanh"),
+    (_case("tail", 128, T=4001), None),
+    (_case("grouped", 256, G=8), "relu"),
+    (_case("strided", 64, S=2), None),
+    (_case("one_channel", 1, 16), None),
+    (_case("mixed", 64, out_dtype="float32"), None),
+    (_case("depthwise_float32", 256, G=256, S=2, dtype="float32"), "sigmoid"),
+    (_case("depthwise_wide", 256, G=256, K=8), "gelu_exact"),
+    (_case("multiplier", 64, 256, G=64, K=31), "relu"),
 )
+BY_NAME = {case.name: (case, activation) for case, activation in EVERYWHERE + HOPPER}
 
 
-def _all_three(case: Case, x, w):
-    y, vjp = jax.vjp(lambda x, w: conv1d(x, w, **case.kwargs, implementation="triton"), x, w)
+def _layer(case: Case, activation: str | None, x, w, bias):
+    kwargs = dict(case.kwargs, activation=activation, implementation="triton")
+    y, vjp = jax.vjp(lambda *args: conv1d(*args, **kwargs), x, w, bias)
     return y, *vjp(y)
 
 
 def _structs(case: Case):
-    return aot.struct(case.x_shape, case.dtype), aot.struct(case.kernel_shape, case.dtype)
+    shapes = (case.x_shape, case.kernel_shape, (case.O,))
+    return tuple(aot.struct(shape, case.dtype) for shape in shapes)
+
+
+@functools.cache
+def _codes(chip: str, name: str):
+    case, activation = BY_NAME[name]
+    return codes(chip, functools.partial(_layer, case, activation), *_structs(case))
 
 
 @pytest.mark.parametrize(
-    "chip, case",
-    [(chip, case) for chip in ("a100", "h200", "b200") for case in EVERYWHERE]
-    + [("h200", case) for case in HOPPER],
-    ids=str,
+    "chip, name",
+    [(chip, case.name) for chip in ("a100", "h200", "b200") for case, _ in EVERYWHERE]
+    + [("h200", case.name) for case, _ in HOPPER],
 )
-def test_machine_code_is_as_promised(chip, case):
-    made = codes(chip, functools.partial(_all_three, case), *_structs(case))
-    assert len(made) in (2, 3)  # forward and input gradient may be the same code
+def test_machine_code_is_as_promised(chip, name):
+    case, _ = BY_NAME[name]
+    made = _codes(chip, name)
+    kernels = {code.name for code in made}
     for code in made:
         assert code.spills == 0, code
         assert code.shared <= SHARED_BYTES[chip], code
         assert ("dense" in code.name) == (case.G < case.C or case.C == 1), code
         if "dense" in code.name:
             assert (code.tensor_cores > 0) == (case.precision != "highest"), code
+    if case.G < case.C or case.C == 1:
+        assert kernels == {"conv_dense", "conv_dense_kernel_grad"}
+    elif case.K <= 8 and case.S == 1:
+        assert kernels == {"conv_walk", "conv_walk_backward"}
+    else:
+        assert kernels == {"conv_depthwise", "conv_depthwise_kernel_grad"}
     if chip != "h200":
         return
-    if case.name in ("dense", "tf32", "tf32x3", "narrow", "grouped"):
+    if name in ("dense", "tf32", "tf32x3", "tail", "narrow", "grouped"):
+        in_kernels = name == "grouped"  # relu's derivative needs gy in registers
         for code in made:
             assert code.opcodes["UTMALDG"] > 0, code
-            assert code.opcodes["LDG"] == code.opcodes["LDGSTS"] == 0, code
-    if case.name in ("dense", "tf32", "tf32x3", "narrow"):
+            loads = {op for op in code.listing if op.startswith("LDG.")}
+            bias = {"LDG.E.U16", "LDG.E"} if case.dtype == "bfloat16" else loads
+            assert in_kernels or (code.opcodes["LDGSTS"] == 0 and loads <= bias), code
+    if name in ("dense", "bandwidth", "tf32", "tf32x3", "tail", "narrow"):
         assert all(code.opcodes["HGMMA"] > 0 for code in made), made
 
 
+@pytest.mark.parametrize("name", ["dense", "tf32_ragged", "depthwise", "multiplier"])
+def test_the_same_source_compiles_for_amd(name):
+    case, activation = BY_NAME[name]
+    made = amd_codes(functools.partial(_layer, case, activation), *_structs(case))
+    assert len(made) >= 2
+    for kernel, assembly, binary in made:
+        assert binary.startswith(b"\x7fELF"), kernel
+        assert ("v_mfma" in assembly) == ("dense" in kernel), kernel
+        assert re.search(r"\.vgpr_spill_count: +0\n", assembly), kernel
+
+
 def test_depthwise_loads_are_as_wide_as_they_get():
-    (forward, *_) = codes("h200", functools.partial(_all_three, EVERYWHERE[-1]),
-                          *_structs(EVERYWHERE[-1]))  # fmt: skip
-    # 4 taps of 32 steps and 128 channels by 128 threads, 16 bytes at a time; and the kernel.
-    assert forward.opcodes["LDG"] <= 4 * (32 * 128 // 128 // 8 + 1), forward
+    """8 channels of 16 bits by one instruction; and several before any result is stored."""
+    (forward, *_, backward) = sorted(_codes("h200", "depthwise"), key=lambda code: code.name)
+    assert "backward" in backward.name
+    for code, size in ((forward, 128), (backward, 64)):
+        order = [op for op in code.listing if op.startswith(("LDG.E.", "STG.E."))]
+        tiles = [op for op in order if not op.endswith(("U16", "STG.E"))]
+        assert all(op.endswith(f".{size}") for op in tiles), order
+        assert re.search(rf"(LDG\.E\.{size} ){{4}}(STG\.E\.{size} ){{1,4}}", " ".join(tiles) + " ")
 
 
 def _instructions(hlo: str):
@@ -92,32 +128,65 @@ def _instructions(hlo: str):
         yield opcode, math.prod(int(size) for size in shape.split(",") if size)
 
 
-@pytest.mark.parametrize(
-    "case", [EVERYWHERE[0], EVERYWHERE[2], EVERYWHERE[-1], HOPPER[2], HOPPER[3]], ids=str
-)
-def test_a_training_step_moves_no_activation(case):
+def _hlo_of_a_step(model, x):
+    """A training step of a model for x, compiled for an H200."""
     from flax import nnx
 
-    from conv_pallas.nn import Conv
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
 
-    layer = Conv(
-        case.C, case.O, case.K, strides=case.S, kernel_dilation=case.D, padding="CAUSAL",
-        feature_group_count=case.G, dtype=jnp.dtype(case.dtype), implementation="triton",
-        rngs=nnx.Rngs(0),
-    )  # fmt: skip
-    graph, state = nnx.split(layer)
+    def step(params, rest, x):
+        loss = lambda p: jnp.sum(nnx.merge(graph, p, rest)(x).astype(jnp.float32) ** 2)  # noqa: E731
+        value, grads = jax.value_and_grad(loss)(params)
+        return value, jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
 
-    def step(state, x):
-        loss = lambda state, x: jnp.sum(nnx.merge(graph, state)(x).astype(jnp.float32) ** 2)  # noqa: E731
-        value, grads = jax.value_and_grad(loss, argnums=(0, 1))(state, x)
-        return value, jax.tree.map(lambda p, g: p - 0.1 * g, state, grads[0]), grads[1]
+    struct = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype)  # noqa: E731
+    params, rest = (jax.tree.map(struct, t) for t in (params, rest))
+    return aot.compile_for("h200", step, params, rest, x).as_text()
 
-    structs = jax.tree.map(lambda a: aot.struct(a.shape, a.dtype), state)
-    hlo = aot.compile_for("h200", step, structs, _structs(case)[0]).as_text()
-    assert hlo.count('custom_call_target="triton_kernel_call_ffi"') == 3
-    activation = math.prod(case.out_shape)
+
+def _check_no_activation_is_moved(hlo: str, kernels: int, activation: int) -> None:
+    assert hlo.count('custom_call_target="triton_kernel_call_ffi"') == kernels
     moved = {"pad", "transpose", "copy", "concatenate", "gather", "convolution"}
     assert [i for i in _instructions(hlo) if i[0] in moved and i[1] >= activation] == []
+
+
+# Backward of a depthwise layer is one kernel, and its forward pass stores no z for it.
+@pytest.mark.parametrize(
+    "name, kernels", [("dense", 3), ("tf32", 3), ("grouped", 3), ("strided", 3), ("depthwise", 2)]
+)
+def test_a_training_step_moves_no_activation(name, kernels):
+    from flax import nnx
+
+    case, activation = BY_NAME[name]
+    kwargs = dict(case.kwargs, activation=activation, implementation="triton")
+
+    class Layer(nnx.Module):
+        def __init__(self):
+            init = nnx.initializers.normal()
+            self.first = nnx.Param(jnp.zeros((case.C,)))  # so that x has a gradient
+            self.kernel = nnx.Param(init(jax.random.key(0), case.kernel_shape))
+            self.bias = nnx.Param(jnp.zeros((case.O,)))
+
+        def __call__(self, x):
+            cast = lambda p: p[...].astype(case.dtype)  # noqa: E731
+            return conv1d(x * cast(self.first), cast(self.kernel), cast(self.bias), **kwargs)
+
+    hlo = _hlo_of_a_step(Layer(), _structs(case)[0])
+    _check_no_activation_is_moved(hlo, kernels, math.prod(case.out_shape))
+
+
+def test_a_training_step_of_a_tcn_moves_no_activation():
+    from flax import nnx
+
+    from conv_pallas.nn import TCN
+
+    N, T, C = 4, 2048, 64
+    model = TCN(
+        C, [C] * 3, 8, kernel_size=3, dropout=0.0, implementation="triton", rngs=nnx.Rngs(0)
+    )
+    hlo = _hlo_of_a_step(model, aot.struct((N, T, C), jnp.float32))
+    # Two convolutions a block and one at the end; x itself has no gradient.
+    _check_no_activation_is_moved(hlo, 3 * (2 * 3 + 1) - 1, N * T * C)
 
 
 @pytest.mark.parametrize("chip, capability", [("a100", 80), ("h200", 90), ("b200", 100)])
@@ -129,7 +198,7 @@ def test_a_kernel_knows_the_chip_it_is_compiled_for(chip, capability, monkeypatc
         return call(*args, **kwargs)
 
     monkeypatch.setattr(triton_compat, "call", spy)
-    case = dataclasses.replace(HOPPER[1], name="small")
+    case = BY_NAME["tiny"][0]
     f = lambda x, w: conv1d(x, w, **case.kwargs, implementation="triton")  # noqa: E731
-    aot.lower_for(chip, f, *_structs(case))
+    aot.lower_for(chip, f, *_structs(case)[:2])
     assert seen == [capability]

@@ -74,7 +74,10 @@ SYMBOLIC = {
 def test_symbolic_sizes(symbolic):
     name, shape, *constraints = SYMBOLIC[symbolic]
     case = cases.named(name)
-    f = lambda x, w: conv1d(x, w, **case.kwargs)  # noqa: E731
+    epilogue = {}
+    if name in ("dense", "depthwise_dilated"):
+        epilogue = dict(bias=np.linspace(-1, 1, case.O, dtype=np.float32), activation="silu")
+    f = lambda x, w: conv1d(x, w, **case.kwargs, **epilogue)  # noqa: E731
     run = lambda x, w: (f(x, w), jax.grad(lambda x, w: jnp.sum(f(x, w) ** 2), (0, 1))(x, w))  # noqa: E731
     symbols = export.symbolic_shape(shape, constraints=constraints)
     _, w, _ = case.arrays()
@@ -86,7 +89,7 @@ def test_symbolic_sizes(symbolic):
         tree_close(loaded.call(x, w), jax.jit(run)(x, w), rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["stride", "stride_grouped"])
+@pytest.mark.parametrize("name", ["stride", "stride_grouped", "stride_same", "stride_same_lower"])
 def test_symbolic_time_with_a_stride(name):
     """Forward only: the gradient of stock JAX, too, can't tell how many steps are left over."""
     case = cases.named(name)
@@ -94,6 +97,6 @@ def test_symbolic_time_with_a_stride(name):
     f = lambda x, w: conv1d(x, w, **case.kwargs)  # noqa: E731
     symbols = export.symbolic_shape(f"2, t, {case.C}")
     loaded = _round_trip(f, jax.ShapeDtypeStruct(symbols, jnp.float32), w)
-    for time in (5, 24, 41):
+    for time in (5, 6, 24, 41):
         x = np.random.default_rng(0).standard_normal((2, time, case.C)).astype(np.float32)
         tree_close(loaded.call(x, w), jax.jit(f)(x, w))

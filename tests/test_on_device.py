@@ -1,21 +1,57 @@
 """`python -m benchmarks.on_device`, as far as it goes without a GPU."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from benchmarks import device_checks, device_timing, on_device
+from benchmarks.on_device import Log
 
 
-@pytest.mark.parametrize("step", ["versions", "correctness"])
-def test_a_step_leaves_a_line_for_each_thing_it_learnt(step, tmp_path):
-    command = [sys.executable, "-m", "benchmarks.on_device", "--dry-run", "--step", step]
-    run = subprocess.run([*command, "--out", tmp_path], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
-    lines = (tmp_path / f"{step}.jsonl").read_text(encoding="utf-8").splitlines()
-    lines = [json.loads(line) for line in lines]
-    assert all(line.get("ok", True) for line in lines)
-    assert any("jax" in line if step == "versions" else line.get("ok") for line in lines)
+def _lines(file):
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("step", on_device.STEPS)
+def test_a_step_leaves_a_line_for_each_thing_it_learnt(step, tmp_path, monkeypatch):
+    goals = device_checks.device_layers.goals(True)
+    monkeypatch.setattr(device_checks.device_layers, "goals", lambda dry: goals[2:3])
+    log = Log(tmp_path, step, 60)
+    module = device_checks if hasattr(device_checks, step) else device_timing
+    getattr(module, step)(log, True)
+    lines = _lines(tmp_path / f"{step}.jsonl")
+    assert lines
+    assert log.failures == 0, lines
+    if step in ("goals", "layers"):
+        assert lines[0]["copy_terabytes_per_second"] > 0 < lines[0]["matmul_tflops"]
+        for line in lines[1:]:
+            assert line["speedup"] > 0, line
+            assert set(line["seconds"]) >= {"ours", "xla", "stock", "barrier", "matmuls"}
+    if step in ("correctness", "negative_start", "repeatability"):
+        assert all(line["ok"] for line in lines)
+
+
+def test_time_that_is_up_is_told(tmp_path):
+    log = Log(tmp_path, "goals", 0)
+    device_timing.goals(log, True)
+    assert _lines(log.path)[-1] == {"cut_short": "dense-512/D4"}
+
+
+def test_a_wrong_result_fails_the_step(tmp_path, monkeypatch):
+    right = device_checks.bind
+    monkeypatch.setattr(device_checks, "bind", lambda *args: right(*args) * 1.01)
+    log = Log(tmp_path, "negative_start", 60)
+    device_checks.negative_start(log, True)
+    assert log.failures == len(_lines(log.path)) == 12
+
+
+def test_a_step_that_crashes_costs_the_others_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(on_device, "STEPS", {"crash": (60, 1), "sanitizer": (60, 1)})
+    assert on_device.main(["--dry-run", "--out", str(tmp_path)]) == 1
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["crash"]["exit"] != 0 == summary["sanitizer"]["exit"]
+    assert _lines(tmp_path / "sanitizer.jsonl")
+
+
+def test_all_steps_fit_into_ten_minutes():
+    assert sum(seconds for seconds, _ in on_device.STEPS.values()) < 600

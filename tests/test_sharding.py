@@ -185,10 +185,13 @@ def test_inside_shard_map(name, check_vma):
         tree_close(out, jax.jit(transform(stock))(*layout.arrays()), rtol=1e-4)
 
 
-def test_gradient_inside_shard_map():
+@pytest.mark.parametrize("epilogue", [False, True])
+def test_gradient_inside_shard_map(epilogue):
     """The gradient to a kernel that all have must be summed over those that have the batch."""
     layout, mesh = LAYOUTS["batch"], _mesh(AxisType.Auto)
-    grad = _gradient(_function(layout))
+    f, bias = _function(layout), np.linspace(-1, 1, W[-1], dtype=np.float32)
+    f = functools.partial(f, bias=bias, activation="silu") if epilogue else f
+    grad = _gradient(f)
     f = jax.shard_map(grad, mesh=mesh, in_specs=(P("a"), P()), out_specs=(P("a"), P()))
     tree_close(jax.jit(f)(*layout.arrays()), jax.jit(grad)(*layout.arrays()), rtol=1e-4)
 
@@ -260,15 +263,38 @@ def test_export_of_a_sharded_function(name):
     )
 
 
-def test_a_layer_with_bias_on_a_mesh():
-    """The bias is added to a split y, and its gradient is summed over what split the batch."""
-    layout = LAYOUTS["batch_and_channels_out"]
-    b = np.arange(6, dtype=np.float32)
-    for axis_type in (AxisType.Explicit, AxisType.Auto):
-        mesh = _mesh(axis_type)
-        x, w = layout.place(mesh)
-        bias = jax.device_put(b, NamedSharding(mesh, P("b")))
-        grad = jax.grad(lambda *a: jnp.sum(jnp.sin(conv1d(*a, activation="relu"))), (0, 1, 2))
-        compiled, out = _compiled(grad, mesh, x, w, bias)
-        assert set(collectives(compiled)) <= {"all-reduce"}
-        tree_close(out, jax.jit(grad)(*layout.arrays(), b), rtol=1e-4)
+@each_mesh
+@each_layout
+def test_a_layer_with_bias_and_activation_on_a_mesh(layout, axis_type):
+    """The bias lies as y's channels do; gradients are summed over what split the batch."""
+    layout = LAYOUTS[layout]
+    b = np.linspace(-1, 1, layout.w[-1], dtype=np.float32)
+    mesh = _mesh(axis_type)
+    x, w = layout.place(mesh)
+    bias = jax.device_put(b, NamedSharding(mesh, P(*layout.w_spec[2:])))
+
+    def grads(x, w, b):
+        f = lambda x, w, b: _function(layout)(x, w, b, activation="silu")  # noqa: E731
+        y, vjp = jax.vjp(f, x, w, b)
+        return y, vjp(y)
+
+    compiled, out = _compiled(grads, mesh, x, w, bias)
+    assert set(collectives(compiled)) <= {"all-reduce"}
+    tree_close(out, jax.jit(grads)(*layout.arrays(), b), rtol=1e-4)
+
+
+@each_mesh
+@pytest.mark.parametrize("bias_spec", [P(), P("b")], ids=str)
+def test_second_order_of_a_layer_whose_bias_lies_elsewhere(bias_spec, axis_type):
+    """Types agree at every order, also where the bias alone is split."""
+    layout, mesh = LAYOUTS["batch"], _mesh(axis_type)
+    b = np.linspace(-1, 1, layout.w[-1], dtype=np.float32)
+    bias = jax.device_put(b, NamedSharding(mesh, bias_spec))
+
+    def hvp(x, w, b):
+        loss = lambda *a: jnp.sum(jnp.sin(_function(layout)(*a, activation="relu")))  # noqa: E731
+        grads = lambda *a: jax.grad(loss, (0, 1, 2))(*a)  # noqa: E731
+        return jax.jvp(grads, (x, w, b), (x, w, b))[1]
+
+    _, out = _compiled(hvp, mesh, *layout.place(mesh), bias)
+    tree_close(out, jax.jit(hvp)(*layout.arrays(), b), rtol=1e-4)

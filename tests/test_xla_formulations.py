@@ -61,7 +61,9 @@ def check_all(case: Case, operation) -> None:
 
     lhs, rhs = operands(case, operation)
     # Compiled without LLVM's optimisations, which would take most of the time.
-    run = jax.jit(run).lower(lhs, rhs).compile({"xla_backend_optimization_level": 0})
+    with jax.numpy_rank_promotion("raise"):
+        lowered = jax.jit(run).lower(lhs, rhs)
+    run = lowered.compile({"xla_backend_optimization_level": 0})
     for name, actual in run(lhs, rhs).items():
         try:
             check(actual, operation, lhs, rhs, case.spec, out_dtype=problem.out_dtype)

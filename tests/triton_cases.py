@@ -5,6 +5,7 @@
 
 from tests import cases
 from tests.cases import Case
+from tests.triton_epilogue import FUSED
 
 # What only tiles can get wrong: several tiles with remainders on every axis.
 EXTRA = (
@@ -17,7 +18,8 @@ EXTRA = (
 )
 
 NAMES = (
-    "epilogue_dense", "epilogue_depthwise",
+    *(fused.name for fused in FUSED), "unmet_dense", "unmet_depthwise", "rounding",
+    "far_dense", "far_strided", "far_walked",
     *(case.name for case in EXTRA),
     "dense", "wide", "ragged", "grouped", "grouped_narrowing", "depthwise", "depthwise_dilated",
     "multiplier", "depthwise_of_one", "pointwise_dilated", "many_taps",

@@ -10,6 +10,7 @@ no tensors but torch's, its `tl.dot` multiplies the bit patterns of bfloat16, an
 bfloat16 cut bits off where the hardware rounds. What it can't show is tf32: there it is exact.
 """
 
+import dataclasses
 import functools
 import math
 import os
@@ -26,12 +27,13 @@ from triton.runtime import interpreter
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from conv_pallas.kernels import triton_compat
-from conv_pallas.spec import ConvSpec
+from conv_pallas.spec import Epilogue
 from tests.cases import Case
 from tests.support import padded, rows
 from tests.tolerance import REFERENCES, check
 
 GUARD = 4096  # bytes of NaN before and after each array
+HUGE = 2**30  # bytes from which on an array is taken as it is
 
 
 class _Storage:
@@ -63,6 +65,9 @@ class Tensor:
 
     def __init__(self, array: np.ndarray):
         array = np.asarray(array)
+        if array.nbytes >= HUGE:  # pages that nobody touches cost nothing
+            self.raw, self.span, self.array = np.empty(0, np.uint8), slice(0, 0), array
+            return
         self.raw = np.full(array.nbytes + 2 * GUARD + 128, 0xFF, np.uint8)  # NaN in every dtype
         start = GUARD + -(self.raw.ctypes.data + GUARD) % 128
         self.span = slice(start, start + array.nbytes)
@@ -151,11 +156,19 @@ def call(kernel, *args, out, programs, warps, stages, **meta):
 
     args = [convert(a) for a in args]
     # What is not written stays NaN.
-    result = Tensor(np.full(out.shape, np.nan, np.float32).astype(out.dtype))
-    kernel[(programs,)](*args, result, **meta)
-    for tensor in (*tensors.values(), result):
+    outs = out if isinstance(out, tuple) else (out,)
+    results = [Tensor(_unwritten(o)) for o in outs]
+    kernel[(programs,)](*args, *results, **meta)
+    for tensor in (*tensors.values(), *results):
         tensor.check_guards()
-    return result.array
+    arrays = tuple(result.array for result in results)
+    return arrays if isinstance(out, tuple) else arrays[0]
+
+
+def _unwritten(out) -> np.ndarray:
+    if math.prod(out.shape) * out.dtype.itemsize >= HUGE:
+        return np.zeros(out.shape, out.dtype)
+    return np.full(out.shape, np.nan, np.float32).astype(out.dtype)
 
 
 triton_compat.call = call
@@ -182,58 +195,145 @@ def run_case(case: Case, operation: str, capability: int) -> None:
     )  # fmt: skip
 
 
-def run_epilogue(kernel: str) -> None:
-    """Bias and every activation, against their definitions in float64."""
-    from conv_pallas.kernels import triton_common, triton_dense, triton_depthwise
+def run_fused(name: str, capability: int) -> None:
+    """Bias and activation in the forward pass, and all gradients."""
+    from conv_pallas import dispatch
+    from tests import triton_epilogue
 
-    triton_compat.compute_capability = lambda: 90
-    G = 8 if kernel == "depthwise" else 1
-    spec = ConvSpec(21, 3, padding=(4, 0), kernel_dilation=2, groups=G)
-    rng = np.random.default_rng(0)
-    shapes = ((2, 21, 8), (3, 8 // G, 16), (16,))
-    x, w, bias = (rng.standard_normal(s).astype(np.float32) for s in shapes)
-    z = REFERENCES["conv1d"](x, w, spec) + bias
-    erf = np.vectorize(math.erf)
-    inner = np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)
-    expected = {
-        None: z,
-        "relu": np.maximum(z, 0),
-        "gelu": 0.5 * z * (1 + np.tanh(inner)),
-        "gelu_exact": 0.5 * z * (1 + erf(z / np.sqrt(2))),
-        "silu": z / (1 + np.exp(-z)),
-        "tanh": np.tanh(z),
-        "sigmoid": 1 / (1 + np.exp(-z)),
-    }
-    assert tuple(expected) == triton_common.ACTIVATIONS
-    for activation, value in expected.items():
-        common = dict(O=16, out_dtype=np.dtype(np.float32), bias=bias, activation=activation)
-        if kernel == "depthwise":
-            y = triton_depthwise.forward(x, w, spec, **common)
-        else:
-            y = triton_dense.forward(x, w, spec, precision="ieee", **common)
-        np.testing.assert_allclose(y, value, rtol=2e-5, atol=2e-6, err_msg=str(activation))
-    x[:] = np.nan  # of which no activation makes a number
-    y = triton_depthwise if kernel == "depthwise" else triton_dense
-    extra = {} if kernel == "depthwise" else dict(precision="ieee")
-    y = y.forward(x, w, spec, O=16, out_dtype=np.dtype(np.float32), activation="relu", **extra)
-    assert np.isnan(y[:, 4:]).all()
+    triton_compat.compute_capability = lambda: capability
+    fused = triton_epilogue.named(name)
+    x, w, bias, gy, saved = fused.arrays()
+    problem = fused.problem()
+    kernel = dispatch.select(problem, ("triton",))
+    assert kernel.decline_fused(problem) is None
+    fused.check_forward(np.asarray(kernel.fused(problem, x, w, bias)), x, w, bias)
+    assert kernel.decline_backward(problem, fused.wanted) is None
+    out = kernel.backward(problem, x, w, bias, saved, gy, fused.wanted)
+    fused.check_backward(out, x, w, bias, gy)
+    if not np.isnan(x).any() and fused.activation == "relu":
+        x[:] = np.nan  # of which no activation makes a number
+        padding = fused.case.spec.padding[0]
+        y = np.asarray(kernel.fused(problem, x, w, bias))
+        reached = slice(max(0, padding), max(0, padding) + 1)
+        assert np.isnan(y.astype(np.float32)[:, reached]).all()
+
+
+def run_unmet(name: str, capability: int) -> None:
+    """Steps of x that a tap does not meet leave its gradient alone, whatever they are."""
+    from conv_pallas import dispatch
+
+    triton_compat.compute_capability = lambda: capability
+    G = 16 if name == "unmet_depthwise" else 1
+    case = Case(name, T=37, C=16, O=16, G=G, D=5, padding=[(10, -2)], dtype="bfloat16")
+    x, _, g = case.arrays()
+    problem = case.problem("conv1d_kernel_grad", "cuda")
+    kernel = dispatch.select(problem, ("triton",))
+    x[:, 32:] = np.nan  # tap 0 meets 0 to 24, tap 1 to 29, and tap 2 to 34
+    expected = REFERENCES["conv1d_kernel_grad"](x, g, case.spec)
+    assert np.isfinite(expected[:2]).all() and np.isnan(expected[2]).all()
+    out = np.asarray(kernel.run(problem, x, g)).astype(float)
+    np.testing.assert_array_equal(np.isnan(out), np.isnan(expected))
+    epilogue = dataclasses.replace(case.problem("conv1d", "cuda"), epilogue=Epilogue(True, None))
+    bias, wanted = np.zeros(16, x.dtype), (False, True, True)
+    w = np.ones(case.kernel_shape, x.dtype)
+    _, dw, db = kernel.backward(epilogue, x, w, bias, None, g, wanted)
+    np.testing.assert_array_equal(np.isnan(np.asarray(dw, float)), np.isnan(expected))
+    assert np.isfinite(db).all()
+
+
+def run_far(name: str) -> None:
+    """Offsets beyond 2**31 elements, in a program at the far end of arrays that large."""
+    from conv_pallas import dispatch
+
+    triton_compat.compute_capability = lambda: 80
+    geometry = {
+        "far_dense": {},
+        "far_strided": dict(G=8, S=2),
+        "far_walked": dict(G=8),
+    }[name]
+    T, tail = 2**27, 64  # the last of three samples begins at 2**31
+    case = Case(name, batch=(3,), T=T, C=8, O=8, K=3, D=2, dtype="bfloat16", **geometry)
+    short = dataclasses.replace(case, batch=(1,), T=tail)
+    x, w, _ = short.arrays()
+    far = np.zeros(case.x_shape, x.dtype)
+    far[2, -tail:] = x[0]
+    problem = case.problem("conv1d", "cuda")
+    # Of a grid of so many programs the last one alone.
+    interpreter.range = lambda *a: range(a[0] - 1, a[0]) if a[0] > 10_000 else range(*a)
+    try:
+        y = dispatch.select(problem, ("triton",)).run(problem, far, w)[:, -8:]
+    finally:
+        del interpreter.range
+    expected = REFERENCES["conv1d"](x, w, short.spec)[:, -8:]
+    np.testing.assert_allclose(np.asarray(y[2:], float), expected, rtol=1e-2, atol=1e-2)
+
+    # Gradients whose outputs are few, of x alone that is so large.
+    case = dataclasses.replace(case, padding=[(tail - T, 0)])
+    short = dataclasses.replace(short, padding=0)
+    _, _, g = short.arrays()
+    gy = np.zeros(case.out_shape, g.dtype)
+    gy[2] = g[0]
+    problem = case.problem("conv1d_kernel_grad", "cuda")
+    dw = dispatch.select(problem, ("triton",)).run(problem, far, gy)
+    expected = REFERENCES["conv1d_kernel_grad"](x, g, short.spec)
+    np.testing.assert_allclose(np.asarray(dw, float), expected, rtol=1e-2, atol=0.1)
+
+
+def run_rounding() -> None:
+    """float32 that pointers fetch is rounded to tf32, not cut off, before it is multiplied."""
+    from conv_pallas import dispatch
+
+    triton_compat.compute_capability = lambda: 80
+    case = Case("rounding", T=50, C=1, O=1, K=1)
+    x, w, g = case.arrays()
+    for problem, lhs, rhs in (
+        (case.problem("conv1d", "cuda"), x, w),
+        (case.problem("conv1d_input_grad", "cuda"), g, w),
+    ):
+        out = np.asarray(dispatch.select(problem, ("triton",)).run(problem, lhs, rhs))
+        np.testing.assert_array_equal(out, _tf32(lhs) * _tf32(rhs))
+    one = dataclasses.replace(case, name="rounding_grad", T=1)
+    (x, _, g), problem = one.arrays(), one.problem("conv1d_kernel_grad", "cuda")
+    lhs, rhs = x[:1], g[:1]
+    problem = dataclasses.replace(problem, N=1)
+    out = np.asarray(dispatch.select(problem, ("triton",)).run(problem, lhs, rhs))
+    np.testing.assert_array_equal(out, _tf32(lhs) * _tf32(rhs))
+
+
+def _tf32(a: np.ndarray) -> np.ndarray:
+    """The nearest number of 11 significant bits."""
+    fraction, exponent = np.frexp(a.astype(np.float64))
+    return np.ldexp(np.round(fraction * 2**11) / 2**11, exponent).astype(np.float32)
+
+
+def _capabilities(case: Case) -> tuple[int, ...]:
+    # Before Hopper dense kernels take pointers, from then on the copy engine.
+    return (90,) if case.problem("conv1d").depthwise else (80, 90)
 
 
 def main(names: list[str]) -> int:
+    from tests import triton_epilogue
     from tests.triton_cases import named
 
     failed = 0
     for name in names:
-        if name.startswith("epilogue_"):
-            runs = {name: functools.partial(run_epilogue, name.removeprefix("epilogue_"))}
+        if name == "rounding":
+            runs = {name: run_rounding}
+        elif name.startswith("fused_"):
+            runs = {
+                f"{name} sm_{c}": functools.partial(run_fused, name, c)
+                for c in _capabilities(triton_epilogue.named(name).case)
+            }
+        elif name.startswith("far_"):
+            runs = {name: functools.partial(run_far, name)}
+        elif name.startswith("unmet_"):
+            runs = {name: functools.partial(run_unmet, name, 90)}
         else:
             case = named(name)
-            # Before Hopper dense kernels take pointers, from then on the copy engine.
-            capabilities = (90,) if case.problem("conv1d").depthwise else (80, 90)
             runs = {
                 f"{name} {operation} sm_{c}": functools.partial(run_case, case, operation, c)
                 for operation in REFERENCES
-                for c in capabilities
+                for c in _capabilities(case)
             }
         for what, run in runs.items():
             try:

@@ -6,11 +6,15 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
+from unittest import mock
 
+import jax
 import triton
 from jax_triton import triton_lib
+from triton.backends.compiler import GPUTarget
 
 from conv_pallas import aot
+from conv_pallas.kernels import triton_compat
 
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 ARCHITECTURES = {"a100": "sm_80", "h200": "sm_90a", "b200": "sm_100a"}
@@ -23,6 +27,7 @@ class Code:
 
     Attributes:
       opcodes: how often each stands in the listing, without modifiers.
+      listing: all of them in order, with modifiers.
     """
 
     name: str
@@ -31,6 +36,7 @@ class Code:
     local: int
     shared: int
     opcodes: collections.Counter
+    listing: tuple[str, ...] = dataclasses.field(repr=False)
 
     @property
     def spills(self) -> int:
@@ -72,7 +78,34 @@ def _assemble(chip: str, result) -> Code:
         int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL")
     )
     instruction = r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)"
-    opcodes = (name.split(".")[0] for name in re.findall(instruction, listing, re.M))
-    return Code(
-        result.name, registers, stack, local, result.shared_mem_bytes, collections.Counter(opcodes)
-    )
+    listing = tuple(re.findall(instruction, listing, re.M))
+    opcodes = collections.Counter(name.split(".")[0] for name in listing)
+    return Code(result.name, registers, stack, local, result.shared_mem_bytes, opcodes, listing)
+
+
+def amd_codes(f, *structs) -> list[tuple[str, str, bytes]]:
+    """Name, gfx942 assembly and binary of every Triton kernel that f runs, by Triton's compiler.
+
+    What runs them on AMD is not here: this shows that the source is not NVIDIA's alone.
+    """
+    pointers = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
+    target, made = GPUTarget("hip", "gfx942", 64), []
+
+    def call(kernel, *args, out, programs, warps, stages, **meta):
+        outs = out if isinstance(out, tuple) else (out,)
+        kind = lambda a: "i32" if isinstance(a, int) else pointers[a.dtype.name]  # noqa: E731
+        signature = dict(zip(kernel.arg_names, map(kind, (*args, *outs)), strict=False))
+        signature |= dict.fromkeys(meta, "constexpr")
+        source = triton.compiler.ASTSource(kernel, signature, meta)
+        options = dict(num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+        asm = triton.compile(source, target, options).asm
+        made.append((kernel.__name__, asm["amdgcn"], asm["hsaco"]))
+        zeros = [jax.numpy.zeros(o.shape, o.dtype) for o in outs]
+        return zeros if isinstance(out, tuple) else zeros[0]
+
+    with (
+        mock.patch.object(triton_compat, "call", call),
+        mock.patch.object(triton_compat, "has_tma", lambda capability: False),
+    ):
+        aot.lower_for("h200", f, *structs)
+    return made

@@ -1,0 +1,87 @@
+"""The layers that the project has set itself goals for, and what to compute of them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import baselines
+from conv_pallas._layers import Layer
+
+
+def goals(dry: bool) -> list[Layer]:
+    """What matters most comes first."""
+
+    def layer(name, *sizes, **more):
+        made = Layer(name, "a goal", *sizes, dtype="bfloat16", **more)
+        return smaller(made) if dry else made
+
+    dense = [layer(f"dense-512/D{D}", 8, 4096, 512, 512, 3, D) for D in (1, 4, 64, 512, 1024)]
+    deep = {"G": 12288, "activation": "silu"}
+    return [
+        *dense[1:2],
+        layer("dense-64/D1", 8, 65536, 64, 64, 3),
+        layer("depthwise/D1", 1, 16384, 12288, 12288, 4, **deep),
+        *dense[:1],
+        *dense[2:],
+        layer("depthwise/D1024", 1, 16384, 12288, 12288, 4, 1024, **deep),
+    ]
+
+
+def smaller(layer: Layer) -> Layer:
+    C = min(layer.C, 16)
+    return dataclasses.replace(
+        layer, N=1, T=64, C=C, O=C, D=min(layer.D, 4), G=min(layer.G, C) if layer.G > 1 else 1
+    )
+
+
+def arrays(layer: Layer) -> list[jax.Array]:
+    """x, kernel, bias and g, random, on the device."""
+    spec = baselines.spec_of(layer)
+    shapes = (
+        (layer.N, layer.T, layer.C), baselines.kernel_shape(layer), (layer.O,),
+        (layer.N, spec.out_time, layer.O),
+    )  # fmt: skip
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    return [
+        jax.random.normal(k, s, jnp.dtype(layer.dtype)) for k, s in zip(keys, shapes, strict=True)
+    ]
+
+
+def forward(name: str, layer: Layer, dry: bool) -> baselines.Forward:
+    """``(x, kernel, bias) -> y`` of a baseline, of "ours" or of "xla", our best for XLA."""
+    if name in ("ours", "xla"):
+        return baselines.build(baselines.OURS, layer, ours(dry) if name == "ours" else "xla")
+    return baselines.build(name, layer)
+
+
+def operations(layer: Layer) -> tuple[str, ...]:
+    return ("forward", "backward") if layer.G > 1 else ("forward", "input_grad", "kernel_grad")
+
+
+def operation(name: str, f: baselines.Forward):
+    """``(x, kernel, bias, g) -> result`` of one operation of a layer ``f(x, kernel, bias)``."""
+
+    def run(x, w, b, g):
+        if name == "forward":
+            return f(x, w, b)
+        if name == "input_grad":
+            return jax.vjp(lambda x: f(x, w, b), x)[1](g)[0]
+        if name == "kernel_grad":
+            return jax.vjp(lambda w: f(x, w, b), w)[1](g)[0]
+        return jax.vjp(f, x, w, b)[1](g)
+
+    return run
+
+
+def passes(name: str) -> int:
+    """How many tensors of x's or y's size an operation reads and writes at least."""
+    return 3 if name == "backward" else 2
+
+
+def platform() -> str:
+    return "cuda" if jax.default_backend() == "gpu" else jax.default_backend()
+
+
+def ours(dry: bool) -> str:
+    return "xla" if dry else "triton"

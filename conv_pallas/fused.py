@@ -1,0 +1,399 @@
+"""A convolution with its bias and activation as one operation, where a kernel can carry them.
+
+    z = conv1d(x, w) + bias      y = activation(z)
+
+is bound by memory more often than not, and whatever XLA does to the result of a custom call is
+one more pass over it. So three more primitives stand one level above those of `primitives`:
+
+    conv1d_fused           x, w, bias -> y                 (and z, where its derivative needs it)
+    conv1d_fused_tangent   dx, dw, dbias -> dy             linear; always left to XLA
+    conv1d_fused_backward  dy -> dx, dw, dbias             its transpose
+
+Each is *defined* by the composition of the three operations and of what stands here as JAX code.
+The composition is what runs where no kernel fuses, what `jax.vmap` and meshes fall back on, and
+what is differentiated: the derivative of any of the three is that of its composition, but for the
+first derivative of the first. So forward mode and every order are right as soon as the three
+compositions are.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax._src import core as jax_core
+from jax._src import dispatch as jax_dispatch
+from jax._src.interpreters import ad, batching, mlir
+from jax._src.lax import utils as lax_utils
+
+from conv_pallas import dispatch, fused_sharding, primitives
+from conv_pallas.spec import ConvSpec, Epilogue, Problem
+
+FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "relu": jax.nn.relu,
+    "gelu": jax.nn.gelu,
+    "gelu_exact": lambda z: jax.nn.gelu(z, approximate=False),
+    "silu": jax.nn.silu,
+    "tanh": jnp.tanh,
+    "sigmoid": jax.nn.sigmoid,
+}
+
+
+def activate(z: jax.Array, activation: str | None) -> jax.Array:
+    return z if activation is None else FUNCTIONS[activation](z)
+
+
+def times_derivative(d: jax.Array, saved: jax.Array | None, activation: str | None) -> jax.Array:
+    """``d * activation'(z)``, from what `Epilogue.saved` says: y, z, or nothing."""
+    if activation is None:
+        return d
+    if activation == "relu":
+        return jnp.where(saved > 0, d, jnp.zeros_like(d))
+    if activation == "tanh":
+        return d * (1 - saved * saved)
+    if activation == "sigmoid":
+        return d * (saved * (1 - saved))
+    return jax.jvp(FUNCTIONS[activation], (saved,), (d,))[1]
+
+
+# --- The compositions ---
+# Operands are lists: x, w and, if there is one, bias; then `saved`, if there is one; then what the
+# operation is linear in. All parameters are keywords, the same for each.
+
+
+def _split(operands, activation, has_bias):
+    """x, w, bias or None, saved or None, and the rest."""
+    x, w, *rest = operands
+    bias = rest.pop(0) if has_bias else None
+    saved = rest.pop(0) if Epilogue(has_bias, activation).saved else None
+    return x, w, bias, saved, rest
+
+
+def _add_bias(y, bias):
+    return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
+
+
+def _forward(x, w, bias=None, *, activation, has_bias, keep, **conv):
+    z = primitives.conv1d(x, w, **conv, out_sharding=_place_of_y(x, w, bias, conv["spec"]))
+    z = _add_bias(z, bias)
+    y = activate(z, activation)
+    return [y, z] if keep else [y]
+
+
+def _tangent(*operands, activation, has_bias, wanted, **conv):
+    x, w, bias, saved, tangents = _split(operands, activation, has_bias)
+    place = _place_of_y(x, w, bias, conv["spec"])
+    tangents = iter(tangents)
+    terms = []
+    if wanted[0]:
+        terms.append(primitives.conv1d(next(tangents), w, **conv, out_sharding=place))
+    if wanted[1]:
+        terms.append(primitives.conv1d(x, next(tangents), **conv, out_sharding=place))
+    dz = functools.reduce(jnp.add, terms) if terms else None
+    if wanted[2]:
+        db = next(tangents).astype(conv["out_dtype"])
+        shape = (*x.shape[:-2], conv["spec"].out_time, w.shape[-1])
+        dz = (
+            lax.broadcast_in_dim(db, shape, (len(shape) - 1,), out_sharding=place)
+            if dz is None
+            else _add_bias(dz, db)
+        )
+    return [times_derivative(dz, saved, activation)]
+
+
+def _place_of_y(x, w, bias, spec):
+    """The sharding of y on a mesh with explicit axes, else None."""
+    types = [jax.typeof(a) for a in (x, w, bias) if a is not None]
+    place = fused_sharding.of_y(*types, spec=spec)
+    return place if place.mesh.explicit_axes else None
+
+
+def _backward(*operands, activation, has_bias, wanted, **conv):
+    x, w, bias, saved, (gy,) = _split(operands, activation, has_bias)
+    gz = times_derivative(gy, saved, activation)
+    grads = []
+    if wanted[0]:
+        grads.append(primitives.conv1d_input_grad(gz, w, **(conv | _type_of(x))))
+    if wanted[1]:
+        grads.append(primitives.conv1d_kernel_grad(x, gz, **(conv | _type_of(w))))
+    if wanted[2]:
+        db = jnp.sum(gz, axis=tuple(range(gz.ndim - 1))).astype(bias.dtype)
+        place = _type_of(bias)["out_sharding"]
+        grads.append(db if place is None else jax.sharding.reshard(db, place))
+    return grads
+
+
+def _type_of(a):
+    """A gradient has the dtype of its operand, and on a mesh with explicit axes its sharding."""
+    place = jax.typeof(a).sharding
+    return dict(out_dtype=a.dtype, out_sharding=place if place.mesh.explicit_axes else None)
+
+
+# --- Lowering: a kernel that fuses, or the composition ---
+
+
+def _problem(x, w, spec, out_dtype, precision, platform) -> Problem:
+    """One device's forward convolution; its epilogue comes once a kernel is chosen."""
+    return Problem(
+        "conv1d", spec, math.prod(x.shape[:-2]), x.shape[-1], w.shape[-1], np.dtype(x.dtype),
+        np.dtype(w.dtype), np.dtype(out_dtype), precision, platform,
+    )  # fmt: skip
+
+
+def _rows(a):
+    """All batch axes as one."""
+    return a.reshape(math.prod(a.shape[:-2]), *a.shape[-2:])
+
+
+def _empty(problem: Problem) -> bool:
+    return 0 in (*problem.x_shape, *problem.w_shape, *problem.y_shape)
+
+
+def _forward_local(x, w, bias=None, *, platform, activation, has_bias, keep, psum=(), **conv):
+    """``psum`` are the mesh axes over which z is a sum, but for its bias."""
+
+    def composed():
+        return _forward(x, w, bias, activation=activation, has_bias=has_bias, keep=keep, **conv)
+
+    if psum:
+        z = _add_bias(lax.psum(primitives.conv1d(x, w, **conv), psum), bias)
+        y = activate(z, activation)
+        return [y, z] if keep else [y]
+    problem = _problem(x, w, conv["spec"], conv["out_dtype"], conv["precision"], platform)
+    if _empty(problem):
+        return composed()
+    kernel = dispatch.select(problem, conv["implementation"])
+
+    def run(activation):
+        this = dispatch.fused(kernel, problem, Epilogue(has_bias, activation))
+        if this is None:
+            return None
+        return kernel.fused(this, _rows(x), w, bias).reshape(*x.shape[:-2], *problem.y_shape[1:])
+
+    if not keep:
+        y = run(activation)
+        return composed() if y is None else [y]
+    z = run(None)
+    if z is None:
+        return composed()
+    epilogue = Epilogue(has_bias, activation)
+    found = dispatch.backward(problem, epilogue, conv["implementation"], (True, True, has_bias))
+    if found is not None and found[0].recomputes(found[1]):
+        # Nobody reads z, and XLA drops what makes it.
+        y = run(activation)
+        if y is not None:
+            return [y, z]
+    return [activate(z, activation), z]
+
+
+def _backward_local(*operands, platform, activation, has_bias, wanted, whole=True, **conv):
+    """``whole`` says whether x has all channels that z is a sum over."""
+    x, w, bias, saved, (gy,) = _split(operands, activation, has_bias)
+    problem = _problem(x, w, conv["spec"], conv["out_dtype"], conv["precision"], platform)
+    epilogue = Epilogue(has_bias, activation)
+    found = None
+    if whole and not _empty(problem):
+        found = dispatch.backward(problem, epilogue, conv["implementation"], wanted)
+    if found is None:
+        return _backward(*operands, activation=activation, has_bias=has_bias, wanted=wanted, **conv)
+    kernel, problem = found
+    saved = None if saved is None else _rows(saved)
+    dx, dw, db = kernel.backward(problem, _rows(x), w, bias, saved, _rows(gy), wanted)
+    grads = [
+        dx.reshape(x.shape) if wanted[0] else None,
+        dw.reshape(w.shape) if wanted[1] else None,
+        db.astype(bias.dtype) if wanted[2] else None,
+    ]
+    return [g for g in grads if g is not None]
+
+
+def _lowering(ctx, *operands, platform, local, composed, **params):
+    if local is None:
+        # The three operations split themselves where there are several devices, and XLA the rest.
+        call = functools.partial(composed, **params)
+        return mlir.lower_fun(call, multiple_results=True)(ctx, *operands)
+    local = functools.partial(local, platform=platform)
+    if ctx.avals_out[0].sharding.mesh.explicit_axes:
+        call = fused_sharding.by_types(local, ctx.avals_in, ctx.avals_out, **params)
+        return mlir.lower_fun(call, multiple_results=True)(ctx, *operands)
+    if primitives.can_partition(ctx):
+        avals = (primitives.without_sharding(a) for a in (ctx.avals_in, ctx.avals_out))
+        call = fused_sharding.by_xla(local, *avals, **params)
+    else:
+        call = functools.partial(local, **params)
+    return primitives.lower_locally(ctx, call, operands, multiple_results=True)
+
+
+# --- Differentiation ---
+
+
+def _derivative_of_composition(composed):
+    def rule(primals, tangents, **params):
+        live = [i for i, t in enumerate(tangents) if type(t) is not ad.Zero]
+
+        def f(*values):
+            operands = list(primals)
+            for i, value in zip(live, values, strict=True):
+                operands[i] = value
+            return composed(*operands, **params)
+
+        return jax.jvp(f, [primals[i] for i in live], [tangents[i] for i in live])
+
+    return rule
+
+
+def _forward_jvp(primals, tangents, *, keep, **params):
+    if keep:  # the derivative of a derivative
+        return _derivative_of_composition(_forward)(primals, tangents, keep=keep, **params)
+    saved = Epilogue(params["has_bias"], params["activation"]).saved
+    y, *z = _bind(forward_p, *primals, keep=saved == "z", **params)
+    residual = {"y": [y], "z": z, None: []}[saved]
+    wanted = tuple(type(t) is not ad.Zero for t in tangents) + (False,) * (3 - len(tangents))
+    live = [t for t in tangents if type(t) is not ad.Zero]
+    (dy,) = _bind(tangent_p, *primals, *residual, *live, wanted=wanted, **params)
+    return [y], [dy]
+
+
+def _tangent_transpose(cts, *operands, wanted, **params):
+    (ct,) = cts
+    first = len(operands) - sum(wanted)
+    constants, tangents = operands[:first], operands[first:]
+    asked = [ad.is_undefined_primal(t) for t in tangents]
+    if type(ct) is ad.Zero:
+        grads = [ad.Zero(t.aval) for t in tangents if ad.is_undefined_primal(t)]
+    else:
+        in_order = iter(asked)
+        still = tuple(there and next(in_order) for there in wanted)
+        grads = _bind(backward_p, *constants, ct, wanted=still, **params)
+    grads = iter(grads)
+    return [None] * first + [next(grads) if there else None for there in asked]
+
+
+# --- Batching ---
+
+
+def _batching(p, composed, shared, axis_data, args, dims, **params):
+    """What is shared by the whole batch stays; an axis of anything else is one more batch axis."""
+    if all(d is None for d in dims):
+        outs = p.bind(*args, **params)
+        return outs, [None] * len(outs)
+    once = shared(len(args), **params)
+    if all(dims[i] is None for i in once) and axis_data.explicit_mesh_axis is None:
+        args = [
+            a if i in once else batching.bdim_at_front(a, d, axis_data.size)
+            for i, (a, d) in enumerate(zip(args, dims, strict=True))
+        ]
+        outs = p.bind(*args, **params)
+    else:
+        mapped = jax.vmap(
+            functools.partial(composed, **params), in_axes=tuple(dims), axis_size=axis_data.size,
+            spmd_axis_name=axis_data.spmd_name,
+        )  # fmt: skip
+        outs = mapped(*args)
+    return outs, [0] * len(outs)
+
+
+def _shared_forward(count, **_):
+    return range(1, count)  # w and bias
+
+
+def _shared_tangent(count, *, activation, has_bias, wanted, **_):
+    first = 2 + has_bias + bool(Epilogue(has_bias, activation).saved) + wanted[0]
+    return (*range(1, 2 + has_bias), *range(first, count))
+
+
+def _shared_backward(count, *, has_bias, wanted, **_):
+    # The gradients of w and bias of each member of the batch are not one sum over all.
+    return range(1, 2 + has_bias) if not (wanted[1] or wanted[2]) else range(count)
+
+
+# --- The primitives ---
+
+
+def _results_forward(x, w, *_, spec, out_dtype, keep, **__):
+    y = jax.ShapeDtypeStruct((*x.shape[:-2], spec.out_time, w.shape[-1]), out_dtype)
+    return [y, y] if keep else [y]
+
+
+def _results_tangent(x, w, *_, **params):
+    return _results_forward(x, w, keep=False, **params)
+
+
+def _results_backward(x, w, *rest, wanted, **_):
+    like = (x, w, rest[0])  # rest[0] is the bias wherever its gradient is wanted
+    return [a for a, there in zip(like, wanted, strict=True) if there]
+
+
+def _make(name, results, composed, local, shared):
+    """A primitive.
+
+    Args:
+      results: of the operands' types the results', or what has their shapes and dtypes.
+      composed: what it means.
+      local: how one device computes it; None: as composed.
+      shared: of the number of operands, which of them all members of a batch have in common.
+    """
+    p = jax_core.Primitive(name)
+    p.multiple_results = True
+    p.def_impl(functools.partial(jax_dispatch.apply_primitive, p))
+
+    def rule(*avals, **params):
+        types = results(*avals, **params)
+        return fused_sharding.of_results(types, *avals, gradients=composed is _backward, **params)
+
+    def vma(*avals, **params):
+        return [jax_core.standard_vma_rule(name, *avals)] * len(results(*avals, **params))
+
+    p.def_abstract_eval(
+        functools.partial(
+            lax_utils.standard_multi_result_abstract_eval, p,
+            lambda *avals, **params: [r.shape for r in results(*avals, **params)],
+            lambda *avals, **params: [r.dtype for r in results(*avals, **params)],
+            lambda *_, **__: False, rule, vma, None, None,
+        )
+    )  # fmt: skip
+    ad.primitive_jvps[p] = _derivative_of_composition(composed)
+    batching.fancy_primitive_batchers[p] = functools.partial(_batching, p, composed, shared)
+    for platform in dispatch.PLATFORMS:
+        rule = functools.partial(_lowering, platform=platform, local=local, composed=composed)
+        mlir.register_lowering(p, rule, platform=platform)
+    jax_dispatch.prim_requires_devices_during_lowering.add(p)
+    return p
+
+
+forward_p = _make("conv1d_fused", _results_forward, _forward, _forward_local, _shared_forward)
+tangent_p = _make("conv1d_fused_tangent", _results_tangent, _tangent, None, _shared_tangent)
+backward_p = _make(
+    "conv1d_fused_backward", _results_backward, _backward, _backward_local, _shared_backward
+)
+ad.primitive_jvps[forward_p] = _forward_jvp
+ad.primitive_transposes[tangent_p] = _tangent_transpose
+
+
+def _bind(p, *operands, **params):
+    return p.bind(*jax_core.auto_insert_reshard(*operands), **params)
+
+
+def conv1d(
+    x, w, bias, spec: ConvSpec, *, activation: str | None, precision, out_dtype, implementation
+):
+    """``activation(conv1d(x, w) + bias)``; see `primitives.conv1d`.
+
+    Args:
+      bias: ``(O,)``, or None.
+      activation: a name of `FUNCTIONS`, or None.
+
+    Returns:
+      y ``(*batch, T', O)`` of ``out_dtype``.
+    """
+    conv = dict(
+        spec=spec, precision=precision, out_dtype=np.dtype(out_dtype), implementation=implementation
+    )
+    operands = (x, w) if bias is None else (x, w, bias)
+    (y,) = _bind(
+        forward_p, *operands, activation=activation, has_bias=bias is not None, keep=False, **conv
+    )
+    return y

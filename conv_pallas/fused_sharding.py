@@ -1,0 +1,154 @@
+"""How a convolution with its bias and activation splits over a mesh: as its three operations do.
+
+The labels and where mesh axes go are those of `sharding`. Each device runs a kernel that fuses on
+its share; where a gradient is a sum over devices, one all-reduce follows. Only where channels in
+are split can no kernel add bias and activation, for z itself is a sum over devices.
+"""
+
+import dataclasses
+import math
+
+import jax
+from jax import lax
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from conv_pallas.sharding import Axes, Placement
+from conv_pallas.spec import ConvSpec, Epilogue
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """The labels of one fused operation's operands and results.
+
+    Attributes:
+      axes: of x, w and y.
+      operands, results: a label for each dimension of each.
+      summed: for each result, the labels over which it is a sum.
+      gy: which operand tells how y is split; None: the first result does.
+    """
+
+    axes: Axes
+    operands: list[tuple[str, ...]]
+    results: list[tuple[str, ...]]
+    summed: list[tuple[str, ...]]
+    gy: int | None
+
+    @classmethod
+    def of(
+        cls, ndim: int, *, spec: ConvSpec, has_bias, activation, wanted=None, keep=None, **_
+    ) -> "Split":
+        axes = Axes.of("conv1d", spec.groups, ndim, 0)
+        x, w, y = axes.arrays
+        bias = y[-1:]
+        operands = [x, w, *([bias] if has_bias else [])]
+        if keep is not None:
+            results = [y, y] if keep else [y]
+            return cls(axes, operands, results, [("in",)] * len(results), None)
+        if Epilogue(has_bias, activation).saved:
+            operands.append(y)
+        operands.append(y)
+        over_batch = x[:-2]
+        each = ((x, ("out",)), (w, over_batch), (bias, over_batch))
+        results = [r for r, there in zip(each, wanted, strict=True) if there]
+        return cls(
+            axes, operands, [r for r, _ in results], [s for _, s in results], len(operands) - 1
+        )
+
+    def place(self, mesh, groups: int, operands, result) -> Placement:
+        """Of the shape and the `PartitionSpec` of each operand and of the first result."""
+        y = result if self.gy is None else operands[self.gy]
+        return self.axes.place(mesh, groups, *operands[:2], y)
+
+    def specs(self, placed: Placement) -> tuple[list[P], list[P]]:
+        """The `PartitionSpec` of each operand and each result."""
+        of = lambda arrays: [self.axes.partition_spec(a, placed) for a in arrays]  # noqa: E731
+        return of(self.operands), of(self.results)
+
+    def share(self, local, mesh, placed: Placement, *, spec: ConvSpec, **params):
+        """How one device computes its share, of its shares of the operands."""
+        shards = math.prod(mesh.shape[name] for name in placed.get("group", ()))
+        spec = dataclasses.replace(spec, groups=spec.groups // shards)
+        names = [tuple(n for s in labels for n in placed.get(s, ())) for labels in self.summed]
+        if "keep" in params:
+            return lambda *operands: local(*operands, spec=spec, psum=names[0], **params)
+
+        def backward(*operands):
+            # gz is whole wherever y is, so that dx, dw and dbias are; z is not where channels in
+            # are split, and no kernel may compute it anew.
+            outs = local(*operands, spec=spec, whole="in" not in placed, **params)
+            return [lax.psum(o, n) if n else o for o, n in zip(outs, names, strict=True)]
+
+        return backward
+
+
+def by_xla(local, avals_in, avals_out, **params):
+    """For meshes with automatic axes: a call that XLA's partitioner asks how to split."""
+    spec: ConvSpec = params["spec"]
+    split = Split.of(avals_in[0].ndim, **params)
+
+    def partition(mesh, operands, results):
+        operands, results = (
+            [(a.shape, a.sharding.spec) for a in arrays] for arrays in (operands, results)
+        )
+        placed = split.place(mesh, spec.groups, operands, results[0])
+        ins, outs = ([NamedSharding(mesh, s) for s in specs] for specs in split.specs(placed))
+        return mesh, split.share(local, mesh, placed, **params), outs, tuple(ins)
+
+    w = avals_in[1]
+    rule, sizes, whole = split.axes.shardy_rule(
+        spec.groups, w.shape[-2], w.shape[-1] // spec.groups, split.operands, split.results
+    )
+    call = custom_partitioning(lambda *operands: local(*operands, **params))
+    call.def_partition(partition, sharding_rule=rule, need_replication_factors=whole, **sizes)
+    return call
+
+
+def by_types(local, avals_in, avals_out, **params):
+    """For meshes with explicit axes: the operands' types say how they are split."""
+    mesh = avals_out[0].sharding.mesh
+    split = Split.of(avals_in[0].ndim, **params)
+    operands, results = (
+        [(a.shape, a.sharding.spec) for a in avals] for avals in (avals_in, avals_out)
+    )
+    placed = split.place(mesh, params["spec"].groups, operands, results[0])
+    ins, outs = split.specs(placed)
+
+    def call(*operands):
+        operands = map(jax.sharding.reshard, operands, ins)
+        outcomes = jax.shard_map(
+            split.share(local, mesh, placed, **params),
+            mesh=mesh,
+            in_specs=tuple(ins),
+            out_specs=outs,
+            axis_names=set(mesh.explicit_axes),
+            check_vma=False,
+        )(*operands)
+        return [
+            jax.sharding.reshard(o, a.sharding.spec)
+            for o, a in zip(outcomes, avals_out, strict=True)
+        ]
+
+    return call
+
+
+def of_results(results, *avals, gradients: bool, spec, has_bias, **_) -> list[NamedSharding]:
+    """The results' shardings on a mesh with explicit axes: a gradient's is its operand's."""
+    if gradients:
+        return [r.sharding for r in results]
+    return [of_y(*avals[: 2 + has_bias], spec=spec)] * len(results)
+
+
+def of_y(x, w, bias=None, *, spec: ConvSpec) -> NamedSharding:
+    """How y lies where x, w and bias lie as their types say: split as each of them suggests."""
+    mesh = next((a.sharding.mesh for a in (x, w) if not a.sharding.mesh.empty), x.sharding.mesh)
+    axes = Axes.of("conv1d", spec.groups, x.ndim, 0)
+    hint = ((), None)
+    if bias is not None:
+        hint = (
+            (1,) * (x.ndim - 1) + bias.shape,
+            (None,) * (x.ndim - 1) + tuple(bias.sharding.spec),
+        )
+    placed = axes.place(mesh, spec.groups, *((a.shape, a.sharding.spec) for a in (x, w)), hint)
+    return NamedSharding(mesh, axes.partition_specs(placed)[2])

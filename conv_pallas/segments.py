@@ -1,0 +1,154 @@
+"""Sequences of different lengths in one array: padding, and several sequences in a row.
+
+``mask (*batch, T)`` says which steps are real. ``segment_ids (*batch, T)`` are integers, and
+where they change a new sequence begins. Both come down to one number for each step, its *age*:
+how many steps of the same sequence come before it. Step ``p`` is seen from step ``t`` of the same
+sequence, that is where
+
+    t - p <= age[t]  for p <= t,        p - t <= age[p]  for p > t.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from conv_pallas.spec import ConvSpec, scalar
+
+# Ages stop here: far beyond any kernel, and far from the end of an int32.
+OLDEST = 2**30
+
+
+def hide(x: jax.Array, mask) -> jax.Array:
+    """x ``(*batch, T, C)`` with zeros where ``mask (*batch, T)`` is False.
+
+    Neither the result nor a gradient depends on what was there, NaN included.
+
+    Raises:
+      ValueError: the mask's shape is not x's without the channels, or it is no bool.
+    """
+    mask = jnp.asarray(mask)
+    if mask.dtype != bool or mask.shape != x.shape[:-1]:
+        raise ValueError(
+            f"mask must be bool of shape {x.shape[:-1]}, True for real steps, "
+            f"got {mask.dtype} of shape {mask.shape}"
+        )
+    return jnp.where(mask[..., None], x, jnp.zeros((), x.dtype))
+
+
+def check_ids(segment_ids, shape: tuple[int, ...]) -> jax.Array:
+    """``segment_ids`` as an array of int32.
+
+    Raises:
+      ValueError: they are no integers of this shape.
+    """
+    ids = jnp.asarray(segment_ids)
+    if not jnp.issubdtype(ids.dtype, jnp.integer) or ids.shape != shape:
+        raise ValueError(
+            f"segment_ids must be integers of shape {shape}, got {ids.dtype} of shape {ids.shape}"
+        )
+    return ids.astype(jnp.int32)
+
+
+def ages(segment_ids: jax.Array, age: jax.Array, before: jax.Array) -> jax.Array:
+    """The age of each step, ``(*batch, T)``.
+
+    Args:
+      segment_ids: ``(*batch, T)`` int32.
+      age: ``(*batch,)``, what the first step's would be were it of the same sequence as the step
+        before it.
+      before: ``(*batch,)``, the id of the step before the first.
+    """
+    t = jnp.arange(segment_ids.shape[-1], dtype=jnp.int32)
+    earlier = jnp.concatenate([before[..., None], segment_ids[..., :-1]], -1)
+    starts = jnp.where(segment_ids != earlier, t, -1)
+    start = jax.lax.cummax(starts, axis=starts.ndim - 1)
+    return jnp.where(start >= 0, t - start, jnp.minimum(age[..., None] + t, OLDEST))
+
+
+def visible(offset: int, age_here, age_there):
+    """Whether the step ``offset`` later than each output is of the output's sequence."""
+    return age_here >= -offset if offset <= 0 else age_there >= offset
+
+
+def columns(taps: list[jax.Array], groups: int) -> jax.Array:
+    """K arrays ``(*batch, T, C)`` as one ``(*batch, T, K * C)``, the taps within the groups."""
+    if groups == 1:
+        return jnp.concatenate(taps, -1)
+    x = jnp.stack([tap.reshape(*tap.shape[:-1], groups, -1) for tap in taps], -2)
+    return x.reshape(*x.shape[:-3], -1)
+
+
+def pointwise(kernel: jax.Array) -> jax.Array:
+    """The kernel ``(1, K * C // G, O)`` that takes `columns` to what ``kernel`` computes."""
+    return kernel.reshape(1, -1, kernel.shape[-1])
+
+
+# What a convolution over `columns` is told of its geometry.
+POINTWISE = dict(strides=1, padding="VALID", input_dilation=1, kernel_dilation=1)
+
+
+def separate(x: jax.Array, segment_ids, spec: ConvSpec, mode: str | None = None) -> jax.Array:
+    """The `columns` of x ``(*batch, T, C)`` in which no tap reaches into another sequence.
+
+    They take ``K`` times the memory of x: every output has its own zeros, so that the one padded
+    x of a plain convolution won't do.
+
+    Raises:
+      ValueError: the ids do not fit x, or the convolution does not give one output for each step.
+    """
+    ids = check_ids(segment_ids, x.shape[:-1])
+    low, high = spec.padding
+    if mode or spec.stride != 1 or spec.input_dilation != 1 or low + high != spec.span - 1:
+        raise ValueError(
+            "segment_ids need one output for each step: strides=1, input_dilation=1, and padding "
+            f"CAUSAL, SAME or that many zeros; got strides={spec.stride}, "
+            f"input_dilation={spec.input_dilation}, padding={mode or spec.padding}"
+        )
+    none = jnp.zeros(ids.shape[:-1], jnp.int32)
+    age = ages(ids, none, none)
+    taps = []
+    for offset in np.arange(spec.kernel_size) * spec.kernel_dilation - low:
+        seen = visible(int(offset), age, _shift(age[..., None], int(offset))[..., 0])
+        taps.append(jnp.where(seen[..., None], _shift(x, int(offset)), jnp.zeros((), x.dtype)))
+    return columns(taps, spec.groups)
+
+
+def _shift(x: jax.Array, offset: int) -> jax.Array:
+    """``x[..., t + offset, :]``, zeros outside."""
+    T = x.shape[-2]
+    before, after = min(max(-offset, 0), T), min(max(offset, 0), T)
+    pads = [(0, 0)] * x.ndim
+    pads[-2] = (before, after)
+    return jax.lax.slice_in_dim(jnp.pad(x, pads), after, after + T, axis=x.ndim - 2)
+
+
+def check_stream_geometry(
+    kernel_size: int, strides, padding, input_dilation, kernel_dilation
+) -> tuple[int, int]:
+    """``(D, lookahead)`` of a convolution that can stream.
+
+    Raises:
+      ValueError: its output does not come one step for each step of the input, or it sees the
+        whole future.
+    """
+    S = scalar("strides", strides, ValueError)
+    E = scalar("input_dilation", input_dilation, TypeError)
+    D = scalar("kernel_dilation", kernel_dilation, TypeError)
+    if S != 1 or E != 1:
+        raise ValueError(
+            f"only a layer with strides=1 and input_dilation=1 can stream, got strides={S}, "
+            f"input_dilation={E}"
+        )
+    history = (kernel_size - 1) * D
+    if isinstance(padding, str):
+        if padding.upper() == "CAUSAL" or (history == 0 and padding.upper() != "CIRCULAR"):
+            return D, 0
+    else:
+        pair = np.ravel(padding)
+        low, high = (pair[0], pair[0]) if pair.size == 1 else pair
+        if low >= 0 <= high and low + high == history:
+            return D, int(high)
+    raise ValueError(
+        f"only a causal layer can stream: padding must be CAUSAL, or [(low, high)] that adds up "
+        f"to {history}, of which high is the lookahead; got {padding!r}"
+    )

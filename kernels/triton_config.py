@@ -1,0 +1,81 @@
+"""Which tiles the dense Triton kernels work in: tuned where measured, else by a heuristic."""
+
+import dataclasses
+import math
+
+import numpy as np
+import triton
+
+from conv_pallas.kernels import triton_tuned as tuned
+from conv_pallas.kernels.triton_common import PROCESSORS
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Tile sizes: ``rows`` of time, ``columns`` of channels out, ``depth`` of the inner sum.
+
+    For the kernel gradient ``rows`` are channels in and ``depth`` is time.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+def configure(
+    kernel: str, rows: int, columns: int, depth: int, *, count: int, dtype: np.dtype,
+    precision: str, tma: bool,
+) -> Config:  # fmt: skip
+    """A tuned tile, or a heuristic: as large as registers and shared memory allow.
+
+    Args:
+      rows, columns, depth: sizes of one group's matmul.
+      count: how many matmuls of that size there are.
+      dtype: of a factor.
+    """
+    tile = tuned.lookup(tuned.key(kernel, rows, columns, depth, dtype.name, precision))
+    if tile is not None:
+        return Config(*tile)
+    itemsize = dtype.itemsize
+    if itemsize == 4 and precision == "ieee":
+        # No tensor cores: each thread keeps its share of both tiles in registers.
+        limit = Config(64, 64, 16, 8, 2)
+    elif itemsize == 4 and precision == "tf32x3":
+        limit = Config(128 if tma else 64, 64, 32, 8, 2)
+    elif itemsize == 4:
+        limit = Config(128, 128, 32, 8, 3)
+    elif tma:
+        limit = Config(128, 256, 64, 8, 4)
+    else:
+        limit = Config(128, 128, 32, 8, 3)  # 48 KiB: also where shared memory is scarce
+    floor = 16
+    fit = lambda size, limit: min(limit, max(floor, triton.next_power_of_2(size)))  # noqa: E731
+    bt, bo = fit(rows, limit.rows), fit(columns, limit.columns)
+    bc = fit(depth, limit.depth)
+    # Fewer tiles than processors leave some idle: rather smaller tiles.
+    while bo > 64 and count * triton.cdiv(rows, bt) * triton.cdiv(columns, bo) < PROCESSORS:
+        bo //= 2
+    while bt > 64 and count * triton.cdiv(rows, bt) * triton.cdiv(columns, bo) < PROCESSORS:
+        bt //= 2
+    warps = 8 if bt * bo >= 128 * 128 else 4
+    return Config(bt, bo, bc, warps, limit.stages)
+
+
+def choose_splits(tiles: int, blocks: int, outputs: int, config: Config, itemsize: int) -> int:
+    """How many partial sums take the least time, by an estimate and not by a measurement.
+
+    More of them fill the chip, and write and read more partial results.
+    """
+    # One processor's share of the tensor cores and of memory.
+    products = config.rows * config.columns * config.depth
+    moved = itemsize * config.depth * (config.rows + config.columns)
+    block_seconds = max(2 * products / 5e12, moved / 3e10)
+    partial_seconds = 2 * 4 * outputs / 4e12
+
+    def seconds(splits: int) -> float:
+        rounds = math.ceil(tiles * splits / PROCESSORS)
+        return rounds * math.ceil(blocks / splits) * block_seconds + splits * partial_seconds
+
+    return min(range(1, min(blocks, 128) + 1), key=seconds)

@@ -1,0 +1,326 @@
+"""Depthwise convolutions of few taps in one pass over memory, for any dilation, in Triton.
+
+Time seen as ``(T/D, D)`` is D series beside each other, its residue classes, and within one the
+convolution has dilation 1. A program walks along pieces of some series, step by step of D, and
+keeps the K last tiles in registers: tap k is the tile of k steps ago. So each step of x is loaded
+once, whatever D is; D = 1024 differs from D = 1 only in which steps are neighbours in memory, and
+a tile's channels lie beside each other in both.
+
+    z_i = sum over k of w_k x_(i+k) + b         a step of the forward pass
+    gz_i = gy_i f'(z_i)
+    dx_i = sum over k of w_k gz_(i-k)           its gradients
+    dw_k = sum over i of gz_i x_(i+k),    db = sum over i of gz_i
+
+Backward does all of these in one walk: it reads x and gy, writes dx, and computes z anew, which
+costs K multiply-adds where loading it would cost a fourth pass over memory and storing it in the
+forward pass a fifth. Mamba's causal_conv1d (Dao and Gu, github.com/Dao-AILab/causal-conv1d)
+computes its gradient in one such kernel too, for D = 1 and SiLU, with atomic adds where partial
+sums stand here, one for each program, added afterwards in a fixed order.
+
+By estimate: a piece of R steps reads ``R + 2K - 2`` steps of x and ``R + K - 1`` of gy, so that
+for K = 4 and R = 32 the halo is 9 % of the three passes, less what of it the L2 still has. With
+SiLU it is some 45 instructions an element in sm_90 machine code, and an H200 has time for 47 while
+it moves the 6 bytes; were gz computed anew for each tap that needs it, as a kernel that tiles time
+has to, there were some 100. So the walk is what makes backward a matter of bytes alone.
+"""
+
+import math
+
+import jax
+import numpy as np
+import triton
+import triton.language as tl
+
+from conv_pallas.kernels import triton_compat as compat
+from conv_pallas.kernels import triton_tuned as tuned
+from conv_pallas.kernels.triton_activation import activate, activate_grad_of_z
+from conv_pallas.kernels.triton_common import PROCESSORS, add_in_order
+from conv_pallas.spec import ConvSpec
+
+AHEAD = 4  # steps that are loaded at a time
+TAPS = 8  # as many tiles as registers hold
+STEPS = 2**28  # positions are counted with 32 bits, and may go some way past the ends
+
+# --- Device functions ---
+#
+# ruff: noqa: RUF005 - Triton's compiler knows the sum of two tuples, not `(*a, b)`.
+
+
+@triton.jit
+def _kernel_taps(w, c, C: tl.constexpr, K: tl.constexpr, REVERSE: tl.constexpr):
+    taps = ()
+    for k in tl.static_range(K):
+        kw = K - 1 - k if REVERSE else k
+        start = w + tl.full((), kw, tl.int64) * C
+        taps = taps + (tl.load(start + c, c < C, 0.0).to(tl.float32)[None, :],)
+    return taps
+
+
+@triton.jit
+def _steps_ahead(
+    x, start, t, T, real, D, step,
+    COUNT: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """COUNT tiles ``(BR, BC)``, the steps t, t + D, ... of rows that are `real`; zeros outside."""
+    tiles = ()
+    for i in tl.static_range(COUNT):
+        here = t + i * D
+        inside = real & (here >= 0)[:, None] & (here < T)[:, None]
+        tiles = tiles + (tl.load(x + start + i * step, inside, 0.0),)
+    return tiles
+
+
+@triton.jit
+def conv_walk(
+    x, w, bias, T, U, D, LOW, SERIES, GROUPS, y,
+    C: tl.constexpr, K: tl.constexpr, REVERSE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr, AHEAD: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """y of BR pieces of ``GROUPS * AHEAD`` steps each, and BC channels.
+
+    Piece ``i`` is the ``i // SERIES``-th of series ``i % SERIES``. The steps of one group are
+    loaded while those of the group before are computed: a store may be to anywhere, for all the
+    compiler knows, so that it moves no load before one.
+    """
+    TILES_C: tl.constexpr = (C + BC - 1) // BC
+    STEPS = GROUPS * AHEAD
+    pid = tl.program_id(0)
+    c = pid % TILES_C * BC + tl.arange(0, BC)
+    pid = pid // TILES_C
+    tiles = tl.cdiv(tl.cdiv(U, STEPS * D) * SERIES, BR)
+    piece = pid % tiles * BR + tl.arange(0, BR)
+    n = (pid // tiles).to(tl.int64)
+    u = piece // SERIES * (STEPS * D) + piece % SERIES
+    t = u - LOW
+    real = (u < U)[:, None] & (c < C)[None, :]
+    taps = _kernel_taps(w, c, C, K, REVERSE)
+    if HAS_BIAS:
+        b = tl.load(bias + c, c < C, 0.0).to(tl.float32)[None, :]
+
+    step = tl.full((), D, tl.int64) * C
+    px = n * T * C + t.to(tl.int64)[:, None] * C + c[None, :]
+    py = y + n * U * C + u.to(tl.int64)[:, None] * C + c[None, :]
+    xs = ()
+    before = _steps_ahead(x, px, t, T, real, D, step, K - 1, BR, BC)
+    for k in tl.static_range(K - 1):
+        xs = xs + (before[k].to(tl.float32),)
+    t += (K - 1) * D
+    px += (K - 1) * step
+    ahead = _steps_ahead(x, px, t, T, real, D, step, AHEAD, BR, BC)
+    for group in tl.range(0, GROUPS):
+        now = ahead
+        t += AHEAD * D
+        px += AHEAD * step
+        end = tl.where(group + 1 < GROUPS, T, 0)
+        ahead = _steps_ahead(x, px, t, end, real, D, step, AHEAD, BR, BC)
+        for i in tl.static_range(AHEAD):
+            xs = xs + (now[i].to(tl.float32),)
+            z = xs[0] * taps[0]
+            for k in tl.static_range(1, K):
+                z += xs[k] * taps[k]
+            if HAS_BIAS:
+                z += b
+            z = activate(z, ACTIVATION)
+            inside = real & (u + i * D < U)[:, None]
+            tl.store(py + i * step, z.to(y.dtype.element_ty), inside)
+            xs = xs[1:]
+        u += AHEAD * D
+        py += AHEAD * step
+
+
+@triton.jit
+def conv_walk_backward(
+    x, w, bias, gy, T, U, N, D, LOW, SERIES, GROUPS, FIRST, PIECES, TILES, dx, sums,
+    C: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    INPUT: tl.constexpr, KERNEL: tl.constexpr, AHEAD: tl.constexpr, BR: tl.constexpr,
+    BC: tl.constexpr,
+):  # fmt: skip
+    """dx of TILES times BR pieces and BC channels, and what they add to dw and db.
+
+    A piece is ``GROUPS * AHEAD`` steps, of which the first K-1 belong to the one before: their
+    gradients reach into it. Positions count from FIRST, which is the first of u, or of t + LOW
+    where dx begins earlier.
+    """
+    TILES_C: tl.constexpr = (C + BC - 1) // BC
+    ROWS: tl.constexpr = K + 1 if HAS_BIAS else K
+    STEPS = GROUPS * AHEAD - (K - 1)
+    pid = tl.program_id(0)
+    c = pid % TILES_C * BC + tl.arange(0, BC)
+    split = pid // TILES_C
+    if INPUT or ACTIVATION is not None:
+        taps = _kernel_taps(w, c, C, K, False)
+    if HAS_BIAS and ACTIVATION is not None:
+        b = tl.load(bias + c, c < C, 0.0).to(tl.float32)[None, :]
+    step = tl.full((), D, tl.int64) * C
+
+    dw = ()
+    for _ in tl.static_range(K):
+        dw = dw + (tl.zeros((BR, BC), tl.float32),)
+    db = tl.zeros((BR, BC), tl.float32)
+    per_sample = tl.cdiv(PIECES, BR)
+    last = tl.minimum((split + 1) * TILES, N * per_sample)
+    for tile in tl.range(split * TILES, last):
+        n = (tile // per_sample).to(tl.int64)
+        piece = tile % per_sample * BR + tl.arange(0, BR)
+        real = (piece < PIECES)[:, None] & (c < C)[None, :]
+        u = FIRST + piece // SERIES * (STEPS * D) + piece % SERIES - (K - 1) * D
+        t = u - LOW
+        px = n * T * C + t.to(tl.int64)[:, None] * C + c[None, :]
+        pg = n * U * C + u.to(tl.int64)[:, None] * C + c[None, :]
+        pd = dx + px
+        xs, gs = (), ()
+        before = _steps_ahead(x, px, t, T, real, D, step, K - 1, BR, BC)
+        for k in tl.static_range(K - 1):
+            xs = xs + (before[k].to(tl.float32),)
+            gs = gs + (tl.zeros((BR, BC), tl.float32),)
+        px += (K - 1) * step
+        t += (K - 1) * D
+        x_ahead = _steps_ahead(x, px, t, T, real, D, step, AHEAD, BR, BC)
+        g_ahead = _steps_ahead(gy, pg, u, U, real, D, step, AHEAD, BR, BC)
+        for group in tl.range(0, GROUPS):
+            x_now, g_now = x_ahead, g_ahead
+            t_end = tl.where(group + 1 < GROUPS, T, 0)
+            u_end = tl.where(group + 1 < GROUPS, U, 0)
+            px += AHEAD * step
+            pg += AHEAD * step
+            t += AHEAD * D
+            x_ahead = _steps_ahead(x, px, t, t_end, real, D, step, AHEAD, BR, BC)
+            g_ahead = _steps_ahead(gy, pg, u + AHEAD * D, u_end, real, D, step, AHEAD, BR, BC)
+            for i in tl.static_range(AHEAD):
+                here = u + i * D
+                halo = group * AHEAD + i < K - 1
+                met = ((here >= 0) & (here < U))[:, None] & real
+                xs = xs + (x_now[i].to(tl.float32),)
+                g = g_now[i].to(tl.float32)
+                if ACTIVATION is not None:
+                    z = xs[0] * taps[0]
+                    for k in tl.static_range(1, K):
+                        z += xs[k] * taps[k]
+                    if HAS_BIAS:
+                        z += b
+                    # Steps of x that no output has may be NaN, times which no zero is zero.
+                    g = tl.where(met, activate_grad_of_z(g, z, ACTIVATION), 0.0)
+                if INPUT:
+                    gs = gs + (g,)
+                    d = gs[K - 1] * taps[0]
+                    for k in tl.static_range(1, K):
+                        d += gs[K - 1 - k] * taps[k]
+                    inside = (here >= LOW) & (here < tl.where(halo, LOW, T + LOW))
+                    inside = inside[:, None] & real
+                    tl.store(pd + i * step, d.to(dx.dtype.element_ty), inside)
+                    gs = gs[1:]
+                if KERNEL:
+                    own = ((here >= 0) & (here < tl.where(halo, 0, U)))[:, None] & real
+                    added = ()
+                    for k in tl.static_range(K):
+                        added = added + (tl.where(own, dw[k] + g * xs[k], dw[k]),)
+                    dw = added
+                    if HAS_BIAS:
+                        db = tl.where(own, db + g, db)
+                xs = xs[1:]
+            u += AHEAD * D
+            pd += AHEAD * step
+    if KERNEL:
+        out = sums + split.to(tl.int64) * (ROWS * C) + c
+        for k in tl.static_range(K):
+            tl.store(out + k * C, tl.sum(dw[k], 0), c < C)
+        if HAS_BIAS:
+            tl.store(out + K * C, tl.sum(db, 0), c < C)
+
+
+# --- Launchers ---
+
+
+def decline(spec: ConvSpec, C: int, O: int) -> str | None:
+    """Why a convolution can't be walked along, or None."""
+    if C != O:
+        return "has a channel multiplier"
+    if spec.stride != 1 or spec.input_dilation != 1:
+        return "has a stride or a dilated input"
+    if spec.kernel_size > TAPS:
+        return f"has more than {TAPS} taps"
+    if max(spec.time, spec.out_time, spec.span, *map(abs, spec.padding)) >= STEPS:
+        return "counts steps with 32 bits"
+    return None
+
+
+def _tile(kernel: str, N: int, T: int, spec: ConvSpec, C: int, dtype, per_thread: int):
+    """Pieces and channels of one program, steps of a piece, and warps: tuned, or a heuristic."""
+    D, K = spec.kernel_dilation, spec.kernel_size
+    found = tuned.lookup(tuned.key(kernel, T, C, K, np.dtype(dtype).name, f"dilation {D}"))
+    if found is not None:
+        rows, columns, steps, warps = found
+    else:
+        warps = 4
+        columns = min(128, max(16, triton.next_power_of_2(C)))
+        rows = max(1, 32 * warps * per_thread // columns)
+        steps = 32
+        # Pieces enough for every processor: rather shorter ones, and more halo.
+        tiles = lambda steps: N * triton.cdiv(C, columns) * (T / (steps * rows))  # noqa: E731
+        while steps > 8 and tiles(steps) < 8 * PROCESSORS:
+            steps //= 2
+    return rows, columns, max(1, min(steps, triton.cdiv(T, D))), warps
+
+
+def forward(
+    x: jax.Array, w: jax.Array, spec: ConvSpec, *, out_dtype, transposed: bool = False,
+    bias: jax.Array | None = None, activation: str | None = None,
+) -> jax.Array:  # fmt: skip
+    """``activation(conv(x, w) + bias)``; arguments as of `triton_depthwise.forward`."""
+    N, T, C = x.shape
+    K, D, U = spec.kernel_size, spec.kernel_dilation, spec.out_time
+    per_thread = 8 if x.dtype.itemsize == 2 and K <= 4 else 4
+    BR, BC, steps, warps = _tile("conv_walk", N, U, spec, C, x.dtype, per_thread)
+    groups, series = triton.cdiv(steps, AHEAD), min(D, U)
+    steps = groups * AHEAD
+    pieces = triton.cdiv(U, steps * D) * series
+    return compat.call(
+        conv_walk, x, w,
+        x if bias is None else bias,  # a pointer that is not read
+        T, U, D, spec.padding[0], series, groups,
+        out=jax.ShapeDtypeStruct((N, U, C), out_dtype),
+        programs=N * triton.cdiv(pieces, BR) * triton.cdiv(C, BC), warps=warps, stages=1,
+        C=C, K=K, REVERSE=transposed, HAS_BIAS=bias is not None, ACTIVATION=activation,
+        AHEAD=AHEAD, BR=BR, BC=BC,
+    )  # fmt: skip
+
+
+def backward(
+    x: jax.Array, w: jax.Array, bias: jax.Array | None, gy: jax.Array, spec: ConvSpec, *,
+    activation: str | None, wanted: tuple[bool, bool, bool], dx_dtype, dw_dtype,
+) -> tuple[jax.Array | None, jax.Array | None, jax.Array | None]:  # fmt: skip
+    """``(dx, dw, db)``, None for what is not wanted, db in float32."""
+    (N, T, C), (_, U, _) = x.shape, gy.shape
+    K, D, low = spec.kernel_size, spec.kernel_dilation, spec.padding[0]
+    want_dx, want_dw, want_db = wanted
+    want_db = want_db and bias is not None
+    sums = want_dw or want_db
+    first, end = (min(0, low), max(U, T + low)) if want_dx else (0, U)
+    per_thread = 4 if K <= 4 else 2
+    BR, BC, steps, warps = _tile("conv_walk_backward", N, end - first, spec, C, x.dtype, per_thread)
+    groups, series = triton.cdiv(steps + K - 1, AHEAD), min(D, end - first)
+    steps = groups * AHEAD - (K - 1)
+    pieces = triton.cdiv(end - first, steps * D) * series
+    tiles, tiles_c = N * triton.cdiv(pieces, BR), triton.cdiv(C, BC)
+    splits = min(tiles, max(1, math.ceil(16 * PROCESSORS / tiles_c)), 512)
+    per_split = triton.cdiv(tiles, splits)
+    splits = triton.cdiv(tiles, per_split)
+    nothing = jax.ShapeDtypeStruct((1,), np.dtype(np.float32))  # a pointer that is not written
+    rows = K + (bias is not None)
+    dx, partial = compat.call(
+        conv_walk_backward, x, w, x if bias is None else bias, gy,
+        T, U, N, D, low, series, groups, first, pieces, per_split,
+        out=(
+            jax.ShapeDtypeStruct((N, T, C), dx_dtype) if want_dx else nothing,
+            jax.ShapeDtypeStruct((splits, rows, C), np.dtype(np.float32)) if sums else nothing,
+        ),
+        programs=splits * tiles_c, warps=warps, stages=1,
+        C=C, K=K, HAS_BIAS=bias is not None, ACTIVATION=activation, INPUT=want_dx, KERNEL=sums,
+        AHEAD=AHEAD, BR=BR, BC=BC,
+    )  # fmt: skip
+    total = add_in_order(partial, np.float32) if sums else None
+    return (
+        dx if want_dx else None,
+        total[:K].reshape(K, 1, C).astype(dw_dtype) if want_dw else None,
+        total[K] if want_db else None,
+    )

@@ -1,0 +1,225 @@
+"""The device code of `triton_dense`: two implicit matmuls, each with what is fused around it."""
+
+import triton
+import triton.language as tl
+
+from conv_pallas.kernels.triton_activation import activate, activate_grad
+from conv_pallas.kernels.triton_common import first_output, first_tap, offsets, to_tf32
+
+
+@triton.jit
+def conv_dense(
+    x, w, bias, saved, T, J, U, D, LOW, y,
+    C: tl.constexpr, O: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
+    S: tl.constexpr, E: tl.constexpr,
+    PHASES: tl.constexpr, ROW_STEP: tl.constexpr, TAP_STEP: tl.constexpr,
+    W_ROW: tl.constexpr, W_COL: tl.constexpr, W_ROWS: tl.constexpr, W_COLS: tl.constexpr,
+    CONTRACT_LAST: tl.constexpr, REVERSE: tl.constexpr,
+    TMA_X: tl.constexpr, TMA_W: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    ROUND_X: tl.constexpr, ROUND_W: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, GRAD_OF: tl.constexpr,
+    BT: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """One tile ``(BT, BO)`` of y. C and O are those of one group.
+
+    w is ``(K, W_ROWS, W_COLS)``; group g starts at row ``g * W_ROW`` and column ``g * W_COL``,
+    and the axis that is summed over is the last one if CONTRACT_LAST. With GRAD_OF, the name of
+    an activation, x is a gradient of its result, and ``x * activation'(saved)`` is convolved.
+    """
+    TILES_O: tl.constexpr = (O + BO - 1) // BO
+    TILES_C: tl.constexpr = (C + BC - 1) // BC
+    pid = tl.program_id(0)
+    o0 = pid % TILES_O * BO
+    pid = pid // TILES_O
+    tiles_j = tl.cdiv(J, BT)
+    j0 = pid % tiles_j * BT
+    pid = pid // tiles_j
+    a = pid % PHASES
+    pid = pid // PHASES
+    g = pid % G
+    n = pid // G
+
+    j = tl.arange(0, BT)
+    o = o0 + tl.arange(0, BO)
+    c = tl.arange(0, BC)
+    k0 = first_tap(a, D, LOW, K, S, E, TAP_STEP)
+    taps = tl.cdiv(K - k0, TAP_STEP)
+    acc = tl.zeros((BT, BO), tl.float32)
+    for i in tl.range(taps * TILES_C):
+        k = k0 + i // TILES_C * TAP_STEP
+        c0 = i % TILES_C * BC
+        # An exact division, so that it does not matter how negative numbers are rounded.
+        t0 = (a * S + k * D - LOW) // E + j0 * ROW_STEP
+        if TMA_X:
+            xb = x.load([n, t0, g * C + c0]).reshape(BT, BC)
+        else:
+            t = t0 + j * ROW_STEP
+            start = (n.to(tl.int64) * T + t0) * (G * C) + (g * C + c0)
+            where = start + offsets(j, ROW_STEP * G * C, BT)[:, None] + c[None, :]
+            inside = (t >= 0)[:, None] & (t < T)[:, None] & (c0 + c < C)[None, :]
+            xb = tl.load(x + where, inside, 0.0)
+            if GRAD_OF is not None:
+                sb = tl.load(saved + where, inside, 0.0).to(tl.float32)
+                xb = activate_grad(xb.to(tl.float32), sb, GRAD_OF).to(xb.dtype)
+            if ROUND_X:
+                xb = to_tf32(xb)
+        kw = K - 1 - k if REVERSE else k
+        if CONTRACT_LAST:
+            row, col = g * W_ROW + o0, g * W_COL + c0
+            if TMA_W:
+                wb = w.load([kw, row, col]).reshape(BO, BC).T
+            else:
+                start = w + (kw.to(tl.int64) * W_ROWS + row) * W_COLS + col
+                inside = (o < O)[None, :] & (c0 + c < C)[:, None]
+                wb = tl.load(start + offsets(o - o0, W_COLS, BO)[None, :] + c[:, None], inside, 0.0)
+        else:
+            row, col = g * W_ROW + c0, g * W_COL + o0
+            if TMA_W:
+                wb = w.load([kw, row, col]).reshape(BC, BO)
+            else:
+                start = w + (kw.to(tl.int64) * W_ROWS + row) * W_COLS + col
+                inside = (c0 + c < C)[:, None] & (o < O)[None, :]
+                wb = tl.load(
+                    start + offsets(c, W_COLS, BC)[:, None] + (o - o0)[None, :], inside, 0.0
+                )
+        if WIDEN:
+            xb, wb = xb.to(tl.float32), wb.to(tl.float32)
+        if ROUND_W:
+            wb = to_tf32(wb)
+        acc = tl.dot(xb, wb, acc, input_precision=PRECISION)
+    if HAS_BIAS:
+        acc += tl.load(bias + g * O + o, o < O, 0.0).to(tl.float32)[None, :]
+    acc = activate(acc, ACTIVATION)
+    u = a + (j0 + j) * PHASES
+    start = y + (n.to(tl.int64) * U + a + j0 * PHASES) * (G * O) + (g * O + o0)
+    where = start + offsets(j, PHASES * G * O, BT)[:, None] + (o - o0)[None, :]
+    tl.store(where, acc.to(y.dtype.element_ty), (u < U)[:, None] & (o < O)[None, :])
+
+
+@triton.jit
+def _gradient_tile(
+    gy, saved, n, u1, first, U,
+    O: tl.constexpr, G: tl.constexpr, PHASES: tl.constexpr, TMA_G: tl.constexpr,
+    ROUND_G: tl.constexpr, GRAD_OF: tl.constexpr, BU: tl.constexpr, BO: tl.constexpr,
+):  # fmt: skip
+    """gz ``(BU, BO)`` from step u1 and, counted in one group's channels, channel ``first[1]`` on.
+
+    ``first`` is the group and that channel.
+    """
+    g, o0 = first
+    if TMA_G:
+        gb = gy.load([n, u1, g * O + o0]).reshape(BU, BO)
+    else:
+        r = tl.arange(0, BU)
+        o = tl.arange(0, BO)
+        start = (n.to(tl.int64) * U + u1) * (G * O) + (g * O + o0)
+        where = start + offsets(r, PHASES * G * O, BU)[:, None] + o[None, :]
+        inside = (u1 + r * PHASES < U)[:, None] & (o0 + o < O)[None, :]
+        gb = tl.load(gy + where, inside, 0.0)
+        if GRAD_OF is not None:
+            sb = tl.load(saved + where, inside, 0.0).to(tl.float32)
+            gb = activate_grad(gb.to(tl.float32), sb, GRAD_OF).to(gb.dtype)
+        if ROUND_G:
+            gb = to_tf32(gb)
+    return gb
+
+
+@triton.jit
+def conv_dense_kernel_grad(
+    x, gy, saved, T, U, J, N, D, LOW, BLOCKS, SPLITS, out,
+    C: tl.constexpr, O: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
+    S: tl.constexpr, E: tl.constexpr, PHASES: tl.constexpr, ROW_STEP: tl.constexpr,
+    TMA_X: tl.constexpr, TMA_G: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr, ROUND_X: tl.constexpr, ROUND_G: tl.constexpr,
+    BIAS: tl.constexpr, GRAD_OF: tl.constexpr,
+    BU: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr,
+):  # fmt: skip
+    """One tile ``(BC, BO)`` of dw[k], or ``BO`` channels of db, summed over BLOCKS tiles of (n, u).
+
+    A tap is the fastest index of the grid: the K programs beside each other read the same
+    tiles of gy, and tiles of x that overlap or lie near. With BIAS one more program beside them
+    sums those tiles, into the row after dw's. GRAD_OF is as in `conv_dense`.
+
+    With TMA_X a tile of x may reach beyond the last step that a tap meets, where gy's is zero;
+    but zero times NaN is NaN. Where that can be, TAIL takes each sample's last tile out of the
+    loop and masks it.
+    """
+    TILES_O: tl.constexpr = (O + BO - 1) // BO
+    TILES_C: tl.constexpr = (C + BC - 1) // BC
+    ITEMS: tl.constexpr = K * TILES_C + (1 if BIAS else 0)
+    ROWS: tl.constexpr = K * C + (1 if BIAS else 0)
+    pid = tl.program_id(0)
+    item = pid % ITEMS
+    k = item % K
+    c0 = item // K * BC
+    pid = pid // ITEMS
+    o0 = pid % TILES_O * BO
+    pid = pid // TILES_O
+    g = pid % G
+    split = pid // G
+    r = tl.arange(0, BU)
+    c = tl.arange(0, BC)
+    o = tl.arange(0, BO)
+    start = out + split.to(tl.int64) * ROWS * (G * O) + (g * O + o0)
+
+    if BIAS:
+        per_sample = tl.cdiv(J, BU)
+        share = tl.cdiv(N * per_sample, SPLITS)
+        last = tl.minimum((split + 1) * share, N * per_sample)
+        last = tl.where(item == K * TILES_C, last, split * share)
+        total = tl.zeros((BU, BO), tl.float32)
+        for i in tl.range(split * share, last):
+            gb = _gradient_tile(
+                gy, saved, i // per_sample, i % per_sample * BU, (g, o0), U,
+                O, G, PHASES, TMA_G, False, GRAD_OF, BU, BO,
+            )  # fmt: skip
+            total += gb.to(tl.float32)
+        row = start + tl.full((), K * C, tl.int64) * (G * O) + o
+        mine = o0 + o < tl.where(item == K * TILES_C, O, 0)
+        tl.store(row, tl.sum(total, 0).to(out.dtype.element_ty), mine)
+
+    # Tap k meets gy at u0, u0 + PHASES, ..., and x there at t0, t0 + ROW_STEP, ...
+    u0 = first_output(k, D, LOW, S, E, PHASES)
+    t0 = (u0 * S + k * D - LOW) // E
+    per_sample = J // BU if TAIL else tl.cdiv(J, BU)
+    first = split * BLOCKS
+    last = tl.minimum(first + BLOCKS, N * per_sample)
+    met = (u0 >= 0) & (item < K * TILES_C)
+    last = tl.where(met, last, first)
+    acc = tl.zeros((BC, BO), tl.float32)
+    for i in tl.range(first, last):
+        n = i // per_sample
+        j0 = i % per_sample * BU
+        t1, u1 = t0 + j0 * ROW_STEP, u0 + j0 * PHASES
+        if TMA_X:
+            xb = x.load([n, t1, g * C + c0]).reshape(BU, BC)
+        else:
+            t, u = t1 + r * ROW_STEP, u1 + r * PHASES
+            corner = x + (n.to(tl.int64) * T + t1) * (G * C) + (g * C + c0)
+            rows = ((t >= 0) & (t < T) & (u < U))[:, None]
+            where = corner + offsets(r, ROW_STEP * G * C, BU)[:, None] + c[None, :]
+            xb = tl.load(where, rows & (c0 + c < C)[None, :], 0.0)
+        gb = _gradient_tile(
+            gy, saved, n, u1, (g, o0), U, O, G, PHASES, TMA_G, ROUND_G, GRAD_OF, BU, BO
+        )
+        if WIDEN:
+            xb, gb = xb.to(tl.float32), gb.to(tl.float32)
+        if ROUND_X:
+            xb = to_tf32(xb)
+        acc = tl.dot(xb.T, gb, acc, input_precision=PRECISION)
+    if TAIL:
+        for i in tl.range(tl.where(met, tl.cdiv(N - split, SPLITS), 0)):
+            n = split + i * SPLITS
+            u1 = u0 + J // BU * BU
+            xb = x.load([n, t0 + J // BU * BU * ROW_STEP, g * C + c0]).reshape(BU, BC)
+            xb = tl.where((u1 + r < U)[:, None], xb, 0.0)
+            gb = _gradient_tile(
+                gy, saved, n, u1, (g, o0), U, O, G, PHASES, TMA_G, ROUND_G, GRAD_OF, BU, BO
+            )
+            if WIDEN:
+                xb, gb = xb.to(tl.float32), gb.to(tl.float32)
+            acc = tl.dot(xb.T, gb, acc, input_precision=PRECISION)
+    where = start + ((k.to(tl.int64) * C + c0 + c) * (G * O))[:, None] + o[None, :]
+    # There is none of the program that sums for the bias: its c0 lies beyond C.
+    inside = (c0 + c < C)[:, None] & (o0 + o < O)[None, :]
+    tl.store(where, acc.to(out.dtype.element_ty), inside)

@@ -1,0 +1,265 @@
+"""Bias and activation inside the operation: who is asked to carry them, and that nobody need."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from conv_pallas import conv1d, explain, fused, kernels
+from conv_pallas.kernels import Kernel, xla
+from conv_pallas.spec import ACTIVATIONS
+from tests import cases
+from tests.support import primitives_of
+
+CASE = dataclasses.replace(cases.named("ragged"), T=11, C=4, O=3)
+
+
+class Toy:
+    """A kernel for CPUs that carries everything, and writes down what it was asked for."""
+
+    def __init__(self, monkeypatch, *, recomputes=False, declines=False):
+        self.calls = []
+        self.mark = lambda z: z
+        self.kernel = Kernel(
+            implementation="toy",
+            platforms=("cpu",),
+            run=self.run,
+            decline=lambda problem: None,
+            describe=lambda problem: "by XLA",
+            priority=None,
+            fused=self.fused,
+            decline_fused=lambda problem: "no" if declines else None,
+            backward=self.backward,
+            decline_backward=lambda problem, wanted: "no" if declines else None,
+            recomputes=lambda problem: recomputes,
+        )
+        self.recomputed = recomputes
+        found, missing = kernels.discover()
+        monkeypatch.setattr(kernels, "discover", lambda: (found | {"toy": self.kernel}, missing))
+
+    def run(self, problem, lhs, rhs):
+        self.calls.append(problem.operation)
+        return xla.run(problem, lhs, rhs)
+
+    def fused(self, problem, x, w, bias):
+        self.calls.append(("fused", problem.epilogue.activation))
+        assert problem.epilogue.bias == (bias is not None)
+        assert x.shape == problem.x_shape
+        z = xla.run(problem, x, w)
+        z = z if bias is None else z + bias[None, None]
+        if problem.epilogue.activation is None:
+            return self.mark(z)
+        return fused.activate(z, problem.epilogue.activation)
+
+    def backward(self, problem, x, w, bias, saved, gy, wanted):
+        self.calls.append(("backward", wanted, None if saved is None else saved.shape))
+        assert gy.shape == problem.y_shape
+        epilogue = problem.epilogue
+        z = xla.run(problem, x, w)
+        z = z if bias is None else z + bias[None, None]
+        if not self.recomputed and epilogue.saved:
+            want = z if epilogue.saved == "z" else fused.activate(z, epilogue.activation)
+            # Were it anything else than what is promised, the gradients would be wrong.
+            z = jnp.where(jnp.abs(saved - want) < 1e-4, z, jnp.nan)
+        gz = jax.vjp(lambda z: fused.activate(z, epilogue.activation), z)[1](gy)[0]
+        dx = dataclasses.replace(problem, operation="conv1d_input_grad")
+        dw = dataclasses.replace(problem, operation="conv1d_kernel_grad")
+        return (
+            xla.run(dx, gz, w) if wanted[0] else None,
+            xla.run(dw, x, gz) if wanted[1] else None,
+            jnp.sum(gz, (0, 1)) if wanted[2] else None,
+        )
+
+
+def _arrays(case=CASE):
+    x, w, g = case.arrays()
+    return x, w, np.linspace(-1, 1, case.O, dtype=np.float32), g
+
+
+def _loss(activation, implementation, case=CASE):
+    def f(x, w, b=None):
+        y = conv1d(x, w, b, **case.geometry, activation=activation, implementation=implementation)
+        return jnp.sum(jnp.sin(y))
+
+    return f
+
+
+def _by_jax(activation, case=CASE):
+    """The same of nothing but `jax.lax` and `jax.nn`."""
+
+    def f(x, w, b=None):
+        y = conv1d(x, w, **case.geometry, implementation="xla_native")
+        return jnp.sum(jnp.sin(fused.activate(y if b is None else y + b, activation)))
+
+    return f
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+def test_a_kernel_that_fuses_carries_a_training_step(activation, recomputes, monkeypatch):
+    toy = Toy(monkeypatch, recomputes=recomputes)
+    x, w, b, _ = _arrays()
+    step = jax.jit(jax.value_and_grad(_loss(activation, "toy"), (0, 1, 2)))
+
+    with jax.numpy_rank_promotion("raise"):
+        value, grads = step(x, w, b)
+
+    want = jax.value_and_grad(_by_jax(activation), (0, 1, 2))(x, w, b)
+    np.testing.assert_allclose(value, want[0], rtol=1e-5)
+    for actual, expected in zip(grads, want[1], strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+    assert not [c for c in toy.calls if isinstance(c, str)]  # nothing ran by itself
+    (backward,) = [c for c in toy.calls if c[0] == "backward"]
+    assert backward[1] == (True, True, True)
+    assert (backward[2] is None) == (activation is None)
+    forwards = [c[1] for c in toy.calls if c[0] == "fused"]
+    if ACTIVATIONS.get(activation) != "z":
+        assert forwards == [activation]
+    else:
+        assert forwards == ([None, activation] if recomputes else [None])
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_what_a_kernel_recomputes_is_not_made(recomputes, monkeypatch):
+    """z is there for kernels that read it. Where none does, XLA removes what makes it."""
+    toy = Toy(monkeypatch, recomputes=recomputes)
+    toy.mark = jnp.ceil  # of z by itself
+    x, w, b, g = _arrays()
+    f = lambda x, w, b: conv1d(x, w, b, **CASE.geometry, activation="silu", implementation="toy")  # noqa: E731
+    step = jax.jit(lambda x, w, b, g: jax.vjp(f, x, w, b)[1](g))
+    assert ("ceil(" in step.lower(x, w, b, g).compile().as_text()) == (not recomputes)
+
+
+@pytest.mark.parametrize(
+    "wanted", [w for w in itertools.product((True, False), repeat=3) if any(w)]
+)
+def test_no_gradient_that_nobody_wants(wanted, monkeypatch):
+    toy = Toy(monkeypatch)
+    arrays = _arrays()[:3]
+    argnums = tuple(i for i in range(3) if wanted[i])
+
+    grads = jax.jit(jax.grad(_loss("tanh", "toy"), argnums))(*arrays)
+
+    want = jax.grad(_by_jax("tanh"), argnums)(*arrays)
+    for actual, expected in zip(grads, want, strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+    asked = [c[1] for c in toy.calls if c[0] == "backward"]
+    assert asked == ([wanted] if wanted[0] or wanted[1] else [])
+
+
+def test_a_kernel_that_declines_to_fuse_still_convolves(monkeypatch):
+    toy = Toy(monkeypatch, declines=True)
+    x, w, b, _ = _arrays()
+    grads = jax.jit(jax.grad(_loss("silu", "toy"), (0, 1, 2)))(x, w, b)
+    want = jax.grad(_by_jax("silu"), (0, 1, 2))(x, w, b)
+    for actual, expected in zip(grads, want, strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+    assert set(toy.calls) == {"conv1d", "conv1d_input_grad", "conv1d_kernel_grad"}
+
+
+def test_the_tangent_is_linear_in_each_of_its_operands():
+    """One of them transposed while the others are numbers."""
+    x, w, b, g = _arrays()
+    f = lambda x, w, b: conv1d(x, w, b, **CASE.geometry, activation="silu")  # noqa: E731
+    zero = np.zeros_like(w)
+    along_bias = lambda db: jax.jvp(f, (x, w, b), (x, zero, db))[1]  # noqa: E731
+    (db,) = jax.linear_transpose(along_bias, b)(g)
+    want = jax.vjp(f, x, w, b)[1](g)[2]
+    np.testing.assert_allclose(db, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu", "tanh"])
+def test_modes_and_orders(activation, monkeypatch):
+    Toy(monkeypatch)
+    x, w, b, _ = _arrays()
+    squares = lambda grads: sum(jnp.sum(g**2) for g in grads)  # noqa: E731
+    for transform in (
+        lambda f: jax.jvp(f, (x, w, b), (x, w, b)),
+        lambda f: jax.jvp(jax.grad(f, (0, 1, 2)), (x, w, b), (x, w, b))[1],
+        lambda f: jax.grad(lambda *p: squares(jax.grad(f, (0, 1, 2))(*p)))(x, w, b),
+        lambda f: jax.jacfwd(jax.grad(f, 2), 2)(x, w, b),
+    ):
+        actual = jax.jit(transform, static_argnums=0)(_loss(activation, "toy"))
+        want = jax.jit(transform, static_argnums=0)(_by_jax(activation))
+        for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(a, e, rtol=1e-3, atol=1e-3)
+
+
+def test_vmap_keeps_what_is_shared_in_one_call(monkeypatch):
+    toy = Toy(monkeypatch)
+    x, w, b, _ = _arrays()
+    xs = np.stack([x, 2 * x])
+    f = jax.vmap(_loss("silu", "toy"), (0, None, None))
+    np.testing.assert_allclose(
+        jax.jit(f)(xs, w, b), [_by_jax("silu")(x, w, b) for x in xs], rtol=1e-4, atol=1e-4
+    )
+    assert toy.calls == [("fused", "silu")]
+    # Gradients for each member: of x in one call, of the parameters one sum each.
+    per_example = jax.vmap(jax.grad(_loss("silu", "toy"), (0, 1, 2)), (0, None, None))
+    for i, x in enumerate(xs):
+        want = jax.grad(_by_jax("silu"), (0, 1, 2))(x, w, b)
+        for actual, expected in zip(jax.jit(per_example)(xs, w, b), want, strict=True):
+            np.testing.assert_allclose(actual[i], expected, rtol=1e-4, atol=1e-4)
+    toy.calls.clear()
+    jax.jit(jax.vmap(jax.grad(_loss("tanh", "toy")), (0, None, None)))(xs, w, b)
+    assert [c[0] for c in toy.calls] == ["fused", "backward"]
+    # Biases and kernels for each member.
+    both = jax.vmap(_loss("silu", "toy"))(xs, np.stack([w, -w]), np.stack([b, b + 1]))
+    np.testing.assert_allclose(both[1], _by_jax("silu")(xs[1], -w, b + 1), rtol=1e-4, atol=1e-4)
+    only_bias = jax.vmap(_loss("tanh", "toy"), (None, None, 0))(x, w, np.stack([b, b + 1]))
+    np.testing.assert_allclose(only_bias[1], _by_jax("tanh")(x, w, b + 1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto], ids=str)
+def test_on_a_mesh_each_device_fuses_its_share(axis_type, monkeypatch):
+    toy = Toy(monkeypatch)
+    case = dataclasses.replace(CASE, batch=(4,))
+    x, w, b, _ = _arrays(case)
+    mesh = jax.make_mesh((2,), ("b",), axis_types=(axis_type,))
+    split = jax.device_put(x, NamedSharding(mesh, P("b")))
+    with jax.set_mesh(mesh):
+        grads = jax.jit(jax.grad(_loss("silu", "toy", case), (0, 1, 2)))(split, w, b)
+    want = jax.grad(_by_jax("silu", case), (0, 1, 2))(x, w, b)
+    for actual, expected in zip(grads, want, strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+    assert ("backward", (True, True, True), (2, *case.out_shape[1:])) in toy.calls
+    assert not [c for c in toy.calls if isinstance(c, str)]
+
+
+def test_nothing_to_compute(monkeypatch):
+    Toy(monkeypatch)
+    _, w, b, _ = _arrays()
+    x = np.zeros((0, 5, CASE.C), np.float32)
+    grads = jax.grad(_loss("silu", "toy"), (0, 1, 2))(x, w, b)
+    assert [g.shape for g in grads] == [x.shape, w.shape, b.shape]
+    assert not np.any(grads[1]) and not np.any(grads[2])
+
+
+def test_only_what_can_be_fused_is():
+    x, w, b, _ = _arrays()
+    names = lambda f, *a: primitives_of(jax.make_jaxpr(f)(*a))  # noqa: E731
+    assert "conv1d_fused" in names(lambda x, w, b: conv1d(x, w, b), x, w, b)
+    assert "conv1d_fused" in names(lambda x, w: conv1d(x, w, activation="relu"), x, w)
+    assert "conv1d_fused" not in names(lambda x, w: conv1d(x, w), x, w)
+    plain = names(lambda x, w: conv1d(x, w, activation=jnp.cos), x, w)
+    assert "conv1d" in plain and "cos" in plain
+    native = names(lambda x, w, b: conv1d(x, w, b, implementation="xla_native"), x, w, b)
+    assert "conv1d_fused" not in native
+
+
+def test_explain_says_who_computes_the_epilogue(monkeypatch):
+    x, w, b, _ = _arrays()
+    assert explain(x, w).epilogue is None
+    assert explain(x, w, activation=jnp.cos).epilogue is None
+    assert "relu: by XLA (xla carries none)" in str(explain(x, w, activation="relu"))
+    Toy(monkeypatch)
+    told = explain(x, w, b, activation="relu", implementation="toy")
+    assert told.epilogue == "bias and relu: in toy's kernel; their gradients in toy's kernels"
+    Toy(monkeypatch, declines=True)
+    told = explain(x, w, b, implementation="toy")
+    assert told.epilogue == "bias: by XLA (toy: no); their gradients by XLA"

@@ -1,0 +1,71 @@
+"""`tune`, with the timing of a chip that is not here."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from conv_pallas import aot, tuning
+
+pytest.importorskip("jax_triton")
+
+from conv_pallas.kernels import triton_compat, triton_tuned
+
+pytestmark = pytest.mark.aot
+
+KEY = "conv_walk_backward 515x64x4 bfloat16 dilation 1"
+
+
+@pytest.fixture
+def h200(monkeypatch, tmp_path):
+    """A machine with an H200, as far as `tune` looks; its clock is this dictionary."""
+    seconds = {}
+
+    def compiled(program, arguments):
+        aot.lower_for("h200", program, *(aot.struct(a.shape, a.dtype) for a in arguments))
+        return lambda: jnp.zeros(())
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(triton_compat, "device_kind", lambda: "NVIDIA H200")
+    monkeypatch.setattr(tuning, "_compiled", compiled)
+    monkeypatch.setattr(
+        tuning._measure, "interleaved",
+        lambda calls, settings: {tile: (seconds.get(tile, 1.0),) for tile in calls},
+    )  # fmt: skip
+    monkeypatch.setattr(tuning, "WALK_TILES", ((4, 64, 32, 4), (3, 64, 32, 4), (8, 64, 16, 4)))
+    monkeypatch.setattr(triton_tuned, "FOLDER", tmp_path)
+    triton_tuned.forget()
+    yield seconds, tmp_path / "triton_tuned_nvidia-h200.json"
+    triton_tuned.forget()
+
+
+def test_tune_writes_what_later_compilations_find(h200):
+    seconds, file = h200
+    file.write_text(json.dumps({"device": "x", "tiles": {"other": [1, 2]}, "measured": {}}))
+    x, w = aot.struct((2, 512, 64), jnp.bfloat16), aot.struct((4, 1, 64), jnp.bfloat16)
+    assert triton_tuned.lookup(KEY) is None
+    seconds[(8, 64, 16, 4)] = 0.5
+    lines = []
+    found = tuning.tune(x, w, feature_group_count=64, report=lines.append)
+    assert found[KEY] == (8, 64, 16, 4)
+    assert triton_tuned.lookup(KEY) == (8, 64, 16, 4)
+    stored = json.loads(file.read_text())
+    assert stored["tiles"] == {key: list(tile) for key, tile in found.items()} | {"other": [1, 2]}
+    assert any("(4, 64, 32, 4): 1000000.0 us" in line for line in lines)
+    # No power of two: Triton refuses it, which is told, and the others are tried all the same.
+    assert any("(3, 64, 32, 4): " in line and "Error" in line for line in lines), lines
+
+
+def test_what_is_hardly_faster_is_not_kept(h200):
+    seconds, file = h200
+    seconds[(4, 64, 32, 4)] = 0.99
+    x, w = aot.struct((2, 512, 64), jnp.bfloat16), aot.struct((4, 1, 64), jnp.bfloat16)
+    assert tuning.tune(x, w, feature_group_count=64, report=lambda line: None, seconds=30) == {}
+    assert not file.exists()
+
+
+def test_tune_needs_a_gpu():
+    x, w = jnp.ones((2, 8, 4)), jnp.ones((3, 4, 4))
+    with pytest.raises(RuntimeError, match="tune needs an NVIDIA GPU, and JAX runs on cpu"):
+        tuning.tune(x, w)

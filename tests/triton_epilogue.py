@@ -1,0 +1,182 @@
+"""What kernels fuse around a convolution, and its gradients, in float64, with tolerances.
+
+    z = conv(x, w) + bias      y = f(z)      gz = gy * f'(z)
+    dx = input_grad(gz, w)     dw = kernel_grad(x, gz)     db = sum of gz over n and u
+
+The cases are for Triton's interpreter and for the chip alike.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from conv_pallas.spec import ACTIVATIONS, Epilogue, Problem
+from tests import tolerance
+from tests.cases import Case
+from tests.support import rows
+
+erf = np.vectorize(math.erf)
+sigmoid = lambda z: 1 / (1 + np.exp(-z))  # noqa: E731
+_A, _B = math.sqrt(2 / math.pi), 0.044715
+_inner = lambda z: np.tanh(_A * (z + _B * z**3))  # noqa: E731
+
+VALUES = {
+    None: lambda z: z,
+    "relu": lambda z: np.where(z < 0, 0, z),
+    "gelu": lambda z: 0.5 * z * (1 + _inner(z)),
+    "gelu_exact": lambda z: 0.5 * z * (1 + erf(z / math.sqrt(2))),
+    "silu": lambda z: z * sigmoid(z),
+    "tanh": np.tanh,
+    "sigmoid": sigmoid,
+}
+SLOPES = {
+    None: np.ones_like,
+    "relu": lambda z: (z > 0).astype(float),
+    "gelu": lambda z: (
+        0.5 * (1 + _inner(z)) + 0.5 * z * (1 - _inner(z) ** 2) * _A * (1 + 3 * _B * z**2)
+    ),
+    "gelu_exact": lambda z: (
+        0.5 * (1 + erf(z / math.sqrt(2))) + z * np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
+    ),
+    "silu": lambda z: sigmoid(z) * (1 + z * (1 - sigmoid(z))),
+    "tanh": lambda z: 1 - np.tanh(z) ** 2,
+    "sigmoid": lambda z: sigmoid(z) * (1 - sigmoid(z)),
+}
+# How fast values and slopes change, at most.
+STEEPEST = 1.2
+
+
+@dataclasses.dataclass(frozen=True)
+class Fused:
+    """A case with an epilogue, and which of dx, dw and db are wanted."""
+
+    case: Case
+    activation: str | None
+    bias: bool = True
+    wanted: tuple[bool, bool, bool] = (True, True, True)
+
+    @property
+    def name(self) -> str:
+        told = "".join(n for n, w in zip(("dx", "dw", "db"), self.wanted, strict=True) if w)
+        bias = "bias" if self.bias else "plain"
+        return f"fused_{self.case.name}_{self.activation}_{bias}_{told}"
+
+    def problem(self, platform: str = "cuda") -> Problem:
+        epilogue = Epilogue(self.bias, self.activation)
+        return dataclasses.replace(self.case.problem("conv1d", platform), epilogue=epilogue)
+
+    def arrays(self):
+        """x, w, bias or None, gy and what the forward pass saved or None; three axes each."""
+        x, w, gy = self.case.arrays()
+        x, gy = rows(x), rows(gy)
+        w = w / np.asarray(math.sqrt(w.shape[0] * w.shape[1]), w.dtype)  # z of about 1
+        bias = np.random.default_rng(1).standard_normal(w.shape[-1]).astype(w.dtype)
+        bias = bias if self.bias else None
+        z, _ = self._z(x, w, bias)
+        saved = {None: None, "z": z, "y": VALUES[self.activation](z)}[self.problem().epilogue.saved]
+        return x, w, bias, gy, saved if saved is None else saved.astype(gy.dtype)
+
+    def _z(self, x, w, bias):
+        """z, and how far off it may be before it is rounded to the result's dtype."""
+        common = dict(dtype=x.dtype, precision=self.case.precision, platform="cuda")
+        spec, reference = self.case.spec, tolerance.REFERENCES["conv1d"]
+        z = reference(x, w, spec) + (0 if bias is None else bias.astype(float))
+        magnitude = np.sqrt(reference(x.astype(float) ** 2, w.astype(float) ** 2, spec))
+        terms = self.case.K * w.shape[1] + 1
+        return z, tolerance.bound(terms, magnitude + 1, z, out_dtype=np.float32, **common)
+
+    def check_forward(self, actual, x, w, bias) -> None:
+        z, off = self._z(x, w, bias)
+        value, out = VALUES[self.activation](z), self.problem().out_dtype
+        allowed = STEEPEST * off + tolerance.UNIT[out.name] * np.abs(value) + 1e-6
+        tolerance.assert_within(actual, value, allowed, out, "forward")
+
+    def check_backward(self, actual, x, w, bias, gy) -> None:
+        """dx, dw and db against the formula, where they are wanted, and None elsewhere."""
+        spec, out = self.case.spec, self.problem().out_dtype
+        z, off = self._z(x, w, bias)
+        gz = gy.astype(float) * SLOPES[self.activation](z)
+        gz_off = np.zeros_like(gz)
+        if self.activation is not None:
+            # z or y is rounded when it is saved, and gz where it is a factor of a product.
+            off = off + tolerance.UNIT[out.name] * np.maximum(np.abs(z), 1) + 1e-6
+            gz_off = tolerance.UNIT[out.name] * np.abs(gz)
+            gz_off += 2 * STEEPEST * off * np.abs(gy.astype(float)) * (self.activation != "relu")
+        operations = {
+            "conv1d_input_grad": (lambda g: (g, w.astype(float)), x.dtype),
+            "conv1d_kernel_grad": (lambda g: (x.astype(float), g), w.dtype),
+        }
+        for got, wanted, (operation, (factors, dtype)) in zip(
+            actual, self.wanted, operations.items(), strict=False
+        ):
+            if not wanted:
+                assert got is None, operation
+                continue
+            compute = lambda g, p=1, op=operation, f=factors: tolerance.REFERENCES[op](  # noqa: E731
+                *(a**p for a in f(g)), spec
+            )
+            value, magnitude = compute(gz), np.sqrt(compute(gz, 2))
+            terms = compute(np.ones_like(gz), 0)
+            allowed = tolerance.bound(
+                terms, magnitude, value, dtype=x.dtype, out_dtype=dtype,
+                precision=self.case.precision, platform="cuda",
+            ) + tolerance.CONFIDENCE * np.sqrt(compute(gz_off, 2))  # fmt: skip
+            tolerance.assert_within(np.asarray(got), value, allowed, dtype, operation)
+        if not (self.wanted[2] and self.bias):
+            assert actual[2] is None
+            return
+        db, value, count = actual[2], gz.sum((0, 1)), gz.shape[0] * gz.shape[1]
+        relative = tolerance.CONFIDENCE * tolerance.UNIT["float32"] * (1 + math.sqrt(count))
+        allowed = relative * np.sqrt((gz**2).sum((0, 1)))
+        allowed += tolerance.CONFIDENCE * np.sqrt((gz_off**2).sum((0, 1))) + 1e-6
+        if db.dtype != np.float32:  # a layer casts what a kernel returns
+            allowed += tolerance.UNIT[db.dtype.name] * np.abs(value)
+        tolerance.assert_within(np.asarray(db), value, allowed, db.dtype, "bias gradient")
+
+
+def _each(case: Case) -> list[Fused]:
+    return [Fused(case, activation) for activation in ACTIVATIONS]
+
+
+_WALKED = Case("walked", T=41, C=24, O=24, G=24, K=4, D=3)
+_DENSE = Case("dense", T=37, C=24, O=40, D=5)
+_BFLOAT16 = dict(dtype="bfloat16")
+
+FUSED = (
+    *_each(_WALKED),
+    *_each(_DENSE),
+    # Depthwise: one tap and eight, another padding, several programs and halves of tiles.
+    Fused(Case("walked_wide", T=150, C=136, O=136, G=136, K=4, D=3, **_BFLOAT16), "silu"),
+    Fused(dataclasses.replace(_WALKED, name="walked_far", T=70, D=64, K=8, **_BFLOAT16), "gelu"),
+    Fused(dataclasses.replace(_WALKED, name="walked_over", T=9, D=64), "tanh"),
+    Fused(dataclasses.replace(_WALKED, name="walked_pad", padding=[(7, 20)], K=2), "relu"),
+    Fused(dataclasses.replace(_WALKED, name="walked_crop", padding=[(-5, -3)]), "silu"),
+    Fused(dataclasses.replace(_WALKED, name="walked_valid", padding="VALID", K=1), None),
+    Fused(_WALKED, "silu", bias=False),
+    Fused(_WALKED, "silu", wanted=(True, False, False)),
+    Fused(_WALKED, "silu", wanted=(False, True, True)),
+    Fused(_WALKED, None, wanted=(False, False, True)),
+    # Depthwise that can't be walked.
+    Fused(Case("strided", T=45, C=20, O=20, G=20, K=4, S=2, D=3), "silu"),
+    Fused(Case("multiplier", T=45, C=20, O=40, G=20, K=7, D=2, **_BFLOAT16), "gelu_exact"),
+    Fused(
+        Case("multiplier", T=45, C=20, O=40, G=20, K=7), "tanh", wanted=(False, True, True)
+    ),
+    Fused(Case("upsampling", T=15, C=20, O=20, G=20, E=2, padding=2), "relu"),
+    # Dense and grouped: the derivative in the kernels and before them.
+    Fused(dataclasses.replace(_DENSE, name="tiles", T=150, C=72, O=136, **_BFLOAT16), "gelu"),
+    Fused(dataclasses.replace(_DENSE, name="half", dtype="float16"), "relu"),
+    Fused(Case("grouped", T=50, C=16, O=32, G=2, D=7, **_BFLOAT16), "relu"),
+    Fused(Case("grouped", T=50, C=16, O=32, G=2, D=7), "silu", wanted=(False, True, True)),
+    Fused(_DENSE, "silu", wanted=(True, False, False)),
+    Fused(_DENSE, "sigmoid", wanted=(True, False, True)),
+    Fused(_DENSE, None, wanted=(False, True, True)),
+    Fused(Case("strided_dense", T=41, C=24, O=20, S=2, D=3), "relu"),
+    Fused(Case("upsampled", T=21, C=24, O=20, E=2, padding=3), "relu"),
+)  # fmt: skip
+
+
+def named(name: str) -> Fused:
+    (found,) = (fused for fused in FUSED if fused.name == name)
+    return found
