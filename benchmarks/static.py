@@ -1,0 +1,276 @@
+"""Estimates, from libtpu's compiler alone, of our TPU kernels and of XLA's own convolution.
+
+    python -m benchmarks.static tpu                     # every layer and chain, v5e and v6e
+    python -m benchmarks.static tpu --layers wavenet --chips v6e --no-chains
+
+No TPU takes part, and nothing here is a measured time. For each program the compiler's output
+gives three lower bounds, in cycles of one core: bundles of instructions with the trips of their
+loops (`benchmarks.bundles`), products over what the matrix units can do, and bytes to and from HBM
+over its bandwidth (`benchmarks.traffic`). The largest of the three is the estimate. Waits are in
+none of them. XLA's programs and ours are read by the same code. Copies that only change a layout
+count: in a single operation every array comes and goes in the default one, in a chain XLA
+is free to keep another in between.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import bundles, traffic
+from benchmarks.layers import LAYERS
+from conv_pallas import aot, conv1d
+from conv_pallas._layers import Layer, select
+from conv_pallas.primitives import conv1d_input_grad_p, conv1d_kernel_grad_p, conv1d_p
+from conv_pallas.spec import OPERATIONS, make_spec
+
+RESULTS = Path(__file__).parent / "results" / "tpu-static"
+# Cycles a second; the vendor's peak rates are those at this clock.
+CLOCK = {"v5e": 1.5e9, "v6e": 1.75e9}
+OURS, XLA = "pallas_tpu", ("xla_native", "xla")
+
+CHAINS = (
+    Layer("chain/C128/K3/D4", "", 8, 4096, 128, 128, 3, 4, activation="relu", dtype="bfloat16"),
+    Layer("chain/C256/K7/D64", "", 8, 16384, 256, 256, 7, 64, activation="relu", dtype="bfloat16"),
+    Layer("chain/C512/K3/D64", "", 8, 4096, 512, 512, 3, 64, activation="relu", dtype="bfloat16"),
+    Layer("chain/depthwise", "", 8, 4096, 512, 512, 4, 1, G=512, activation="silu",
+          dtype="bfloat16"),
+)  # fmt: skip
+LINKS = 4
+BFLOAT16 = tuple(
+    dataclasses.replace(c, name=c.name.replace("chain", "bfloat16"), activation=None)
+    for c in CHAINS
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Rates of one core, by second. The products are of bfloat16."""
+
+    clock: float
+    operations: float
+    bandwidth: float
+
+    @classmethod
+    def named(cls, name: str) -> "Chip":
+        infos = []
+
+        def ask():
+            from jax.experimental.pallas import tpu as pltpu
+
+            infos.append(pltpu.get_tpu_info())
+            return 0
+
+        aot.lower_for(name, ask)
+        (info,) = infos
+        return cls(CLOCK[name], info.bf16_ops_per_second, info.mem_bw_bytes_per_second)
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Of one compiled program, all in cycles but ``spills``.
+
+    Attributes:
+      spills: stores of spilled vector registers in main loops.
+      uncounted: loops whose trips are not written; `bundles` has one trip of each.
+    """
+
+    bundles: int
+    mxu: int
+    memory: int
+    spills: int
+    uncounted: int
+
+    @property
+    def cycles(self) -> int:
+        return max(self.bundles, self.mxu, self.memory)
+
+
+def _products(layer: Layer) -> int:
+    """Of one operation, those with padding left out."""
+    spec, _ = make_spec((layer.N, layer.T, layer.C), (layer.K, layer.C // layer.G, layer.O),
+                        strides=layer.S, padding=layer.padding, kernel_dilation=layer.D,
+                        feature_group_count=layer.G)  # fmt: skip
+    u = np.arange(spec.out_time) * spec.stride - spec.padding[0]
+    steps = sum(int(((0 <= u + k * layer.D) & (u + k * layer.D < layer.T)).sum())
+                for k in range(layer.K))  # fmt: skip
+    return layer.N * steps * (layer.C // layer.G) * layer.O
+
+
+def estimate(chip: str, rates: Chip, folder: Path, program, products: int) -> Estimate:
+    """Compiles ``program``, a pair of a function and its operands, and reads what is written."""
+    for file in folder.iterdir():
+        file.unlink()
+    f, structs = program
+    compiled = aot.compile_for(chip, f, *structs)
+    schedules = bundles.read_program(list(folder.iterdir())).values()
+    bytes_ = traffic.hbm_bytes(compiled.as_text())
+    return Estimate(
+        sum(s.bundles for s in schedules),
+        round(2 * products / rates.operations * rates.clock),
+        round(bytes_ / rates.bandwidth * rates.clock),
+        sum(s.spills for s in schedules),
+        sum(s.uncounted for s in schedules),
+    )
+
+
+# --- Programs ---
+
+
+def single(layer: Layer, operation: str, implementation: str):
+    """One of the three primitives."""
+    x = aot.struct((layer.N, layer.T, layer.C), layer.dtype)
+    w = aot.struct((layer.K, layer.C // layer.G, layer.O), layer.dtype)
+    spec, _ = make_spec(x.shape, w.shape, strides=layer.S, padding=layer.padding,
+                        kernel_dilation=layer.D, feature_group_count=layer.G)  # fmt: skip
+    g = aot.struct((layer.N, spec.out_time, layer.O), layer.dtype)
+    primitive, operands = {
+        "conv1d": (conv1d_p, (x, w)),
+        "conv1d_input_grad": (conv1d_input_grad_p, (g, w)),
+        "conv1d_kernel_grad": (conv1d_kernel_grad_p, (x, g)),
+    }[operation]
+    params = dict(spec=spec, kernel_batch=0, precision=None, out_dtype=jnp.dtype(layer.dtype),
+                  implementation=(implementation,), out_sharding=None)  # fmt: skip
+    return lambda lhs, rhs: primitive.bind(lhs, rhs, **params), operands
+
+
+def chain(layer: Layer, training: bool, implementation: str):
+    """`LINKS` layers with bias and activation; ``training``: with all gradients."""
+
+    def forward(params, x):
+        for w, bias in params:
+            x = conv1d(x, w, bias, padding=layer.padding, kernel_dilation=layer.D,
+                       feature_group_count=layer.G, activation=layer.activation,
+                       implementation=implementation)  # fmt: skip
+        return x
+
+    def step(params, x, gy):
+        y, vjp = jax.vjp(forward, params, x)
+        return y, vjp(gy)
+
+    w = aot.struct((layer.K, layer.C // layer.G, layer.O), layer.dtype)
+    params = [(w, aot.struct((layer.O,), layer.dtype))] * LINKS
+    x = aot.struct((layer.N, layer.T, layer.C), layer.dtype)
+    return (step, (params, x, x)) if training else (forward, (params, x))
+
+
+def programs(layers, chains) -> Iterator[tuple[dict, int, Callable]]:
+    """For each program its description, products on the matrix unit, and how it is made."""
+    for layer in layers:
+        for operation in OPERATIONS:
+            described = dict(layer=layer.name, geometry=str(layer), dtype=layer.dtype)
+            described |= dict(kind=layer.kind, program=operation)
+            products = 0 if layer.G == layer.C > 1 else _products(layer)
+            yield described, products, lambda i, a=(layer, operation): single(*a, i)
+    for layer in chains:
+        for training in (False, True):
+            described = dict(layer=layer.name, geometry=str(layer), dtype=layer.dtype)
+            described |= dict(kind=layer.kind)
+            described |= dict(program=f"{LINKS} layers, {'training' if training else 'forward'}")
+            products = 0 if layer.G > 1 else LINKS * (3 if training else 1) * _products(layer)
+            yield described, products, lambda i, a=(layer, training): chain(*a, i)
+
+
+def compare(chip: str, folder: Path, layers, chains) -> Iterator[dict]:
+    """A row for each program: every implementation's estimate, or the reason that it has none."""
+    rates, known = Chip.named(chip), {}
+    for described, products, program in programs(layers, chains):
+        key = (described["geometry"], described["dtype"], described["program"])
+        if key not in known:
+            row = {}
+            for implementation in (*XLA, OURS):
+                try:
+                    found = estimate(chip, rates, folder, program(implementation), products)
+                except NotImplementedError as e:
+                    row[implementation] = dict(declines=str(e))
+                    continue
+                row[implementation] = dataclasses.asdict(found) | dict(estimate=found.cycles)
+            known[key] = row
+        yield described | known[key]
+
+
+def ratio(row: dict) -> float | None:
+    """The better of XLA's estimates over ours; None where ours declines."""
+    if "declines" in row[OURS]:
+        return None
+    theirs = [row[i]["estimate"] for i in XLA if "declines" not in row[i]]
+    return min(theirs) / row[OURS]["estimate"]
+
+
+# --- Command line ---
+
+
+def _run(chip: str, arguments) -> int:
+    folder = Path(os.environ["CONV_PALLAS_DUMP"])
+    layers = select(arguments.layers, LAYERS + BFLOAT16) if arguments.layers else LAYERS + BFLOAT16
+    chains = () if arguments.no_chains else CHAINS
+    rows, spilled = [], 0
+    for row in compare(chip, folder, layers, chains):
+        rows.append(row)
+        against = ratio(row)
+        told = "declines" if against is None else f"{against:5.2f}"
+        spills = row[OURS].get("spills", 0)
+        spilled += spills > 0
+        print(f"{chip} {row['layer']:<34} {row['program']:<20} {told}"
+              + (f"  {spills} spills" if spills else ""), flush=True)  # fmt: skip
+    versions = {p: importlib.metadata.version(p) for p in ("jax", "libtpu")}
+    what = "estimates in cycles from compiler output; nothing was measured"
+    result = dict(what=what, chip=chip, **versions, **dataclasses.asdict(Chip.named(chip)))
+    if arguments.output:
+        Path(arguments.output).mkdir(parents=True, exist_ok=True)
+        path = Path(arguments.output) / f"{chip}.json"
+        lines = ",\n".join("  " + json.dumps(row) for row in rows)
+        head = json.dumps(result, indent=1)[:-2]
+        path.write_text(f'{head},\n "rows": [\n{lines}\n]}}\n')
+        print(f"wrote {path}")
+    print(f"libtpu {versions['libtpu']}, {chip}: estimates of XLA's program over ours, not measured"
+          f" times; {spilled} programs of ours spill in a main loop")  # fmt: skip
+    return 1 if spilled else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status 1: one of our kernels spills in a main loop."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.static", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("device", choices=["tpu"])
+    parser.add_argument("--chips", default="v5e,v6e", help="of v5e, v6e")
+    parser.add_argument("--layers", help="words, of which a layer's name contains one; all")
+    parser.add_argument("--no-chains", action="store_true")
+    parser.add_argument("--output", help=f"where to write JSON; the committed one is {RESULTS}")
+    arguments = parser.parse_args(argv)
+    if "CONV_PALLAS_DUMP" in os.environ:
+        return _run(arguments.chips, arguments)
+    chips = arguments.chips.split(",")
+    if not set(chips) <= set(CLOCK):
+        parser.error(f"--chips must be of {', '.join(CLOCK)}, got {arguments.chips!r}")
+    return max([_in_a_process(chip, argv or sys.argv[1:]) for chip in chips])
+
+
+def _in_a_process(chip: str, argv: list[str]) -> int:
+    """libtpu reads its flags once, as it is loaded: where it writes is a process's own."""
+    import subprocess
+
+    folder = tempfile.mkdtemp(prefix="bundles_")
+    flags = bundles.DUMP_FLAGS.format(folder=folder)
+    environment = os.environ | dict(
+        JAX_PLATFORMS="cpu", CONV_PALLAS_DUMP=folder, LIBTPU_INIT_ARGS=flags
+    )
+    command = [sys.executable, "-m", "benchmarks.static", *argv, "--chips", chip]
+    try:
+        return subprocess.run(command, env=environment).returncode
+    finally:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
