@@ -40,7 +40,7 @@ class Schedule:
     Attributes:
       bundles: with each loop's trips.
       length: of the code, without them.
-      spills: stores of spilled vector registers inside loops within loops.
+      spills: stores of spilled vector registers inside loops.
       loops: ``(depth, trips, bundles of one trip)``, innermost first.
       uncounted: loops whose trips are not written; each counts as one.
     """
@@ -100,7 +100,7 @@ def read_schedule(text: str, *, strict: bool = True) -> Schedule:
         loop.branches += branches
         loop.limits.update((name, int(limit)) for name, limit in _COMPARE.findall(code))
         loop.limits.update((name, 1) for name in _ALWAYS.findall(code))
-        if depth > 1:
+        if depth > 0:
             spills += len(_SPILL.findall(code))
     while len(stack) > 1:
         close()

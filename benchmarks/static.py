@@ -1,7 +1,7 @@
 """Estimates, from libtpu's compiler alone, of our TPU kernels and of XLA's own convolution.
 
     python -m benchmarks.static tpu                     # every layer and chain, v5e and v6e
-    python -m benchmarks.static tpu --layers wavenet --chips v6e --no-chains
+    python -m benchmarks.static tpu --layers wavenet,chain --chips v6e
 
 No TPU takes part, and nothing here is a measured time. For each program the compiler's output
 gives three lower bounds, in cycles of one core: bundles of instructions with the trips of their
@@ -14,6 +14,7 @@ is free to keep another in between.
 
 import argparse
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import os
@@ -28,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import bundles, traffic
-from benchmarks.layers import LAYERS
+from benchmarks.layers import LAYERS, quick
 from conv_pallas import aot, conv1d
 from conv_pallas._layers import Layer, select
 from conv_pallas.primitives import conv1d_input_grad_p, conv1d_kernel_grad_p, conv1d_p
@@ -81,8 +82,9 @@ class Estimate:
     """Of one compiled program, all in cycles but ``spills``.
 
     Attributes:
-      spills: stores of spilled vector registers in main loops.
+      spills: stores of spilled vector registers, in the code of our kernels' loops.
       uncounted: loops whose trips are not written; `bundles` has one trip of each.
+      length: bundles of the code, without trips.
     """
 
     bundles: int
@@ -90,6 +92,7 @@ class Estimate:
     memory: int
     spills: int
     uncounted: int
+    length: int
 
     @property
     def cycles(self) -> int:
@@ -113,14 +116,15 @@ def estimate(chip: str, rates: Chip, folder: Path, program, products: int) -> Es
         file.unlink()
     f, structs = program
     compiled = aot.compile_for(chip, f, *structs)
-    schedules = bundles.read_program(list(folder.iterdir())).values()
+    schedules = bundles.read_program(list(folder.iterdir()))
     bytes_ = traffic.hbm_bytes(compiled.as_text())
     return Estimate(
-        sum(s.bundles for s in schedules),
+        sum(s.bundles for s in schedules.values()),
         round(2 * products / rates.operations * rates.clock),
         round(bytes_ / rates.bandwidth * rates.clock),
-        sum(s.spills for s in schedules),
-        sum(s.uncounted for s in schedules),
+        sum(s.spills for name, s in schedules.items() if name.startswith("conv1d_")),
+        sum(s.uncounted for s in schedules.values()),
+        sum(s.length for s in schedules.values()),
     )
 
 
@@ -144,8 +148,8 @@ def single(layer: Layer, operation: str, implementation: str):
     return lambda lhs, rhs: primitive.bind(lhs, rhs, **params), operands
 
 
-def chain(layer: Layer, training: bool, implementation: str):
-    """`LINKS` layers with bias and activation; ``training``: with all gradients."""
+def chain(layer: Layer, biased: bool, training: bool, implementation: str):
+    """`LINKS` layers with their activation; ``training``: with all gradients."""
 
     def forward(params, x):
         for w, bias in params:
@@ -159,29 +163,34 @@ def chain(layer: Layer, training: bool, implementation: str):
         return y, vjp(gy)
 
     w = aot.struct((layer.K, layer.C // layer.G, layer.O), layer.dtype)
-    params = [(w, aot.struct((layer.O,), layer.dtype))] * LINKS
+    params = [(w, aot.struct((layer.O,), layer.dtype) if biased else None)] * LINKS
     x = aot.struct((layer.N, layer.T, layer.C), layer.dtype)
     return (step, (params, x, x)) if training else (forward, (params, x))
 
 
 def programs(layers, chains) -> Iterator[tuple[dict, int, Callable]]:
     """For each program its description, products on the matrix unit, and how it is made."""
-    for layer in layers:
-        for operation in OPERATIONS:
-            described = dict(layer=layer.name, geometry=str(layer), dtype=layer.dtype)
-            described |= dict(kind=layer.kind, program=operation)
-            products = 0 if layer.G == layer.C > 1 else _products(layer)
-            yield described, products, lambda i, a=(layer, operation): single(*a, i)
-    for layer in chains:
-        for training in (False, True):
-            described = dict(layer=layer.name, geometry=str(layer), dtype=layer.dtype)
-            described |= dict(kind=layer.kind)
-            described |= dict(program=f"{LINKS} layers, {'training' if training else 'forward'}")
-            products = 0 if layer.G > 1 else LINKS * (3 if training else 1) * _products(layer)
-            yield described, products, lambda i, a=(layer, training): chain(*a, i)
+    links = {  # whether there is a bias, and gradients
+        f"{LINKS} layers, forward": (False, False),
+        f"{LINKS} layers with bias, forward": (True, False),
+        f"{LINKS} layers with bias, training": (True, True),
+    }
+    alone = [(layer, operation) for layer in layers for operation in OPERATIONS]
+    linked = [(layer, program) for program in links for layer in chains]
+    # Training takes the longest to compile, and comes last.
+    for layer, program in (*linked[: -len(chains) or None], *alone, *linked[-len(chains) :]):
+        described = dict(layer=layer.name, geometry=str(layer), dtype=layer.dtype)
+        described |= dict(kind=layer.kind, program=program)
+        products = 0 if layer.G == layer.C > 1 else _products(layer)
+        if program in links:
+            products *= LINKS * (3 if links[program][1] else 1)
+            make = functools.partial(chain, layer, *links[program])
+        else:
+            make = functools.partial(single, layer, program)
+        yield described, products, make
 
 
-def compare(chip: str, folder: Path, layers, chains) -> Iterator[dict]:
+def compare(chip: str, folder: Path, layers, chains, only_ours: bool) -> Iterator[dict]:
     """A row for each program: every implementation's estimate, or the reason that it has none."""
     rates, known = Chip.named(chip), {}
     for described, products, program in programs(layers, chains):
@@ -189,6 +198,8 @@ def compare(chip: str, folder: Path, layers, chains) -> Iterator[dict]:
         if key not in known:
             row = {}
             for implementation in (*XLA, OURS):
+                if only_ours and implementation != OURS:
+                    continue
                 if implementation == "xla" and not described["kind"].startswith("depthwise"):
                     continue  # it is the native one on a TPU
                 try:
@@ -219,25 +230,30 @@ def ratio(row: dict, *theirs: str) -> float | None:
 
 def _run(chip: str, arguments) -> int:
     folder = Path(os.environ["CONV_PALLAS_DUMP"])
-    layers = select(arguments.layers, LAYERS + BFLOAT16) if arguments.layers else LAYERS + BFLOAT16
-    chains = () if arguments.no_chains else CHAINS
+    # The most telling first, so that a run that is cut short has them.
+    known = tuple(dict.fromkeys((*CHAINS, *BFLOAT16, *quick(), *LAYERS)))
+    if arguments.quick:
+        known = known[: len(CHAINS) + len(BFLOAT16) + len(quick())]
+    chosen = select(arguments.layers, known) if arguments.layers else known
+    layers, chains = (
+        [layer for layer in chosen if (layer in CHAINS) is links] for links in (False, True)
+    )
     what = "estimates in cycles from compiler output; nothing was measured"
     versions = {p: importlib.metadata.version(p) for p in ("jax", "libtpu")}
     head = dict(what=what, chip=chip, **versions, **dataclasses.asdict(Chip.named(chip)))
     rows = []
-    for row in compare(chip, folder, layers, chains):
+    for row in compare(chip, folder, layers, chains, arguments.ours):
         rows.append(row)
         ours, against = row[OURS], ratio(row)
-        told = f"{against:5.2f}" if against else ours.get("fails") or "declines"
+        told = f"{against:5.2f}" if against else ours.get("fails") or "-"
         spills = f"  {ours['spills']} spills" if ours.get("spills") else ""
         print(f"{chip} {row['layer']:<34} {row['program']:<20} {told}{spills}", flush=True)
         if arguments.output:  # after every row: what is there when it is stopped counts
             _write(Path(arguments.output) / f"{chip}.json", head, rows)
     failed = [row["layer"] for row in rows if "fails" in row[OURS]]
     spilled = [row["layer"] for row in rows if row[OURS].get("spills")]
-    print(f"libtpu {versions['libtpu']}, {chip}: estimates of XLA's program over ours, not measured "
-          f"times; {len(spilled)} programs of ours spill in a main loop, {len(failed)} of "
-          f"{len(rows)} do not compile")  # fmt: skip
+    print(f"libtpu {versions['libtpu']}, {chip}: XLA's estimate over ours; nothing was measured")
+    print(f"of {len(rows)} programs {len(spilled)} of ours spill in a loop, {len(failed)} fail")
     return 1 if failed else 0
 
 
@@ -257,7 +273,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("device", choices=["tpu"])
     parser.add_argument("--chips", default="v5e,v6e", help="of v5e, v6e")
     parser.add_argument("--layers", help="words, of which a layer's name contains one; all")
-    parser.add_argument("--no-chains", action="store_true")
+    parser.add_argument("--ours", action="store_true", help="leave XLA's programs out")
+    parser.add_argument("--quick", action="store_true", help="of each model the most dilated layer")
     parser.add_argument("--output", help=f"where to write JSON; the committed one is {RESULTS}")
     arguments = parser.parse_args(argv)
     if "CONV_PALLAS_DUMP" in os.environ:
