@@ -39,15 +39,15 @@ format: venv ## format, and fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: venv ## measure layers on this machine
-	$(BIN)/python -m benchmarks.layer_sweep $(ARGS)
+bench: venv ## measure layers on this machine; make bench ARGS=--quick takes minutes less
+	$(BIN)/python -m benchmarks $(ARGS)
 
 venv: .venv/installed ## make .venv, for everything but test-aot
 venv-aot: .venv-aot/installed ## make .venv-aot, which adds libtpu, the CUDA plugin and triton
 venv-oldest: .venv-oldest/installed ## make .venv-oldest
 
 clean: ## remove all that these targets made, environments too
-	rm -rf .venv .venv-aot .venv-oldest demo-output build dist *.egg-info
+	rm -rf .venv .venv-aot .venv-oldest demo-output bench-output build dist *.egg-info
 	rm -rf .benchmarks .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

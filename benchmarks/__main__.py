@@ -1,7 +1,237 @@
-"""``make bench``, ``python -m benchmarks``: the same as ``python -m benchmarks.layer_sweep``."""
+"""Times published layers on this machine: stock nnx.Conv, every honest baseline, and ours.
 
+    python -m benchmarks [--quick] [--layers TEXT] [--implementation NAMES] [--dtype DTYPE]
+                         [--pass NAME] [--json PATH]
+
+Every variant is checked against the formula in float64 before it is timed. Writes a JSON result,
+after each layer, and in the end a page, ``report.html``, beside it. On a CPU the larger layers are
+cut down in N and T, and their row says so.
+"""
+
+import argparse
+import dataclasses
+import signal
 import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
-from benchmarks.layer_sweep import main
+import jax
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
-sys.exit(main())
+from benchmarks import harness, layers, stored
+from benchmarks.harness import Measurement
+from benchmarks.truth import Truth
+from conv_pallas import dispatch
+from conv_pallas._layers import Layer
+from conv_pallas._measure import PASSES, STOCK, Settings
+from conv_pallas.explanation import default_platform
+
+OUTPUT = Path("bench-output")
+DTYPES = ("float32", "bfloat16", "float16")
+# Below this a layer counts as slower, above its inverse as faster; in between is noise.
+SLOWER = 0.95
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = _parse(argv)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=130)
+    settings = harness.QUICK if options.quick else harness.FULL
+    host = harness.host() | {"commit": stored.commit()}
+    limits = harness.ceilings(sorted({s.dtype for s in options.subjects}))
+    measurements: list[Measurement] = []
+
+    def keep(m: Measurement) -> None:
+        measurements.append(m)
+        stored.write(options.json, stored.result(host, settings, limits, measurements))
+
+    interrupted = False
+    try:
+        measure(options.subjects, options.passes, options.implementations, settings, console, keep)
+    except KeyboardInterrupt:
+        # A second one, while this is being dealt with, would lose what was measured.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        console.print("interrupted: what follows was measured before")
+        interrupted = True
+    if not measurements:
+        return 130
+    # The machine may have been slow, or fast, when the ceilings were measured.
+    again = harness.ceilings(limits.keys() - {"bytes"}) if not interrupted else limits
+    limits = {name: max(limits[name], again[name]) for name in limits}
+    result = stored.result(host, settings, limits, measurements)
+    stored.write(options.json, result)
+    console.print(table(result))
+    console.print(summary(result))
+    from benchmarks import report  # matplotlib takes its time
+
+    page = options.json.with_suffix(".html")
+    page.write_text(report.page(result, name=options.json.name), encoding="utf-8")
+    console.print(f"wrote {options.json} and {page}")
+    return 130 if interrupted else int(any(refused(m) for m in measurements))
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer layers, and less time for each")
+    parser.add_argument(
+        "--layers", metavar="TEXT", help="only those whose name contains one of these words: a,b,c"
+    )
+    parser.add_argument(
+        "--implementation",
+        metavar="NAMES",
+        help=f"of ours, with commas: {', '.join(dispatch.names())} "
+        "(default: the one that is picked, and every other kernel that runs here)",
+    )
+    parser.add_argument("--dtype", metavar="DTYPE", help=f"one of {', '.join(DTYPES)}, for all")
+    parser.add_argument(
+        "--pass", dest="passes", metavar="NAME", help="forward or training (default: both)"
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="PATH",
+        default=OUTPUT / "result.json",
+        help="where to write the result; the page goes beside it (default: %(default)s)",
+    )
+    options = parser.parse_args(argv)
+    try:
+        subjects = layers.quick() if options.quick else layers.ALL
+        if options.layers:
+            subjects = stored.select(options.layers)
+        if options.dtype is not None:
+            if options.dtype not in DTYPES:
+                raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {options.dtype}")
+            subjects = [dataclasses.replace(s, dtype=options.dtype) for s in subjects
+                        if isinstance(s, Layer)]  # fmt: skip
+        options.subjects = [layers.fit(s, jax.default_backend()) for s in subjects]
+        options.implementations = None
+        if options.implementation is not None:
+            options.implementations = [n.strip() for n in options.implementation.split(",")]
+            dispatch.canonicalize(options.implementations)
+        options.passes = _passes(options.passes)
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        if options.json.suffix != ".json":
+            raise ValueError(f"--json must be a file that ends in .json, got {options.json}")
+    except ValueError as e:
+        parser.error(str(e))
+    except OSError as e:
+        parser.error(f"--json must be a file in a folder that can be written to: {e}")
+    return options
+
+
+def _passes(name: str | None) -> tuple[str, ...]:
+    if name is None:
+        return PASSES
+    found = tuple(p for p in PASSES if name and p.startswith(name))
+    if not found:
+        raise ValueError(f"--pass must be forward or training, got {name!r}")
+    return found
+
+
+def measure(
+    subjects: Sequence[layers.Subject],
+    passes: Sequence[str],
+    implementations: Sequence[str | None] | None,
+    settings: Settings,
+    console: Console,
+    keep: Callable[[Measurement], Any],
+) -> None:
+    """Hands every measurement to ``keep`` as soon as it is there."""
+    with Progress(
+        TextColumn("timing"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("{task.description}"), console=console, disable=not console.is_terminal,
+    ) as bar:  # fmt: skip
+        task = bar.add_task("", total=len(subjects) * len(passes))
+        for subject in subjects:
+            truth = Truth(subject, default_platform()) if isinstance(subject, Layer) else None
+            variants = harness.variants_of(subject, implementations)
+            for which in passes:
+                bar.update(task, description=f"{subject.name}, {which}")
+                m = harness.measure(
+                    subject, which, variants=variants, settings=settings, truth=truth
+                )
+                keep(m)
+                bar.update(task, advance=1)
+                for reason in refused(m):
+                    console.print(f"[bold red]refused: {reason}[/bold red]", soft_wrap=True)
+                if not console.is_terminal:
+                    told = {n: f"{1e3 * v.time.median:.3g}" for n, v in m.timed.items()}
+                    text = ", ".join(f"{n} {ms} ms" for n, ms in told.items())
+                    console.print(f"{subject.name}, {which}: {text}", soft_wrap=True)
+
+
+def refused(m: Measurement) -> list[str]:
+    """Of each variant whose result was wrong, where."""
+    return [v.reason for v in m.variants.values() if v.refused]
+
+
+def table(result: dict[str, Any]) -> Table:
+    """One line for each measurement, the losing ones in red."""
+    rows = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left", caption=(
+        "ms: the median call. ×: ours against stock nnx.Conv, and against the fastest of all "
+        "baselines, turn by turn;\nthe median and its quartiles; =: both compiled to the same "
+        "program. of limit: the time at the measured\nceilings over ours; *: N or T cut down "
+        "for a CPU"
+    ))  # fmt: skip
+    for column in ("layer", "pass"):
+        rows.add_column(column, no_wrap=True)
+    for column in ("stock ms", "fastest ms", "", "ours ms", "× stock", "× fastest", "quartiles",
+                   "of limit"):  # fmt: skip
+        rows.add_column(column, justify="left" if not column else "right", no_wrap=True)
+    for m in result["measurements"]:
+        layer, ours = m["layer"], m["ours"]
+        cells = [layer["name"] + (" *" if m["cut_down"] else ""), m["pass"]]
+        for name in (STOCK, m["fastest_baseline"]):
+            cells.append(_ms(m["variants"].get(name, {})))
+        cells.append(m["fastest_baseline"] or "")
+        if ours and "speedup" in m:
+            best = m["speedup_over_fastest"]
+            cells += [_ms(m["variants"][ours]), _colored(m["speedup"]), _colored(best)]
+            cells += [f"{best['low']:.2f}-{best['high']:.2f}"]
+            cells += [f"{m['variants'][ours]['roofline']:.0%}"]
+        else:
+            reasons = [v["reason"] for n, v in m["variants"].items()
+                       if harness.is_ours(n) and "reason" in v]  # fmt: skip
+            cells += [(reasons or ["-"])[0][:40], "", "", "", ""]
+        rows.add_row(*cells)
+    return rows
+
+
+def _ms(variant: dict[str, Any]) -> str:
+    return f"{variant['ms']:.3g}" if "ms" in variant else "-"
+
+
+def _colored(speedup: dict[str, Any]) -> str:
+    if speedup["same_program"]:
+        return "[dim]=[/dim]"
+    ratio = speedup["median"]
+    color = "red" if ratio < SLOWER else "green" if ratio > 1 / SLOWER else "default"
+    return f"[{color}]{ratio:.2f}[/{color}]"
+
+
+def summary(result: dict[str, Any]) -> str:
+    """How many are faster and slower than the fastest baseline, and which are slower."""
+    found = [m for m in result["measurements"] if "speedup_over_fastest" in m]
+    ratio = lambda m: m["speedup_over_fastest"]["median"]  # noqa: E731
+    slower = sorted((m for m in found if ratio(m) < SLOWER), key=ratio)
+    faster = sum(ratio(m) > 1 / SLOWER for m in found)
+    lines = [
+        f"{len(found)} measured; against the fastest baseline {faster} are faster than "
+        f"{1 / SLOWER:.2f} and {len(slower)} slower than {SLOWER}"
+    ]
+    lines += [
+        f"  {m['layer']['name']}, {m['pass']}: {ratio(m):.2f} of {m['fastest_baseline']}"
+        for m in slower
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -158,27 +158,62 @@ def _symmetric(layer: Layer) -> Forward:
 
 
 def _matmuls(layer: Layer) -> Forward:
-    spec = spec_of(layer)
-    depthwise = layer.G == layer.C == layer.O
+    convolve = _shifted_matmuls(spec_of(layer), layer.G == layer.C == layer.O)
+    return lambda x, kernel, bias: layer.activate(convolve(x, kernel) + bias)
 
-    def forward(x, kernel, bias):
+
+def _shifted_matmuls(spec: ConvSpec, depthwise: bool) -> Callable:
+    """``(x, kernel) -> y`` with sums in float32, in the gradients too.
+
+    Left to autodiff each tap's share of dx would be rounded before it is added.
+    """
+    last = (spec.out_time - 1) * spec.stride + 1
+    windows = [
+        slice(start, start + last, spec.stride)
+        for start in range(0, spec.kernel_size * spec.kernel_dilation, spec.kernel_dilation)
+    ]
+    G = spec.groups
+
+    def product(equation, a, b):
+        if depthwise:  # (n, t, g) by (n, t, g) or (g,): no sums but over n and t
+            a, b = (v.astype(jnp.float32) for v in (a, b))
+            return (a * b).sum((0, 1)) if equation == "ntgc,ntgo->gco" else a * b
+        return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+
+    def by_group(a):
+        return a if depthwise else a.reshape(*a.shape[:-1], G, -1)
+
+    def of_groups(tap):  # (C/G, O) to (G, C/G, O/G); (1, G) to (G,)
+        return tap[0] if depthwise else tap.reshape(tap.shape[0], G, -1).swapaxes(0, 1)
+
+    def joined(y):
+        return y if depthwise else y.reshape(*y.shape[:2], -1)
+
+    @jax.custom_vjp
+    def convolve(x, kernel):
         padded = jnp.pad(x, ((0, 0), spec.padding, (0, 0)))
-        last = (spec.out_time - 1) * spec.stride + 1
-        y = jnp.zeros((), jnp.float32)
-        for k in range(spec.kernel_size):
-            start = k * spec.kernel_dilation
-            shifted = padded[:, start : start + last : spec.stride]
-            if depthwise:
-                y = y + shifted.astype(jnp.float32) * kernel[k].astype(jnp.float32)
-                continue
-            # (N, T', G, C/G) by (C/G, G, O/G)
-            a = shifted.reshape(*shifted.shape[:2], spec.groups, -1)
-            b = kernel[k].reshape(kernel.shape[1], spec.groups, -1)
-            tap = jnp.einsum("ntgc,cgo->ntgo", a, b, preferred_element_type=jnp.float32)
-            y = y + tap.reshape(*shifted.shape[:2], -1)
-        return layer.activate(y.astype(x.dtype) + bias)
+        taps = [
+            product("ntgc,gco->ntgo", by_group(padded[:, window]), of_groups(kernel[k]))
+            for k, window in enumerate(windows)
+        ]
+        return joined(sum(taps)).astype(x.dtype)
 
-    return forward
+    def backward(residuals, gy):
+        x, kernel = residuals
+        padded = jnp.pad(x, ((0, 0), spec.padding, (0, 0)))
+        dx = jnp.zeros(padded.shape, jnp.float32)
+        dw = []
+        for k, window in enumerate(windows):
+            share = product("ntgo,gco->ntgc", by_group(gy), of_groups(kernel[k]))
+            dx = dx.at[:, window].add(joined(share))
+            share = product("ntgc,ntgo->gco", by_group(padded[:, window]), by_group(gy))
+            dw.append(share[None] if depthwise else share.swapaxes(0, 1))
+        low = spec.padding[0]
+        dx = dx[:, low : low + spec.time].astype(x.dtype)
+        return dx, jnp.stack(dw).reshape(kernel.shape).astype(kernel.dtype)
+
+    convolve.defvjp(lambda x, kernel: (convolve(x, kernel), (x, kernel)), backward)
+    return convolve
 
 
 def _ours(layer: Layer, implementation: Implementation = None) -> Forward:

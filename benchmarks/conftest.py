@@ -7,7 +7,10 @@ def pytest_addoption(parser):
         help="measure the layers whose name contains one of these words (a,b,c); 'all' for all "
         "(default: the most dilated layer of each model, and cases that no model covers)",
     )
-    parser.addoption("--implementation", help="of ours; None picks the fastest known")
+    parser.addoption(
+        "--implementation",
+        help="of ours, with commas (default: the one that is picked, and every other that runs)",
+    )
 
 
 def pytest_configure(config):

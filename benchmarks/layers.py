@@ -3,7 +3,14 @@
 The published ones are in `conv_pallas._layers`, where the demo finds them too.
 """
 
-from conv_pallas._layers import PUBLISHED, Layer
+import dataclasses
+import functools
+
+from flax import nnx
+
+from conv_pallas import _layers
+from conv_pallas._layers import PUBLISHED, Layer, find
+from conv_pallas.nn import TCN
 
 _NONE = "no model: a case that the published layers leave out"
 
@@ -11,6 +18,8 @@ _NONE = "no model: a case that the published layers leave out"
 def _case(name: str, N: int, T: int, C: int, O: int, K: int, **more) -> Layer:
     return Layer(name, _NONE, N, T, C, O, K, **more)
 
+
+_LENGTHS = (64, 256, 1024, 4096, 8192)
 
 CASES: tuple[Layer, ...] = (
     _case("depthwise/D1", 8, 2048, 512, 512, 4, G=512),
@@ -24,6 +33,8 @@ CASES: tuple[Layer, ...] = (
     _case("stride/S2", 8, 4096, 64, 64, 4, S=2),
     _case("stride/S2/D8", 8, 4096, 64, 64, 3, D=8, S=2),
     _case("stride/S4/C1", 8, 16384, 1, 64, 16, S=4),
+    *(_case(f"length/dense/T{T}", 4, T, 32, 32, 3, D=8) for T in _LENGTHS),
+    *(_case(f"length/depthwise/T{T}", 4, T, 32, 32, 3, D=8, G=32) for T in _LENGTHS),
     _case("pointwise/C64", 8, 4096, 64, 128, 1),
     _case("bfloat16/C25", 64, 784, 25, 25, 7, D=16, dtype="bfloat16"),
     _case("bfloat16/C128", 8, 2048, 128, 128, 3, D=8, dtype="bfloat16"),
@@ -33,7 +44,99 @@ CASES: tuple[Layer, ...] = (
 LAYERS: tuple[Layer, ...] = PUBLISHED + CASES
 
 
-def quick() -> tuple[Layer, ...]:
-    """The most dilated layer of each published model, and every other case."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Stack:
+    """A whole temporal convolutional network, as `conv_pallas.nn.TCN` builds it.
+
+    Attributes:
+      C, O: channels in and out; each of ``blocks`` blocks is ``width`` wide.
+    """
+
+    name: str
+    source: str
+    N: int
+    T: int
+    C: int
+    O: int
+    K: int
+    width: int
+    blocks: int
+    dtype: str = "float32"
+
+    kind = "whole stack"
+
+    @property
+    def model(self) -> str:
+        return self.name.partition("/")[0]
+
+    def layers(self) -> list[Layer]:
+        """Its convolutions."""
+        found, narrow = [], self.C
+        for level in range(self.blocks):
+            sizes = (self.N, self.T, narrow, self.width)
+            make = functools.partial(Layer, self.name, self.source, *sizes, dtype=self.dtype)
+            found += [
+                make(self.K, 1 << level),
+                dataclasses.replace(make(self.K, 1 << level), C=self.width),
+            ]
+            if narrow != self.width:
+                found.append(make(1))
+            narrow = self.width
+        return [
+            *found,
+            Layer(self.name, self.source, self.N, self.T, narrow, self.O, 1, dtype=self.dtype),
+        ]
+
+    def costs(self, training: bool = False) -> tuple[tuple[int, int], ...]:
+        """As `Layer.costs`, of all convolutions."""
+        return tuple(cost for layer in self.layers() for cost in layer.costs(training))
+
+    def build(self, **more) -> TCN:
+        """Without dropout, which would draw random numbers in what is timed."""
+        widths = [self.width] * self.blocks
+        return TCN(self.C, widths, self.O, self.K, 0.0, nnx.Rngs(0), **more)
+
+    def __str__(self) -> str:
+        return (
+            f"N={self.N} T={self.T} C={self.C} O={self.O} K={self.K} "
+            f"{self.blocks} blocks of {self.width}"
+        )
+
+
+def _tcn(model: str, *sizes: int) -> Stack:
+    return Stack(f"{model}/stack", find(f"{model}/D1").source, *sizes)
+
+
+# Of github.com/locuslab/TCN with the settings in its scripts; the words are embedded already.
+STACKS: tuple[Stack, ...] = (
+    _tcn("tcn-adding", 32, 400, 2, 1, 7, 30, 8),
+    _tcn("tcn-copy", 32, 1020, 1, 10, 8, 10, 8),
+    _tcn("tcn-mnist", 64, 784, 1, 10, 7, 25, 8),
+    _tcn("tcn-music", 1, 256, 88, 88, 5, 150, 4),
+    _tcn("tcn-ptb-characters", 32, 400, 100, 50, 3, 450, 3),
+    _tcn("tcn-ptb-words", 16, 80, 600, 600, 3, 600, 4),
+)
+
+type Subject = Layer | Stack
+
+ALL: tuple[Subject, ...] = (*LAYERS, *STACKS)
+
+
+def quick() -> tuple[Subject, ...]:
+    """The most dilated layer of each published model, the cases but for lengths, and two stacks."""
     last = {layer.model: layer for layer in PUBLISHED}
-    return (*last.values(), *CASES)
+    cases = [case for case in CASES if case.model != "length"]
+    return (*last.values(), *cases, STACKS[0], STACKS[3])
+
+
+# Products of a dense forward pass above which the benchmarks cut a layer down for a CPU.
+MOST_ON_CPU = 1 << 27
+
+
+def fit(subject: Subject, platform: str, most: int = MOST_ON_CPU) -> Subject:
+    """As `conv_pallas._layers.fit`; a stack gets fewer sequences, and keeps their length."""
+    if isinstance(subject, Layer):
+        return _layers.fit(subject, platform, most)
+    while platform == "cpu" and subject.N > 1 and subject.costs()[2][0] * subject.blocks > 4 * most:
+        subject = dataclasses.replace(subject, N=subject.N // 2)
+    return subject

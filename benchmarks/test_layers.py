@@ -1,50 +1,103 @@
 """Layers under pytest-benchmark, to store and to compare runs.
 
-    pytest benchmarks/ [--layers TEXT] [--benchmark-json PATH] [--benchmark-compare]
+    pytest benchmarks/ [--layers TEXT] [--implementation NAMES] [--benchmark-json PATH]
+                       [--benchmark-compare]
 
-One variant after the other: for a ratio that drift can't spoil, where both take turns, run
-``python -m benchmarks.layer_sweep``.
+All variants of a layer are checked and take turns, as in ``python -m benchmarks``; each test then
+hands its share of the times to pytest-benchmark, whose clock plays them back. So its statistics,
+groups, files and comparisons are of interleaved times.
 """
+
+import functools
 
 import jax
 import pytest
-from flax import nnx
 
-from benchmarks.layers import LAYERS, quick
-from conv_pallas import _layers, _measure
-from conv_pallas.nn import Conv
+from benchmarks import harness, stored
+from benchmarks.layers import ALL, fit, quick
+from conv_pallas import dispatch
+from conv_pallas._measure import FORWARD, PASSES
+
+
+class Replay:
+    """A clock that stands still but for what is played back."""
+
+    def __init__(self):
+        self.now = 0.0
+        self._seconds = iter(())
+
+    def load(self, seconds):
+        self._seconds = iter(seconds)
+
+    def __call__(self):
+        return self.now
+
+    def play(self):
+        self.now += next(self._seconds)
+
+
+CLOCK = Replay()
 
 
 def pytest_generate_tests(metafunc):
-    text = metafunc.config.getoption("--layers", None)
+    option = metafunc.config.getoption
+    text, names = option("--layers", None), option("--implementation", None)
     try:
-        layers = quick() if not text else LAYERS if text == "all" else _layers.select(text, LAYERS)
+        subjects = quick() if not text else ALL if text == "all" else stored.select(text)
+        implementations = None
+        if names:
+            implementations = [name.strip() for name in names.split(",")]
+            dispatch.canonicalize(implementations)
     except ValueError as e:
         raise pytest.UsageError(str(e)) from None
-    metafunc.parametrize("layer", layers, ids=lambda layer: layer.name)
+    found = [
+        pytest.param(subject, which, name, id=f"{subject.name}-{which}-{name}")
+        for subject in subjects
+        for which in PASSES
+        for name in harness.variants_of(subject, implementations)
+    ]
+    metafunc.parametrize(("subject", "which", "name"), found)
 
 
-@pytest.mark.parametrize("which", _measure.PASSES)
-@pytest.mark.parametrize("variant", [_measure.STOCK, _measure.OURS])
-def test_layer(benchmark, request, layer, which, variant):
-    layer = _layers.fit(layer, jax.default_backend())
-    if variant == _measure.STOCK:
-        implementation, module = "nnx.Conv", layer.build(nnx.Conv)
-    else:
-        implementation = request.config.getoption("--implementation", None)
-        module = layer.build(Conv, implementation=implementation)
-    program = _measure.prepare(layer, which, module, *_measure.inputs(layer))
-    benchmark.group = f"{layer.name}, {which} ({layer})"
+@functools.lru_cache(maxsize=1)  # the variants of a pass are neighbours
+def measured(subject, which, implementations):
+    variants = harness.variants_of(subject, implementations)
+    return harness.measure(subject, which, variants=variants)
+
+
+@functools.cache
+def surroundings(dtype):
+    """The machine and its ceilings, measured once."""
+    return harness.host(), harness.ceilings((dtype,))
+
+
+@pytest.mark.benchmark(timer=CLOCK, min_rounds=1)
+def test_layer(benchmark, request, subject, which, name):
+    names = request.config.getoption("--implementation", None)
+    implementations = tuple(n.strip() for n in names.split(",")) if names else None
+    subject = fit(subject, jax.default_backend())
+    m = measured(subject, which, implementations)
+    variant = m.variants[name]
+    if variant.refused:
+        pytest.fail(f"refused: {variant.reason}", pytrace=False)
+    if not variant.seconds:
+        pytest.skip(variant.reason)
+    host, limits = surroundings(subject.dtype)
+    operations, bytes_ = (sum(c[i] for c in subject.costs(which != FORWARD)) for i in (0, 1))
+    median = variant.time.median
+    benchmark.group = f"{subject.name}, {which} ({subject})"
     benchmark.extra_info |= {
-        "implementation": implementation or "default",
+        "implementation": name,
         "pass": which,
-        "layer": layer.name,
-        "size": str(layer),
-        **_measure.host(),
+        "layer": subject.name,
+        "size": str(subject),
+        "same program as": variant.same_as,
+        "TFLOP/s": operations / median / 1e12,
+        "GB/s": bytes_ / median / 1e9,
+        "share of the roofline": harness.ideal(subject, which, limits) / median,
+        "memory": variant.memory,
+        "runs in a launch": m.inside,
+        **host,
     }
-    jax.block_until_ready(program())  # the first call is never like the others
-    benchmark(lambda: jax.block_until_ready(program()))
-    if benchmark.stats is not None:  # None where timing is off
-        # Of a training step, both gradients cost what the forward pass costs.
-        operations = 2 * layer.products * (1 if which == _measure.FORWARD else 3)
-        benchmark.extra_info["GFLOP/s"] = operations / benchmark.stats.stats.median / 1e9
+    CLOCK.load(variant.seconds)
+    benchmark.pedantic(CLOCK.play, rounds=len(variant.seconds), iterations=1)

@@ -1,6 +1,7 @@
 """``python -m conv_pallas``: what the package can show from the command line."""
 
 import argparse
+import dataclasses
 import signal
 import sys
 from collections.abc import Sequence
@@ -66,7 +67,126 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="a smaller TCN, two epochs, two layers: shows that it works, learns and tells little",
     )
+    _add_inspect(commands)
+    _add_explain(commands)
     return parser
+
+
+def _add_inspect(commands) -> None:
+    inspect = commands.add_parser(
+        "inspect",
+        help="what a layer becomes on a chip that need not be here",
+        description="Which kernel and tile, and why; operations, bytes and the bound; registers, "
+        "shared memory, spills, occupancy and instructions from the machine code, or bundles, "
+        "matrix unit and VMEM from the schedule; beside what XLA makes of the stock layer. "
+        "Nothing runs: no figure is a measured speed. Needs the extra aot (make venv-aot).",
+    )
+    inspect.set_defaults(run=_inspect)
+    _add_layer(inspect, "+")
+    inspect.add_argument(
+        "--chip", required=True, metavar="CHIP", help=f"one of {', '.join(_chips())}"
+    )
+    inspect.add_argument("--dtype", metavar="DTYPE", help="instead of the layer's own")
+    inspect.add_argument(
+        "--implementation",
+        type=_implementation,
+        metavar="NAME",
+        help="as in the library (default: the kernel that is made for the chip)",
+    )
+    inspect.add_argument(
+        "--dump",
+        type=Path,
+        metavar="DIR",
+        help="leave HLO, and Triton IR, PTX and SASS, or Mosaic and the schedule, in this folder",
+    )
+
+
+def _add_explain(commands) -> None:
+    explain = commands.add_parser(
+        "explain",
+        help="what would run here, and why not the rest",
+        description="For a layer, or for one of each kind: which implementation runs each "
+        "operation on this machine or another platform, and why the others do not.",
+    )
+    explain.set_defaults(run=_explain)
+    _add_layer(explain, "*")
+    explain.add_argument(
+        "--platform", choices=dispatch.PLATFORMS, help="default: that of the default device"
+    )
+    explain.add_argument("--dtype", metavar="DTYPE", help="instead of the layer's own")
+    explain.add_argument(
+        "--implementation", type=_implementation, metavar="NAME", help="as in the library"
+    )
+
+
+def _add_layer(parser, count: str) -> None:
+    parser.add_argument(
+        "layer",
+        nargs=count,
+        metavar="LAYER",
+        help="a published layer's name, such as wavenet/D512, or a shape, such as "
+        "N=8 T=4096 C=512 K=3 D=4 activation=relu dtype=bfloat16",
+    )
+
+
+def _layer(words: Sequence[str], dtype: str | None):
+    from conv_pallas import inspection
+
+    layer = inspection.parse_layer(words)
+    dtype = dtype or layer.dtype
+    if dtype not in inspection.DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(inspection.DTYPES)}, got {dtype!r}")
+    return dataclasses.replace(layer, dtype=dtype)
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from conv_pallas import aot, inspection
+
+    inspection.jax_without_devices()
+    try:
+        layer = _layer(options.layer, options.dtype)
+        if options.chip not in aot.CHIPS:
+            raise ValueError(f"--chip must be one of {', '.join(aot.CHIPS)}, got {options.chip!r}")
+        if options.dump is not None:
+            options.dump.mkdir(parents=True, exist_ok=True)
+    except (ValueError, TypeError) as e:
+        return _fail(str(e))
+    except OSError as e:
+        return _fail(f"--dump must be a folder that can be written to: {e}")
+    try:
+        inspection.inspect(
+            layer, options.chip, implementation=options.implementation, dump=options.dump
+        )
+    except (NotImplementedError, aot.MissingWheelError) as e:
+        return _fail(str(e))  # what can't be done here; it tells why
+    return 0
+
+
+def _explain(options: argparse.Namespace) -> int:
+    from conv_pallas import inspection
+    from conv_pallas.explanation import explain
+
+    # A dense layer and a depthwise one, for who names none.
+    wanted = [options.layer] if options.layer else [["wavenet/D512"], ["conv-tasnet/D128"]]
+    try:
+        for words in wanted:
+            layer = _layer(words, options.dtype)
+            print(f"{layer.name}: {layer}, {layer.dtype}")
+            x, kernel, bias, _ = inspection.structs(layer)
+            print(explain(
+                x, kernel, bias, platform=options.platform, strides=layer.S,
+                padding=layer.padding, kernel_dilation=layer.D, feature_group_count=layer.G,
+                activation=layer.activation, implementation=options.implementation,
+            ))  # fmt: skip
+    except (ValueError, TypeError, NotImplementedError) as e:
+        return _fail(str(e))
+    return 0
+
+
+def _chips() -> tuple[str, ...]:
+    from conv_pallas import aot
+
+    return aot.CHIPS
 
 
 def _demo(options: argparse.Namespace) -> int:

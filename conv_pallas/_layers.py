@@ -62,6 +62,26 @@ class Layer:
         """Multiplications in one forward pass, those with padding counted."""
         return self.N * -(-self.T // self.S) * self.K * (self.C // self.G) * self.O
 
+    @property
+    def out_time(self) -> int:
+        """Steps of the output."""
+        if self.padding == "VALID":
+            return max(0, (self.T - self.span) // self.S + 1)
+        return -(-self.T // self.S)
+
+    def costs(self, training: bool = False) -> tuple[tuple[int, int], ...]:
+        """Arithmetic operations and bytes of each operation of a pass, products with padding too.
+
+        Bytes are what has to move where nothing is moved twice: each operand and each result
+        once. A training step is the forward pass and the two gradients; that of the kernel
+        carries the bias's.
+        """
+        size = 2 if self.dtype in ("bfloat16", "float16") else 4
+        x, y = self.N * self.T * self.C, self.N * self.out_time * self.O
+        w = self.K * (self.C // self.G) * self.O + self.O
+        forward = (2 * self.products, size * (x + w + y))
+        return (forward,) * 3 if training else (forward,)  # the gradients swap the parts
+
     def __str__(self) -> str:
         """The geometry, on one line."""
         channels = f"C={self.C}" if self.C == self.O else f"C={self.C} O={self.O}"
@@ -176,15 +196,17 @@ def select(text: str, layers: tuple[Layer, ...] = PUBLISHED) -> tuple[Layer, ...
     return tuple(layer for layer in layers if any(word in layer.name for word in words))
 
 
-def fit(layer: Layer, platform: str) -> Layer:
+def fit(layer: Layer, platform: str, most: int = 1 << 30) -> Layer:
     """The layer, with fewer sequences and then shorter ones where a CPU would take too long.
 
     A CPU runs a stock forward pass in some tenths of a second then. Channels, taps and dilation,
     which decide what is the fastest way, stay, and a sequence keeps four windows' length.
+
+    Args:
+      most: products of a dense forward pass that are not too many.
     """
     if platform != "cpu":
         return layer
-    most = 1 << 30
     while _work_on_cpu(layer) > most and layer.N > 1:
         layer = dataclasses.replace(layer, N=layer.N // 2)
     while _work_on_cpu(layer) > most and layer.T // 2 >= max(64, 4 * layer.span):

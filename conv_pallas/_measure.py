@@ -71,12 +71,15 @@ class Settings:
       rounds: the fewest and the most samples of each variant. In between it stops once the
         median ratio is known to ``settled``, relatively.
       limit: seconds after which it stops, though never before three rounds.
+      hopeless: variants that take so many times longer than the fastest one take part in
+        three rounds only, and leave the time to those that are close.
     """
 
     least: float = 0.02
     rounds: tuple[int, int] = (9, 31)
     settled: float = 0.015
     limit: float = 5.0
+    hopeless: float = math.inf
 
 
 QUICK = Settings(least=0.005, rounds=(5, 9), settled=0.03, limit=1.0)
@@ -85,7 +88,7 @@ QUICK = Settings(least=0.005, rounds=(5, 9), settled=0.03, limit=1.0)
 def interleaved(
     calls: Mapping[str, Callable[[], Any]], settings: Settings | None = None
 ) -> dict[str, tuple[float, ...]]:
-    """Seconds a call of each variant takes, one entry a round.
+    """Seconds a call of each variant takes, one entry for each round that it took part in.
 
     Args:
       calls: compiled functions without arguments; the first is what the others are compared to.
@@ -115,6 +118,10 @@ def interleaved(
     for turn in range(settings.rounds[1]):
         if turn >= 3 and time.perf_counter() - start > settings.limit:
             break
+        if turn == 3 and len(names) > 2:
+            best = {name: statistics.median(times[name]) for name in names}
+            most = settings.hopeless * min(best.values())
+            names = [name for name in names if best[name] <= most]
         if turn >= settings.rounds[0]:
             base = times[names[0]]
             spreads = [ratio(base, times[name]).width for name in names[1:]]
@@ -128,8 +135,11 @@ def interleaved(
 
 
 def ratio(base, other) -> Spread:
-    """How many times faster ``other`` is than ``base``, round by round."""
-    return Spread.of(b / o for b, o in zip(base, other, strict=True))
+    """How many times faster ``other`` is than ``base``, round by round.
+
+    Of two that took part in different numbers of rounds those count that both were in.
+    """
+    return Spread.of(b / o for b, o in zip(base, other, strict=False))
 
 
 # --- a layer -------------------------------------------------------------------------------------
@@ -184,10 +194,10 @@ def prepare(layer: Layer, which: str, module: nnx.Conv, x: jax.Array, g: jax.Arr
     else:
         function, arguments = jax.value_and_grad(loss, argnums=(0, 1)), (params, x, g)
     compiled = jax.jit(function).lower(*arguments).compile()
-    return Program(compiled, arguments, _anonymous(compiled.as_text()))
+    return Program(compiled, arguments, anonymous(compiled.as_text()))
 
 
-def _anonymous(text: str) -> str:
+def anonymous(text: str) -> str:
     """Compiled HLO without its names, which tell where in the source an operation is from."""
     text = re.sub(r"\nFileNames\n.*?\n\n\n", "\n", text, count=1, flags=re.DOTALL)
     text = re.sub(r", metadata=\{[^}]*\}", "", text)

@@ -1,0 +1,441 @@
+"""Times every variant of a layer against the others, after checking each.
+
+A variant that computes something else than the layer is refused before it is timed. The rest
+take turns. Variants that compile to one program are timed once: the machine does the same.
+"""
+
+import dataclasses
+import functools
+import importlib.metadata
+import math
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from benchmarks import baselines
+from benchmarks.baselines import NotApplicableError
+from benchmarks.layers import Stack, Subject
+from benchmarks.truth import Truth, WrongResultError
+from conv_pallas import _layers, _measure, kernels
+from conv_pallas._layers import Layer
+from conv_pallas._measure import FORWARD, OURS, STOCK, Settings, Spread
+from conv_pallas.explanation import default_platform
+from conv_pallas.nn import Conv
+
+FULL = Settings(least=0.01, rounds=(7, 15), settled=0.03, limit=2.0, hopeless=4)
+QUICK = Settings(least=0.004, rounds=(5, 7), settled=0.05, limit=0.5, hopeless=4)
+
+# Larger layers are checked at a smaller size: the formula in float64 would take minutes.
+MOST_TO_CHECK = 1 << 31
+# A call is repeated inside one jit until launching it is at most such a part of its time.
+LAUNCH_SHARE = 0.05
+MOST_INSIDE = 16
+# Of different inputs together: more than any GPU's second-level cache holds.
+ROTATED_BYTES = 256 << 20
+# What two programs may differ by where a stack has no formula in float64.
+STACK_TOLERANCE = 1e-4
+
+
+@dataclasses.dataclass
+class Variant:
+    """What is known about one way to compute a pass of a layer.
+
+    Attributes:
+      seconds: a call's time in every round; empty where it was not timed.
+      same_as: the variant that compiled to the same program, and whose times these are.
+      reason: why it was not timed; None where it was.
+      refused: whether that is because its result was wrong.
+      memory: bytes of arguments, results and temporaries, and the peak, as XLA planned them.
+      checked: the size at which it was checked, where that is not the size it was timed at.
+    """
+
+    seconds: tuple[float, ...] = ()
+    same_as: str | None = None
+    reason: str | None = None
+    refused: bool = False
+    memory: dict[str, int] = dataclasses.field(default_factory=dict)
+    checked: str | None = None
+
+    @property
+    def time(self) -> Spread:
+        return Spread.of(self.seconds)
+
+
+@dataclasses.dataclass
+class Measurement:
+    """One pass of one layer in all variants.
+
+    Attributes:
+      subject: as it was measured, perhaps cut down for a CPU.
+      inside: how often one launch ran the layer.
+    """
+
+    subject: Subject
+    which: str
+    variants: dict[str, Variant]
+    inside: int = 1
+
+    @property
+    def timed(self) -> dict[str, Variant]:
+        return {name: v for name, v in self.variants.items() if v.seconds}
+
+    @property
+    def ours(self) -> str | None:
+        """The name of ours, or of the first that was ordered."""
+        known = [n for n in self.timed if n not in baselines.NAMES or n == OURS]
+        return known[0] if known else None
+
+    def ratio(self, base: str, name: str) -> Spread:
+        """How many times faster ``name`` is than ``base``."""
+        return _measure.ratio(self.variants[base].seconds, self.variants[name].seconds)
+
+    @property
+    def fastest_baseline(self) -> str | None:
+        found = [n for n in self.timed if n in baselines.NAMES and n != OURS]
+        return min(found, key=lambda n: self.timed[n].time.median, default=None)
+
+
+def variants_of(
+    subject: Subject, implementations: Sequence[str | None] | None = None
+) -> dict[str, str | None]:
+    """What is measured of a layer: names, and for ours the implementation.
+
+    Args:
+      implementations: of ours, None for the one that is picked; as a whole None for that and
+        each other one that runs on this machine, however it was added.
+    """
+    if implementations is None:
+        platform = default_platform()
+        found, _ = kernels.discover()
+        here = sorted({k.implementation for k in found.values() if platform in k.platforms})
+        # The first is stock's own convolution, the second what is picked where nothing else is.
+        implementations = [None, *(n for n in here if n not in ("xla_native", "xla"))]
+    ours = {name or OURS: name for name in implementations}
+    if isinstance(subject, Stack):
+        return {STOCK: None, **ours}
+    return {**{n: None for n in baselines.NAMES if n != OURS}, **ours}
+
+
+def is_ours(name: str) -> bool:
+    return name == OURS or name not in baselines.NAMES
+
+
+# --- one pass of one layer -----------------------------------------------------------------------
+
+
+def measure(
+    subject: Subject,
+    which: str,
+    *,
+    variants: Mapping[str, str | None] | None = None,
+    settings: Settings = FULL,
+    truth: Truth | None = None,
+) -> Measurement:
+    """Checks and times a pass of a layer.
+
+    Args:
+      variants: from `variants_of`.
+      truth: of the layer, where it is known already.
+    """
+    variants = variants_of(subject) if variants is None else variants
+    if isinstance(subject, Stack):
+        functions, arguments, checked = _functions_of_stack(subject, which, variants)
+        verify = _verifier_of_stack(subject, which, functions, arguments)
+    else:
+        truth = truth or Truth(subject, default_platform())
+        functions = {
+            name: functools.partial(_function, name, subject, which, implementation)
+            for name, implementation in variants.items()
+        }
+        arguments = truth.arguments[: 3 if which == FORWARD else 4]
+        verify, checked = _verifier_of_layer(truth, which)
+    arguments = jax.device_put(arguments)
+    result = Measurement(subject, which, {name: Variant(checked=checked) for name in variants})
+    calls, texts, ready = {}, {}, {}
+    for name, variant in result.variants.items():
+        try:
+            if name == baselines.TORCH:
+                calls[name] = _checked_torch(subject, which, truth)
+                continue
+            function = functions[name]()
+            compiled = jax.jit(function).lower(*arguments).compile()
+            verify(name, variants[name], compiled)
+        except (NotApplicableError, NotImplementedError) as e:
+            variant.reason = str(e)
+            continue
+        except WrongResultError as e:
+            variant.reason, variant.refused = str(e), True
+            continue
+        variant.memory = _memory(compiled)
+        text = _measure.anonymous(compiled.as_text())
+        if text in texts:
+            variant.same_as = texts[text]
+            continue
+        texts[text] = name
+        ready[name] = (function, compiled)
+    result.inside, programs = _repeated(ready, arguments)
+    calls |= programs
+    order = [name for name in result.variants if name in calls]
+    if order:
+        for name, seconds in _measure.interleaved({n: calls[n] for n in order}, settings).items():
+            share = 1 if name == baselines.TORCH else result.inside
+            result.variants[name].seconds = tuple(s / share for s in seconds)
+    for variant in result.variants.values():
+        if variant.same_as:
+            variant.seconds = result.variants[variant.same_as].seconds
+    return result
+
+
+def _function(name, layer, which, implementation):
+    name = OURS if is_ours(name) else name
+    if name == baselines.SYMMETRIC and which != FORWARD and layer.G > 1 and _on_cpu():
+        # Timed once: 37 s where stock takes 1.2 s, for one layer of 5120 channels.
+        raise NotApplicableError("left out on a CPU, where it takes minutes")
+    make = baselines.build if which == FORWARD else baselines.training_step
+    return make(name, layer, implementation)
+
+
+def _verifier_of_layer(truth: Truth, which: str) -> tuple[Callable, str | None]:
+    """A function that checks a variant, and the size at which it does where that differs."""
+    layer = truth.layer
+
+    def check(truth, name, run):
+        out = run(*jax.device_put(truth.arguments[: 3 if which == FORWARD else 4]))
+        truth.check((out,) if which == FORWARD else out[1], f"{layer.name}, {which}, {name}")
+
+    small = layer
+    if layer.products > MOST_TO_CHECK:
+        small = _layers.fit(layer, "cpu", MOST_TO_CHECK)
+    if small == layer:
+        return (lambda name, implementation, compiled: check(truth, name, compiled)), None
+    other = Truth(small, truth.platform)
+
+    def verify(name, implementation, compiled):
+        check(other, name, jax.jit(_function(name, small, which, implementation)))
+
+    return verify, str(small)
+
+
+def _checked_torch(layer: Layer, which: str, truth: Truth) -> Callable[[], None]:
+    call, result = baselines.torch_program(layer, which, truth.arguments)
+    if layer.products <= MOST_TO_CHECK:
+        truth.check(result(), f"{layer.name}, {which}, {baselines.TORCH}")
+    return call
+
+
+def _functions_of_stack(stack: Stack, which: str, variants: Mapping[str, str | None]):
+    rng = np.random.default_rng(0)
+    x, g = (
+        jnp.asarray(rng.standard_normal((stack.N, stack.T, channels), np.float32))
+        for channels in (stack.C, stack.O)
+    )
+    state = nnx.state(stack.build(conv=nnx.Conv))
+
+    def function(name, implementation):
+        conv = {"conv": nnx.Conv} if name == STOCK else {"conv": Conv}
+        order = {} if name == STOCK else {"implementation": implementation}
+        graph = nnx.graphdef(nnx.eval_shape(lambda: stack.build(**conv, **order)))
+
+        def forward(state, x):
+            return nnx.merge(graph, state)(x)
+
+        def loss(state, x, g):
+            return jnp.sum(forward(state, x) * g)
+
+        # As a model is trained: no gradient by its input.
+        return forward if which == FORWARD else jax.value_and_grad(loss, allow_int=True)
+
+    functions = {n: functools.partial(function, n, i) for n, i in variants.items()}
+    arguments = (state, x) if which == FORWARD else (state, x, g)
+    return functions, arguments, "against stock"
+
+
+def _verifier_of_stack(stack, which, functions, arguments) -> Callable:
+    expected = []
+
+    def verify(name, implementation, compiled):
+        out = compiled(*arguments)
+        out = out if which == FORWARD else out[1]
+        floats = [a for a in jax.tree.leaves(out) if jnp.issubdtype(a.dtype, jnp.floating)]
+        if name == STOCK:
+            expected[:] = floats
+        off = _measure.difference(expected, floats)
+        if not off <= STACK_TOLERANCE:
+            raise WrongResultError(
+                f"{stack.name}, {which}, {name}: off from stock by {off:.2g} of the largest "
+                f"element, {STACK_TOLERANCE:.2g} is allowed"
+            )
+
+    return verify
+
+
+def _memory(compiled) -> dict[str, int]:
+    """Bytes that XLA planned for; nothing where a backend does not tell."""
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        return {}
+    found = {
+        "arguments": analysis.argument_size_in_bytes,
+        "results": analysis.output_size_in_bytes,
+        "temporaries": analysis.temp_size_in_bytes,
+    }
+    return found | {"peak": sum(found.values())}
+
+
+# --- short calls, and caches ---------------------------------------------------------------------
+
+
+def _repeated(ready: Mapping[str, tuple], arguments: tuple) -> tuple[int, dict[str, Callable]]:
+    """Calls of all programs, each with several runs of the layer where one is too short.
+
+    On a GPU each run has another x, so that none of it is in the cache from the run before.
+    """
+    if not ready:
+        return 1, {}
+    launch = _launch_seconds()
+    shortest = min(_once(compiled, arguments) for _, compiled in ready.values())
+    inside = min(MOST_INSIDE, max(1, math.ceil(launch / LAUNCH_SHARE / shortest)))
+    on_cpu = _on_cpu()
+    size = sum(a.nbytes for a in jax.tree.leaves(arguments))
+    copies = inside if on_cpu else max(inside, min(64, math.ceil(ROTATED_BYTES / size)))
+    x, rest = _split(arguments)
+    xs = [x] + [jnp.copy(x) if on_cpu else _shuffled(x, i) for i in range(1, copies)]
+    calls = {}
+    for name, (function, compiled) in ready.items():
+        if inside > 1:
+            compiled = jax.jit(_several(function, arguments)).lower(xs[:inside], *rest).compile()
+        calls[name] = _Rotating(compiled, xs, rest, inside, arguments)
+    return inside, calls
+
+
+def _split(arguments: tuple):
+    """x, and what stays the same in every run. A stack's first argument is its parameters."""
+    at = 0 if isinstance(arguments[0], jax.Array) else 1
+    return arguments[at], arguments[:at] + arguments[at + 1 :]
+
+
+def _joined(x, rest, arguments):
+    at = 0 if isinstance(arguments[0], jax.Array) else 1
+    return (*rest[:at], x, *rest[at:])
+
+
+def _shuffled(x, seed: int):
+    return x[:, ::-1] + jnp.asarray(seed, x.dtype) if seed % 2 else x * jnp.asarray(-1, x.dtype)
+
+
+def _several(function, arguments):
+    """Runs a function on several x, one after the other."""
+
+    def run(xs, *rest):
+        outs = []
+        for x in xs:
+            if outs:  # else XLA might run them side by side
+                x, outs[-1] = lax.optimization_barrier((x, outs[-1]))
+            outs.append(function(*_joined(x, rest, arguments)))
+        return outs
+
+    return run
+
+
+class _Rotating:
+    """A call without arguments that takes another x each time."""
+
+    def __init__(self, compiled, xs, rest, inside, arguments):
+        if inside > 1:
+            groups = [xs[i : i + inside] for i in range(0, len(xs) - inside + 1, inside)]
+            self._arguments = [(group, *rest) for group in groups]
+        else:
+            self._arguments = [_joined(x, rest, arguments) for x in xs]
+        self._compiled, self._turn = compiled, 0
+
+    def __call__(self):
+        self._turn = (self._turn + 1) % len(self._arguments)
+        return self._compiled(*self._arguments[self._turn])
+
+
+def _once(compiled, arguments) -> float:
+    call = lambda: jax.block_until_ready(compiled(*arguments))  # noqa: E731
+    call()
+    return min(_seconds(call) for _ in range(2))
+
+
+@functools.cache
+def _launch_seconds() -> float:
+    """What it takes to call a compiled function that does next to nothing."""
+    x = jnp.zeros(8)
+    compiled = jax.jit(lambda x: x + 1).lower(x).compile()
+    call = lambda: jax.block_until_ready(compiled(x))  # noqa: E731
+    return statistics.median(_seconds(call) for _ in range(101))
+
+
+def _on_cpu() -> bool:
+    return jax.default_backend() == "cpu"
+
+
+def _seconds(call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+# --- the ceilings --------------------------------------------------------------------------------
+
+
+def ceilings(dtypes: Iterable[str] = ("float32",)) -> dict[str, float]:
+    """What this machine reaches: bytes a second of a large copy, operations of a large matmul.
+
+    Returns:
+      ``"bytes"`` and, for each dtype, the operations, per second.
+    """
+    small = _on_cpu()
+    n = 1 << (26 if small else 29)
+    a = jnp.arange(n, dtype=jnp.float32)
+    copy = jax.jit(lambda a: a + 1).lower(a).compile()
+    found = {"bytes": 2 * a.nbytes / _once(copy, (a,))}
+    del a
+    for dtype in dict.fromkeys(dtypes):
+        n = 2048 if small else 8192
+        a = jax.random.normal(jax.random.key(0), (n, n), dtype)
+        compiled = jax.jit(jnp.matmul).lower(a, a).compile()
+        found[dtype] = 2 * n**3 / _once(compiled, (a, a))
+    return found
+
+
+def ideal(subject: Subject, which: str, limits: Mapping[str, float]) -> float:
+    """Seconds that a pass takes at the ceilings: its operations one after the other."""
+    return sum(
+        max(operations / limits[subject.dtype], bytes_ / limits["bytes"])
+        for operations, bytes_ in subject.costs(which != FORWARD)
+    )
+
+
+# --- telling -------------------------------------------------------------------------------------
+
+
+def host() -> dict[str, Any]:
+    """What the figures depend on: the machine, its drivers, the libraries."""
+    found = _measure.host()
+    client = jax.devices()[0].client
+    found["platform_version"] = client.platform_version.replace("\n", " ")
+    for package in ("triton", "jax-triton", "libtpu", "jax-cuda13-plugin", "torch"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if found["platform"] == "gpu" and shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        told = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+        found["driver"] = told.splitlines()[0].strip()
+    stats = jax.devices()[0].memory_stats()
+    if stats:
+        found["device_memory"] = stats.get("bytes_limit")
+    return found

@@ -1,0 +1,162 @@
+"""Results on disk: JSON with one line a measurement, enough to draw everything from."""
+
+import dataclasses
+import json
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import harness
+from benchmarks.harness import Measurement
+from benchmarks.layers import ALL, Subject
+from conv_pallas import _layers
+from conv_pallas._measure import STOCK, Settings
+
+FORMAT = 2
+
+
+class BadResultError(ValueError):
+    """A file is no result of ``python -m benchmarks``; says what is wrong with it."""
+
+
+def result(
+    host: Mapping[str, Any],
+    settings: Settings,
+    limits: Mapping[str, float],
+    measurements: Sequence[Measurement],
+) -> dict[str, Any]:
+    """What is stored."""
+    return {
+        "format": FORMAT,
+        "host": dict(host),
+        "settings": {
+            k: v if v != float("inf") else None for k, v in dataclasses.asdict(settings).items()
+        },
+        "ceilings": dict(limits),
+        "measurements": [measurement(m, limits) for m in measurements],
+    }
+
+
+def measurement(m: Measurement, limits: Mapping[str, float]) -> dict[str, Any]:
+    """One line of a result: a pass of a layer in all variants."""
+    training = m.which != harness.FORWARD
+    costs = m.subject.costs(training)
+    operations, bytes_ = (sum(c[i] for c in costs) for i in (0, 1))
+    least = harness.ideal(m.subject, m.which, limits)
+    published = published_form(m.subject)
+    found = {
+        "layer": dataclasses.asdict(m.subject) | {"kind": kind(m.subject), "size": str(m.subject)},
+        "published": str(published),
+        "cut_down": (published.N, published.T) != (m.subject.N, m.subject.T),
+        "pass": m.which,
+        "operations": operations,
+        "bytes": bytes_,
+        "ideal_ms": _digits(1e3 * least),
+        "inside": m.inside,
+        "variants": {},
+        "ours": m.ours,
+        "fastest_baseline": m.fastest_baseline,
+    }
+    for name, v in m.variants.items():
+        row: dict[str, Any] = {}
+        if v.seconds:
+            time = v.time
+            row |= {
+                "ms": _digits(1e3 * time.median),
+                "quartiles_ms": [_digits(1e3 * time.low), _digits(1e3 * time.high)],
+                "tflops": _digits(operations / time.median / 1e12),
+                "gbps": _digits(bytes_ / time.median / 1e9),
+                "roofline": _digits(least / time.median),
+                "seconds": [_digits(s) for s in v.seconds] if not v.same_as else None,
+            }
+        row |= {
+            k: getattr(v, k)
+            for k in ("same_as", "reason", "refused", "memory", "checked")
+            if getattr(v, k)
+        }
+        found["variants"][name] = {k: v for k, v in row.items() if v is not None}
+    if m.ours and STOCK in m.timed:
+        found["speedup"] = _spread(m, STOCK)
+        found["speedup_over_fastest"] = _spread(m, m.fastest_baseline)
+    return found
+
+
+def _spread(m: Measurement, base: str) -> dict[str, Any]:
+    ratio = dataclasses.asdict(m.ratio(base, m.ours))
+    same = program(m.variants, base) == program(m.variants, m.ours)
+    return {"over": base, **{k: _digits(v) for k, v in ratio.items()}, "same_program": same}
+
+
+def program(variants: Mapping[str, Any], name: str) -> str:
+    """The variant whose program this one is: itself, but for those that compiled to the same."""
+    v = variants[name]
+    same_as = v.get("same_as") if isinstance(v, Mapping) else v.same_as
+    return same_as or name
+
+
+def _digits(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def kind(subject: Subject) -> str:
+    found = subject.kind
+    return found if subject.dtype == "float32" else f"{found} {subject.dtype}"
+
+
+def published_form(subject: Subject) -> Subject:
+    """The layer before it was cut down, in the dtype that it was measured in."""
+    known = [s for s in ALL if s.name == subject.name]
+    return dataclasses.replace(known[0], dtype=subject.dtype) if known else subject
+
+
+def write(path: Path, stored: Mapping[str, Any]) -> None:
+    """One line for each measurement, so that a diff shows which ones changed."""
+    head = [
+        f'"{key}": {json.dumps(value)}' for key, value in stored.items() if key != "measurements"
+    ]
+    rows = ",\n  ".join(json.dumps(m) for m in stored["measurements"])
+    lines = ",\n ".join([*head, f'"measurements": [\n  {rows}\n ]'])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{{\n {lines}\n}}\n", encoding="utf-8")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A result from disk.
+
+    Raises:
+      BadResultError: there is no such file, or it holds something else.
+    """
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise BadResultError(f"{path}: {e.strerror or e}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise BadResultError(f"{path} is no JSON: {e}") from None
+    if not isinstance(stored, dict) or stored.get("format") != FORMAT:
+        told = stored.get("format") if isinstance(stored, dict) else None
+        raise BadResultError(
+            f"{path} must be what `python -m benchmarks --json` wrote, of format {FORMAT}; "
+            f"its format is {told!r}"
+        )
+    if not stored.get("measurements"):
+        raise BadResultError(f"{path} holds no measurements")
+    return stored
+
+
+def commit() -> str | None:
+    """Of the checkout, with a plus where it has changes; None outside one."""
+    folder = Path(__file__).parent
+    try:
+        git = [
+            subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True)
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return git[0].stdout.strip() + ("+" if git[1].stdout else "")
+
+
+def select(text: str, subjects: Sequence[Subject] = ALL) -> tuple[Subject, ...]:
+    """As `conv_pallas._layers.select`, stacks included."""
+    return _layers.select(text, tuple(subjects))

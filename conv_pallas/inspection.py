@@ -1,0 +1,366 @@
+"""``python -m conv_pallas inspect``: what a layer becomes on a chip that need not be here.
+
+Which kernel, and why; what arithmetic and bytes allow; what the compiler made of it, beside what
+XLA makes of the stock layer. All of it is read from compilers' output or computed: nothing runs,
+and no figure here is a measured speed. Needs the extra ``aot``.
+"""
+
+import dataclasses
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+from flax import nnx
+from jax.experimental.pallas import tpu as pltpu
+
+from conv_pallas import aot, conv1d, schedule
+from conv_pallas._layers import PUBLISHED, Layer, find
+from conv_pallas.dispatch import Implementation
+from conv_pallas.explanation import explain
+
+# The kernels that each platform is for, and what takes over where they decline.
+KERNELS = {"cuda": ("triton", "xla"), "tpu": ("pallas_tpu", "xla")}
+
+# Of the data sheets: bytes/s, and dense operations/s of the tensor cores.
+_GPU_LIMITS = {
+    "a100": (2.039e12, {"bfloat16": 312e12, "float16": 312e12, "float32": 156e12}),
+    "h200": (4.8e12, {"bfloat16": 989e12, "float16": 989e12, "float32": 494e12}),
+    "b200": (8.0e12, {"bfloat16": 2250e12, "float16": 2250e12, "float32": 1125e12}),
+}
+
+DTYPES = ("float32", "bfloat16", "float16")
+_SIZES = {"N", "T", "C", "O", "K", "D", "S", "G"}
+_WORDS = {"padding", "activation", "dtype"}
+
+
+def parse_layer(words: Sequence[str], layers: tuple[Layer, ...] = PUBLISHED) -> Layer:
+    """A layer by its name, or by its shape as ``N=8 T=4096 C=512 K=3 D=4``.
+
+    Of a shape N is 1, O is C, D, S and G are 1 where they are not given; ``padding``,
+    ``activation`` and ``dtype`` may follow.
+
+    Raises:
+      ValueError: there is no such layer, or the shape is none.
+    """
+    if len(words) == 1 and "=" not in words[0]:
+        return find(words[0], layers)
+    fields: dict[str, str | int] = {}
+    for word in words:
+        key, _, value = word.partition("=")
+        if key in _SIZES and value.isdecimal() and int(value) > 0:
+            fields[key] = int(value)
+        elif key in _WORDS and value:
+            fields[key] = value.upper() if key == "padding" else value
+        else:
+            raise ValueError(
+                f"a shape is made of {', '.join(sorted(_SIZES))} with an int of 1 or more, and "
+                f"{', '.join(sorted(_WORDS))} with a word, such as T=4096 C=512 K=3 D=4; "
+                f"got {word!r}"
+            )
+    missing = {"T", "C", "K"} - fields.keys()
+    if missing:
+        raise ValueError(f"a shape needs T, C and K, got no {', '.join(sorted(missing))}")
+    if fields.get("padding", "CAUSAL") not in ("CAUSAL", "SAME", "VALID"):
+        raise ValueError(f"padding must be CAUSAL, SAME or VALID, got {fields['padding']!r}")
+    if fields.get("dtype", "float32") not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {fields['dtype']!r}")
+    defaults = {"N": 1, "O": fields["C"]}
+    layer = Layer(name="layer", source="the command line", **(defaults | fields))
+    jax.eval_shape(_forward(layer, None), *structs(layer)[:3])  # says what does not fit
+    return layer
+
+
+def structs(layer: Layer) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """x, kernel, bias and g without values."""
+    shapes = (
+        (layer.N, layer.T, layer.C),
+        (layer.K, layer.C // layer.G, layer.O),
+        (layer.O,),
+        (layer.N, layer.out_time, layer.O),
+    )
+    return tuple(aot.struct(shape, layer.dtype) for shape in shapes)
+
+
+def _forward(layer: Layer, implementation: Implementation) -> Callable:
+    return lambda x, kernel, bias: conv1d(
+        x, kernel, bias, strides=layer.S, padding=layer.padding, kernel_dilation=layer.D,
+        feature_group_count=layer.G, activation=layer.activation, implementation=implementation,
+    )  # fmt: skip
+
+
+def _stock(layer: Layer) -> Callable:
+    graph, state = nnx.split(nnx.eval_shape(lambda: layer.build(nnx.Conv)))
+
+    def forward(x, kernel, bias):
+        filled = {"kernel": state["kernel"].replace(kernel), "bias": state["bias"].replace(bias)}
+        return layer.activate(nnx.merge(graph, nnx.State(filled))(x))
+
+    return forward
+
+
+def _gradients(forward: Callable) -> Callable:
+    return lambda x, kernel, bias, g: jax.vjp(forward, x, kernel, bias)[1](g)
+
+
+# --- the limits ----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a chip can do at most, of one device as JAX counts them.
+
+    Attributes:
+      bytes_: a second, from its memory.
+      operations: a second, of its matrix units in the layer's dtype.
+      source: where the two are from.
+    """
+
+    bytes_: float
+    operations: float
+    source: str
+
+
+def limits(chip: str, dtype: str) -> Limits:
+    """The chip's ceilings."""
+    if chip in aot.GPUS:
+        bytes_, operations = _GPU_LIMITS[chip]
+        return Limits(bytes_, operations[dtype], "data sheet")
+    found = []
+    aot.lower_for(
+        chip, lambda x: (found.append(pltpu.get_tpu_info()), x)[1], aot.struct((8, 128), "float32")
+    )
+    (info,) = found
+    # float32 products are rounded to bfloat16 unless told otherwise.
+    return Limits(info.mem_bw_bytes_per_second, info.bf16_ops_per_second, "jax's table")
+
+
+def _bound(costs: Sequence[tuple[int, int]], most: Limits) -> list[str]:
+    operations, bytes_ = (sum(cost[i] for cost in costs) for i in (0, 1))
+    times = operations / most.operations, bytes_ / most.bytes_
+    which = "memory-bound" if times[1] > times[0] else "compute-bound"
+    return [
+        f"{_short(operations)} operations, {_short(bytes_)} bytes, {operations / bytes_:.3g} "
+        f"operations a byte (the chip turns at {most.operations / most.bytes_:.3g}): {which}",
+        f"not below {1e6 * max(times):.4g} µs: {1e6 * times[0]:.4g} at "
+        f"{most.operations / 1e12:.4g} TFLOP/s, {1e6 * times[1]:.4g} at "
+        f"{most.bytes_ / 1e12:.3g} TB/s ({most.source})",
+    ]
+
+
+def _short(value: float) -> str:
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.4g} {unit}"
+    return f"{value:.4g} "
+
+
+# --- the report ----------------------------------------------------------------------------------
+
+
+def inspect(
+    layer: Layer,
+    chip: str,
+    *,
+    implementation: Implementation = None,
+    dump: Path | None = None,
+    tell: Callable[[str], None] = print,
+) -> None:
+    """Tells all that can be known of a layer on a chip.
+
+    Args:
+      chip: one of `aot.CHIPS`.
+      implementation: None is the kernel that is made for the platform, where it does not
+        decline, though it may not be what is picked.
+      dump: a folder for the compilers' intermediate forms, made where it is not there.
+      tell: is given each line.
+
+    Raises:
+      ValueError: the chip is unknown.
+      MissingWheelError: a wheel of the extra ``aot`` is missing.
+      NotImplementedError: ``implementation`` can't do this; says why.
+    """
+    if chip not in aot.CHIPS:
+        raise ValueError(f"chip must be one of {', '.join(aot.CHIPS)}, got {chip!r}")
+    platform = "cuda" if chip in aot.GPUS else "tpu"
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        if dump is not None:
+            dump.mkdir(parents=True, exist_ok=True)
+        if platform == "tpu":
+            _ask_for_schedules(folder)
+        most = limits(chip, layer.dtype)
+        tell(f"{layer.name}: {layer}, {layer.padding}, {layer.activation or 'no activation'}, "
+             f"{layer.dtype}, on {chip}")  # fmt: skip
+        chain = implementation or KERNELS[platform]
+        _tell_choice(layer, platform, chain, tell)
+        for which, ours, stock, arguments in (
+            ("forward", _forward(layer, chain), _stock(layer), structs(layer)[:3]),
+            ("gradients", _gradients(_forward(layer, chain)), _gradients(_stock(layer)),
+             structs(layer)),
+        ):  # fmt: skip
+            tell(f"\n{which}")
+            costs = layer.costs(training=True)
+            for line in _bound(costs[:1] if which == "forward" else costs[1:], most):
+                tell(f"  {line}")
+            for name, f in (("ours", ours), ("stock nnx.Conv", stock)):
+                label = f"{which}-{name.split()[0]}"
+                lines = _compiled(chip, f, arguments, folder, dump, label)
+                tell(f"  {name}: {lines[0]}")
+                for line in lines[1:]:
+                    tell(f"    {line}")
+    if dump is not None:
+        tell(f"\n{len(list(dump.iterdir()))} files in {dump}")
+
+
+def _tell_choice(layer: Layer, platform: str, chain: Implementation, tell) -> None:
+    x, kernel, bias, _ = structs(layer)
+    geometry = dict(
+        strides=layer.S, padding=layer.padding, kernel_dilation=layer.D,
+        feature_group_count=layer.G, activation=layer.activation,
+    )  # fmt: skip
+    asked = explain(x, kernel, bias, platform=platform, implementation=chain, **geometry)
+    picked = explain(x, kernel, bias, platform=platform, **geometry)
+    for operation, answers in asked.candidates.items():
+        chosen = asked.chosen[operation]
+        how = next(c.how for c in answers if c.implementation == chosen and c.how)
+        note = "" if picked.chosen[operation] == chosen else (
+            f" (by name; without an order {picked.chosen[operation]} is picked)"
+        )  # fmt: skip
+        tell(f"  {operation}: {chosen}, {how}{note}")
+        for c in answers:
+            if c.reason and c.implementation in chain and chosen != c.implementation:
+                tell(f"    {c.implementation} declines: {c.reason}")
+    if asked.epilogue:
+        tell(f"  {asked.epilogue}")
+
+
+def _compiled(chip, f, arguments, folder: Path, dump: Path | None, label: str) -> list[str]:
+    """Lines about a program: the first about the whole, then one for each kernel."""
+    before = set(folder.rglob("*"))
+    found = []
+    if chip in aot.GPUS:
+        found = _reader().codes(chip, f, *arguments)
+    compiled = aot.compile_for(chip, f, *arguments)
+    text = compiled.as_text()
+    cost = compiled.cost_analysis() or {}
+    cost = cost[0] if isinstance(cost, list) else cost
+    memory = compiled.memory_analysis()
+    entry = text[text.rfind("\nENTRY ") :]
+    moved = "bytes accessed"
+    whole = ", ".join(
+        [
+            f"{len(re.findall(r' fusion\(', entry))} fusions",
+            f"{len(re.findall(r' custom-call\(', entry))} custom calls",
+            *([f"{_short(cost[moved])}bytes moved by XLA's count"] if moved in cost else []),
+            f"{_short(memory.argument_size_in_bytes + memory.output_size_in_bytes)}bytes of "
+            f"arguments and results, {_short(memory.temp_size_in_bytes)}bytes of temporaries",
+        ]
+    )
+    texts = {"hlo": text}
+    texts["stablehlo"] = aot.lower_for(chip, f, *arguments).as_text() if dump else ""
+    lines = [whole]
+    if chip in aot.GPUS:
+        lines += [f"cuDNN: {window}" for window in aot.conv_windows(compiled)]
+        for i, code in enumerate(found):
+            lines += _machine_code(code)
+            texts |= {f"{i}-{code.name}.{kind}": t for kind, t in code.texts.items()}
+    else:
+        files = [p for p in folder.rglob("*.txt") if p not in before]
+        lines += _schedules(files)
+        if dump is not None:
+            for file in files:
+                # The compiler's own name, without the time in front.
+                name = re.sub(r"[<>]", "", file.name.split("-", 1)[1])
+                shutil.copyfile(file, dump / f"{label}-{name}")
+    if dump is not None:
+        for name, t in texts.items():
+            (dump / f"{label}{'.' if '.' not in name else '-'}{name}").write_text(t)
+    return lines
+
+
+def _reader():
+    try:
+        from conv_pallas import machine_code
+    except ModuleNotFoundError as e:
+        raise aot.MissingWheelError(
+            f"reading machine code needs the wheel {e.name}, which is not installed: "
+            'pip install "conv_pallas[aot]", or make venv-aot'
+        ) from None
+    return machine_code
+
+
+def _machine_code(code) -> list[str]:
+    tile = " ".join(f"{k}={v}" for k, v in code.meta.items())
+    mix = ", ".join(f"{count} {kind}" for kind, count in code.mix.items())
+    return [
+        f"{code.name}: {tile} ({'tuned' if code.tuned else 'by the heuristic, not measured'})",
+        f"  {code.registers} registers, {code.shared / 1024:.4g} KiB shared, {code.threads} "
+        f"threads, {code.spills} spills, {code.blocks} blocks on a multiprocessor "
+        f"({code.occupancy:.0%} occupancy)",
+        f"  instructions in the listing: {mix}",
+    ]
+
+
+# --- TPUs ----------------------------------------------------------------------------------------
+
+
+def _ask_for_schedules(folder: Path) -> None:
+    flags = f"{schedule.DUMP_FLAGS} --xla_mosaic_dump_to={{folder}}/mosaic".format(folder=folder)
+    # Read once, when libtpu is loaded: a second inspection needs a process of its own.
+    os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}".strip()
+
+
+def _schedules(files: Sequence[Path]) -> list[str]:
+    llo = [f for f in files if f.parent.name != "mosaic"]
+    if not llo:
+        return ["no schedules: libtpu was loaded before they were asked for"]
+    programs = {f.name.split("-", 1)[0] for f in llo if "-TLP-" in f.name}
+    if len(programs) != 1:
+        raise RuntimeError(f"libtpu wrote {len(programs)} programs where one was compiled")
+    vmem = {}
+    for file in files:
+        if file.name.endswith("-original.txt"):
+            kernel = re.search(r"mosaic-dump-(.*)-original", file.name)[1]
+            vmem[kernel] = _vmem(file.read_text())
+    lines = []
+    for name, file in schedule.operations(llo).items():
+        text = file.read_text()
+        try:
+            s = schedule.read_schedule(text)
+        except ValueError as e:
+            lines.append(f"{name}: its bundles can't be counted: {e}")
+            continue
+        line = (
+            f"{name}: {s.bundles} bundles, in {s.matmuls / max(1, s.bundles):.0%} of them the "
+            f"matrix unit, {s.spills} spills in inner loops"
+        )
+        kernel = next((k for k in vmem if name.startswith(k)), None)
+        if kernel:
+            line += f", {vmem[kernel] / 1024:.0f} KiB of VMEM in windows and scratch"
+        lines.append(line)
+    return [*lines, "bundles: of one core, without what it waits for; no measured speed"]
+
+
+_BITS = {"bf16": 16, "f16": 16, "f32": 32, "i32": 32, "i16": 16, "i8": 8, "i1": 8}
+
+
+def _vmem(mosaic: str) -> int:
+    """Bytes of a kernel's windows, twice where they are pipelined, and of its scratch."""
+    head = mosaic[mosaic.index("func.func") :].split("attributes", 1)[0]
+    sizes = []
+    for shape in re.findall(r"memref<([\dx]+x\w+), #tpu.memory_space<vmem>>", head):
+        *dims, kind = shape.split("x")
+        sizes.append(math.prod(map(int, dims)) * _BITS[kind] // 8)
+    windows = mosaic.count("transform_indices =")
+    return sum(sizes) + sum(sizes[:windows])
+
+
+def jax_without_devices() -> None:
+    """Keeps JAX from looking for the chips that are asked about; before anything else."""
+    if not os.environ.get("JAX_PLATFORMS"):
+        jax.config.update("jax_platforms", "cpu")

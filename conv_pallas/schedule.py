@@ -1,0 +1,137 @@
+"""Reads what libtpu's compiler writes about its schedules.
+
+A TPU core executes one bundle of instructions a cycle, unless it waits. With the flags of
+`DUMP_FLAGS` the compiler writes every scheduled operation as text: bundles, how deep in loops
+each one stands (``>``), where loops begin (``LB``), and the compare that ends each loop.
+
+Counted are bundles times trips. Every predicated region counts as taken, in XLA's own schedules as
+in ours. Not counted is what a bundle waits for: memory, the matrix unit's results, DMA.
+"""
+
+import dataclasses
+import re
+from pathlib import Path
+
+DUMP_FLAGS = (
+    "--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true "
+    "--xla_jf_dump_llo_pass_label_regex=final_bundles|utilization|dedup"
+)
+
+_BUNDLE = re.compile(r"^ *(?:0x)?([0-9a-f]+) +((?:[A-Z]{2} *)*):((?: ?>)*) *\{(.*)")
+_BRANCH = re.compile(r"sbr\.rel \(!%(p\w+)\) target")
+_COMPARE = re.compile(r"%(p\w+) = scmp\.(?:ge|eq)\.s32\.totalorder [^,]+, (\d+)")
+_ALWAYS = re.compile(r"%(p\w+) = pmov 1 ")  # a loop of one trip
+_MATMUL = re.compile(r"= vmatmul|= vmatpush|vmatmul\.|vmatpush")
+_VMEM = re.compile(r"^#allocation\d+ .*?shape = '[^']*'.*?space=vmem, size = 0x([0-9a-f]+)", re.M)
+_SPILL = re.compile(r"= vst .*_spill\]|vst \[vmem:\[#allocation\w*_spill")
+
+
+@dataclasses.dataclass
+class _Loop:
+    depth: int
+    stages: int = 1  # of a pipeline of copy in, compute, copy out
+    bundles: int = 0  # of its own and, times their trips, of the loops in it
+    matmuls: int = 0  # of those bundles, the ones that use the matrix unit
+    limits: dict[str, int] = dataclasses.field(default_factory=dict)  # by the compare's result
+    branches: list[str] = dataclasses.field(default_factory=list)  # what its branches depend on
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """One scheduled operation.
+
+    Attributes:
+      bundles: with each loop's trips.
+      length: of the code, without them.
+      spills: stores of spilled vector registers inside loops within loops.
+      matmuls: of the bundles, with each loop's trips, those that use the matrix unit.
+      vmem: bytes that are allocated.
+      loops: ``(depth, trips, bundles of one trip)``, innermost first.
+    """
+
+    bundles: int
+    length: int
+    spills: int
+    loops: tuple[tuple[int, int, int], ...]
+    matmuls: int = 0
+    vmem: int = 0
+
+
+def read_schedule(text: str) -> Schedule:
+    """A ``final_bundles`` file.
+
+    Raises:
+      ValueError: a loop ends in no compare with a constant.
+    """
+    stack, loops, length, spills = [_Loop(0)], [], 0, 0
+
+    def close():
+        loop = stack.pop()
+        # The last branch that depends on a compare of the loop's own is the one that goes back.
+        trips = [loop.limits[name] for name in loop.branches if name in loop.limits]
+        if not trips:
+            raise ValueError(f"a loop of {loop.bundles} bundles has no constant number of trips")
+        # Of so many trips the first only copies in and the last only copies out.
+        computing = trips[-1] - (loop.stages - 1)
+        loops.append((loop.depth, computing, loop.bundles))
+        stack[-1].bundles += computing * loop.bundles
+        stack[-1].matmuls += computing * loop.matmuls
+
+    for line in text.splitlines():
+        bundle = _BUNDLE.match(line)
+        if not bundle:
+            continue
+        length += 1
+        _, label, nesting, code = bundle.groups()
+        # An empty bundle, a wait, does not say how deep it stands.
+        depth = stack[-1].depth if code.startswith("}") else nesting.count(">")
+        branches = _BRANCH.findall(code)
+        while stack[-1].depth > depth:
+            # The bundle that branches back may be the first one outside.
+            stack[-1].branches += [name for name in branches if name in stack[-1].limits]
+            close()
+        if "LB" in label:
+            if stack[-1].depth == depth:
+                close()
+            stack.append(_Loop(depth, 3 if "stage = " in code else 1))
+        loop = stack[-1]
+        loop.bundles += 1
+        loop.matmuls += _MATMUL.search(code) is not None
+        loop.branches += branches
+        loop.limits.update((name, int(limit)) for name, limit in _COMPARE.findall(code))
+        loop.limits.update((name, 1) for name in _ALWAYS.findall(code))
+        if depth > 1:
+            spills += len(_SPILL.findall(code))
+    while len(stack) > 1:
+        close()
+    vmem = sum(int(size, 16) for size in _VMEM.findall(text))
+    return Schedule(stack[0].bundles, length, spills, tuple(loops), stack[0].matmuls, vmem)
+
+
+def read_program(files: list[Path]) -> dict[str, Schedule]:
+    """The schedule of each operation that a compiled program calls, by its name in HLO."""
+    return {name: read_schedule(file.read_text()) for name, file in operations(files).items()}
+
+
+def operations(files: list[Path]) -> dict[str, Path]:
+    """The schedule's file of each operation that a compiled program calls."""
+    texts = {f.name.split("-", 1)[1]: f for f in files}  # without the time in front
+    (main,) = (f for name, f in texts.items() if re.fullmatch(r"TLP-\d+-final_bundles\.txt", name))
+    (dedup,) = (f for name, f in texts.items() if "deduplication-map" in name)
+    keys, key = {}, None
+    for line in dedup.read_text().splitlines():
+        if line.startswith("key:"):
+            key = line[4:]
+        elif line.startswith("  ") and key:
+            keys[line.strip()] = key
+    schedules = {}
+    for name in re.findall(r"inlined_call[^/]*/\* %([\w.-]+) =", main.read_text()):
+        found = [
+            f
+            for n, f in texts.items()
+            if re.fullmatch(re.escape(keys.get(name, name)) + r"-\d+-final_bundles\.txt", n)
+        ]
+        if len(found) != 1:
+            raise ValueError(f"{len(found)} schedules of {name} were written")
+        schedules[name] = found[0]
+    return schedules

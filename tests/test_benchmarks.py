@@ -1,0 +1,313 @@
+"""The benchmarks: what is wrong is refused, what is slow is told, what was measured is kept."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import __main__ as command
+from benchmarks import baselines, harness, layers, ranking, report, stored
+from benchmarks.truth import Truth, WrongResultError
+from conv_pallas import explain, kernels
+from conv_pallas._layers import Layer
+from conv_pallas._measure import FORWARD, PASSES, STEP, STOCK, Settings
+
+BRIEF = Settings(least=1e-4, rounds=(3, 3), limit=0.1)
+SMALL = Layer("small/D2", "no model", 2, 96, 8, 8, 3, D=2, activation="relu")
+
+
+def _with_kernels(monkeypatch, folder, **sources):
+    """Files in a folder beside the kernels; nothing else changes."""
+    for name, source in sources.items():
+        (folder / f"{name}.py").write_text(textwrap.dedent(source))
+    monkeypatch.setattr(kernels, "__path__", [*kernels.__path__, str(folder)])
+    kernels.discover.cache_clear()
+
+
+@pytest.fixture
+def toys(monkeypatch, tmp_path):
+    yield lambda **sources: _with_kernels(monkeypatch, tmp_path, **sources)
+    monkeypatch.undo()
+    kernels.discover.cache_clear()
+    for name in [n for n in sys.modules if n.startswith("conv_pallas.kernels.toy")]:
+        del sys.modules[name]
+    jax.clear_caches()  # what was lowered with a toy
+
+
+TOY = '''
+"""xla's own, {what}."""
+import dataclasses
+import jax, jax.numpy as jnp
+from conv_pallas.kernels import xla
+
+def run(problem, lhs, rhs):
+    {body}
+
+KERNEL = dataclasses.replace(
+    xla.KERNEL, implementation="{name}", run=run, priority=None,
+    describe=lambda problem: "{what}", fused=None, backward=None,
+)
+'''
+
+
+def test_baselines_compute_the_layer():
+    """Each one, with strides, groups, paddings and activations, against the formula."""
+    cases = [
+        SMALL,
+        dataclasses.replace(SMALL, G=8, activation="silu", padding="SAME", K=4),
+        dataclasses.replace(SMALL, S=2, G=2, O=6, activation=None),
+        dataclasses.replace(SMALL, dtype="bfloat16", activation="tanh"),
+    ]
+    for layer in cases:
+        truth = Truth(layer)
+        for name in (STOCK, baselines.BARRIER, baselines.SYMMETRIC, baselines.MATMULS):
+            forward = baselines.build(name, layer)
+            step = baselines.step_of(forward)
+            both = jax.jit(lambda *a, f=forward, s=step: (f(*a[:3]), s(*a)))
+            y, (_, gradients) = both(*truth.arguments)
+            truth.check((y,), f"{layer}, {name}")
+            truth.check(gradients, f"{layer}, {name}")
+
+
+def test_a_baseline_that_does_not_exist_says_why():
+    between = dataclasses.replace(SMALL, S=2, padding="SAME", K=4)
+    with pytest.raises(baselines.NotApplicableError, match="fall between"):
+        baselines.build(baselines.SYMMETRIC, between)
+    with pytest.raises(ValueError, match="variant must be one of stock, barrier"):
+        baselines.build("fast", SMALL)
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_truth_tells_one_wrong_element(which):
+    truth = Truth(SMALL)
+    right = [truth.y[0], *(value for value, _ in truth.gradients)]
+    wrong = np.array(right[which], np.float32)
+    wrong.flat[wrong.size // 2] += 1e-3
+    right = [np.asarray(a, np.float32) for a in right]
+    truth.check((right[0],), "right")
+    truth.check(tuple(right[1:]), "right")
+    right[which] = wrong
+    with pytest.raises(WrongResultError, match="1 of"):
+        truth.check((right[0],) if which == 0 else tuple(right[1:]), "wrong")
+
+
+def test_wrong_kernel_is_refused_and_slow_one_told(toys, tmp_path):
+    repeated = """
+    y = xla.run(problem, lhs, rhs)
+    more = lambda i, a: a + xla.run(problem, lhs + a[0, 0, 0], rhs)
+    return y + 1e-30 * jax.lax.fori_loop(0, 60, more, y * 0)
+    """.strip()
+    toys(
+        toy_wrong=TOY.format(
+            name="toy_wrong", what="too large by a thousandth",
+            body="return xla.run(problem, lhs, rhs) * 1.001",
+        ),
+        toy_slow=TOY.format(name="toy_slow", what="sixty times", body=repeated),
+    )  # fmt: skip
+    layer = dataclasses.replace(SMALL, N=8, T=512, C=32, O=32)
+    m = harness.measure(
+        layer, FORWARD, settings=BRIEF,
+        variants={STOCK: None, "xla": "xla", "toy_wrong": "toy_wrong", "toy_slow": "toy_slow"},
+    )  # fmt: skip
+    assert m.variants["toy_wrong"].refused and not m.variants["toy_wrong"].seconds
+    assert "elements are off" in m.variants["toy_wrong"].reason
+    assert m.ratio("xla", "toy_slow").high < 0.5
+    result = stored.result(harness.host(), BRIEF, {"bytes": 1e9, "float32": 1e10}, [m])
+    page = report.page(result)
+    assert "wrong</span>" in page and "elements are off" in page
+
+
+def test_one_file_adds_a_kernel(toys):
+    """It is found, tested, benchmarked, listed and selectable, with no other file touched."""
+    body = "return xla.run(problem, lhs, rhs)"
+    toys(toy_copy=TOY.format(name="toy_copy", what="a copy", body=body))
+    found, _ = kernels.discover()
+    assert found["toy_copy"].implementation == "toy_copy"
+    # Tested: the tests' own list holds it, and runs a case on it.
+    folder = os.path.dirname(found["toy_copy"].run.__code__.co_filename)
+    code = (
+        "import sys; from conv_pallas import kernels;"
+        f"kernels.__path__.append({folder!r});"
+        "from tests import support, cases;"
+        "assert 'toy_copy' in support.IMPLEMENTATIONS;"
+        "case = cases.CASES[0]; x, w, g = case.arrays();"
+        "y, dx, dw = support.value_and_gradients(case, 'toy_copy')(x, w, g);"
+        "support.check_operation(y, 'conv1d', x, w, case)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    # Benchmarked, by being there.
+    assert "toy_copy" in harness.variants_of(SMALL)
+    m = harness.measure(SMALL, STEP, settings=BRIEF, variants={STOCK: None, "toy_copy": "toy_copy"})
+    assert m.timed["toy_copy"].seconds
+    # Listed and selectable.
+    x, kernel, bias, _ = baselines.arguments(SMALL)
+    told = explain(x, kernel, kernel_dilation=2, implementation="toy_copy")
+    assert told.chosen["conv1d"] == "toy_copy" and "a copy" in str(told)
+    assert command._parse(["--implementation", "toy_copy"]).implementations == ["toy_copy"]
+
+
+# --- timing --------------------------------------------------------------------------------------
+
+
+def test_short_calls_are_repeated_inside_one_launch(monkeypatch):
+    monkeypatch.setattr(harness, "_launch_seconds", lambda: 1e-3)
+    tiny = dataclasses.replace(SMALL, T=8, K=1, D=1)
+    m = harness.measure(tiny, FORWARD, settings=BRIEF, variants={STOCK: None, "xla": "xla"})
+    assert m.inside == harness.MOST_INSIDE
+    assert 0 < m.timed[STOCK].time.median < 1e-3
+
+
+def test_equal_programs_are_timed_once():
+    variants = {STOCK: None, "xla_native": "xla_native"}
+    m = harness.measure(SMALL, FORWARD, settings=BRIEF, variants=variants)
+    assert m.variants["xla_native"].same_as == STOCK
+    assert m.variants["xla_native"].seconds is m.variants[STOCK].seconds
+
+
+def test_costs_of_a_layer():
+    layer = Layer("a", "b", N=2, T=10, C=4, O=6, K=3, G=2)
+    # 2 operations for each of N T K C/G O; x, y, kernel and bias once, four bytes each.
+    assert layer.costs() == ((2 * 2 * 10 * 3 * 2 * 6, 4 * (80 + 120 + 36 + 6)),)
+    assert layer.costs(training=True) == layer.costs() * 3
+    limits = {"bytes": 1e3, "float32": 1e9}
+    assert harness.ideal(layer, STEP, limits) == pytest.approx(3 * 0.968)
+
+
+def test_published_layers_are_complete():
+    """The table of published layers, with every dilation of the original stacks."""
+    powers = {
+        "tcn-adding": 8, "tcn-copy": 8, "tcn-mnist": 8, "tcn-music": 4, "tcn-ptb-characters": 3,
+        "tcn-ptb-words": 4, "wavenet": 10, "conv-tasnet": 8, "ms-tcn": 10,
+    }  # fmt: skip
+    for model, count in powers.items():
+        found = [layer.D for layer in layers.LAYERS if layer.model == model]
+        assert found == [2**i for i in range(count)], model
+    assert len([la for la in layers.LAYERS if la.model == "hifigan-v1"]) == 4 * 3 * 3
+    others = {"spliceai-10k": 4, "atacworks": 1, "mamba-2.8b": 1, "wide-and-long": 5,
+              "very-long": 2}  # fmt: skip
+    for model, count in others.items():
+        assert len([la for la in layers.LAYERS if la.model == model]) == count
+    assert {s.model for s in layers.STACKS} == {m for m in powers if m.startswith("tcn")}
+
+
+def test_a_stack_is_the_network_that_its_costs_count():
+    stack = dataclasses.replace(layers.STACKS[3], T=16)
+    kernels_ = [p for p in jax.tree.leaves(jax.eval_shape(lambda: layers.nnx.state(stack.build())))
+                if p.ndim == 3]  # fmt: skip
+    assert sorted(k.shape for k in kernels_) == sorted((la.K, la.C, la.O) for la in stack.layers())
+
+
+# --- results -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def result():
+    return stored.read(stored.Path(report.RESULTS / "cpu" / "layers.json"))
+
+
+def test_ranking(result):
+    m = next(m for m in result["measurements"] if "same_as" not in m["variants"]["matmuls"])
+    one = {**result, "measurements": [m]}
+    other = json.loads(json.dumps(one))
+    assert ranking.agreement(one, other).share == 1
+    variants = other["measurements"][0]["variants"]
+    faster = variants["matmuls"]["ms"] < variants[STOCK]["ms"]
+    variants["matmuls"]["ms"] = variants[STOCK]["ms"] * (10 if faster else 0.1)
+    found = ranking.agreement(one, other)
+    assert found.share == 0 and "matmuls" in str(found)
+    variants["matmuls"]["ms"] = variants[STOCK]["ms"] * 1.05  # within noise: no contradiction
+    assert ranking.agreement(one, other).share == 1
+
+
+def test_page_stands_alone(result):
+    page = report.page(result, result)
+    for outside in ("http://", "https://", "<link", "<script src", "@import", "url("):
+        assert outside not in page
+    for title in ("Speed-up of each layer", "How far from the limit", "Time against dilation",
+                  "Time against length", "Memory", "All variants", "Against another"):  # fmt: skip
+        assert title in page
+    assert page.count("<svg") >= 10 and "NaN" not in page and "prefers-color-scheme: dark" in page
+    for m in result["measurements"]:  # the losing ones too
+        assert f"<th>{report._name(m)}</th>" in page
+
+
+def test_page_holds_what_other_tools_left(tmp_path):
+    (tmp_path / "v6e.json").write_text(
+        '{"libtpu": "0.0.1", "rows": [{"layer": "a", "bundles": 7}]}'
+    )
+    ((title, text),) = report.static_tpu(tmp_path)
+    assert "schedules" in title and "estimates" in text and "<td>7</td>" in text
+    (tmp_path / "h200").mkdir()
+    (tmp_path / "h200" / "goals.jsonl").write_text('{"layer": "a", "ms": 0.25}\n')
+    ((title, text),) = report.device_results(tmp_path)
+    assert "h200" in title and "0.25" in text
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+def _environment():
+    unwanted = ("XLA_FLAGS", "CONV_PALLAS_IMPLEMENTATION")
+    return {k: v for k, v in os.environ.items() if k not in unwanted} | {"PYTHONUNBUFFERED": "1"}
+
+
+def test_ctrl_c_keeps_what_was_measured(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks", "--quick", "--layers", "length/depthwise",
+         "--json", tmp_path / "out.json"],
+        env=_environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert "stock" in process.stdout.readline()  # the first is measured
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert "interrupted" in out and "× stock" in out
+    kept = stored.read(tmp_path / "out.json")
+    assert 1 <= len(kept["measurements"]) < 10
+    assert (tmp_path / "out.html").read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--layers", "nothing"], "models tcn-adding"),
+        (["--implementation", "fast"], "must be None, one of triton"),
+        (["--dtype", "int8"], "--dtype must be one of float32, bfloat16, float16, got int8"),
+        (["--pass", "back"], "--pass must be forward or training, got 'back'"),
+        (["--json", "/dev/null/a.json"], "--json must be a file"),
+        (["--json", "a.txt"], "must be a file that ends in .json"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_bad_options(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command._parse(arguments)
+    assert stop.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "No such file"), ("{", "is no JSON"), ('{"format": 1}', "its format is 1"),
+     ('{"format": 2, "measurements": []}', "holds no measurements")],
+)  # fmt: skip
+def test_bad_files(tmp_path, text, message, capsys):
+    path = tmp_path / "result.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SystemExit):
+        report.main([str(path)])
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_passes():
+    assert command._passes("training") == (STEP,) and command._passes(None) == PASSES
