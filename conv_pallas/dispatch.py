@@ -73,17 +73,17 @@ def candidates(problem: Problem) -> list[tuple[Candidate, object | None]]:
     from conv_pallas import kernels
 
     found, missing = kernels.discover()
-    ranked = sorted(
-        found.values(), key=lambda k: -1 if k.priority is None else k.priority, reverse=True
-    )
     answers = []
-    for kernel in ranked:
+    for kernel in found.values():
         if problem.platform not in kernel.platforms:
             reason = f"runs on {' and '.join(kernel.platforms)}, not on {problem.platform}"
         else:
             reason = kernel.decline(problem)
         how = kernel.describe(problem) if reason is None else None
-        answers.append((Candidate(kernel.implementation, reason, how), kernel))
+        rank = kernel.rank(problem) if reason is None else kernel.priority
+        rank = rank if isinstance(rank, int) else -1
+        answers.append((rank, Candidate(kernel.implementation, reason, how), kernel))
+    answers = [answer for _, *answer in sorted(answers, key=lambda a: a[0], reverse=True)]
     present = {c.implementation for c, _ in answers}
     for name in IMPLEMENTATIONS:
         if name not in present:
@@ -105,7 +105,7 @@ def select(problem: Problem, implementation: tuple[str, ...] | None):
     answers = candidates(problem)
     if implementation is None:
         for candidate, kernel in answers:
-            if candidate.reason is None and kernel.priority is not None:
+            if candidate.reason is None and kernel.rank(problem) is not None:
                 return kernel
         wanted = tuple(candidate.implementation for candidate, _ in answers)
     else:

@@ -51,7 +51,7 @@ from conv_pallas.spec import ConvSpec, Problem
 
 # Unrolled passes of the matrix unit over 8 rows. Longer code hides more of its latency; beyond
 # this, it takes long to compile and gains little.
-CODE = 1024
+CODE = 2048
 CHUNKS = (2048, 1024, 512, 256)
 LONGEST = 2048  # rows of a tile of time; longer ones gain nothing
 
@@ -133,11 +133,54 @@ def _forward_kernel(walk, passes, packed, around, x_ref, *refs):
                 for k, tap in enumerate(taps):
                     w = [ref[k] for ref in w_refs]
                     acc += _dot(tap, w if len(w) > 1 else w[0], passes)
-            if around.bias:
-                acc += b_ref[...]
-            y_ref[0, pl.ds(at, n)] = tpu_epilogue.value(around.value_of, acc).astype(y_ref.dtype)
+            _finish(around, acc, b_ref, y_ref, at)
 
         by_chunks(walk.rows, chunk, longest)
+
+
+def _finish(around: Around, acc, b_ref, y_ref, at) -> None:
+    """Bias, activation, and the one rounding."""
+    if around.bias:
+        acc += b_ref[...]
+    y = tpu_epilogue.value(around.value_of, acc).astype(y_ref.dtype)
+    y_ref[0, pl.ds(at, acc.shape[0])] = y
+
+
+def _causal_kernel(walk, older, around, x_ref, w_ref, *refs):
+    """One tile of a causal convolution: taps are read where x lies, but for the first rows.
+
+    ``head`` holds the last rows of the tile before, and the first of this one. Where the ``older``
+    taps make columns of their own, ``later`` holds those products, also of the tile before: they
+    belong to outputs some steps on.
+    """
+    *refs, y_ref, head, later = (*refs, None) if older == 0 else refs
+    b_ref = refs[0] if around.bias else None
+    H, D, n, O = walk.history, walk.dilation, walk.rows, y_ref.shape[2]
+    taps = walk.taps - older
+    s = pl.program_id(2)
+
+    @pl.when(s == 0)
+    def _():
+        head[pl.ds(0, H)] = jnp.zeros((H, head.shape[1]), head.dtype)
+        if older:
+            later[pl.ds(0, H)] = jnp.zeros((H, O), later.dtype)
+
+    head[pl.ds(H, H)] = x_ref[0, pl.ds(0, H)]
+
+    def tap(back):
+        parts = [head[pl.ds(H - back, H)]]
+        if n > H:
+            parts.append(x_ref[0, pl.ds(H - back, n - H)])
+        return jnp.concatenate(parts, 0)
+
+    windows = [tap((taps - 1 - k) * D) for k in range(taps)]
+    acc = _dot(jnp.concatenate(windows, 1), w_ref[...], "bf16")
+    if older:
+        later[pl.ds(H, n)] = acc[:, O:]
+        acc = acc[:, :O] + later[pl.ds(H - taps * D, n)]
+        later[pl.ds(0, H)] = later[pl.ds(n, H)]
+    _finish(around, acc, b_ref, y_ref, 0)
+    head[pl.ds(0, H)] = x_ref[0, pl.ds(n - H, H)]
 
 
 def _kernel_grad_kernel(walk, passes, around, x_ref, g_ref, *refs):
@@ -264,6 +307,35 @@ def _plan_of(
 # --- Launchers ---
 
 
+def _is_causal(walk: Walk, C: int, O: int) -> bool:
+    """Whether `_causal_kernel` will do: no tap reads ahead, and a tile is one chunk.
+
+    Every step before the first is padding, and the halo is shorter than a tile.
+    """
+    return (
+        C % LANES == 0
+        and 0 < walk.low == (walk.taps - 1) * walk.dilation
+        and walk.history < walk.rows <= _chunk(walk.rows, "bf16", walk.taps, C, O)
+    )
+
+
+def _older_taps(walk: Walk, C: int, plan: "Plan", O: int, chip: Chip) -> int:
+    """How many taps make columns of their own, where a narrow output leaves half of them idle.
+
+    One pass of a 256 wide matrix unit then holds 2 x 2 taps of 128 channels, rather than 2.
+    """
+    older = walk.taps // 2
+    fewer = pl.cdiv((walk.taps - older) * C, chip.mxu) < pl.cdiv(walk.taps * C, chip.mxu)
+    return older if O % LANES == 0 and plan.BO == O and 2 * O <= chip.mxu and fewer else 0
+
+
+def _side_by_side(w, older: int):
+    """``(K, C, O)`` to ``(newer*C, 2*O)``: newer taps, and beside the newest of them the older."""
+    newer = w[older:]
+    beside = jnp.concatenate([jnp.zeros_like(w[: newer.shape[0] - older]), w[:older]])
+    return jnp.concatenate([newer, beside], 2).reshape(-1, 2 * w.shape[2])
+
+
 def forward(
     x, w, plan: Plan, passes: str, out_dtype, chip: Chip, *, bias=None, saved=None,
     around: Around, interpret=False,
@@ -279,15 +351,24 @@ def forward(
     if walk.taps == 0:
         raise ValueError("no tap of this convolution sees its input")
     w = w[walk.first : walk.first + walk.taps]
+    causal = (
+        passes == "bf16"
+        and x.dtype == jnp.bfloat16
+        and around.slope_of is None
+        and _is_causal(walk, C, plan.BO)
+    )
+    older = _older_taps(walk, C, plan, O, chip) if causal else 0
     packed = C % LANES == 0 or (pl.cdiv(walk.taps * C, chip.mxu) < walk.taps * pl.cdiv(C, chip.mxu))
-    if packed:
+    if older:
+        w = _side_by_side(w, older)
+    elif packed:
         w = w.reshape(walk.taps * C, O)
     w = {
         "bf16": lambda: (w.astype(jnp.bfloat16),),
         "bf16x3": lambda: _split(w.astype(jnp.float32)),
         "f32": lambda: (w.astype(jnp.float32),),
     }[passes]()
-    block = (*w[0].shape[:-1], plan.BO)
+    block = (*w[0].shape[:-1], 2 * O if older else plan.BO)
     w_spec = pl.BlockSpec(block, lambda o, n, s: (*(0,) * (len(block) - 1), o))
     x_spec = pl.BlockSpec((1, walk.rows, C), lambda o, n, s: (n, walk.x_block(s), 0))
     operands, in_specs = [x], [x_spec]
@@ -301,15 +382,21 @@ def forward(
         in_specs.append(pl.BlockSpec((1, plan.BO), lambda o, n, s: (0, o)))
     tiles, out = pl.cdiv(O, plan.BO), (N, walk.out_time, O)
     times = [tiles if spec is x_spec else 1 for spec in in_specs]
+    kernel = functools.partial(_forward_kernel, walk, passes, packed, around)
+    operand = jnp.bfloat16 if passes == "bf16" else jnp.float32
+    scratch = [pltpu.VMEM((walk.window_rows, C), operand)]
+    if causal:
+        kernel = functools.partial(_causal_kernel, walk, older, around)
+        scratch = [pltpu.VMEM((2 * walk.history, C), operand)]
+        if older:
+            scratch.append(pltpu.VMEM((walk.window_rows, O), jnp.float32))
     return pl.pallas_call(
-        functools.partial(_forward_kernel, walk, passes, packed, around),
+        kernel,
         grid=(tiles, N, walk.steps),
         in_specs=in_specs,
         out_specs=pl.BlockSpec((1, walk.rows, plan.BO), lambda o, n, s: (n, walk.out_block(s), o)),
         out_shape=jax.ShapeDtypeStruct(out, out_dtype),
-        scratch_shapes=[
-            pltpu.VMEM((walk.window_rows, C), jnp.bfloat16 if passes == "bf16" else jnp.float32)
-        ],
+        scratch_shapes=scratch,
         compiler_params=compiler_params(chip, plan.vmem, ("parallel", "parallel", "arbitrary")),
         cost_estimate=cost(
             2 * N * walk.out_time * walk.taps * C * O,

@@ -71,12 +71,12 @@ def operands(case: Case, operation: str):
     }[operation]
 
 
-def check_kernel(module, case: Case, operation: str, chip: Chip = V5E) -> np.ndarray:
-    """Interprets one operation in tiles of 16 steps; returns what it computed."""
+def check_kernel(module, case: Case, operation: str, chip: Chip = V5E, longest=16) -> np.ndarray:
+    """Interprets one operation in tiles of ``longest`` steps; returns what it computed."""
     problem = case.problem(operation, "tpu")
     lhs, rhs = operands(case, operation)
     assert module.decline(problem) is None
-    out = module.launch(problem, lhs, rhs, chip, longest=16, interpret=params())
+    out = module.launch(problem, lhs, rhs, chip, longest=longest, interpret=params())
     check(
         out, operation, lhs, rhs, case.spec, out_dtype=problem.out_dtype,
         precision=case.precision, platform="tpu",
@@ -105,6 +105,20 @@ def test_dense_in_tiles_of_channels():
         plan = tpu_dense._plan_of(case.problem(operation, "tpu"), chip, 16)
         assert plan.BO < case.O
         check_kernel(tpu_dense, case, operation, chip)
+
+
+@pytest.mark.parametrize("mxu", [128, 256])
+@pytest.mark.parametrize("K, D, T, O", [(3, 3, 70, 128), (3, 16, 64, 128), (2, 5, 40, 130)])
+def test_causal_in_place(K, D, T, O, mxu):
+    """Taps are read where x lies; on a wide unit some make columns of their own."""
+    chip = dataclasses.replace(V5E, mxu=mxu)
+    case = Case("in_place", T=T, C=128, O=O, K=K, D=D, dtype="bfloat16")
+    problem = case.problem("conv1d", "tpu")
+    plan = tpu_dense._plan_of(problem, chip, 64 if D > 5 else 32)
+    assert tpu_dense._is_causal(plan.walk, case.C, O)
+    beside = tpu_dense._older_taps(plan.walk, case.C, plan, O, chip)
+    assert beside == (1 if mxu == 256 and K == 3 else 0)
+    check_kernel(tpu_dense, case, "conv1d", chip, longest=plan.walk.rows)
 
 
 def test_parts_of_the_kernel_gradient_are_added_in_order():
