@@ -21,6 +21,16 @@ BASELINES = (baselines.STOCK, baselines.BARRIER, baselines.SYMMETRIC, baselines.
 def goals(log: Log, dry: bool) -> None:
     """The shapes that the project has set itself goals for, operation by operation."""
     copy = _ceilings(log, dry)
+    results = {}
+    try:
+        _goals(log, dry, copy, results)
+    finally:
+        for verdict in verdicts(results):
+            log.write(**verdict)
+
+
+def _goals(log: Log, dry: bool, copy: float, results: dict) -> None:
+    """Adds to results what was reached, by layer and operation."""
     for layer in device_layers.goals(dry):
         arguments = device_layers.arrays(layer)
         for operation in device_layers.operations(layer):
@@ -39,7 +49,39 @@ def goals(log: Log, dry: bool) -> None:
                 ours = seconds["ours"].median
                 extra = dict(tflops=2 * layer.products / ours / 1e12,
                              of_copy=moved / ours / 1e12 / copy)  # fmt: skip
+                results[layer.name, operation] = extra
             _write(log, seconds, errors, layer=layer.name, operation=operation, **extra)
+
+
+def verdicts(results: dict[tuple[str, str], dict[str, float]]) -> list[dict]:
+    """Each goal, what was reached, and whether that is enough; None where it was not measured.
+
+    Args:
+      results: for a layer's name and an operation, ``tflops``, and ``of_copy``: the rate at
+        which it moves what it must, over that of a copy.
+    """
+
+    def worst(what, layers, operations):
+        found = [r[what] for (la, op), r in results.items() if la in layers and op in operations]
+        return min(found) if len(found) == len(layers) * len(operations) else None
+
+    dense, depthwise = [f"dense-512/D{D}" for D in (1, 4, 64, 512, 1024)], ["depthwise/D1"]
+    forward = [results[la, "forward"]["tflops"] for la in dense if (la, "forward") in results]
+    spread = max(forward) / min(forward) if len(forward) == len(dense) else None
+    gradients = ("input_grad", "kernel_grad")
+    lines = (
+        ("dense, forward, TFLOP/s", worst("tflops", dense, ("forward",)), 600),
+        ("dense, gradients, TFLOP/s", worst("tflops", dense, gradients), 500),
+        ("dense, fastest D over slowest", spread, 1.1),
+        ("dense-64, forward, of a copy", worst("of_copy", ["dense-64/D1"], ("forward",)), 0.8),
+        ("depthwise, forward, of a copy", worst("of_copy", depthwise, ("forward",)), 1 / 1.1),
+        ("depthwise, backward, of a copy", worst("of_copy", depthwise, ("backward",)), 1 / 1.25),
+    )  # fmt: skip
+    told = []
+    for goal, value, bar in lines:
+        met = None if value is None else value <= bar if "over" in goal else value >= bar
+        told.append(dict(goal=goal, bar=bar, reached=value, met=met))
+    return told
 
 
 def layers(log: Log, dry: bool) -> None:

@@ -26,13 +26,23 @@ def hide(x: jax.Array, mask) -> jax.Array:
     Raises:
       ValueError: the mask's shape is not x's without the channels, or it is no bool.
     """
+    mask = check_mask(mask, x.shape[:-1])
+    return jnp.where(mask[..., None], x, jnp.zeros((), x.dtype))
+
+
+def check_mask(mask, shape: tuple[int, ...]) -> jax.Array:
+    """``mask`` as an array.
+
+    Raises:
+      ValueError: it is not bool of this shape.
+    """
     mask = jnp.asarray(mask)
-    if mask.dtype != bool or mask.shape != x.shape[:-1]:
+    if mask.dtype != bool or mask.shape != shape:
         raise ValueError(
-            f"mask must be bool of shape {x.shape[:-1]}, True for real steps, "
+            f"mask must be bool of shape {shape}, True for real steps, "
             f"got {mask.dtype} of shape {mask.shape}"
         )
-    return jnp.where(mask[..., None], x, jnp.zeros((), x.dtype))
+    return mask
 
 
 def check_ids(segment_ids, shape: tuple[int, ...]) -> jax.Array:

@@ -31,15 +31,19 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from conv_pallas.kernels import Kernel
+from conv_pallas.kernels import Kernel, tpu_epilogue
+from conv_pallas.kernels.tpu_epilogue import Around
 from conv_pallas.kernels.tpu_window import (
     LANES,
     Chip,
     Walk,
     by_chunks,
     compiler_params,
+    cost,
     round_up,
+    rows_of,
     rows_that_fit,
+    sees_nothing,
     vmem_bytes,
 )
 from conv_pallas.kernels.xla_formulations import flip
@@ -50,6 +54,8 @@ from conv_pallas.spec import ConvSpec, Problem
 CODE = 1024
 CHUNKS = (2048, 1024, 512, 256)
 LONGEST = 2048  # rows of a tile of time; longer ones gain nothing
+
+SUBLANES = 8
 
 PASSES = {None: "bf16", "DEFAULT": "bf16", "HIGH": "bf16x3", "HIGHEST": "f32"}
 
@@ -99,13 +105,19 @@ def _dot(a: jax.Array, b, passes: str, contract=((1,), (0,))) -> jax.Array:
     return dot(high, b[0]) + (dot(high, b[1]) + dot(low, b[0]))
 
 
-def _forward_kernel(walk, passes, packed, activation, has_bias, x_ref, *refs):
+def _gradient_rows(around: Around, g_ref, saved_ref):
+    refs = (ref if ref is None else ref.at[0] for ref in (g_ref, saved_ref))
+    return tpu_epilogue.rows_of_gradient(around, *refs)
+
+
+def _forward_kernel(walk, passes, packed, around, x_ref, *refs):
     """One tile of time: moves the window on, then one matmul per chunk."""
     *w_refs, y_ref, window = refs
-    b_ref = w_refs.pop() if has_bias else None
+    b_ref = w_refs.pop() if around.bias else None
+    saved_ref = w_refs.pop(0) if around.slope_of else None
     longest = _chunk(walk.rows, passes, walk.taps, window.shape[1], y_ref.shape[2])
     s = pl.program_id(2)
-    walk.advance(s, x_ref.at[0], window)
+    walk.advance(s, _gradient_rows(around, x_ref, saved_ref), window)
 
     @pl.when(s >= walk.warm)
     def _():
@@ -121,32 +133,39 @@ def _forward_kernel(walk, passes, packed, activation, has_bias, x_ref, *refs):
                 for k, tap in enumerate(taps):
                     w = [ref[k] for ref in w_refs]
                     acc += _dot(tap, w if len(w) > 1 else w[0], passes)
-            if has_bias:
+            if around.bias:
                 acc += b_ref[...]
-            if activation is not None:
-                acc = activation(acc)
-            y_ref[0, pl.ds(at, n)] = acc.astype(y_ref.dtype)
+            y_ref[0, pl.ds(at, n)] = tpu_epilogue.value(around.value_of, acc).astype(y_ref.dtype)
 
         by_chunks(walk.rows, chunk, longest)
 
 
-def _kernel_grad_kernel(walk, passes, x_ref, g_ref, dw_ref, window):
-    """One tile of time: adds ``x_k^T g`` to every tap of dw, which stays."""
+def _kernel_grad_kernel(walk, passes, around, x_ref, g_ref, *refs):
+    """One tile of time: adds ``x_k^T g`` to every tap of dw, which stays, and g to db."""
+    *refs, window = refs
+    saved_ref = refs.pop(0) if around.slope_of else None
+    dw_ref, db_ref = (*refs, None)[:2]
+    load = _gradient_rows(around, g_ref, saved_ref)
     n, s = pl.program_id(3), pl.program_id(4)
     longest = _chunk(walk.rows, passes, walk.taps, window.shape[1], g_ref.shape[2])
-    walk.advance(s, x_ref.at[0], window)
+    walk.advance(s, rows_of(x_ref.at[0]), window)
 
     @pl.when((n == 0) & (s == 0))
     def _():
-        dw_ref[...] = jnp.zeros(dw_ref.shape, dw_ref.dtype)
+        for ref in refs:
+            ref[...] = jnp.zeros(ref.shape, ref.dtype)
 
     @pl.when(s >= walk.warm)
     def _():
         def chunk(at, n):
-            g = g_ref[0, pl.ds(at, n)].astype(window.dtype)
+            g = load(at, n)
             if walk.out_time % walk.rows:  # the last tile has rows past the end
                 u = (s - walk.warm) * walk.rows + at + lax.broadcasted_iota(jnp.int32, g.shape, 0)
-                g = jnp.where(u < walk.out_time, g.astype(jnp.float32), 0.0).astype(g.dtype)
+                g = jnp.where(u < walk.out_time, g.astype(jnp.float32), 0.0)
+            if around.bias:
+                sums = g.astype(jnp.float32).reshape(n // SUBLANES, SUBLANES, g.shape[1]).sum(0)
+                db_ref[0, 0] += sums
+            g = g.astype(window.dtype)
             g = _split(g) if passes == "bf16x3" else g
             rows = window.at[pl.ds(at, n + walk.history)]
             for k in range(walk.taps):
@@ -227,9 +246,14 @@ def _plan(
     return None
 
 
-def _plan_of(problem: Problem, chip: Chip, longest: int = LONGEST) -> Plan | None:
+def _plan_of(
+    problem: Problem, chip: Chip, longest: int = LONGEST, saved: bool = False
+) -> Plan | None:
+    """The plan of one operation; ``saved``: what was saved is read along with g."""
     passes = _passes(problem)
-    sizes = (problem.lhs_dtype.itemsize, problem.rhs_dtype.itemsize, problem.out_dtype.itemsize)
+    sizes = [problem.lhs_dtype.itemsize, problem.rhs_dtype.itemsize, problem.out_dtype.itemsize]
+    if saved:
+        sizes[problem.operation == "conv1d_kernel_grad"] *= 2
     spec, C, O = problem.spec, problem.C, problem.O
     if problem.operation == "conv1d_input_grad":
         spec, C, O = spec.transposed(), O, C
@@ -241,14 +265,15 @@ def _plan_of(problem: Problem, chip: Chip, longest: int = LONGEST) -> Plan | Non
 
 
 def forward(
-    x, w, plan: Plan, passes: str, out_dtype, chip: Chip, *, bias=None, activation=None,
-    interpret=False,
+    x, w, plan: Plan, passes: str, out_dtype, chip: Chip, *, bias=None, saved=None,
+    around: Around, interpret=False,
 ):  # fmt: skip
     """``activation(conv(x, w) + bias)`` by the plan of a forward convolution.
 
     Args:
       w: ``(K, C, O)`` with all taps; the dead ones are left out here.
       bias: ``(O,)`` or None; added in float32, as the activation is applied in it.
+      saved: like x; there, ``x * slope(saved)`` takes x's place.
     """
     (N, _, C), O, walk = x.shape, w.shape[2], plan.walk
     if walk.taps == 0:
@@ -264,82 +289,129 @@ def forward(
     }[passes]()
     block = (*w[0].shape[:-1], plan.BO)
     w_spec = pl.BlockSpec(block, lambda o, n, s: (*(0,) * (len(block) - 1), o))
-    operands, in_specs = [x, *w], [
-        pl.BlockSpec((1, walk.rows, C), lambda o, n, s: (n, walk.x_block(s), 0)),
-        *(w_spec for _ in w),
-    ]  # fmt: skip
-    if bias is not None:
+    x_spec = pl.BlockSpec((1, walk.rows, C), lambda o, n, s: (n, walk.x_block(s), 0))
+    operands, in_specs = [x], [x_spec]
+    if around.slope_of is not None:
+        operands.append(saved)
+        in_specs.append(x_spec)
+    operands += w
+    in_specs += [w_spec] * len(w)
+    if around.bias:
         operands.append(bias.astype(jnp.float32).reshape(1, O))
         in_specs.append(pl.BlockSpec((1, plan.BO), lambda o, n, s: (0, o)))
+    tiles, out = pl.cdiv(O, plan.BO), (N, walk.out_time, O)
+    times = [tiles if spec is x_spec else 1 for spec in in_specs]
     return pl.pallas_call(
-        functools.partial(_forward_kernel, walk, passes, packed, activation, bias is not None),
-        grid=(pl.cdiv(O, plan.BO), N, walk.steps),
+        functools.partial(_forward_kernel, walk, passes, packed, around),
+        grid=(tiles, N, walk.steps),
         in_specs=in_specs,
         out_specs=pl.BlockSpec((1, walk.rows, plan.BO), lambda o, n, s: (n, walk.out_block(s), o)),
-        out_shape=jax.ShapeDtypeStruct((N, walk.out_time, O), out_dtype),
+        out_shape=jax.ShapeDtypeStruct(out, out_dtype),
         scratch_shapes=[
             pltpu.VMEM((walk.window_rows, C), jnp.bfloat16 if passes == "bf16" else jnp.float32)
         ],
-        compiler_params=compiler_params(chip, ("parallel", "parallel", "arbitrary")),
+        compiler_params=compiler_params(chip, plan.vmem, ("parallel", "parallel", "arbitrary")),
+        cost_estimate=cost(
+            2 * N * walk.out_time * walk.taps * C * O,
+            *((a.shape, a.dtype.itemsize, n) for a, n in zip(operands, times, strict=True)),
+            (out, jnp.dtype(out_dtype).itemsize, 1),
+        ),
         interpret=interpret,
         name="conv1d_dense",
     )(*operands)
 
 
-def kernel_grad(x, g, spec: ConvSpec, plan: Plan, passes: str, chip: Chip, *, interpret=False):
-    """dw ``(K, C, O)`` in float32, by the plan of a kernel gradient."""
+def kernel_grad(
+    x, g, spec: ConvSpec, plan: Plan, passes: str, chip: Chip, *, saved=None,
+    around: Around, interpret=False,
+):  # fmt: skip
+    """``(dw, db)``, ``(K, C, O)`` and ``(O,)`` in float32, by the plan of a kernel gradient.
+
+    db is None where ``around.bias`` is False. ``saved`` is as in `forward`, and like g.
+    """
     (N, _, C), O, walk = x.shape, g.shape[2], plan.walk
     parts = chip.cores if N % chip.cores == 0 else 1
     share = N // parts
-    out = pl.pallas_call(
-        functools.partial(_kernel_grad_kernel, walk, passes),
-        grid=(parts, pl.cdiv(C, plan.BC), pl.cdiv(O, plan.BO), share, walk.steps),
+    tiles = pl.cdiv(C, plan.BC), pl.cdiv(O, plan.BO)
+    g_spec = pl.BlockSpec(
+        (1, walk.rows, plan.BO), lambda p, c, o, n, s: (p * share + n, walk.out_block(s), o)
+    )
+    operands = [x, g] + [saved] * (around.slope_of is not None)
+    out_specs = [pl.BlockSpec((1, walk.taps, plan.BC, plan.BO), lambda p, c, o, n, s: (p, 0, c, o))]
+    out_shape = [jax.ShapeDtypeStruct((parts, walk.taps, C, O), jnp.float32)]
+    if around.bias:
+        # Every tile of C makes its own, so that none is written by two; the first is taken.
+        out_specs.append(
+            pl.BlockSpec((1, 1, SUBLANES, plan.BO), lambda p, c, o, n, s: (p, c, 0, o))
+        )
+        out_shape.append(jax.ShapeDtypeStruct((parts, tiles[0], SUBLANES, O), jnp.float32))
+    dw, *db = pl.pallas_call(
+        functools.partial(_kernel_grad_kernel, walk, passes, around),
+        grid=(parts, *tiles, share, walk.steps),
         in_specs=[
             pl.BlockSpec(
                 (1, walk.rows, plan.BC),
                 lambda p, c, o, n, s: (p * share + n, walk.x_block(s), c),
             ),
-            pl.BlockSpec(
-                (1, walk.rows, plan.BO),
-                lambda p, c, o, n, s: (p * share + n, walk.out_block(s), o),
-            ),
+            *[g_spec] * (len(operands) - 1),
         ],
-        out_specs=pl.BlockSpec(
-            (1, walk.taps, plan.BC, plan.BO), lambda p, c, o, n, s: (p, 0, c, o)
-        ),
-        out_shape=jax.ShapeDtypeStruct((parts, walk.taps, C, O), jnp.float32),
+        out_specs=out_specs,
+        out_shape=out_shape,
         scratch_shapes=[
             pltpu.VMEM(
                 (walk.window_rows, plan.BC), jnp.bfloat16 if passes == "bf16" else jnp.float32
             )
         ],
-        compiler_params=compiler_params(chip, ("parallel", *("arbitrary",) * 4)),
+        compiler_params=compiler_params(chip, plan.vmem, ("parallel", *("arbitrary",) * 4)),
+        cost_estimate=cost(
+            2 * N * walk.out_time * walk.taps * C * O,
+            (x.shape, x.dtype.itemsize, tiles[1]),
+            *((a.shape, a.dtype.itemsize, tiles[0]) for a in operands[1:]),
+            *((a.shape, 4, 1) for a in out_shape),
+        ),
         interpret=interpret,
         name="conv1d_dense_kernel_grad",
-    )(x, g)
-    out = functools.reduce(jnp.add, out)
-    return jnp.pad(out, ((walk.first, spec.kernel_size - walk.first - walk.taps), (0, 0), (0, 0)))
+    )(*operands)
+    dw = functools.reduce(jnp.add, dw)
+    dw = jnp.pad(dw, ((walk.first, spec.kernel_size - walk.first - walk.taps), (0, 0), (0, 0)))
+    return dw, functools.reduce(jnp.add, db[0][:, 0]).sum(0) if db else None
 
 
 def launch(
-    problem: Problem, lhs, rhs, chip: Chip, *, longest: int = LONGEST, interpret=False
-) -> jax.Array:
-    """The operation of ``problem`` with the tiles of ``chip``, at most ``longest`` steps each."""
-    if 0 in problem.out_shape:
-        return jnp.zeros(problem.out_shape, problem.out_dtype)
-    plan, passes = _plan_of(problem, chip, longest), _passes(problem)
-    if plan.walk.taps == 0:  # nothing but padding is ever seen
-        return jnp.zeros(problem.out_shape, problem.out_dtype)
-    if problem.operation == "conv1d_kernel_grad":
-        dw = kernel_grad(lhs, rhs, problem.spec, plan, passes, chip, interpret=interpret)
-        return dw.astype(problem.out_dtype)
-    if problem.operation == "conv1d_input_grad":
+    problem: Problem, lhs, rhs, chip: Chip, *, longest: int = LONGEST, interpret=False, bias=None,
+    saved=None, sum_bias=False,
+):  # fmt: skip
+    """The operation of ``problem`` with the tiles of ``chip``, at most ``longest`` steps each.
+
+    Args:
+      bias: forward: what is added before the epilogue's activation.
+      saved: gradients: from which the derivative of that activation is computed.
+      sum_bias: kernel gradient: return ``(dw, db)``, else dw.
+    """
+    activation, operation = problem.epilogue.activation, problem.operation
+    if operation == "conv1d":
+        around = Around(bias is not None, value_of=activation)
+    else:
+        around = Around(sum_bias, slope_of=activation)
+    plan = _plan_of(problem, chip, longest, around.slope_of is not None)
+    passes = _passes(problem)
+    options = dict(saved=saved, around=around, interpret=interpret)
+    if operation == "conv1d_kernel_grad":
+        dw, db = kernel_grad(lhs, rhs, problem.spec, plan, passes, chip, **options)
+        return (dw.astype(problem.out_dtype), db) if sum_bias else dw.astype(problem.out_dtype)
+    if operation == "conv1d_input_grad":
         rhs = flip(rhs, 1)
-    return forward(lhs, rhs, plan, passes, problem.out_dtype, chip, interpret=interpret)
+    return forward(lhs, rhs, plan, passes, problem.out_dtype, chip, bias=bias, **options)
 
 
 def run(problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    if sees_nothing(problem):
+        return jnp.zeros(problem.out_shape, problem.out_dtype)
     return launch(problem, lhs, rhs, Chip.current())
+
+
+fused = functools.partial(tpu_epilogue.fused, launch)
+backward = functools.partial(tpu_epilogue.backward, launch)
 
 
 # --- What it declines ---
@@ -360,13 +432,13 @@ def decline(problem: Problem) -> str | None:
             return f"takes bfloat16 and float32, not {dtype}"
     if _passes(problem) is None:
         return f"knows the precisions DEFAULT, HIGH and HIGHEST, not {problem.precision}"
-    if 0 not in problem.out_shape and _plan_of(problem, Chip.current()) is None:
+    if not sees_nothing(problem) and _plan_of(problem, Chip.current()) is None:
         return "this kernel and its halo do not fit in VMEM"
     return None
 
 
 def describe(problem: Problem) -> str:
-    if 0 in problem.out_shape:
+    if sees_nothing(problem):
         return "zeros"
     plan = _plan_of(problem, Chip.current())
     return (
@@ -383,4 +455,8 @@ KERNEL = Kernel(
     describe=describe,
     priority=None,
     vmappable=False,
+    fused=fused,
+    decline_fused=tpu_epilogue.decline_fused,
+    backward=backward,
+    decline_backward=functools.partial(tpu_epilogue.decline_backward, _plan_of),
 )

@@ -30,15 +30,19 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from conv_pallas.kernels import Kernel
+from conv_pallas.kernels import Kernel, tpu_epilogue
+from conv_pallas.kernels.tpu_epilogue import Around
 from conv_pallas.kernels.tpu_window import (
     LANES,
     Chip,
     Walk,
     by_chunks,
     compiler_params,
+    cost,
     round_up,
+    rows_of,
     rows_that_fit,
+    sees_nothing,
     vmem_bytes,
 )
 from conv_pallas.spec import Problem
@@ -49,6 +53,11 @@ CHUNK = 128  # rows of one sum: its 16 registers, and those of a tap, fit in the
 LONGEST = 1024  # rows of a tile of time
 
 # --- Device code ---
+
+
+def _gradient_rows(around: Around, g_ref, saved_ref, c):
+    refs = (ref if ref is None else ref.at[0, :, c] for ref in (g_ref, saved_ref))
+    return tpu_epilogue.rows_of_gradient(around, *refs)
 
 
 def _by_lanes(width: int, window):
@@ -64,12 +73,15 @@ def _window(plan) -> pltpu.VMEM:
     return pltpu.VMEM((pl.cdiv(plan.BC, LANES), plan.walk.window_rows, LANES), jnp.float32)
 
 
-def _forward_kernel(walk, x_ref, w_ref, y_ref, window):
+def _forward_kernel(walk, around, x_ref, *refs):
     """One tile of time: moves the window on, then one sum of taps per chunk."""
+    refs = list(refs)
+    saved_ref = refs.pop(0) if around.slope_of else None
+    w_ref, *b_ref, y_ref, window = refs
     s = pl.program_id(2)
     BC = x_ref.shape[2]
     for c, lanes in _by_lanes(BC, window):
-        walk.advance(s, x_ref.at[0, :, c], lanes)
+        walk.advance(s, _gradient_rows(around, x_ref, saved_ref, c), lanes)
 
     @pl.when(s >= walk.warm)
     def _():
@@ -80,36 +92,44 @@ def _forward_kernel(walk, x_ref, w_ref, y_ref, window):
                 acc = rows[pl.ds(walk.offset(0), n)] * w_ref[pl.ds(0, 1), c]
                 for k in range(1, walk.taps):
                     acc += rows[pl.ds(walk.offset(k), n)] * w_ref[pl.ds(k, 1), c]
+                for ref in b_ref:
+                    acc += ref[:, c]
+                acc = tpu_epilogue.value(around.value_of, acc)
                 y_ref[0, pl.ds(at, n), c] = acc.astype(y_ref.dtype)
 
         by_chunks(walk.rows, chunk, CHUNK)
 
 
-def _kernel_grad_kernel(walk, x_ref, g_ref, dw_ref, window):
+def _kernel_grad_kernel(walk, around, x_ref, g_ref, *refs):
     """One tile of time: adds ``x_k * g`` to every tap of dw, by sublanes; dw stays."""
+    *refs, window = refs
+    saved_ref = refs.pop(0) if around.slope_of else None
+    dw_ref, *db_ref = refs
     n, s = pl.program_id(2), pl.program_id(3)
     BC = x_ref.shape[2]
     for c, lanes in _by_lanes(BC, window):
-        walk.advance(s, x_ref.at[0, :, c], lanes)
+        walk.advance(s, rows_of(x_ref.at[0, :, c]), lanes)
 
     @pl.when((n == 0) & (s == 0))
     def _():
-        dw_ref[...] = jnp.zeros(dw_ref.shape, dw_ref.dtype)
+        for ref in refs:
+            ref[...] = jnp.zeros(ref.shape, ref.dtype)
 
     @pl.when(s >= walk.warm)
     def _():
         def chunk(at, n):
             for c, lanes in _by_lanes(BC, window):
                 rows = lanes.at[pl.ds(at, n + walk.history)]
-                g = g_ref[0, pl.ds(at, n), c].astype(jnp.float32)
+                g = _gradient_rows(around, g_ref, saved_ref, c)(at, n).astype(jnp.float32)
                 if walk.out_time % walk.rows:  # the last tile has rows past the end
                     first = (s - walk.warm) * walk.rows + at
                     u = first + lax.broadcasted_iota(jnp.int32, g.shape, 0)
                     g = jnp.where(u < walk.out_time, g, 0.0)
+                by_sublanes = lambda a: a.reshape(n // SUBLANES, SUBLANES, a.shape[1]).sum(0)  # noqa: E731
+                for ref in db_ref:
+                    ref[0, :, c] += by_sublanes(g)
                 for k in range(walk.taps):
-                    product = rows[pl.ds(walk.offset(k), n)] * g
-                    sums = product.reshape(n // SUBLANES, SUBLANES, g.shape[1]).sum(0)
-                    dw_ref[0, k, :, c] += sums
+                    dw_ref[0, k, :, c] += by_sublanes(rows[pl.ds(walk.offset(k), n)] * g)
 
         by_chunks(walk.rows, chunk, CHUNK)
 
@@ -123,11 +143,14 @@ class Plan:
 
     walk: Walk
     BC: int
+    vmem: int
 
 
-def _plan_of(problem: Problem, chip: Chip, longest: int = LONGEST) -> Plan | None:
-    """The longest tile of time and the widest of channels that fit."""
-    spec, C = problem.spec, problem.C
+def _plan_of(
+    problem: Problem, chip: Chip, longest: int = LONGEST, saved: bool = False
+) -> Plan | None:
+    """The longest tile of time and the widest of channels that fit; ``saved``: and is read too."""
+    spec, C = problem.spec, problem.O
     if problem.operation == "conv1d_input_grad":
         spec = spec.transposed()
     sums = problem.operation == "conv1d_kernel_grad"
@@ -136,85 +159,134 @@ def _plan_of(problem: Problem, chip: Chip, longest: int = LONGEST) -> Plan | Non
         walk = Walk.of(spec, rows)
         tap_rows = SUBLANES if sums else 1
         taps = 2 * vmem_bytes(round_up(walk.taps * tap_rows, SUBLANES), BC, 4)
-        return 4 * vmem_bytes(rows, BC, 4) + vmem_bytes(walk.window_rows, BC, 4) + taps
+        blocks = (4 + 2 * saved) * vmem_bytes(rows, BC, 4)
+        return blocks + vmem_bytes(walk.window_rows, BC, 4) + taps
 
     for least in (min(longest, LONGEST // 4, spec.out_time), 1):
         for BC in (min(C, LANES_AT_ONCE), min(C, LANES)):
             fits = lambda rows, BC=BC: need(rows, BC) <= chip.budget  # noqa: E731
             rows = rows_that_fit(spec.out_time, longest, fits)
             if rows is not None and rows >= least:
-                return Plan(Walk.of(spec, rows), BC)
+                return Plan(Walk.of(spec, rows), BC, need(rows, BC))
     return None
 
 
 # --- Launchers ---
 
 
-def _forward(x, w, plan: Plan, out_dtype, chip: Chip, interpret) -> jax.Array:
+def _forward(
+    x, w, plan: Plan, out_dtype, chip: Chip, *, bias=None, saved=None, around: Around,
+    interpret=False,
+) -> jax.Array:  # fmt: skip
     """``w`` is ``(K, C)`` in float32, with all taps."""
     (N, _, C), walk = x.shape, plan.walk
     w = w[walk.first : walk.first + walk.taps]
+    x_spec = pl.BlockSpec((1, walk.rows, plan.BC), lambda c, n, s: (n, walk.x_block(s), c))
+    operands = [x] + [saved] * (around.slope_of is not None)
+    in_specs = [x_spec] * len(operands)
+    for per_channel in [w, bias.astype(jnp.float32)[None]] if around.bias else [w]:
+        operands.append(per_channel)
+        in_specs.append(pl.BlockSpec((per_channel.shape[0], plan.BC), lambda c, n, s: (0, c)))
+    out = jax.ShapeDtypeStruct((N, walk.out_time, C), out_dtype)
     return pl.pallas_call(
-        functools.partial(_forward_kernel, walk),
+        functools.partial(_forward_kernel, walk, around),
         grid=(pl.cdiv(C, plan.BC), N, walk.steps),
-        in_specs=[
-            pl.BlockSpec((1, walk.rows, plan.BC), lambda c, n, s: (n, walk.x_block(s), c)),
-            pl.BlockSpec((walk.taps, plan.BC), lambda c, n, s: (0, c)),
-        ],
+        in_specs=in_specs,
         out_specs=pl.BlockSpec((1, walk.rows, plan.BC), lambda c, n, s: (n, walk.out_block(s), c)),
-        out_shape=jax.ShapeDtypeStruct((N, walk.out_time, C), out_dtype),
+        out_shape=out,
         scratch_shapes=[_window(plan)],
-        compiler_params=compiler_params(chip, ("parallel", "parallel", "arbitrary")),
+        compiler_params=compiler_params(chip, plan.vmem, ("parallel", "parallel", "arbitrary")),
+        cost_estimate=cost(
+            2 * N * walk.out_time * walk.taps * C,
+            *((a.shape, a.dtype.itemsize, 1) for a in (*operands, out)),
+        ),
         interpret=interpret,
         name="conv1d_depthwise",
-    )(x, w)
+    )(*operands)
 
 
-def _kernel_grad(x, g, K: int, plan: Plan, chip: Chip, interpret) -> jax.Array:
-    """dw ``(K, C)`` in float32."""
+def _kernel_grad(
+    x, g, K: int, plan: Plan, chip: Chip, *, around: Around, saved=None, interpret=False
+):
+    """``(dw, db)``, ``(K, C)`` and ``(C,)`` in float32; db is None where it is not asked for."""
     (N, _, C), walk = x.shape, plan.walk
     parts = chip.cores if N % chip.cores == 0 else 1
     share = N // parts
-    out = pl.pallas_call(
-        functools.partial(_kernel_grad_kernel, walk),
+    g_spec = pl.BlockSpec(
+        (1, walk.rows, plan.BC), lambda p, c, n, s: (p * share + n, walk.out_block(s), c)
+    )
+    operands = [x, g] + [saved] * (around.slope_of is not None)
+    out_specs = [pl.BlockSpec((1, walk.taps, SUBLANES, plan.BC), lambda p, c, n, s: (p, 0, 0, c))]
+    out_shape = [jax.ShapeDtypeStruct((parts, walk.taps, SUBLANES, C), jnp.float32)]
+    if around.bias:
+        out_specs.append(pl.BlockSpec((1, SUBLANES, plan.BC), lambda p, c, n, s: (p, 0, c)))
+        out_shape.append(jax.ShapeDtypeStruct((parts, SUBLANES, C), jnp.float32))
+    dw, *db = pl.pallas_call(
+        functools.partial(_kernel_grad_kernel, walk, around),
         grid=(parts, pl.cdiv(C, plan.BC), share, walk.steps),
         in_specs=[
             pl.BlockSpec(
                 (1, walk.rows, plan.BC), lambda p, c, n, s: (p * share + n, walk.x_block(s), c)
             ),
-            pl.BlockSpec(
-                (1, walk.rows, plan.BC), lambda p, c, n, s: (p * share + n, walk.out_block(s), c)
-            ),
+            *[g_spec] * (len(operands) - 1),
         ],
-        out_specs=pl.BlockSpec((1, walk.taps, SUBLANES, plan.BC), lambda p, c, n, s: (p, 0, 0, c)),
-        out_shape=jax.ShapeDtypeStruct((parts, walk.taps, SUBLANES, C), jnp.float32),
+        out_specs=out_specs,
+        out_shape=out_shape,
         scratch_shapes=[_window(plan)],
-        compiler_params=compiler_params(chip, ("parallel", *("arbitrary",) * 3)),
+        compiler_params=compiler_params(chip, plan.vmem, ("parallel", *("arbitrary",) * 3)),
+        cost_estimate=cost(
+            2 * N * walk.out_time * walk.taps * C,
+            *((a.shape, a.dtype.itemsize, 1) for a in (*operands, *out_shape)),
+        ),
         interpret=interpret,
         name="conv1d_depthwise_kernel_grad",
-    )(x, g)
-    dw = functools.reduce(jnp.add, out).sum(1)
-    return jnp.pad(dw, ((walk.first, K - walk.first - walk.taps), (0, 0)))
+    )(*operands)
+    dw = functools.reduce(jnp.add, dw).sum(1)
+    dw = jnp.pad(dw, ((walk.first, K - walk.first - walk.taps), (0, 0)))
+    return dw, functools.reduce(jnp.add, db[0]).sum(0) if db else None
 
 
 def launch(
-    problem: Problem, lhs, rhs, chip: Chip, *, longest: int = LONGEST, interpret=False
-) -> jax.Array:
-    """The operation of ``problem`` with the tiles of ``chip``, at most ``longest`` steps each."""
-    plan = _plan_of(problem, chip, longest)
-    if 0 in problem.out_shape or plan.walk.taps == 0:  # nothing but padding is ever seen
-        return jnp.zeros(problem.out_shape, problem.out_dtype)
-    if problem.operation == "conv1d_kernel_grad":
-        dw = _kernel_grad(lhs, rhs, problem.spec.kernel_size, plan, chip, interpret)
-        return dw[:, None].astype(problem.out_dtype)
+    problem: Problem, lhs, rhs, chip: Chip, *, longest: int = LONGEST, interpret=False, bias=None,
+    saved=None, sum_bias=False,
+):  # fmt: skip
+    """The operation of ``problem`` with the tiles of ``chip``, at most ``longest`` steps each.
+
+    ``bias``, ``saved`` and ``sum_bias`` are as in `tpu_dense.launch`. Where a channel in makes
+    several out, x is repeated first, and its gradient is their sum.
+    """
+    activation, operation = problem.epilogue.activation, problem.operation
+    if operation == "conv1d":
+        around = Around(bias is not None, value_of=activation)
+    else:
+        around = Around(sum_bias, slope_of=activation)
+    each = problem.O // problem.C
+    if each > 1 and operation != "conv1d_input_grad":
+        lhs = jnp.repeat(lhs, each, -1)
+    plan = _plan_of(problem, chip, longest, around.slope_of is not None)
+    options = dict(saved=saved, around=around, interpret=interpret)
+    if operation == "conv1d_kernel_grad":
+        dw, db = _kernel_grad(lhs, rhs, problem.spec.kernel_size, plan, chip, **options)
+        dw = dw[:, None].astype(problem.out_dtype)
+        return (dw, db) if sum_bias else dw
     w = rhs[:, 0].astype(jnp.float32)
-    if problem.operation == "conv1d_input_grad":
+    if operation == "conv1d_input_grad":
         w = w[::-1]
-    return _forward(lhs, w, plan, problem.out_dtype, chip, interpret)
+    out_dtype = problem.out_dtype
+    if each == 1 or operation == "conv1d":
+        return _forward(lhs, w, plan, out_dtype, chip, bias=bias, **options)
+    dx = _forward(lhs, w, plan, jnp.float32, chip, **options)
+    return dx.reshape(*dx.shape[:-1], problem.C, each).sum(-1).astype(out_dtype)
 
 
 def run(problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    if sees_nothing(problem):
+        return jnp.zeros(problem.out_shape, problem.out_dtype)
     return launch(problem, lhs, rhs, Chip.current())
+
+
+fused = functools.partial(tpu_epilogue.fused, launch)
+backward = functools.partial(tpu_epilogue.backward, launch)
 
 
 # --- What it declines ---
@@ -226,8 +298,6 @@ def decline(problem: Problem) -> str | None:
     spec = problem.spec
     if not problem.depthwise:
         return "is for one channel a group"
-    if problem.O != problem.C:
-        return "makes one channel out of each channel in"
     if spec.stride != 1 or spec.input_dilation != 1:
         return "takes neither strides nor input dilation"
     if not isinstance(spec.time, int) or not isinstance(problem.N, int):
@@ -235,13 +305,13 @@ def decline(problem: Problem) -> str | None:
     for dtype in (problem.lhs_dtype, problem.rhs_dtype, problem.out_dtype):
         if dtype not in OPERANDS:
             return f"takes bfloat16 and float32, not {dtype}"
-    if 0 not in problem.out_shape and _plan_of(problem, Chip.current()) is None:
+    if not sees_nothing(problem) and _plan_of(problem, Chip.current()) is None:
         return "the halo does not fit in VMEM"
     return None
 
 
 def describe(problem: Problem) -> str:
-    if 0 in problem.out_shape:
+    if sees_nothing(problem):
         return "zeros"
     plan = _plan_of(problem, Chip.current())
     return (
@@ -258,4 +328,8 @@ KERNEL = Kernel(
     describe=describe,
     priority=None,
     vmappable=False,
+    fused=fused,
+    decline_fused=tpu_epilogue.decline_fused,
+    backward=backward,
+    decline_backward=functools.partial(tpu_epilogue.decline_backward, _plan_of),
 )

@@ -12,6 +12,7 @@ of ``0 <= t < T``, also past the end of the last block, is written as zeros.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from conv_pallas.spec import ConvSpec
+from conv_pallas.spec import ConvSpec, Operation, Problem
 
 LANES = 128
 TILE_ROWS = 16  # rows of a tile of the narrowest dtype: aligned for any of them
@@ -110,11 +111,11 @@ class Walk:
         """Which block of the output step ``s`` makes; the first, before there is one."""
         return jnp.maximum(s - self.warm, 0)
 
-    def advance(self, s, x_ref, window) -> None:
+    def advance(self, s, load, window) -> None:
         """Moves the window on to step ``s``: device code, once a step.
 
         Args:
-          x_ref: block ``x_block(s)``, ``(rows, C)``.
+          load: ``load(at, n)``, ``n`` rows from ``at`` on of block ``x_block(s)``, ``(n, C)``.
           window: VMEM ``(window_rows, C)``, carried from one step to the next.
         """
         H, BT = self.history, self.rows
@@ -136,7 +137,7 @@ class Walk:
                 )
 
         def copied(at, n):
-            _store(window, at, n, _load(x_ref, at, n), H)
+            _store(window, at, n, load(at, n), H)
 
         if self.always_inside:
             by_chunks(BT, copied)
@@ -151,7 +152,7 @@ class Walk:
                 t = start + at + lax.broadcasted_iota(jnp.int32, (n, window.shape[1]), 0)
                 real = (t >= 0) & (t < self.time)
                 # Selected in float32: the older chips compare and select in 32 bits.
-                x = _load(x_ref, at, n).astype(jnp.float32)
+                x = load(at, n).astype(jnp.float32)
                 _store(window, at, n, jnp.where(real, x, 0.0), H)
 
             by_chunks(BT, masked)
@@ -167,6 +168,11 @@ def by_chunks(rows: int, body, longest: int = COPY_ROWS) -> None:
         pl.loop(0, whole)(lambda c: body(pl.multiple_of(c * n, n), n))
     if rest:
         body(whole * n, rest)
+
+
+def rows_of(ref):
+    """``load(at, n)`` of a reference to ``(rows, C)``."""
+    return lambda at, n: _load(ref, at, n)
 
 
 def _load(ref, at, n: int, shift: int = 0) -> jax.Array:
@@ -204,16 +210,44 @@ class Chip:
         return self.vmem * 3 // 4
 
 
+def sees_nothing(problem: Problem) -> bool:
+    """Whether there is nothing but padding under every tap, or nothing at all to compute."""
+    return 0 in problem.out_shape or Walk.of(problem.spec, LANES).taps == 0
+
+
+def gradient_problem(problem: Problem, operation: Operation) -> Problem:
+    """A gradient of a forward problem, with its epilogue."""
+    x, w, y = problem.lhs_dtype, problem.rhs_dtype, problem.out_dtype
+    lhs, rhs, out = {"conv1d_input_grad": (y, w, x), "conv1d_kernel_grad": (x, y, w)}[operation]
+    return dataclasses.replace(
+        problem, operation=operation, lhs_dtype=lhs, rhs_dtype=rhs, out_dtype=out
+    )
+
+
 def vmem_bytes(rows: int, lanes: int, itemsize: int) -> int:
     """What an array takes up in VMEM, in whole tiles."""
     return round_up(rows, TILE_ROWS) * round_up(lanes, LANES) * itemsize
 
 
-def compiler_params(chip: Chip, semantics: tuple[str, ...]) -> pltpu.CompilerParams:
-    """For a grid of these dimensions; what a plan counted is below this limit of VMEM."""
+def compiler_params(chip: Chip, need: int, semantics: tuple[str, ...]) -> pltpu.CompilerParams:
+    """For a grid of these dimensions and a plan that counted ``need`` bytes of VMEM.
+
+    What the kernel does not claim is XLA's: there it leaves the output of one layer for the next,
+    and neither travels to HBM and back.
+    """
+    limit = max(16 * 2**20, need * 5 // 4 + 4 * 2**20)
     return pltpu.CompilerParams(
-        dimension_semantics=semantics, vmem_limit_bytes=chip.vmem * 15 // 16
+        dimension_semantics=semantics, vmem_limit_bytes=min(limit, chip.vmem * 15 // 16)
     )
+
+
+def cost(flops: int, *arrays: tuple[tuple[int, ...], int, int]) -> pl.CostEstimate:
+    """What XLA plans with; of each array shape, bytes of an element, and how often it is read."""
+    moved = sum(
+        times * math.prod(shape[:-2]) * vmem_bytes(shape[-2], shape[-1], itemsize)
+        for shape, itemsize, times in arrays
+    )
+    return pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=0)
 
 
 def rows_that_fit(out_time: int, longest: int, fits) -> int | None:

@@ -114,19 +114,6 @@ def test_parts_of_the_kernel_gradient_are_added_in_order():
     np.testing.assert_array_equal(one, two)
 
 
-def test_bias_and_activation():
-    case = Case("epilogue", T=40, C=8, O=24, D=3)
-    x, w, _ = case.arrays()
-    bias = np.linspace(-1, 1, case.O, dtype=np.float32)
-    problem = case.problem("conv1d", "tpu")
-    plan = tpu_dense._plan_of(problem, V5E, 16)
-    y = tpu_dense.forward(
-        x, w, plan, "f32", np.float32, V5E, bias=bias, activation=jax.nn.relu, interpret=params()
-    )
-    plain = tpu_dense.forward(x, w, plan, "f32", np.float32, V5E, interpret=params())
-    np.testing.assert_allclose(y, np.maximum(plain + bias, 0), rtol=1e-6, atol=1e-6)
-
-
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("case", DEPTHWISE, ids=str)
 def test_depthwise(case, operation):

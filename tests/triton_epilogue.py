@@ -152,7 +152,7 @@ FUSED = (
     Fused(dataclasses.replace(_WALKED, name="walked_over", T=9, D=64), "tanh"),
     Fused(dataclasses.replace(_WALKED, name="walked_pad", padding=[(7, 20)], K=2), "relu"),
     Fused(dataclasses.replace(_WALKED, name="walked_crop", padding=[(-5, -3)]), "silu"),
-    Fused(dataclasses.replace(_WALKED, name="walked_valid", padding="VALID", K=1), None),
+    Fused(dataclasses.replace(_WALKED, name="walked_alone", K=1, D=2**31 - 1), None),
     Fused(_WALKED, "silu", bias=False),
     Fused(_WALKED, "silu", wanted=(True, False, False)),
     Fused(_WALKED, "silu", wanted=(False, True, True)),

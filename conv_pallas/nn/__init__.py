@@ -1,6 +1,8 @@
 """Layers and models for `flax.nnx`."""
 
+from conv_pallas.nn.block import TemporalBlock
 from conv_pallas.nn.conv import Conv, replace_convs
-from conv_pallas.nn.tcn import TCN, TemporalBlock
+from conv_pallas.nn.runs import compiled_step
+from conv_pallas.nn.tcn import TCN
 
-__all__ = ["TCN", "Conv", "TemporalBlock", "replace_convs"]
+__all__ = ["TCN", "Conv", "TemporalBlock", "compiled_step", "replace_convs"]

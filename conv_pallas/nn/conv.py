@@ -1,13 +1,14 @@
 """`Conv`, in place of `flax.nnx.Conv`, and `replace_convs`, which puts it there."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from flax import nnx
 from jax import lax
 
-from conv_pallas import dispatch, explanation, ops
+from conv_pallas import dispatch, explanation, ops, segments, streaming
 from conv_pallas.dispatch import Implementation
 from conv_pallas.spec import make_spec, scalar
 
@@ -19,6 +20,13 @@ class Conv(nnx.Conv):
     their initial values for a given `rngs`, the checkpoints. Two and more spatial
     dimensions, complex numbers, and layers with a `conv_general_dilated` of their own, run
     as in flax.
+
+    A causal layer can also run step by step, on chunks of any length::
+
+        state = layer.init_state(batch_size)
+        y, state = layer.step(x_chunk, state)
+
+    The outputs of the chunks, one after the other, are those of the whole sequence.
 
     Args:
       implementation: as in `conv_pallas.conv1d`; None picks the fastest known. It orders what
@@ -48,43 +56,200 @@ class Conv(nnx.Conv):
         super().__init__(in_features, out_features, kernel_size, strides, **kwargs)
         _order(self, implementation)
 
-    def __call__(self, inputs: jax.Array, out_sharding=None) -> jax.Array:
+    def __call__(
+        self,
+        inputs: jax.Array,
+        out_sharding=None,
+        *,
+        activation: str | Callable[[jax.Array], jax.Array] | None = None,
+        mask: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> jax.Array:
         """Convolves.
 
         Args:
           inputs: ``(*batch, *spatial, in_features)``, any number of batch axes.
           out_sharding: sharding of the result on a mesh with explicit axes.
+          activation: what follows the bias, as in `conv_pallas.conv1d`; given here, and by its
+            name, a kernel may carry it.
+          mask: ``(*batch, *spatial)`` bool, False for padding: as in `conv_pallas.conv1d`. It
+            has nothing to do with the constructor's ``mask``, which is the kernel's.
+          segment_ids: ``(*batch, T)`` integers, packed sequences: as in `conv_pallas.conv1d`.
 
         Returns:
           ``(*batch, *spatial', out_features)``.
 
         Raises:
           ValueError, TypeError, NotImplementedError: as `conv_pallas.conv1d`; ValueError
-            also for a mask whose shape is not the kernel's.
+            also for a kernel mask whose shape is not the kernel's.
         """
+        more = dict(activation=activation, mask=mask, segment_ids=segment_ids)
+        return self._call(inputs, None, out_sharding, **more)
+
+    def _call(self, inputs, kernel, out_sharding=None, *, activation, mask, segment_ids):
+        """The call, with another kernel than the parameter where one is given."""
         if self.in_features % self.feature_group_count:
             raise ValueError(
                 f"feature_group_count must divide in_features={self.in_features}, "
                 f"got {self.feature_group_count}"
             )
-        if self._left_to_flax():
+        left_to_flax = self._left_to_flax()
+        if left_to_flax:
             self._check_dimensions()
-            out = {} if out_sharding is None else {"out_sharding": out_sharding}
-            return super().__call__(inputs, **out)
-        if self.mask is not None and self.mask.shape != self.kernel_shape:
+        elif self.mask is not None and self.mask.shape != self.kernel_shape:
             raise ValueError(
                 f"mask must have the kernel's shape {self.kernel_shape}, got {self.mask.shape}"
             )
-        if self._is_stock():
-            make_spec(inputs.shape, self.kernel_shape, **self._geometry())  # for its complaints
+        if left_to_flax or (kernel is None and segment_ids is None and self._is_stock()):
+            act = ops.activation_function(activation)
+            if segment_ids is not None:
+                raise ValueError(
+                    "segment_ids are for 1-D convolutions of a layer without a "
+                    "conv_general_dilated of its own"
+                )
+            if not left_to_flax:  # for its complaints
+                make_spec(inputs.shape, self.kernel_shape, **self._geometry())
+            if mask is not None:
+                inputs = segments.hide(inputs, mask)
             out = {} if out_sharding is None else {"out_sharding": out_sharding}
-            return super().__call__(inputs, **out)
-        kernel = self.kernel[...]
+            y = super().__call__(inputs, **out)
+            return y if act is None else act(y)
+        inputs, kernel, bias = self._operands(inputs, kernel)
+        return ops.convolve(
+            inputs,
+            kernel,
+            bias,
+            out_sharding=out_sharding,
+            activation=activation,
+            mask=mask,
+            segment_ids=segment_ids,
+            **self._arguments(),
+        )
+
+    def init_state(
+        self, batch_size: int | Sequence[int], dtype: Any = None
+    ) -> dict[str, jax.Array]:
+        """The state of a stream that has not begun; see `step`.
+
+        Args:
+          batch_size: of every chunk, or a tuple of all its batch axes.
+          dtype: of the chunks; None: the layer's own.
+
+        Returns:
+          A dict of arrays, ``(kernel_size - 1) * kernel_dilation`` rows for each member of the
+          batch. What is in it is not for the caller.
+
+        Raises:
+          ValueError: the layer can't stream, or ``batch_size`` is none.
+        """
+        batch = streaming.batch_axes(batch_size)
+        self._check_streams()
+        return streaming.clock(batch) | self._ring(batch, self._state_dtype(dtype))
+
+    def step(
+        self,
+        x: jax.Array,
+        state: dict[str, jax.Array],
+        *,
+        activation: str | Callable[[jax.Array], jax.Array] | None = None,
+        mask: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Convolves the next chunk of a stream.
+
+        One step costs the same for any dilation and any age of the stream, where ``state`` is
+        donated to the compiled function (`conv_pallas.nn.compiled_step` does it). With padding
+        ``[(low, high)]`` the outputs come ``high`` steps late, the first ``high`` of a stream
+        mean nothing, and chunks whose mask is False throughout bring the last ones.
+
+        Args:
+          x: ``(*batch, T, in_features)``; T is 1 or more and may change from call to call.
+          state: from `init_state`, or the last call's.
+          activation: as in a call of the layer.
+          mask: ``(*batch, T)`` bool, as in a call of the layer.
+          segment_ids: ``(*batch, T)`` integers, as in a call of the layer; a sequence may go
+            on from chunk to chunk.
+
+        Returns:
+          ``(*batch, T, out_features)``, and the state for the next chunk.
+
+        Raises:
+          ValueError: x, mask or segment_ids do not fit the layer or the state; the layer can't
+            stream.
+          TypeError: x promotes the computation to another dtype than the state's.
+        """
+        self._check_streams()
+        streaming.check_chunk(x, self.in_features, state)
+        if segment_ids is not None:
+            segment_ids = segments.check_ids(segment_ids, x.shape[:-1])
+        if mask is not None:
+            x = segments.hide(x, mask)
+        age, clock = streaming.tick(state, x.shape[-2], mask, segment_ids)
+        y, _, ring = self._advance(x, age, state, packed=segment_ids is not None, act=activation)
+        return y, clock | ring
+
+    def reset(self, state, members):
+        """The state with some members of the batch at their start; see `TCN.reset`."""
+        return streaming.restart(state, members)
+
+    def _advance(self, x, age, state, *, packed: bool, act=None, kernel=None):
+        """`step` with the ages of the steps instead of a clock, which blocks have in common."""
+        D, lookahead = self._check_streams()
+        x, kernel, bias = self._operands(x, kernel)
+        ring = {name: state[name] for name in ("past", "index", "ages") if name in state}
+        if ring:
+            streaming.check_dtype(x, ring["past"].dtype)
+        arguments = self._arguments()
+
+        def convolve(x, kernel, **geometry):
+            more = arguments | geometry | dict(activation=act, out_sharding=None)
+            return ops.convolve(x, kernel, bias, **more)
+
+        return streaming.convolve_chunk(
+            convolve,
+            x,
+            age,
+            kernel,
+            ring,
+            dilation=D,
+            groups=self.feature_group_count,
+            lookahead=lookahead,
+            packed=packed,
+        )
+
+    def _ring(self, batch, dtype) -> dict[str, jax.Array]:
+        D, lookahead = self._check_streams()
+        rows = (self.kernel_size[0] - 1) * D
+        return streaming.ring(batch, rows, self.in_features, dtype, ages=lookahead > 0)
+
+    def _check_streams(self) -> tuple[int, int]:
+        """Dilation and lookahead, or one line about why this layer can't stream."""
+        if self._left_to_flax():
+            raise ValueError(
+                "only a 1-D layer without a conv_general_dilated of its own can stream"
+            )
+        return segments.check_stream_geometry(
+            self.kernel_size[0],
+            self.strides,
+            self.padding,
+            self.input_dilation,
+            self.kernel_dilation,
+        )
+
+    def _state_dtype(self, dtype):
+        """What the layer computes in, for inputs of ``dtype``."""
+        kernel = jax.ShapeDtypeStruct((1,), self.kernel[...].dtype)
+        x = kernel if dtype is None else jax.ShapeDtypeStruct((1,), dtype)
+        promote = functools.partial(self.promote_dtype, dtype=self.dtype)
+        return jax.eval_shape(lambda x, k: promote((x, k, None)), x, kernel)[0].dtype
+
+    def _operands(self, inputs, kernel=None):
+        """Inputs, kernel and bias as they go into the convolution."""
+        kernel = self.kernel[...] if kernel is None else kernel
         if self.mask is not None:
             kernel = kernel * self.mask
         bias = self.bias[...] if self.bias is not None else None
-        inputs, kernel, bias = self.promote_dtype((inputs, kernel, bias), dtype=self.dtype)
-        return ops.convolve(inputs, kernel, bias, out_sharding=out_sharding, **self._arguments())
+        return self.promote_dtype((inputs, kernel, bias), dtype=self.dtype)
 
     def explain(self, inputs, *, platform: str | None = None) -> explanation.Explanation:
         """What would run for these inputs; see `conv_pallas.explain`."""

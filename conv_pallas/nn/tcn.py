@@ -1,84 +1,42 @@
 """The temporal convolutional network of Bai, Kolter & Koltun (2018), arXiv:1803.01271.
 
-Arrays are ``(*batch, T, C)``, with any number of batch axes, and every layer is causal: step ``t``
-of the output depends on steps ``0`` to ``t`` of the input.
+Arrays are ``(*batch, T, C)``, with any number of batch axes, and unless told otherwise every layer
+is causal: step ``t`` of the output depends on steps ``0`` to ``t`` of the input.
 """
 
-import functools
 import itertools
-import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from flax import nnx
 
+from conv_pallas import ops, streaming
 from conv_pallas.dispatch import Implementation
+from conv_pallas.nn.block import (
+    TemporalBlock,
+    begin,
+    check_condition,
+    check_options,
+    check_positive,
+    layer_maker,
+)
 from conv_pallas.nn.conv import Conv
-
-
-class TemporalBlock(nnx.Module):
-    """(Dilated causal convolution, ReLU, dropout) twice, plus the residual, then ReLU.
-
-    The residual is x itself, or a 1x1 convolution of it where the widths differ. Dropout is on
-    after ``model.train()``, as it is at first, and off after ``model.eval()``.
-
-    Args:
-      in_channels: ``C``, channels in.
-      out_channels: ``O``, channels out of both convolutions.
-      kernel_size: ``K``, taps of each convolution.
-      dilation: ``D``, steps from one tap to the next. Two convolutions see
-        ``2 * (K - 1) * D + 1`` steps.
-      dropout: the share of activations set to zero, in [0, 1).
-      rngs: draws the parameters and the dropout.
-      implementation: as in `Conv`, for each convolution of the block.
-      conv: the class of the convolutions; ``nnx.Conv`` builds the same block, with the same
-        parameters under the same names, from stock layers.
-
-    Raises:
-      ValueError: an argument is out of its range.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        dilation: int,
-        dropout: float,
-        rngs: nnx.Rngs,
-        *,
-        implementation: Implementation = None,
-        conv: type[nnx.Conv] = Conv,
-    ):
-        _check_positive(
-            in_channels=in_channels,
-            out_channels=out_channels,
-            kernel_size=kernel_size,
-            dilation=dilation,
-        )
-        _check_dropout(dropout)
-        if not isinstance(rngs, nnx.Rngs):
-            raise ValueError(f"rngs must be an nnx.Rngs, such as nnx.Rngs(0), got {rngs!r}")
-        layer = _causal(conv, implementation, rngs)
-        self.conv1 = layer(in_channels, out_channels, (kernel_size,), kernel_dilation=dilation)
-        self.dropout1 = nnx.Dropout(dropout, rngs=rngs)
-        self.conv2 = layer(out_channels, out_channels, (kernel_size,), kernel_dilation=dilation)
-        self.dropout2 = nnx.Dropout(dropout, rngs=rngs)
-        self.shortcut = layer(in_channels, out_channels, 1) if in_channels != out_channels else None
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """``(*batch, T, C)`` to ``(*batch, T, O)``."""
-        y = self.dropout1(nnx.relu(self.conv1(x)))
-        y = self.dropout2(nnx.relu(self.conv2(y)))
-        residual = x if self.shortcut is None else self.shortcut(x)
-        return nnx.relu(y + residual)
+from conv_pallas.nn.runs import Chunk, Whole, last_real
 
 
 class TCN(nnx.Module):
     """Temporal blocks with dilations 1, 2, 4, ..., then a 1x1 convolution.
 
-    With ``L`` blocks, one step of the output sees ``1 + 2 * (kernel_size - 1) * (2**L - 1)``
-    steps of the input. To classify a sequence, take the last step: ``model(x)[..., -1, :]``.
+    One step of the output sees `receptive_field` steps of the input: with ``L`` blocks and the
+    dilations above ``1 + 2 * (kernel_size - 1) * (2**L - 1)``. To classify a sequence, take the
+    last step (``return_sequences=False``).
+
+    A causal network also runs step by step, on chunks of any length::
+
+        model.eval()
+        state = model.init_state(batch_size)
+        y, state = model.step(x_chunk, state)
 
     Args:
       in_channels: ``C``, channels in.
@@ -90,6 +48,18 @@ class TCN(nnx.Module):
       implementation: as in `Conv`, for each convolution of the network.
       conv: the class of the convolutions; ``nnx.Conv`` builds the same network, with the same
         parameters under the same names, from stock layers.
+      dilations: of each block, taken as they are; None: 1, 2, 4, ...
+      skip_connections: the 1x1 convolution sees the sum of what each block added to its residual,
+        through the activation, instead of the last block's output. Where a block is of another
+        width than the last, a 1x1 convolution adapts it.
+      lookahead: how many future steps an output may see, in all; the first convolutions take as
+        much of it as they can. A stream gives its outputs that much later.
+      return_sequences: False gives the last step alone, ``(*batch, O)``, and computes no more
+        than it needs.
+      remat: whether the backward pass computes each block anew rather than keep its inside.
+      norm, activation, spatial_dropout, causal, conditioning, conditioning_mode, kernel_init,
+        dtype, param_dtype: as in `TemporalBlock`, for each block; the last three for the
+        1x1 convolutions as well.
 
     Raises:
       ValueError: an argument is out of its range.
@@ -106,6 +76,20 @@ class TCN(nnx.Module):
         *,
         implementation: Implementation = None,
         conv: type[nnx.Conv] = Conv,
+        dilations: Sequence[int] | None = None,
+        norm: str | None = None,
+        activation: str | Callable[[jax.Array], jax.Array] = "relu",
+        spatial_dropout: bool = False,
+        skip_connections: bool = False,
+        causal: bool = True,
+        lookahead: int = 0,
+        conditioning: int | None = None,
+        conditioning_mode: str = "add",
+        return_sequences: bool = True,
+        kernel_init: Any = None,
+        dtype: Any = None,
+        param_dtype: Any = None,
+        remat: bool = False,
     ):
         try:
             widths = [in_channels, *num_channels]
@@ -116,48 +100,234 @@ class TCN(nnx.Module):
                 f"num_channels must be a sequence with the width of each block, such as "
                 f"[32, 32, 32], got {num_channels!r}"
             )
-        _check_positive(
+        check_positive(
             in_channels=in_channels,
             out_features=out_features,
             kernel_size=kernel_size,
             **{f"num_channels[{level}]": width for level, width in enumerate(widths[1:])},
         )
-        _check_dropout(dropout)
+        levels = len(widths) - 1
+        dilations = [2**level for level in range(levels)] if dilations is None else dilations
+        if not isinstance(dilations, Sequence) or len(dilations) != levels:
+            raise ValueError(
+                f"dilations must be a sequence of {levels} ints, one for each block, "
+                f"got {dilations!r}"
+            )
+        check_positive(**{f"dilations[{level}]": d for level, d in enumerate(dilations)})
+        beyond = [2 * (kernel_size - 1) * d for d in dilations]
+        check_options(
+            dropout=dropout, norm=norm, activation=activation, causal=causal,
+            lookahead=lookahead, most=sum(beyond), conditioning=conditioning,
+            conditioning_mode=conditioning_mode,
+        )  # fmt: skip
         rngs = nnx.Rngs(0) if rngs is None else rngs
+        options = dict(kernel_init=kernel_init, dtype=dtype, param_dtype=param_dtype)
+        # The steps ahead that each block takes, and those that are left to it and the later ones.
+        left = [max(0, lookahead - seen) for seen in itertools.accumulate([0, *beyond])]
         self.blocks = nnx.List(
             TemporalBlock(
                 narrow,
                 wide,
                 kernel_size,
-                2**level,
+                dilation,
                 dropout,
                 rngs,
                 implementation=implementation,
                 conv=conv,
+                norm=norm,
+                activation=activation,
+                spatial_dropout=spatial_dropout,
+                causal=causal,
+                lookahead=before - after,
+                conditioning=conditioning,
+                conditioning_mode=conditioning_mode,
+                **options,
             )
-            for level, (narrow, wide) in enumerate(itertools.pairwise(widths))
+            for (narrow, wide), dilation, (before, after) in zip(
+                itertools.pairwise(widths), dilations, itertools.pairwise(left), strict=True
+            )
         )
-        self.readout = _causal(conv, implementation, rngs)(widths[-1], out_features, 1)
+        layer = layer_maker(conv, implementation, rngs, **options)
+        self.readout = layer(widths[-1], out_features, 1)
+        adapted = (layer(w, widths[-1], 1) if w != widths[-1] else None for w in widths[1:])
+        self.skips = nnx.List(adapted) if skip_connections else None
+        self.in_channels, self.lookahead, self.activation = in_channels, lookahead, activation
+        self.conditioning, self.return_sequences = conditioning, return_sequences
+        self.remat, self.left, self.norm = remat, tuple(left), norm
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """``(*batch, T, in_channels)`` to ``(*batch, T, out_features)``."""
+    @property
+    def receptive_field(self) -> int:
+        """How many steps of the input one step of the output depends on, its own included."""
+        return 1 + sum(block.receptive_field - 1 for block in self.blocks)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        condition: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        """``(*batch, T, in_channels)`` to ``(*batch, T, out_features)``.
+
+        Args:
+          condition: ``(*batch, conditioning)``, or ``(*batch, T, conditioning)`` for a sequence.
+          mask: ``(*batch, T)`` bool, False for padding, where the output is zero; as in
+            `conv_pallas.conv1d`. The last step is then the last real one.
+          segment_ids: ``(*batch, T)`` integers, packed sequences; as in `conv_pallas.conv1d`.
+
+        Raises:
+          ValueError: an argument does not fit x or the model.
+        """
+        condition, changing = check_condition(condition, x, self.conditioning)
+        sum_of_skips = None
+        # Nothing is cut off where a statistic is taken over all steps, or which one is last
+        # depends on the row.
+        cut = not self.return_sequences and mask is None and self.norm != "batch"
+        beyond = self.receptive_field - 1
+        for level, block in enumerate(self.blocks):
+            if cut:
+                x = x[..., -1 - beyond :, :]
+                condition = condition[..., -1 - beyond :, :] if changing else condition
+                segment_ids = None if segment_ids is None else segment_ids[..., -1 - beyond :]
+                beyond -= block.receptive_field - 1
+            given = condition if changing or condition is None else condition[..., 0, :]
+            x, added = self._block(block, x, given, mask, segment_ids)
+            sum_of_skips = self._skip(sum_of_skips, level, added[..., -1:, :] if cut else added)
+        y = self._finish(x, sum_of_skips)
+        if not self.return_sequences:
+            return self.readout(last_real(y, mask))[..., 0, :]
+        return Whole(mask).hide(self.readout(y))
+
+    def init_state(self, batch_size: int | Sequence[int], dtype: Any = None) -> dict:
+        """The state of a stream that has not begun; see `step`.
+
+        Args:
+          batch_size: of every chunk, or a tuple of all its batch axes.
+          dtype: of the chunks; None: the model's own.
+
+        Returns:
+          A dict of dicts, lists and arrays, to jit, scan, vmap, shard and save as it is:
+          ``receptive_field`` rows for each member of the batch, about. What is in it is not for
+          the caller, but that the arrays of any axes start with those of the batch.
+
+        Raises:
+          ValueError: the model can't stream, or ``batch_size`` is none.
+        """
+        batch = streaming.batch_axes(batch_size)
+        self._check_streams()
+        dtype = self.blocks[0].conv1._state_dtype(dtype)
+        state = streaming.clock(batch)
+        for level, block in enumerate(self.blocks):
+            state[f"block{level}"] = block.parts(batch, dtype)
+            if self.lookahead and self.conditioning is not None:
+                state[f"condition{level}"] = streaming.ring(
+                    batch, self.lookahead - self.left[level], self.conditioning, dtype
+                )
+            if self.lookahead and self.skips is not None:
+                width = self.readout.in_features
+                state[f"skip{level}"] = streaming.ring(batch, self.left[level + 1], width, dtype)
+        return state
+
+    def step(
+        self,
+        x: jax.Array,
+        state: dict,
+        *,
+        condition: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict]:
+        """The next chunk of a stream.
+
+        The outputs, one chunk after the other, are those of a call with the whole sequence. With
+        a lookahead of ``L`` they come ``L`` steps late: the first ``L`` are zero, and to get the
+        last ``L`` go on with chunks whose mask is False throughout.
+
+        The cost grows with the length of the chunk, the taps and the blocks, with neither the
+        receptive field nor the age of the stream, as long as ``state`` is donated to the
+        compiled function: `compiled_step` does that.
+
+        Args:
+          x: ``(*batch, T, in_channels)``; T is 1 or more and may change from call to call.
+          state: from `init_state`, or the last call's.
+          condition: ``(*batch, conditioning)`` for all steps of the chunk, or ``(*batch, T,
+            conditioning)``.
+          mask: ``(*batch, T)`` bool, as in a call of the model.
+          segment_ids: ``(*batch, T)`` integers, as in a call of the model; a sequence may go on
+            from chunk to chunk.
+
+        Returns:
+          ``(*batch, T, out_features)``, with ``return_sequences=False`` the chunk's last step
+          alone; and the state for the next chunk.
+
+        Raises:
+          ValueError: an argument does not fit the model or the state; the model can't stream.
+          TypeError: x promotes the computation to another dtype than the state's.
+        """
+        self._check_streams()
+        chunk, clock = begin(x, self.in_channels, state, mask, segment_ids, self.lookahead)
+        condition, changing = check_condition(condition, x, self.conditioning)
+        if changing:
+            condition = chunk.hide(condition)
+        sum_of_skips = None
+        for level, block in enumerate(self.blocks):
+            given = condition
+            if changing:
+                given = chunk.late(f"condition{level}", given, self.lookahead - self.left[level])
+            elif condition is not None:
+                given = condition[..., 0, :]
+            inside = Chunk(state[f"block{level}"], chunk.age, packed=chunk.packed, gaps=chunk.gaps)
+            x, added = block.run(x, given, inside)
+            chunk.after[f"block{level}"], chunk.age = inside.after, inside.age
+            late = (
+                None
+                if self.skips is None
+                else lambda y, level=level: chunk.late(f"skip{level}", y, self.left[level + 1])
+            )
+            sum_of_skips = self._skip(sum_of_skips, level, added, late)
+        y = self._finish(x, sum_of_skips)
+        if not self.return_sequences:
+            y = chunk.hide(y)[..., -1:, :]
+            return self.readout(y)[..., 0, :], chunk.after | clock
+        return chunk.hide(self.readout(y)), chunk.after | clock
+
+    def reset(self, state: dict, members) -> dict:
+        """The state in which some members of the batch are at their start again.
+
+        Args:
+          state: of a stream.
+          members: ``(*batch,)`` bool, True for those to restart; or a bool for all.
+
+        Raises:
+          ValueError: ``members`` is not bool of the shape of the batch.
+        """
+        return streaming.restart(state, members)
+
+    def _block(self, block, x, condition, mask, segment_ids):
+        def forward(block, x, condition, mask, segment_ids):
+            return block.run(x, condition, Whole(mask, segment_ids))
+
+        forward = nnx.remat(forward) if self.remat else forward
+        return forward(block, x, condition, mask, segment_ids)
+
+    def _skip(self, total, level, added, late=None):
+        """The sum of what the blocks added, or None without skip connections."""
+        if self.skips is None:
+            return None
+        adapt = self.skips[level]
+        added = added if adapt is None else adapt(added)
+        added = added if late is None else late(added)
+        return added if total is None else total + added
+
+    def _finish(self, x, sum_of_skips):
+        if sum_of_skips is None:
+            return x
+        act = (
+            (lambda y: y) if self.activation == "glu" else ops.activation_function(self.activation)
+        )
+        return act(sum_of_skips)
+
+    def _check_streams(self) -> None:
         for block in self.blocks:
-            x = block(x)
-        return self.readout(x)
-
-
-def _causal(conv, implementation, rngs):
-    # nnx.Conv does not know the keyword, and None is what Conv assumes without it.
-    order = {} if implementation is None else {"implementation": implementation}
-    return functools.partial(conv, padding="CAUSAL", rngs=rngs, **order)
-
-
-def _check_positive(**sizes):
-    for name, size in sizes.items():
-        if not isinstance(size, numbers.Integral) or size < 1:
-            raise ValueError(f"{name} must be an int of 1 or more, got {size!r}")
-
-
-def _check_dropout(dropout):
-    if not (isinstance(dropout, numbers.Real) and 0 <= dropout < 1):
-        raise ValueError(f"dropout must be a number in [0, 1), got {dropout!r}")
+            block.check_streams()

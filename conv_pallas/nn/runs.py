@@ -1,0 +1,156 @@
+"""Two ways to run a temporal block: over a whole sequence, and over the next chunk of a stream.
+
+A block is written once, in terms of what differs between the two: a convolution, a delay, and
+which steps are real. `Whole` and `Chunk` are those terms, so that streaming can't come to mean
+something else than the full pass.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from conv_pallas import ops, segments, streaming
+from conv_pallas.nn.conv import Conv
+
+
+class WeightNorm(nnx.WeightNorm):
+    """`flax.nnx.WeightNorm` around a `Conv`, that leaves the layer's own kernel alone.
+
+    Same parameters, same outputs. Flax's writes the normalized kernel into the layer at each
+    call, which neither an export nor a compiled step may do.
+    """
+
+    def __call__(self, x, **kwargs):
+        given = dict(activation=None, mask=None, segment_ids=None) | kwargs
+        return self.layer_instance._call(x, self._kernel(), **given)
+
+    def _kernel(self) -> jax.Array:
+        (scale,) = self.scales.values()
+        kernel = self.layer_instance.kernel[...]
+        squares = jnp.sum(kernel * kernel, (0, 1), keepdims=True)
+        return kernel * jax.lax.rsqrt(squares + self.epsilon) * scale[...]
+
+    def _advance(self, x, age, state, **kwargs):
+        return self.layer_instance._advance(x, age, state, kernel=self._kernel(), **kwargs)
+
+    def _ring(self, batch, dtype):
+        return self.layer_instance._ring(batch, dtype)
+
+    def _state_dtype(self, dtype):
+        return self.layer_instance._state_dtype(dtype)
+
+
+def is_ours(layer: nnx.Module) -> bool:
+    """Whether a call takes an activation, a mask and segment ids, and the layer can stream."""
+    layer = layer.layer_instance if type(layer) is WeightNorm else layer
+    return type(layer).__call__ is Conv.__call__ if isinstance(layer, Conv) else False
+
+
+class Whole:
+    """All steps at once.
+
+    Attributes:
+      mask, segment_ids: ``(*batch, T)`` or None, as in `conv_pallas.conv1d`.
+    """
+
+    def __init__(self, mask=None, segment_ids=None):
+        self.mask, self.segment_ids = mask, segment_ids
+
+    def conv(self, name: str, layer: nnx.Module, x: jax.Array, activation=None) -> jax.Array:
+        """The layer of what is real in x, and the activation."""
+        if is_ours(layer):
+            return layer(x, activation=activation, mask=self.mask, segment_ids=self.segment_ids)
+        if self.segment_ids is not None:
+            raise ValueError(
+                f"segment_ids need layers of conv_pallas.nn.Conv, got {type(layer).__name__}"
+            )
+        act = ops.activation_function(activation)
+        y = layer(self.hide(x))
+        return y if act is None else act(y)
+
+    def late(self, name: str, x: jax.Array, steps: int) -> jax.Array:
+        """x where the main path is ``steps`` late."""
+        return x
+
+    def hide(self, x: jax.Array) -> jax.Array:
+        """x with zeros where nothing is real."""
+        return x if self.mask is None else segments.hide(x, self.mask)
+
+    @property
+    def real(self):
+        """Which steps are real, or None for all."""
+        return self.mask
+
+
+class Chunk:
+    """The next steps of a stream.
+
+    Attributes:
+      before, after: the states of the parts by name, before and after the chunk.
+      age: ``(*batch, T)`` of the steps at hand, -1 where nothing is real.
+      packed: whether a sequence may begin within the chunk.
+      gaps: whether an age may be -1.
+    """
+
+    def __init__(self, before: dict[str, Any], age: jax.Array, *, packed: bool, gaps: bool):
+        self.before, self.after = before, dict(before)  # what nothing touches stays
+        self.age, self.packed, self.gaps = age, packed, gaps
+
+    def conv(self, name: str, layer: nnx.Module, x: jax.Array, activation=None) -> jax.Array:
+        y, self.age, self.after[name] = layer._advance(
+            self.hide(x), self.age, self.before[name], packed=self.packed, act=activation
+        )
+        return y
+
+    def late(self, name: str, x: jax.Array, steps: int) -> jax.Array:
+        if steps == 0:
+            return x
+        late, self.after[name] = streaming.delay(self.before[name], x, steps)
+        return late
+
+    def hide(self, x: jax.Array) -> jax.Array:
+        return segments.hide(x, self.age >= 0) if self.gaps else x
+
+    @property
+    def real(self):
+        return self.age >= 0 if self.gaps else None
+
+
+def last_real(x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """The last real step of x ``(*batch, T, C)``, ``(*batch, 1, C)``."""
+    T = x.shape[-2]
+    if mask is None:
+        return jax.lax.slice_in_dim(x, T - 1, T, axis=x.ndim - 2)
+    last = T - 1 - jnp.argmax(mask[..., ::-1], -1)
+    return jnp.take_along_axis(x, last[..., None, None], -2)
+
+
+def compiled_step(model: nnx.Module):
+    """`model.step`, compiled, with the state updated in place.
+
+    The state that goes in is donated: it can't be used again, and nothing of it is copied, so
+    that a step costs the same for any receptive field. Compiles once for each length of a chunk.
+
+    Args:
+      model: a `Conv`, `TemporalBlock` or `TCN` in eval mode; its parameters are taken as they
+        are now.
+
+    Returns:
+      A function ``(x, state, **keywords) -> (y, state)``.
+
+    Raises:
+      ValueError: the model has dropout that is on.
+    """
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, nnx.Dropout) and module.rate and not module.deterministic:
+            raise ValueError("the model has dropout, and is in training: call model.eval() first")
+    graph, variables = nnx.split(model)
+    leaves, tree = jax.tree.flatten(variables)
+
+    def advance(leaves, x, state, keywords):
+        return nnx.merge(graph, jax.tree.unflatten(tree, leaves)).step(x, state, **keywords)
+
+    compiled = jax.jit(advance, donate_argnums=2)
+    return lambda x, state, **keywords: compiled(leaves, x, state, keywords)

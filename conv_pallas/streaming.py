@@ -1,0 +1,258 @@
+"""A causal convolution, step by step: the arithmetic of `Conv.step`.
+
+What a convolution with K taps and dilation D must know of its past are ``H = (K - 1) * D`` rows,
+of which one step of output uses K - 1. They lie in a ring: the row that arrived ``j`` steps ago
+is at ``(index - j) % H``. One step reads K - 1 rows and overwrites one, so that it costs the same
+for any D, as long as the state is *donated* to the compiled step (see
+`conv_pallas.nn.compiled_step`); otherwise XLA copies the ring first.
+
+Nothing counts without end: ``index`` runs around the ring, and the *age* of a step (see
+`conv_pallas.segments`) stops at 2**30. To start a member of the batch again is to set its age
+to 0: rows from before are not seen any more.
+
+States are dicts and lists of arrays, which every checkpoint library and `jax.export` know.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from conv_pallas import segments
+
+State = dict
+
+
+# --- which step it is ----------------------------------------------------------------------------
+
+
+def clock(batch: tuple[int, ...]) -> State:
+    """``age`` and ``segment``, both ``(*batch,)`` int32: of the step to come, of the last one."""
+    return {"age": jnp.zeros(batch, jnp.int32), "segment": jnp.zeros(batch, jnp.int32)}
+
+
+def tick(state: State, steps: int, mask=None, segment_ids=None) -> tuple[jax.Array, State]:
+    """The ages ``(*batch, steps)``, -1 where the mask is False, and the clock after them."""
+    if segment_ids is None:
+        t = jnp.arange(steps, dtype=jnp.int32)
+        age = jnp.minimum(state["age"][..., None] + t, segments.OLDEST)
+        segment = state["segment"]
+    else:
+        age = segments.ages(segment_ids, state["age"], state["segment"])
+        segment = segment_ids[..., -1]
+    after = {"age": jnp.minimum(age[..., -1] + 1, segments.OLDEST), "segment": segment}
+    return age if mask is None else jnp.where(mask, age, -1), after
+
+
+def restart(state: State, members) -> State:
+    """The state in which those members of the batch are at their start again.
+
+    Args:
+      state: of any layer or model here.
+      members: ``(*batch,)`` bool, True for those to restart; a bool restarts all or none.
+
+    Raises:
+      ValueError: ``members`` has not the shape of the batch.
+    """
+    members = jnp.asarray(members)
+    batch = state["age"].shape
+    if members.dtype != bool or members.shape not in ((), batch):
+        raise ValueError(
+            f"members must be bool of shape {batch}, True for those to restart, got "
+            f"{members.dtype} of shape {members.shape}"
+        )
+
+    def reset(path, leaf):
+        name = path[-1].key
+        if name in ("age", "segment"):
+            return jnp.where(members, 0, leaf)
+        if name == "ages":  # of what is on its way, which now never arrives
+            return jnp.where(members[..., None, None], -1, leaf)
+        return leaf
+
+    return jax.tree_util.tree_map_with_path(reset, state)
+
+
+# --- rings ---------------------------------------------------------------------------------------
+
+
+def ring(batch: tuple[int, ...], rows: int, channels: int, dtype, *, ages: bool = False) -> State:
+    """``rows`` rows of zeros, with an age for each if asked for; nothing for no rows."""
+    if rows == 0:
+        return {}
+    state = {"past": jnp.zeros((*batch, rows, channels), dtype), "index": jnp.zeros((), jnp.int32)}
+    if ages:
+        state["ages"] = jnp.full((*batch, rows, 1), -1, jnp.int32)
+    return state
+
+
+def back(past: jax.Array, index: jax.Array, x: jax.Array, offset: int) -> jax.Array:
+    """For each row of the chunk x the row that came ``offset`` steps earlier; shaped as x."""
+    T, rows = x.shape[-2], past.shape[-2]
+    if offset == 0:
+        return x
+    earlier = _read(past, (index - offset) % rows, min(T, offset))
+    if T <= offset:
+        return earlier
+    return jnp.concatenate([earlier, x[..., : T - offset, :]], -2)
+
+
+def push(state: State, x: jax.Array, age: jax.Array | None = None) -> State:
+    """The ring after the chunk x ``(*batch, T, C)``, with ages ``(*batch, T)`` if it has them."""
+    rows, T = state["past"].shape[-2], x.shape[-2]
+    index = state["index"]
+    after = {
+        "past": _write(state["past"], index, x),
+        "index": (index + T) % rows if T < rows else jnp.zeros_like(index),
+    }
+    if "ages" in state:
+        after["ages"] = _write(state["ages"], index, age[..., None])
+    return after
+
+
+def delay(state: State, x: jax.Array, steps: int) -> tuple[jax.Array, State]:
+    """x ``(*batch, T, C)``, ``steps`` late, through a ring of that many rows."""
+    if steps == 0:
+        return x, state
+    x = x.astype(state["past"].dtype)
+    late = back(state["past"], state["index"], x, steps)
+    late, x = _read_first(late, x)
+    return late, push(state, x)
+
+
+def _read(past, start, count: int):
+    axis = past.ndim - 2
+    if count == 1:
+        return lax.dynamic_slice_in_dim(past, start, 1, axis)
+    rows = (start + jnp.arange(count)) % past.shape[-2]
+    return past.at[..., rows, :].get(mode="promise_in_bounds")
+
+
+def _write(past, index, x):
+    rows, T = past.shape[-2], x.shape[-2]
+    if T >= rows:
+        return x[..., T - rows :, :]
+    if T == 1:
+        return lax.dynamic_update_slice_in_dim(past, x, index, past.ndim - 2)
+    where = (index + jnp.arange(T)) % rows
+    return past.at[..., where, :].set(x, unique_indices=True, mode="promise_in_bounds")
+
+
+def _read_first(read, write):
+    """``read`` and ``write``, so that XLA sees that the ring may be overwritten in place."""
+    return lax.optimization_barrier((read, write))
+
+
+# --- the convolution -----------------------------------------------------------------------------
+
+
+def convolve_chunk(
+    convolve: Callable[..., jax.Array],
+    x: jax.Array,
+    age: jax.Array,
+    kernel: jax.Array,
+    state: State,
+    *,
+    dilation: int,
+    groups: int,
+    lookahead: int = 0,
+    packed: bool = False,
+) -> tuple[jax.Array, jax.Array, State]:
+    """One chunk of a causal convolution.
+
+    Args:
+      convolve: ``(x, kernel, **geometry) -> y``, which adds bias and activation as well.
+      x: ``(*batch, T, C)``, zeros where the age is -1.
+      age: ``(*batch, T)``, from `tick` or from the layer before.
+      kernel: ``(K, C // groups, O)``.
+      state: a ring of ``(K - 1) * dilation`` rows, with ages if there is a lookahead.
+      lookahead: steps that the output comes late, because it sees as many ahead.
+      packed: whether a sequence may begin within the chunk.
+
+    Returns:
+      y ``(*batch, T, O)``, the ages of its steps, and the ring after it.
+    """
+    K, T = kernel.shape[0], x.shape[-2]
+    if K == 1:
+        return convolve(x, kernel, **segments.POINTWISE), age, state
+    rows = (K - 1) * dilation
+    past, index = state["past"], state["index"]
+    if T > dilation and lookahead == 0 and not packed:
+        # So long a chunk that to sort the ring costs no more than to read its taps. What runs
+        # is then the convolution of the whole sequence.
+        history = _read(past, index, rows)
+        start = jnp.max(age - jnp.arange(T), -1)  # the age at the chunk's start, if it is one's own
+        seen = jnp.arange(rows, 0, -1) <= start[..., None]
+        history = jnp.where(seen[..., None], history, jnp.zeros((), past.dtype))
+        whole = jnp.concatenate([history, x], -2)
+        y = convolve(whole, kernel, **(segments.POINTWISE | {"kernel_dilation": dilation}))
+        return y, age, push(state, whole[..., T:, :])
+    backs = [(K - 1 - k) * dilation for k in range(K)]
+    taps = [back(past, index, x, offset) for offset in backs]
+    if lookahead:
+        there = [back(state["ages"], index, age[..., None], offset)[..., 0] for offset in backs]
+        here = back(state["ages"], index, age[..., None], lookahead)[..., 0]
+    else:
+        there, here = [age] * K, age
+    taps = [
+        jnp.where(
+            segments.visible(lookahead - offset, here, a)[..., None], tap, jnp.zeros((), x.dtype)
+        )
+        for tap, offset, a in zip(taps, backs, there, strict=True)
+    ]
+    joined, x = _read_first(segments.columns(taps, groups), x)
+    if lookahead:
+        here, age = _read_first(here, age)
+    y = convolve(joined, segments.pointwise(kernel), **segments.POINTWISE)
+    return y, here, push(state, x, age)
+
+
+# --- complaints ----------------------------------------------------------------------------------
+
+
+def batch_axes(batch_size: int | Sequence[int]) -> tuple[int, ...]:
+    """``batch_size`` as a tuple.
+
+    Raises:
+      ValueError: it is neither an int of 1 or more nor a sequence of those.
+    """
+    axes = tuple(batch_size) if isinstance(batch_size, Sequence) else (batch_size,)
+    if not all(isinstance(n, int | np.integer) and n > 0 for n in axes):
+        raise ValueError(
+            f"batch_size must be an int of 1 or more or a tuple of those, got {batch_size!r}"
+        )
+    return axes
+
+
+def check_chunk(x, channels: int, state: State) -> None:
+    """Complains, in one line, of a chunk that is no continuation of a stream.
+
+    Raises:
+      ValueError: x is not ``(*batch, T, channels)``, or not of the state's batch.
+    """
+    if not (isinstance(state, dict) and "age" in state):
+        raise ValueError("state must be what init_state or the last step returned")
+    batch = state["age"].shape
+    if x.ndim < 2 or x.shape[-1] != channels or x.shape[-2] < 1:
+        raise ValueError(
+            f"x must be a chunk of shape {(*batch, 'steps', channels)}, got {x.shape}".replace(
+                "'", ""
+            )
+        )
+    if x.shape[:-2] != batch:
+        raise ValueError(f"state is of batch {batch}, but x has batch {x.shape[:-2]}")
+
+
+def check_dtype(x, dtype) -> None:
+    """Refuses a chunk that would lose by being kept in the state.
+
+    Raises:
+      TypeError: x does not have the state's dtype.
+    """
+    if x.dtype != dtype:
+        raise TypeError(
+            f"x is computed with in {x.dtype}, but the state holds {dtype}: start it with "
+            f"init_state(batch_size, dtype={x.dtype})"
+        )

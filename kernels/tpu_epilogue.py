@@ -1,0 +1,135 @@
+"""Activations and their derivatives as device code of TPU kernels, in float32.
+
+Forward, ``y = f(z)``; backward, ``gz = gy * f'(z)``, where f' is computed from what
+`Epilogue.saved` names: y, or z.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from conv_pallas.kernels.tpu_window import Chip, gradient_problem, rows_of, sees_nothing
+from conv_pallas.spec import OPERATIONS, Problem
+
+_A, _B = math.sqrt(2 / math.pi), 0.044715  # of the approximate GELU
+_ROOT = math.sqrt(0.5)
+
+
+def _gelu_slope(z):
+    t = jnp.tanh(_A * (z + _B * z**3))
+    return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * _A * (1 + 3 * _B * z * z)
+
+
+def _gelu_exact_slope(z):
+    density = jnp.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+    return 0.5 * (1 + lax.erf(z * _ROOT)) + z * density
+
+
+def _silu_slope(z):
+    s = jax.nn.sigmoid(z)
+    return s * (1 + z * (1 - s))
+
+
+VALUES = {
+    "relu": lambda z: jnp.maximum(z, 0.0),
+    "gelu": lambda z: 0.5 * z * (1 + jnp.tanh(_A * (z + _B * z**3))),
+    "gelu_exact": lambda z: 0.5 * z * (1 + lax.erf(z * _ROOT)),
+    "silu": lambda z: z * jax.nn.sigmoid(z),
+    "tanh": jnp.tanh,
+    "sigmoid": jax.nn.sigmoid,
+}
+
+# Of what was saved: y for those whose slope is a function of it, z for the others.
+SLOPES = {
+    "relu": lambda y: jnp.where(y > 0, 1.0, 0.0),
+    "gelu": _gelu_slope,
+    "gelu_exact": _gelu_exact_slope,
+    "silu": _silu_slope,
+    "tanh": lambda y: 1 - y * y,
+    "sigmoid": lambda y: y * (1 - y),
+}
+
+
+def value(activation: str | None, z: jax.Array) -> jax.Array:
+    """``f(z)`` of a float32 z."""
+    return z if activation is None else VALUES[activation](z)
+
+
+def gradient(activation: str | None, gy: jax.Array, saved: jax.Array) -> jax.Array:
+    """``gz`` in float32."""
+    slope = SLOPES[activation](saved.astype(jnp.float32))
+    return gy.astype(jnp.float32) * slope
+
+
+@dataclasses.dataclass(frozen=True)
+class Around:
+    """What is fused around a product.
+
+    Attributes:
+      bias: forward, whether one is added; kernel gradient, whether its gradient is summed.
+      value_of: the activation of the result.
+      slope_of: the activation whose derivative the incoming gradient is multiplied by.
+    """
+
+    bias: bool = False
+    value_of: str | None = None
+    slope_of: str | None = None
+
+
+def rows_of_gradient(around: Around, g_ref, saved_ref):
+    """``load(at, n)``: rows of g, or of gz where it is to be computed; of ``(rows, channels)``."""
+    if around.slope_of is None:
+        return rows_of(g_ref)
+    rows = (rows_of(g_ref), rows_of(saved_ref))
+    return lambda at, n: gradient(around.slope_of, *(load(at, n) for load in rows))
+
+
+def bias_gradient(activation: str | None, gy: jax.Array, saved: jax.Array | None) -> jax.Array:
+    """db ``(O,)`` in float32, by XLA: where no kernel gradient is there to carry it."""
+    gz = gy if activation is None else gradient(activation, gy, saved)
+    return gz.astype(jnp.float32).sum((0, 1))
+
+
+# --- The hooks of `Kernel`, given a kernel's own `launch` ---
+
+
+def fused(launch, problem: Problem, x, w, bias, *, chip: Chip | None = None, **options):
+    """``activation(conv(x, w) + bias)``; see `Kernel.fused`."""
+    return launch(problem, x, w, chip or Chip.current(), bias=bias, **options)
+
+
+def backward(
+    launch, problem: Problem, x, w, bias, saved, gy, wanted, *, chip: Chip | None = None, **options
+):
+    """``(dx, dw, db)``; see `Kernel.backward`. Each kernel computes gz as it reads gy."""
+    chip = chip or Chip.current()
+    dx = dw = db = None
+    want_dx, want_dw, want_db = wanted
+    want_db = want_db and bias is not None
+    if want_dx:
+        part = gradient_problem(problem, "conv1d_input_grad")
+        dx = launch(part, gy, w, chip, saved=saved, **options)
+    if want_dw:
+        part = gradient_problem(problem, "conv1d_kernel_grad")
+        dw = launch(part, x, gy, chip, saved=saved, sum_bias=want_db, **options)
+        dw, db = dw if want_db else (dw, None)
+    elif want_db:
+        db = bias_gradient(problem.epilogue.activation, gy, saved)
+    return dx, dw, db
+
+
+def decline_fused(problem: Problem) -> str | None:
+    return "there is nothing to compute" if sees_nothing(problem) else None
+
+
+def decline_backward(plan_of, problem: Problem, wanted: tuple[bool, bool, bool]) -> str | None:
+    if sees_nothing(problem):
+        return "there is nothing to compute"
+    saved, chip = problem.epilogue.activation is not None, Chip.current()
+    for needed, operation in zip(wanted, OPERATIONS[1:], strict=False):
+        if needed and plan_of(gradient_problem(problem, operation), chip, saved=saved) is None:
+            return "the halo does not fit in VMEM with what was saved"
+    return None

@@ -1,0 +1,55 @@
+"""Bias, activation and their gradients in the TPU kernels, interpreted with race detection."""
+
+import jax
+import numpy as np
+import pytest
+
+from conv_pallas.kernels import tpu_dense, tpu_depthwise, tpu_epilogue
+from conv_pallas.spec import ACTIVATIONS
+from tests.cases import Case
+from tests.test_tpu_interpreter import MEGACORE, V5E, fresh_interpreter, params
+from tests.triton_epilogue import SLOPES, VALUES, Fused
+
+__all__ = ["fresh_interpreter"]  # a fixture
+
+# Neither bfloat16 nor float32 products depend on the platform's default precision.
+_BFLOAT16 = dict(dtype="bfloat16")
+_HIGHEST = dict(precision="highest")
+_DENSE = Case("dense", T=37, C=24, O=40, D=5, **_BFLOAT16)
+_DEPTHWISE = Case("depthwise", T=37, C=24, O=24, G=24, K=4, D=3, **_HIGHEST)
+FUSED = (
+    Fused(_DENSE, "relu"),
+    Fused(Case("same", T=33, C=8, O=130, K=4, padding="SAME", **_HIGHEST), "silu"),
+    Fused(_DENSE, None, wanted=(False, True, True)),
+    Fused(_DENSE, "sigmoid", wanted=(True, False, True)),
+    Fused(_DEPTHWISE, "gelu"),
+    Fused(Case("wide", T=20, C=136, O=136, G=136, D=2, **_BFLOAT16), "gelu_exact", bias=False),
+    Fused(Case("multiplier", T=20, C=6, O=12, G=6, D=2, **_HIGHEST), "tanh"),
+)
+
+
+def test_the_functions():
+    z = np.linspace(-6, 6, 1001)
+    for name, saved in ACTIVATIONS.items():
+        want, slope = VALUES[name](z), SLOPES[name](z)
+        single = z.astype(np.float32)
+        np.testing.assert_allclose(tpu_epilogue.value(name, single), want, atol=2e-6, err_msg=name)
+        known = (want if saved == "y" else z).astype(np.float32)
+        got = tpu_epilogue.gradient(name, np.float32(1), jax.numpy.asarray(known))
+        np.testing.assert_allclose(got, slope, atol=4e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("fused", FUSED, ids=lambda f: f.name)
+def test_kernels(fused):
+    module = tpu_depthwise if fused.case.G > 1 else tpu_dense
+    problem = fused.problem("tpu")
+    x, w, bias, gy, saved = fused.arrays()
+    assert module.KERNEL.decline_fused(problem) is None
+    assert module.KERNEL.decline_backward(problem, fused.wanted) is None
+    options = dict(longest=16, interpret=params())
+    chip = MEGACORE if fused.case is _DENSE else V5E
+    if all(fused.wanted):
+        y = module.fused(problem, x, w, bias, chip=V5E, **options)
+        fused.check_forward(y, x, w, bias)
+    grads = module.backward(problem, x, w, bias, saved, gy, fused.wanted, chip=chip, **options)
+    fused.check_backward(grads, x, w, bias, gy)

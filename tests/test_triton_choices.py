@@ -1,0 +1,93 @@
+"""What the Triton launchers decide before anything is compiled."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+pytest.importorskip("jax_triton")
+
+from conv_pallas.kernels import triton_dense, triton_depthwise
+from conv_pallas.kernels import triton_depthwise_walk as walk
+from conv_pallas.kernels.triton_common import most_programs
+from conv_pallas.spec import ConvSpec, Epilogue
+from tests.cases import Case
+
+pytestmark = pytest.mark.aot
+
+DX, DW, BOTH = (True, False, False), (False, True, True), (True, True, True)
+
+
+def _problem(case: Case, activation: str | None = None):
+    epilogue = Epilogue(True, activation)
+    return dataclasses.replace(case.problem("conv1d", "cuda"), epilogue=epilogue)
+
+
+@pytest.mark.parametrize(
+    "C, K, dtype, activation, wanted, expected",
+    [
+        (64, 3, "bfloat16", "relu", BOTH, True),
+        (64, 3, "bfloat16", "silu", BOTH, False),  # computed for each tap by both kernels
+        (64, 3, "float32", "silu", BOTH, True),  # twice the time to move an element
+        (64, 3, "bfloat16", "silu", DX, True),
+        (64, 3, "bfloat16", "silu", DW, True),
+        (64, 9, "bfloat16", "silu", DW, False),
+        (512, 3, "bfloat16", "relu", BOTH, False),  # the matmul is the bottleneck
+    ],
+)
+def test_the_derivative_is_computed_where_less_is_moved(C, K, dtype, activation, wanted, expected):
+    case = Case("layer", batch=(8,), T=4096, C=C, O=C, K=K, dtype=dtype)
+    assert triton_dense.derivative_in_kernels(_problem(case, activation), wanted) is expected
+
+
+@pytest.mark.parametrize(
+    "case, walked",
+    [
+        (Case("few_taps", T=100, C=8, O=8, G=8, K=8, D=1024), True),
+        (Case("many_taps", T=100, C=8, O=8, G=8, K=9), False),
+        (Case("multiplier", T=100, C=8, O=16, G=8), False),
+        (Case("strided", T=100, C=8, O=8, G=8, S=2), False),
+        (Case("upsampling", T=100, C=8, O=8, G=8, E=2, padding=2), False),
+        (Case("long", batch=(1,), T=2**28, C=8, O=8, G=8), False),
+    ],
+    ids=str,
+)
+def test_what_is_walked_computes_z_anew(case, walked):
+    problem = _problem(case, "silu")
+    assert (walk.decline(case.spec, case.C, case.O) is None) is walked
+    assert triton_depthwise.KERNEL.recomputes(problem) is walked
+    assert ("a tile for each tap" in triton_depthwise.describe(problem)) is not walked
+
+
+def test_a_grid_holds_all_programs():
+    """One program for each tile, and no more than 2**31 - 1: a tile is 16 by 16 at the least."""
+    narrow = Case("narrow", batch=(2**20,), T=16, C=32, O=32, G=16)
+    assert most_programs(narrow.problem("conv1d")) == 2**24
+    assert triton_dense.decline(narrow.problem("conv1d", "cuda")) is None
+    many = dataclasses.replace(narrow, batch=(2**27,))
+    for operation in ("conv1d", "conv1d_input_grad", "conv1d_kernel_grad"):
+        problem = many.problem(operation, "cuda")
+        assert triton_dense.decline(problem) == "has more tiles than a grid has programs"
+
+
+@pytest.mark.parametrize("G", [1, 4])
+@pytest.mark.parametrize("S, E", [(1, 1), (3, 1), (1, 2), (2, 3)])
+def test_a_launch_takes_no_more_programs_than_were_counted(G, S, E, monkeypatch):
+    """What `most_programs` promises, of what each launcher asks for."""
+    seen = []
+
+    def call(*args, out, programs, **meta):
+        seen.append(programs)
+        return np.zeros(out.shape, out.dtype)
+
+    monkeypatch.setattr(triton_dense.triton_compat, "call", call)
+    spec = ConvSpec(1000, 3, S, (2, 0), 1, E, G)
+    case = Case("case", T=1000, C=32, O=48, K=3, S=S, E=E, G=G, padding=[(2, 0)])
+    assert case.spec == spec
+    x, w, g = case.arrays()
+    for operation, lhs, rhs in (
+        ("conv1d", x, w), ("conv1d_input_grad", g, w), ("conv1d_kernel_grad", x, g)
+    ):  # fmt: skip
+        triton_dense.run(case.problem(operation, "cuda"), lhs, rhs)
+    assert len(seen) == 3
+    assert max(seen) <= most_programs(case.problem("conv1d"))
