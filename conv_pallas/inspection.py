@@ -145,7 +145,7 @@ def _bound(costs: Sequence[tuple[int, int]], most: Limits) -> list[str]:
     times = operations / most.operations, bytes_ / most.bytes_
     which = "memory-bound" if times[1] > times[0] else "compute-bound"
     return [
-        f"{_short(operations)}operations, {_short(bytes_)}B, {operations / bytes_:.3g} "
+        f"{_short(operations).rstrip()} operations, {_short(bytes_)}B, {operations / bytes_:.3g} "
         f"operations a byte (the chip turns at {most.operations / most.bytes_:.3g}): {which}",
         f"not below {1e6 * max(times):.4g} µs: {1e6 * times[0]:.4g} at "
         f"{most.operations / 1e12:.4g} TFLOP/s, {1e6 * times[1]:.4g} at "
