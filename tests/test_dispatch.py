@@ -77,7 +77,10 @@ def test_explain_says_what_is_left_to_lax(layer, shape, words):
 def test_explain_of_a_layer_is_of_its_arguments():
     depthwise = Conv(8, 8, 3, feature_group_count=8, rngs=nnx.Rngs(0))
     kernel = jax.ShapeDtypeStruct((3, 1, 8), jnp.float32)
-    assert explain(depthwise, X) == explain(X, kernel, padding="SAME", feature_group_count=8)
+    bias = jax.ShapeDtypeStruct((8,), jnp.float32)
+    same = explain(X, kernel, bias, padding="SAME", feature_group_count=8)
+    assert explain(depthwise, X) == same
+    assert "bias" in same.epilogue
     assert explain(depthwise, X) != explain(X, W)
 
 

@@ -258,8 +258,8 @@ class Conv(nnx.Conv):
             return explanation.Explanation(platform or explanation.default_platform(), {}, {}, note)
         params = inputs, self.kernel[...], None if self.bias is None else self.bias[...]
         promote = functools.partial(self.promote_dtype, dtype=self.dtype)
-        inputs, kernel, _ = jax.eval_shape(promote, params)
-        return explanation.explain(inputs, kernel, platform=platform, **self._arguments())
+        operands = jax.eval_shape(promote, params)
+        return explanation.explain(*operands, platform=platform, **self._arguments())
 
     def _left_to_flax(self) -> bool:
         return (
