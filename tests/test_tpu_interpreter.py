@@ -128,6 +128,12 @@ def test_parts_of_the_kernel_gradient_are_added_in_order():
     np.testing.assert_array_equal(one, two)
 
 
+@pytest.mark.parametrize("module, G", [(tpu_dense, 1), (tpu_depthwise, 8)])
+def test_int8_is_declined(module, G):
+    problem = Case("int8", C=8, O=8, G=G, dtype="int8").problem("conv1d", "tpu")
+    assert module.decline(problem) == "takes bfloat16 and float32, not int8"
+
+
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("case", DEPTHWISE, ids=str)
 def test_depthwise(case, operation):
