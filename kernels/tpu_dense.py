@@ -35,6 +35,7 @@ from conv_pallas.kernels import Kernel, tpu_epilogue
 from conv_pallas.kernels.tpu_epilogue import Around
 from conv_pallas.kernels.tpu_window import (
     LANES,
+    TILE_ROWS,
     Chip,
     Walk,
     by_chunks,
@@ -146,41 +147,56 @@ def _finish(around: Around, acc, b_ref, y_ref, at) -> None:
     y_ref[0, pl.ds(at, acc.shape[0])] = y
 
 
-def _causal_kernel(walk, older, around, x_ref, w_ref, *refs):
-    """One tile of a causal convolution: taps are read where x lies, but for the first rows.
+def _in_place_kernel(walk, H, older, mirrored, around, x_ref, *refs):
+    """One tile of time of a causal convolution: taps are read where x lies, but for some rows.
 
-    ``head`` holds the last rows of the tile before, and the first of this one. Where the ``older``
+    ``edge`` holds the last rows of the tile before, and the first of this one. Where the ``older``
     taps make columns of their own, ``later`` holds those products, also of the tile before: they
-    belong to outputs some steps on.
+    belong to outputs some steps on. ``mirrored`` is the input gradient: the same with time running
+    backwards, tiles and all. ``H`` rows of a neighbour are in reach.
     """
-    *refs, y_ref, head, later = (*refs, None) if older == 0 else refs
-    b_ref = refs[0] if around.bias else None
-    H, D, n, O = walk.history, walk.dilation, walk.rows, y_ref.shape[2]
+    refs = list(refs)
+    saved_ref = refs.pop(0) if around.slope_of else None
+    w_ref, b_ref = refs.pop(0), refs.pop(0) if around.bias else None
+    y_ref, edge = refs.pop(0), refs.pop(0)
+    later = refs.pop(0) if older else None
+    D, n, O = walk.dilation, walk.rows, y_ref.shape[2]
     taps = walk.taps - older
-    s = pl.program_id(2)
+    x = x_ref.at[0]
+    if refs:  # converted once, not once for each tap
+        load, (x,) = _gradient_rows(around, x_ref, saved_ref), refs
 
-    @pl.when(s == 0)
+        def copied(at, n):
+            x[pl.ds(at, n)] = load(at, n).astype(x.dtype)
+
+        by_chunks(n, copied)
+    # Where the rows that meet another tile lie, in x and in ``edge``, and where that tile's.
+    mine, here, there = (n - H, 0, H) if mirrored else (0, H, 0)
+    kept = 0 if mirrored else n - H
+
+    @pl.when(pl.program_id(2) == 0)
     def _():
-        head[pl.ds(0, H)] = jnp.zeros((H, head.shape[1]), head.dtype)
+        edge[pl.ds(there, H)] = jnp.zeros((H, edge.shape[1]), edge.dtype)
         if older:
-            later[pl.ds(0, H)] = jnp.zeros((H, O), later.dtype)
+            later[pl.ds(n if mirrored else 0, H)] = jnp.zeros((H, O), later.dtype)
 
-    head[pl.ds(H, H)] = x_ref[0, pl.ds(0, H)]
+    edge[pl.ds(here, H)] = x[pl.ds(mine, H)]
 
-    def tap(back):
-        parts = [head[pl.ds(H - back, H)]]
-        if n > H:
-            parts.append(x_ref[0, pl.ds(H - back, n - H)])
+    def tap(far):
+        if mirrored:
+            parts = [x[pl.ds(far, n - H)], edge[pl.ds(far, H)]]
+        else:
+            parts = [edge[pl.ds(H - far, H)], x[pl.ds(H - far, n - H)]]
         return jnp.concatenate(parts, 0)
 
-    windows = [tap((taps - 1 - k) * D) for k in range(taps)]
+    windows = [tap((k if mirrored else taps - 1 - k) * D) for k in range(taps)]
     acc = _dot(jnp.concatenate(windows, 1), w_ref[...], "bf16")
     if older:
-        later[pl.ds(H, n)] = acc[:, O:]
-        acc = acc[:, :O] + later[pl.ds(H - taps * D, n)]
-        later[pl.ds(0, H)] = later[pl.ds(n, H)]
+        later[pl.ds(0 if mirrored else H, n)] = acc[:, O:]
+        acc = acc[:, :O] + later[pl.ds(taps * D if mirrored else H - taps * D, n)]
+        later[pl.ds(n if mirrored else 0, H)] = later[pl.ds(0 if mirrored else n, H)]
     _finish(around, acc, b_ref, y_ref, 0)
-    head[pl.ds(0, H)] = x_ref[0, pl.ds(n - H, H)]
+    edge[pl.ds(there, H)] = x[pl.ds(kept, H)]
 
 
 def _kernel_grad_kernel(walk, passes, around, x_ref, g_ref, *refs):
@@ -307,16 +323,21 @@ def _plan_of(
 # --- Launchers ---
 
 
-def _is_causal(walk: Walk, C: int, O: int) -> bool:
-    """Whether `_causal_kernel` will do: no tap reads ahead, and a tile is one chunk.
+def _in_place(walk: Walk, C: int, O: int) -> str | None:
+    """Whether `_in_place_kernel` will do: ``"causal"``, ``"mirrored"``, or None.
 
-    Every step before the first is padding, and the halo is shorter than a tile.
+    All padding is on one side, and as long as the halo, which is shorter than a tile; and a tile is
+    one chunk.
     """
-    return (
-        C % LANES == 0
-        and 0 < walk.low == (walk.taps - 1) * walk.dilation
-        and walk.history < walk.rows <= _chunk(walk.rows, "bf16", walk.taps, C, O)
-    )
+    halo = (walk.taps - 1) * walk.dilation
+    chunk = _chunk(walk.rows, "bf16", walk.taps, C, O)
+    if C % LANES or not 0 < round_up(halo, TILE_ROWS) < walk.rows <= chunk:
+        return None
+    if walk.low == halo and walk.time == walk.out_time:
+        return "causal"
+    # Beyond the last step is padding: no tile may hold what is neither.
+    whole = walk.time == walk.out_time and walk.time % walk.rows == 0
+    return "mirrored" if walk.low == 0 and whole else None
 
 
 def _older_taps(walk: Walk, C: int, plan: "Plan", O: int, chip: Chip) -> int:
@@ -329,11 +350,15 @@ def _older_taps(walk: Walk, C: int, plan: "Plan", O: int, chip: Chip) -> int:
     return older if O % LANES == 0 and plan.BO == O and 2 * O <= chip.mxu and fewer else 0
 
 
-def _side_by_side(w, older: int):
-    """``(K, C, O)`` to ``(newer*C, 2*O)``: newer taps, and beside the newest of them the older."""
-    newer = w[older:]
-    beside = jnp.concatenate([jnp.zeros_like(w[: newer.shape[0] - older]), w[:older]])
-    return jnp.concatenate([newer, beside], 2).reshape(-1, 2 * w.shape[2])
+def _side_by_side(w, older: int, mirrored: bool):
+    """``(K, C, O)`` to ``(taps*C, 2*O)``: near taps, and in columns of their own the others."""
+    if mirrored:
+        near, far = w[: w.shape[0] - older], w[w.shape[0] - older :]
+        parts = [far, jnp.zeros_like(near[older:])]
+    else:
+        near, far = w[older:], w[:older]
+        parts = [jnp.zeros_like(near[older:]), far]
+    return jnp.concatenate([near, jnp.concatenate(parts)], 2).reshape(-1, 2 * w.shape[2])
 
 
 def forward(
@@ -351,16 +376,25 @@ def forward(
     if walk.taps == 0:
         raise ValueError("no tap of this convolution sees its input")
     w = w[walk.first : walk.first + walk.taps]
-    causal = (
-        passes == "bf16"
-        and x.dtype == jnp.bfloat16
-        and around.slope_of is None
-        and _is_causal(walk, C, plan.BO)
-    )
-    older = _older_taps(walk, C, plan, O, chip) if causal else 0
     packed = C % LANES == 0 or (pl.cdiv(walk.taps * C, chip.mxu) < walk.taps * pl.cdiv(C, chip.mxu))
+    kernel = functools.partial(_forward_kernel, walk, passes, packed, around)
+    operand = jnp.bfloat16 if passes == "bf16" else jnp.float32
+    scratch = [pltpu.VMEM((walk.window_rows, C), operand)]
+    x_block, out_block, steps, older = walk.x_block, walk.out_block, walk.steps, 0
+    if placed := _in_place(walk, C, plan.BO) if passes == "bf16" else None:
+        mirrored = placed == "mirrored"
+        older = _older_taps(walk, C, plan, O, chip)
+        halo = round_up((walk.taps - 1) * walk.dilation, TILE_ROWS)
+        kernel = functools.partial(_in_place_kernel, walk, halo, older, mirrored, around)
+        scratch = [pltpu.VMEM((2 * halo, C), operand)]
+        if older:
+            scratch.append(pltpu.VMEM((halo + walk.rows, O), jnp.float32))
+        if around.slope_of is not None or x.dtype != operand:
+            scratch.append(pltpu.VMEM((walk.rows, C), operand))
+        steps = pl.cdiv(walk.time, walk.rows)
+        x_block = out_block = (lambda s: steps - 1 - s) if mirrored else (lambda s: s)
     if older:
-        w = _side_by_side(w, older)
+        w = _side_by_side(w, older, mirrored)
     elif packed:
         w = w.reshape(walk.taps * C, O)
     w = {
@@ -370,7 +404,7 @@ def forward(
     }[passes]()
     block = (*w[0].shape[:-1], 2 * O if older else plan.BO)
     w_spec = pl.BlockSpec(block, lambda o, n, s: (*(0,) * (len(block) - 1), o))
-    x_spec = pl.BlockSpec((1, walk.rows, C), lambda o, n, s: (n, walk.x_block(s), 0))
+    x_spec = pl.BlockSpec((1, walk.rows, C), lambda o, n, s: (n, x_block(s), 0))
     operands, in_specs = [x], [x_spec]
     if around.slope_of is not None:
         operands.append(saved)
@@ -382,19 +416,11 @@ def forward(
         in_specs.append(pl.BlockSpec((1, plan.BO), lambda o, n, s: (0, o)))
     tiles, out = pl.cdiv(O, plan.BO), (N, walk.out_time, O)
     times = [tiles if spec is x_spec else 1 for spec in in_specs]
-    kernel = functools.partial(_forward_kernel, walk, passes, packed, around)
-    operand = jnp.bfloat16 if passes == "bf16" else jnp.float32
-    scratch = [pltpu.VMEM((walk.window_rows, C), operand)]
-    if causal:
-        kernel = functools.partial(_causal_kernel, walk, older, around)
-        scratch = [pltpu.VMEM((2 * walk.history, C), operand)]
-        if older:
-            scratch.append(pltpu.VMEM((walk.window_rows, O), jnp.float32))
     return pl.pallas_call(
         kernel,
-        grid=(tiles, N, walk.steps),
+        grid=(tiles, N, steps),
         in_specs=in_specs,
-        out_specs=pl.BlockSpec((1, walk.rows, plan.BO), lambda o, n, s: (n, walk.out_block(s), o)),
+        out_specs=pl.BlockSpec((1, walk.rows, plan.BO), lambda o, n, s: (n, out_block(s), o)),
         out_shape=jax.ShapeDtypeStruct(out, out_dtype),
         scratch_shapes=scratch,
         compiler_params=compiler_params(chip, plan.vmem, ("parallel", "parallel", "arbitrary")),

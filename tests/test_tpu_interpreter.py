@@ -107,18 +107,32 @@ def test_dense_in_tiles_of_channels():
         check_kernel(tpu_dense, case, operation, chip)
 
 
+IN_PLACE = (
+    Case("ragged_end", T=70, C=128, O=128, D=3, dtype="bfloat16"),
+    Case("halo_of_whole_tiles", T=128, C=128, O=128, D=16, dtype="bfloat16"),
+    Case("converted", T=64, C=128, O=130, K=2, D=5),
+    Case("four_taps", T=64, C=128, O=128, K=4, D=2),
+)
+
+
 @pytest.mark.parametrize("mxu", [128, 256])
-@pytest.mark.parametrize("K, D, T, O", [(3, 3, 70, 128), (3, 16, 64, 128), (2, 5, 40, 130)])
-def test_causal_in_place(K, D, T, O, mxu):
+@pytest.mark.parametrize("case", IN_PLACE, ids=str)
+def test_in_place(case, mxu):
     """Taps are read where x lies; on a wide unit some make columns of their own."""
     chip = dataclasses.replace(V5E, mxu=mxu)
-    case = Case("in_place", T=T, C=128, O=O, K=K, D=D, dtype="bfloat16")
-    problem = case.problem("conv1d", "tpu")
-    plan = tpu_dense._plan_of(problem, chip, 64 if D > 5 else 32)
-    assert tpu_dense._is_causal(plan.walk, case.C, O)
-    beside = tpu_dense._older_taps(plan.walk, case.C, plan, O, chip)
-    assert beside == (1 if mxu == 256 and K == 3 else 0)
-    check_kernel(tpu_dense, case, "conv1d", chip, longest=plan.walk.rows)
+    for operation, placed in (("conv1d", "causal"), ("conv1d_input_grad", "mirrored")):
+        if mxu == 128 and case.name == "four_taps":
+            continue
+        plan = tpu_dense._plan_of(case.problem(operation, "tpu"), chip, 64 if case.D > 5 else 32)
+        C, O = (case.C, case.O) if placed == "causal" else (case.O, case.C)
+        found = tpu_dense._in_place(plan.walk, C, plan.BO)
+        if (case.name == "ragged_end" and placed == "mirrored") or C % 128:
+            assert found is None
+            continue
+        assert found == placed
+        beside = tpu_dense._older_taps(plan.walk, C, plan, O, chip)
+        assert (beside > 0) == (mxu == 256 and case.K > 2)
+        check_kernel(tpu_dense, case, operation, chip, longest=plan.walk.rows)
 
 
 def test_parts_of_the_kernel_gradient_are_added_in_order():
@@ -126,6 +140,12 @@ def test_parts_of_the_kernel_gradient_are_added_in_order():
     one = check_kernel(tpu_dense, case, "conv1d_kernel_grad", MEGACORE)
     two = check_kernel(tpu_dense, case, "conv1d_kernel_grad", MEGACORE)
     np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize("module, G", [(tpu_dense, 1), (tpu_depthwise, 8)])
+def test_int8_is_declined(module, G):
+    problem = Case("int8", C=8, O=8, G=G, dtype="int8").problem("conv1d", "tpu")
+    assert module.decline(problem) == "takes bfloat16 and float32, not int8"
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
