@@ -177,8 +177,7 @@ def programs(layers, chains) -> Iterator[tuple[dict, int, Callable]]:
     }
     alone = [(layer, operation) for layer in layers for operation in OPERATIONS]
     linked = [(layer, program) for program in links for layer in chains]
-    # Training takes the longest to compile, and comes last.
-    for layer, program in (*linked[: -len(chains) or None], *alone, *linked[-len(chains) :]):
+    for layer, program in (*alone, *linked):  # those that take the longest to compile are last
         described = dict(layer=layer.name, geometry=str(layer), dtype=layer.dtype)
         described |= dict(kind=layer.kind, program=program)
         products = 0 if layer.G == layer.C > 1 else _products(layer)

@@ -219,7 +219,7 @@ def _kernel_grad_kernel(walk, passes, around, x_ref, g_ref, *refs):
         def chunk(at, n):
             g = load(at, n)
             if walk.out_time % walk.rows:  # the last tile has rows past the end
-                u = (s - walk.warm) * walk.rows + at + lax.broadcasted_iota(jnp.int32, g.shape, 0)
+                u = walk.out_block(s) * walk.rows + at + lax.broadcasted_iota(jnp.int32, g.shape, 0)
                 g = jnp.where(u < walk.out_time, g.astype(jnp.float32), 0.0)
             if around.bias:
                 sums = g.astype(jnp.float32).reshape(n // SUBLANES, SUBLANES, g.shape[1]).sum(0)

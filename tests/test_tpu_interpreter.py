@@ -35,6 +35,7 @@ DENSE = (
     Case("pad_beyond_field", T=20, C=3, O=5, K=2, padding=[(40, 25)]),
     Case("dead_taps", T=10, C=3, O=5, K=5, D=8, padding="SAME"),
     Case("pointwise", T=20, C=3, O=5, K=1),
+    Case("anticausal", T=37, C=3, O=5, D=6, padding=[(0, 12)]),
     Case("bfloat16", T=40, C=16, O=16, D=5, dtype="bfloat16"),
     Case("bfloat16_to_float32", T=40, C=16, O=16, D=2, dtype="bfloat16", out_dtype="float32"),
     Case("high", T=40, C=16, O=16, D=3, precision="high"),
@@ -91,7 +92,9 @@ def test_dense(case, operation):
 
 
 # The device code is the forward's; what differs is the geometry.
-@pytest.mark.parametrize("name", ["causal", "ragged", "crop", "pad_beyond_field", "dead_taps"])
+@pytest.mark.parametrize(
+    "name", ["causal", "halo_longer_than_tile", "ragged", "crop", "pad_beyond_field", "dead_taps"]
+)
 def test_dense_input_grad(name):
     (case,) = (case for case in DENSE if case.name == name)
     check_kernel(tpu_dense, case, "conv1d_input_grad")
