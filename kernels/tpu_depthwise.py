@@ -30,7 +30,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from conv_pallas.kernels import Kernel, tpu_epilogue, tpu_rules
+from conv_pallas.kernels import Kernel, tpu_epilogue
 from conv_pallas.kernels.tpu_epilogue import Around
 from conv_pallas.kernels.tpu_window import (
     LANES,
@@ -326,8 +326,7 @@ KERNEL = Kernel(
     run=run,
     decline=decline,
     describe=describe,
-    priority=tpu_rules.priority,
-    by_name=tpu_rules.by_name,
+    priority=None,
     vmappable=False,
     fused=fused,
     decline_fused=tpu_epilogue.decline_fused,
