@@ -41,6 +41,7 @@ from conv_pallas.kernels.tpu_window import (
     by_chunks,
     compiler_params,
     cost,
+    gradient_problem,
     round_up,
     rows_of,
     rows_that_fit,
@@ -550,13 +551,54 @@ def decline(problem: Problem) -> str | None:
     return None
 
 
+# Chips for which there are estimates.
+ESTIMATED = ("v5e", "v6e")
+
+
+def wins(problem: Problem, chip: Chip) -> bool:
+    """Whether by estimate this is faster than XLA's own convolution; nobody measured.
+
+    So it is where channels fill whole lanes, factors are bfloat16, and the padding is on one side
+    and no longer than a tile. XLA's estimate over ours, for forward, input gradient and kernel
+    gradient (libtpu 0.0.50.1; benchmarks/results/tpu-static):
+
+        =================  ==================  ==================
+        layer              v5e                 v6e
+        =================  ==================  ==================
+        C=128 K=3 D=4      1.00  1.00  1.92    1.25  1.26  2.07
+        C=256 K=7 D=64     1.13  1.15  1.13    1.88  2.05  1.75
+        C=512 K=3 D=64     1.26  1.33  1.06    2.17  2.56  1.67
+        =================  ==================  ==================
+    """
+    dtypes = {problem.lhs_dtype, problem.rhs_dtype, problem.out_dtype}
+    if chip.name not in ESTIMATED or len(dtypes) > 1 or _passes(problem) != "bf16":
+        return False
+    if problem.C % LANES or problem.O % LANES or sees_nothing(problem):
+        return False
+    for operation, low in (("conv1d", True), ("conv1d_input_grad", False)):
+        part = gradient_problem(problem, operation) if not low else problem
+        plan = _plan_of(dataclasses.replace(part, operation=operation), chip)
+        if plan is None:
+            return False
+        halo = (plan.walk.taps - 1) * plan.walk.dilation
+        one_sided = plan.walk.low == halo * low and plan.walk.time == plan.walk.out_time
+        if not (one_sided and 0 < halo <= plan.walk.rows):
+            return False
+    return True
+
+
+def priority(problem: Problem) -> int | None:
+    return 10 if problem.platform == "tpu" and wins(problem, Chip.current()) else None
+
+
 def describe(problem: Problem) -> str:
     if sees_nothing(problem):
         return "zeros"
     plan = _plan_of(problem, Chip.current())
+    chosen = "the default, by estimate" if priority(problem) else "by name only: may be slower"
     return (
         f"{plan.walk.rows} steps, {plan.walk.taps} taps, {plan.BO} channels out at once; "
-        f"a halo of {plan.walk.history} steps in VMEM; {_passes(problem)} products"
+        f"a halo of {plan.walk.history} steps in VMEM; {_passes(problem)} products; {chosen}"
     )
 
 
@@ -566,7 +608,7 @@ KERNEL = Kernel(
     run=run,
     decline=decline,
     describe=describe,
-    priority=None,
+    priority=priority,
     vmappable=False,
     fused=fused,
     decline_fused=tpu_epilogue.decline_fused,
