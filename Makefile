@@ -47,7 +47,7 @@ venv-aot: .venv-aot/installed ## make .venv-aot, which adds libtpu, the CUDA plu
 venv-oldest: .venv-oldest/installed ## make .venv-oldest
 
 clean: ## remove all that these targets made, environments too
-	rm -rf .venv .venv-aot .venv-oldest demo-output bench-output build dist *.egg-info
+	rm -rf .venv .venv-aot .venv-oldest demo-output examples-output bench-output build dist *.egg-info
 	rm -rf .benchmarks .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -10,6 +10,7 @@ from setuptools import find_packages, setup
 LINUX = "; sys_platform == 'linux'"
 
 DEMO = ["matplotlib", "optax", "rich", "scikit-learn"]
+EXAMPLES = [*DEMO, "scipy"]
 BENCH = ["matplotlib", "pytest-benchmark", "rich"]
 TEST = [
     "absl-py",  # jax's and flax's own test files, run against our layer, are written with it
@@ -50,8 +51,9 @@ setup(
         "cuda": [f"jax[cuda13]{LINUX}", f"triton{LINUX}", f"jax-triton>=0.4.1{LINUX}"],
         "tpu": [f"jax[tpu]{LINUX}"],
         "demo": DEMO,
+        "examples": EXAMPLES,
         "bench": BENCH,
-        "test": sorted({*DEMO, *BENCH, *TEST}),
+        "test": sorted({*EXAMPLES, *BENCH, *TEST}),
         # Compiles for chips that are not there.  jax's own extras pin the libtpu and the CUDA
         # plugin that go with each jax; `cuda13-local` is the one without NVIDIA's libraries,
         # which compiling does not need (triton's wheel carries ptxas).

@@ -153,7 +153,7 @@ def backward(
     x, w, y = problem.lhs_dtype, problem.rhs_dtype, problem.out_dtype
     alone = (("conv1d_input_grad", y, w, x), ("conv1d_kernel_grad", x, y, w))
     kernels = []
-    for (operation, lhs, rhs, out), needed in zip(alone, wanted, strict=False):
+    for (operation, lhs, rhs, out), needed in zip(alone, wanted[:2], strict=True):
         if needed:
             this = dataclasses.replace(
                 problem, operation=operation, lhs_dtype=lhs, rhs_dtype=rhs, out_dtype=out

@@ -1,5 +1,6 @@
 """The estimates of TPU programs: what is counted, and what the committed ones say."""
 
+import functools
 import json
 import re
 import subprocess
@@ -13,10 +14,11 @@ import pytest
 from benchmarks import traffic
 from benchmarks.layers import LAYERS
 from benchmarks.static import BFLOAT16, CHAINS, OURS, RESULTS, ratio
-from conv_pallas.kernels import tpu_dense
+from conv_pallas.kernels import tpu_dense, tpu_estimates
 from conv_pallas.kernels.tpu_window import Chip
 from conv_pallas.spec import OPERATIONS, Problem, make_spec
 
+wins = functools.partial(tpu_estimates.wins, tpu_dense._plan_of)
 CHIPS = {
     "v5e": Chip(128 * 2**20, mxu=128, cores=1, name="v5e"),
     "v6e": Chip(128 * 2**20, mxu=256, cores=1, name="v6e"),
@@ -74,7 +76,9 @@ def test_the_default_is_never_behind_by_the_committed_estimates(chip):
         if row["program"] not in OPERATIONS or "estimate" not in row[OURS]:
             continue
         problem = _problem(row)
-        if tpu_dense.decline(problem) is None and tpu_dense.wins(problem, CHIPS[chip]):
+        if tpu_dense.decline(problem) is None and tpu_estimates.wins(
+            tpu_dense._plan_of, problem, CHIPS[chip]
+        ):
             won += 1
             assert ratio(row) > 0.995, (row["layer"], row["program"])
     assert won >= 9
@@ -93,9 +97,11 @@ def test_the_chain_keeps_its_goal(chip):
 
 def test_another_chip_has_no_default():
     problem = _problem(dict(layer=BFLOAT16[0].name, program="conv1d"))
-    assert tpu_dense.wins(problem, CHIPS["v5e"])
-    assert not tpu_dense.wins(problem, Chip(128 * 2**20, mxu=128, cores=2, name="v5p"))
-    assert not tpu_dense.wins(problem, Chip(16 * 2**20, mxu=128, cores=1))
+    assert wins(problem, CHIPS["v5e"])
+    assert not tpu_estimates.wins(
+        tpu_dense._plan_of, problem, Chip(128 * 2**20, mxu=128, cores=2, name="v5p")
+    )
+    assert not wins(problem, Chip(16 * 2**20, mxu=128, cores=1))
 
 
 @pytest.mark.aot

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from conv_pallas.nn import TCN, Conv, TemporalBlock
+from tests.support import primitives_of
 
 
 def network(seed=0, dropout=0.0, **kwargs):
@@ -192,6 +193,134 @@ def test_learns_under_nnx_transforms():
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
 
 
+# What each option must not change: the parameters of a network that does not ask for it.
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(dilations=[1, 2, 4], activation="relu", norm=None, lookahead=0),
+        dict(activation="gelu", causal=False, remat=True, return_sequences=False),
+        dict(spatial_dropout=True, dilations=(7, 1, 3), lookahead=3),
+    ],
+    ids=str,
+)
+def test_options_without_parameters(options):
+    assert_same_parameters(network(**options), network())
+
+
+@pytest.mark.parametrize(
+    ("options", "ahead"),
+    [
+        ({}, 0),
+        (dict(dilations=[3, 1, 2], norm="layer", activation="glu"), 0),
+        (dict(dilations=[3, 1, 2], lookahead=5), 5),
+        (dict(lookahead=14), 14),
+        (dict(causal=False, norm="weight", skip_connections=True), 8),
+    ],
+    ids=str,
+)
+def test_receptive_field(options, ahead):
+    """A change one step inside is seen, on either side; one step outside is not."""
+    model = network(**({"activation": "tanh"} | options))
+    seen, t, x = model.receptive_field, 20, inputs(1, 40, 3)
+    assert seen == 1 + 2 * sum(options.get("dilations", [1, 2, 4]))
+    first, last = t + ahead - seen + 1, t + ahead
+
+    @nnx.jit
+    def at(model, x):
+        changed = [x.at[:, s].add(1.0) for s in (first - 1, first, last, last + 1)]
+        return model(jnp.concatenate([x, *changed]))[:, t]
+
+    same = np.asarray(at(model, x))
+    different = [not np.array_equal(same[0], row) for row in same[1:]]
+    assert different == [False, True, True, False]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(norm="weight"),
+        dict(norm="layer", skip_connections=True, lookahead=3),
+        dict(causal=False),
+        dict(conditioning=2),
+        dict(norm="batch"),
+    ],
+    ids=str,
+)
+def test_last_step_alone(options):
+    """And of a long sequence only what it needs: the rest may be anything."""
+    whole, last = network(**options), network(return_sequences=False, **options)
+    whole.eval()
+    last.eval()
+    x, more = inputs(2, 30, 3), {}
+    if "conditioning" in options:
+        more["condition"] = inputs(2, 30, 2)
+    y, z = nnx.jit(lambda a, b, x, more: (a(x, **more)[:, -1], b(x, **more)))(whole, last, x, more)
+    np.testing.assert_allclose(z, y, rtol=1e-5, atol=1e-6)
+    if "norm" not in options or options["norm"] != "batch":
+        shapes = [v.aval.shape for v in _convolved(last, x, more)]
+        assert max(shape[1] for shape in shapes) <= last.receptive_field < 30
+
+
+def _convolved(model, x, more):
+    jaxpr = jax.make_jaxpr(lambda x: model(x, **more))(x)
+    return [eqn.invars[0] for eqn in jaxpr.eqns if eqn.primitive.name.startswith("conv1d")]
+
+
+def test_remat_changes_nothing_but_memory():
+    x = inputs(2, 16, 3)
+    run = nnx.jit(nnx.value_and_grad(lambda model, x: jnp.sum(jnp.sin(model(x)))))
+    make = lambda remat: TCN(3, [4], 2, 2, 0.25, nnx.Rngs(0), remat=remat)  # noqa: E731
+    results = [run(make(remat), x) for remat in (False, True)]
+    for a, b in zip(*(jax.tree.leaves(r) for r in results), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    names = primitives_of(jax.make_jaxpr(lambda x: network(remat=True)(x))(x))
+    assert [name for name in names if "remat" in name or "checkpoint" in name] != []
+
+
+def test_conditions():
+    x, vector = inputs(2, 9, 3), inputs(2, 2)
+    for mode in ("add", "concat"):
+        model = network(conditioning=2, conditioning_mode=mode)
+        sequence = jnp.broadcast_to(vector[:, None], (2, 9, 2))
+        run = nnx.jit(lambda model, x, c: model(x, condition=c))
+        y = run(model, x, vector)
+        np.testing.assert_allclose(run(model, x, sequence), y, rtol=1e-5, atol=1e-6)
+        assert not np.allclose(run(model, x, -vector), y)
+        with pytest.raises(ValueError, match=r"^condition must have shape \(2, 2\) or"):
+            model(x, condition=inputs(2, 8, 2))
+        with pytest.raises(ValueError, match=r"^the model takes a condition of 2 channels"):
+            model(x)
+
+
+def test_norms_dtypes_initializers_and_dropout():
+    ones = nnx.initializers.ones
+    model = network(
+        norm="layer", dtype=jnp.bfloat16, param_dtype=jnp.float16, kernel_init=ones,
+        spatial_dropout=True, dropout=0.5, skip_connections=True, conditioning=1,
+    )  # fmt: skip
+    leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
+    assert {leaf.dtype for leaf in leaves} == {jnp.dtype(jnp.float16)}
+    assert all((layer.kernel[...] == 1).all() for layer in convolutions(model))
+    x = inputs(2, 9, 3)
+    assert model(x, condition=inputs(2, 1)).dtype == jnp.bfloat16
+    dropped = np.asarray(model.blocks[0].dropout1(jnp.ones((4, 9, 4)))) == 0
+    assert dropped.any() and not dropped.all()
+    np.testing.assert_array_equal(dropped, np.broadcast_to(dropped[:, :1], dropped.shape))
+    assert isinstance(network(norm="batch").blocks[0].norm2, nnx.BatchNorm)
+
+
+def test_activation_is_carried_by_the_layer():
+    """So that a kernel may fuse it; a norm in between, or a stock layer, applies it after."""
+    x = inputs(2, 9, 3)
+    count = lambda **o: str(jax.make_jaxpr(lambda x: network(**o)(x))(x)).count("activation=silu")  # noqa: E731
+    assert count(activation="silu") >= 6
+    assert count(activation="silu", norm="layer") == count(activation="silu", conv=nnx.Conv) == 0
+    model, stock = (network(activation="silu", norm="weight", conv=c) for c in (Conv, nnx.Conv))
+    assert_same_parameters(model, stock)
+    # Of the stock layers flax's own WeightNorm writes into the kernel, so that each runs once.
+    np.testing.assert_allclose(apply(model, x), apply(stock, x), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -207,6 +336,14 @@ def test_learns_under_nnx_transforms():
         (dict(dropout="0.1"), "dropout must be a number in \\[0, 1\\), got '0.1'"),
         (dict(rngs=0), "rngs must be an nnx.Rngs, .* got 0"),
         (dict(implementation="fast"), "implementation must be .* got 'fast'"),
+        (dict(dilations=[1, 2]), "dilations must be a sequence of 1 ints, .* got \\[1, 2\\]"),
+        (dict(dilations=[0]), "dilations\\[0\\] must be an int of 1 or more, got 0"),
+        (dict(norm="group"), "norm must be None, .* got 'group'"),
+        (dict(activation="rleu"), "activation must be .* got 'rleu'"),
+        (dict(lookahead=3), "lookahead must be an int of 0 to 2, .* got 3"),
+        (dict(lookahead=1, causal=False), "lookahead is for causal models, got 1"),
+        (dict(conditioning=0), "conditioning must be an int of 1 or more, got 0"),
+        (dict(conditioning=1, conditioning_mode="mul"), "conditioning_mode must be .* got 'mul'"),
     ],
     ids=str,
 )

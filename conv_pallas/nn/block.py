@@ -153,7 +153,7 @@ class TemporalBlock(nnx.Module):
         self.check_streams()
         chunk, clock = begin(x, self.in_channels, state, mask, segment_ids, self.lookahead)
         y, _ = self.run(x, condition, chunk)
-        return y, clock | chunk.after
+        return y, chunk.after | clock
 
     def reset(self, state: dict, members) -> dict:
         """The state with some members of the batch at their start; see `TCN.reset`."""

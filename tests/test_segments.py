@@ -1,0 +1,164 @@
+"""Padding and packed sequences: real steps depend on nothing that is not their own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from conv_pallas import conv1d, explain
+from conv_pallas.nn import Conv
+from tests.streams import model_of, numbers
+
+LENGTHS = (4, 1, 7)  # packed in one row
+IDS = jnp.repeat(jnp.asarray([3, 0, 3]), jnp.asarray(LENGTHS))  # the same id again is another
+PIECES = [slice(0, 4), slice(4, 5), slice(5, 12)]
+
+
+def each(f, x):
+    """f of every packed sequence by itself, joined again."""
+    return np.concatenate([f(x[piece]) for piece in PIECES])
+
+
+@pytest.mark.parametrize("implementation", ["xla", "xla_native"])
+@pytest.mark.parametrize(
+    ("groups", "padding"), [(1, "CAUSAL"), (2, "SAME"), (4, [(1, 5)])], ids=str
+)
+def test_conv1d_packed(groups, padding, implementation):
+    x, w = numbers(12, 4), numbers(4, 4 // groups, 8, seed=1)
+    options = dict(kernel_dilation=2, padding=padding, feature_group_count=groups,
+                   activation="silu", implementation=implementation)  # fmt: skip
+
+    @jax.jit
+    def run(x, w, b):
+        packed = conv1d(x, w, b, segment_ids=IDS, **options)
+        return packed, [conv1d(x[piece], w, b, **options) for piece in PIECES]
+
+    packed, parts = run(x, w, numbers(8, seed=2))
+    np.testing.assert_allclose(packed, np.concatenate(parts), rtol=1e-5, atol=1e-5)
+
+
+def test_packed_rows_under_every_transform():
+    """A NaN in one sequence stays there, in the value and in the gradient."""
+    x, w = numbers(2, 12, 4).at[0, 2].set(jnp.nan), numbers(3, 4, 4, seed=1)
+    ids = jnp.stack([IDS, IDS[::-1]])
+
+    @jax.jit
+    def run(x, w):
+        f = lambda x: conv1d(x, w, segment_ids=ids, padding="SAME", kernel_dilation=3)  # noqa: E731
+        y, vjp = jax.vjp(f, x)
+        (dx,) = vjp(jnp.ones_like(y))
+        one = jax.vmap(lambda x, i: conv1d(x, w, segment_ids=i, padding="SAME", kernel_dilation=3))
+        return y, dx, one(x, ids)
+
+    y, dx, mapped = run(x, w)
+    assert jnp.isnan(y[0, :4]).any()
+    assert jnp.isfinite(y[0, 4:]).all() and jnp.isfinite(y[1]).all()
+    assert jnp.isfinite(dx).all()
+    np.testing.assert_allclose(mapped, y, rtol=1e-5, atol=1e-5)
+
+
+OPTIONS = [
+    dict(norm="weight", causal=False),
+    dict(norm="layer", activation="glu", lookahead=4),
+    dict(norm="batch", activation="gelu", skip_connections=True),
+    dict(conv=nnx.Conv, activation="silu"),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_padding_reaches_no_real_step(options):
+    """What a TCN computes of padded sequences is what it computes of each by itself."""
+    model = model_of(**options)
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    x, length = numbers(2, 12, 3), 7
+    mask = jnp.arange(12) < jnp.asarray([[12], [length]])
+
+    @jax.jit
+    def run(params, x):
+        def loss(params, x):
+            y = nnx.merge(graph, params, rest)(x, mask=mask)
+            return jnp.sum(jnp.sin(jnp.where(mask[..., None], y, 0.0))), y
+
+        model = nnx.merge(graph, params, rest)
+        grads, y = jax.grad(loss, (0, 1), has_aux=True)(params, x)
+        return y, grads, model(x[:1]), model(x[1:, :length])
+
+    y, grads, first, second = run(params, x)
+    np.testing.assert_allclose(y[:1], first, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(y[1:, :length], second, rtol=1e-5, atol=1e-5)
+    assert not y[1, length:].any()
+    poisoned, bad, _, _ = run(params, jnp.where(mask[..., None], x, jnp.nan))
+    np.testing.assert_array_equal(poisoned, y)
+    for a, b in zip(jax.tree.leaves(bad), jax.tree.leaves(grads), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("options", OPTIONS[:3], ids=str)
+def test_packed_in_a_tcn(options):
+    model, x = model_of(**options), numbers(12, 3)
+    packed, parts = nnx.jit(
+        lambda model, x: (model(x, segment_ids=IDS), [model(x[piece]) for piece in PIECES])
+    )(model, x)
+    np.testing.assert_allclose(packed, np.concatenate(parts), rtol=1e-4, atol=1e-5)
+
+
+def test_batch_norm_learns_from_real_steps_alone():
+    model, x = model_of(norm="batch", causal=True), numbers(2, 12, 3)
+    model.train()
+    mask = jnp.arange(12) < jnp.asarray([[12], [5]])
+    model(jnp.where(mask[..., None], x, jnp.nan), mask=mask)
+    alone = model_of(norm="batch", causal=True)
+    first = alone.blocks[0].conv1
+    h = np.asarray(first(x))[np.asarray(mask)]  # causal: padding at the end changes none of these
+    want = 0.99 * np.asarray(alone.blocks[0].norm1.mean[...]) + 0.01 * h.mean(0)
+    np.testing.assert_allclose(model.blocks[0].norm1.mean[...], want, rtol=1e-5, atol=1e-6)
+
+
+def test_last_step_is_the_last_real_one():
+    model = model_of(return_sequences=False)
+    x = numbers(2, 12, 3)
+    mask = jnp.arange(12) < jnp.asarray([[12], [7]])
+    y, first, second = nnx.jit(
+        lambda model, x: (model(x, mask=mask), model(x[:1]), model(x[1:, :7]))
+    )(model, x)
+    np.testing.assert_allclose(y, np.concatenate([first, second]), rtol=1e-5, atol=1e-6)
+
+
+def test_explained():
+    """What runs is a pointwise convolution of all taps."""
+    x, w = numbers(12, 4), numbers(3, 4, 4)
+    expected = explain(numbers(12, 12), numbers(1, 12, 4))
+    assert str(explain(x, w, segment_ids=IDS, mask=IDS > 0)) == str(expected)
+    assert str(explain(x, w)) != str(expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(mask=jnp.ones(12)), "mask must be bool of shape"),
+        (dict(mask=jnp.ones(11, bool)), "mask must be bool of shape"),
+        (dict(segment_ids=jnp.ones(12)), "segment_ids must be integers of shape"),
+        (dict(segment_ids=IDS[1:]), "segment_ids must be integers of shape"),
+        (dict(segment_ids=IDS, strides=2), "segment_ids need one output for each step"),
+        (dict(segment_ids=IDS, padding="VALID"), "segment_ids need one output for each step"),
+        (dict(segment_ids=IDS, padding="CIRCULAR"), "segment_ids need one output for each"),
+    ],
+    ids=str,
+)
+def test_errors_in_one_line(arguments, message):
+    with pytest.raises(ValueError, match=f"^{message}") as error:
+        conv1d(numbers(12, 4), numbers(3, 4, 4), **arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_of_a_layer():
+    plane = Conv(3, 3, (3, 3), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"^segment_ids are for 1-D convolutions"):
+        plane(numbers(2, 5, 5, 3), segment_ids=jnp.ones((2, 5, 5), int))
+    mask = jnp.arange(5) < 3
+    hidden = jnp.where(mask[:, None], numbers(2, 5, 5, 3), jnp.nan)
+    assert jnp.isfinite(plane(hidden, mask=jnp.broadcast_to(mask, (2, 5, 5)))).all()
+    stock = model_of(conv=nnx.Conv)
+    with pytest.raises(ValueError, match=r"^segment_ids need layers of conv_pallas\.nn\.Conv"):
+        stock(numbers(12, 3), segment_ids=IDS)

@@ -1,0 +1,267 @@
+"""Streams: whatever the chunks, they compute what the full pass does, and in the same time."""
+
+import re
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+
+from conv_pallas import streaming
+from conv_pallas.nn import TCN, Conv, TemporalBlock, compiled_step
+from tests.streams import check, functions, model_of, numbers, stream
+
+# Every pair of norm, activation, dilations, lookahead, chunks and batch is in one of the rows,
+# or close to one: dilations smaller and larger than a chunk, chunks longer than the ring.
+MATRIX = [
+    (None, "relu", None, 0, (1,) * 18, 1),
+    (None, "glu", (6, 2), 1, (18,), 2),
+    (None, "gelu", (9, 2), 20, (7, 11), 3),
+    ("weight", "relu", (2, 3), 12, (1,) * 18, 2),
+    ("weight", "glu", None, 0, (7, 11), 1),
+    ("weight", "tanh", (1, 5), 0, (2, 16), 3),
+    ("layer", "relu", (6, 2), 0, (7, 11), 2),
+    ("layer", "glu", (2, 2), 3, (2, 16), 3),
+    ("layer", jnp.sin, None, 7, (1,) * 18, 1),
+    ("batch", "relu", (9, 2), 0, (2, 16), 1),
+    ("batch", "silu", None, 7, (3,) * 6, 2),
+    ("batch", "glu", (6, 2), 0, (1,) * 18, 3),
+]
+
+
+@pytest.mark.parametrize(
+    ("number", "norm", "activation", "dilations", "lookahead", "chunks", "batch"),
+    [(number, *row) for number, row in enumerate(MATRIX)],
+    ids=str,
+)
+def test_equals_the_full_pass(number, norm, activation, dilations, lookahead, chunks, batch):
+    model = model_of(
+        norm=norm, activation=activation, dilations=dilations, lookahead=lookahead,
+        skip_connections=number % 2 == 1,
+    )  # fmt: skip
+    check(model, numbers(batch, 18, 3), chunks)
+
+
+@pytest.mark.parametrize("lookahead", [0, 5])
+@pytest.mark.parametrize("mode", ["add", "concat"])
+def test_conditions_segments_and_masks(mode, lookahead):
+    model = model_of(
+        conditioning=2, conditioning_mode=mode, lookahead=lookahead, skip_connections=True
+    )
+    x, condition = numbers(2, 18, 3), numbers(2, 18, 2, seed=7)
+    ids = jnp.asarray([[0] * 4 + [1] * 9 + [2] * 5, [5] * 11 + [0] * 7])
+    mask = jnp.arange(18) < jnp.asarray([[18], [13]])
+    chunks = (7, 11)
+    check(model, x, chunks, vector=numbers(2, 2, seed=7))
+    check(model, x, chunks, condition=condition)
+    hidden = jnp.where(mask[..., None], x, jnp.nan)
+    check(model, hidden, chunks, condition=condition, segment_ids=ids, mask=mask)
+
+
+# Integers are exact in float32: in whatever order they are added, equal terms give equal bits.
+def whole_numbers(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).integers(-2, 3, shape), jnp.float32)
+
+
+@hypothesis.given(
+    cuts=st.lists(st.integers(1, 6), min_size=1, max_size=12),
+    restarts=st.sets(st.integers(0, 11), max_size=3),
+)
+@hypothesis.settings(max_examples=25)
+def test_any_chunks_give_the_same_bits(cuts, restarts):
+    """With members that restart between chunks: they then are at the start of a stream."""
+    layer = Conv(2, 4, 3, kernel_dilation=4, padding="CAUSAL", feature_group_count=2,
+                 rngs=nnx.Rngs(0))  # fmt: skip
+    layer.kernel[...] = whole_numbers(*layer.kernel.shape)
+    x = whole_numbers(2, sum(cuts), 2, seed=1)
+    whole, step = functions(layer)
+    state, at, out, began = layer.init_state(2), 0, [], 0
+    for number, length in enumerate(cuts):
+        if number in restarts:
+            state = layer.reset(state, jnp.asarray([True, False]))
+            began = at
+        y, state = step(x[:, at : at + length], state)
+        out.append(np.asarray(y))
+        at += length
+    got = np.concatenate(out, 1)
+    # Of one length, so that all are compiled but once.
+    padded = lambda x: jnp.pad(x, ((0, 0), (0, 72 - x.shape[1]), (0, 0)))  # noqa: E731
+    np.testing.assert_array_equal(got[1:], whole(padded(x))[1:, :at])
+    last = np.asarray(whole(padded(x[:, began:])))[:1, : at - began]
+    np.testing.assert_array_equal(got[:1, began:], last)
+
+
+def test_at_a_million_steps_as_at_the_start():
+    """The clock is set forward; the stream that follows equals one that is young."""
+    model = model_of(dilations=(3, 1))
+    x = numbers(2, 60, 3)
+    _, step = functions(model)
+    young, state = stream(step, model.init_state(2), x, [20, 20, 20])
+    _, old = stream(step, model.init_state(2), x[:, :20], [20])
+    assert state["age"].tolist() == [60, 60]
+    old = old | {"age": jnp.full(2, 2**30 - 3, jnp.int32)}  # the oldest that there is, soon
+    out, old = stream(step, old, x[:, 20:], [20, 20])
+    np.testing.assert_array_equal(out, young[:, 20:])
+    assert old["age"].tolist() == [2**30] * 2
+
+    @jax.jit
+    def million(x):
+        ring = {"past": jnp.zeros((1, 6, 1)), "index": jnp.zeros((), jnp.int32)}
+        body = lambda t, ring: streaming.push(ring, x + t % 1000)  # noqa: E731
+        return jax.lax.fori_loop(0, 1_000_000, body, ring)
+
+    ring = million(jnp.zeros((1, 1, 1)))
+    assert int(ring["index"]) == 1_000_000 % 6
+    assert sorted(ring["past"].ravel().tolist()) == [994, 995, 996, 997, 998, 999]
+
+
+def test_members_restart_one_by_one_without_a_trace():
+    model = model_of(lookahead=4, dilations=(3, 1))
+    x = numbers(2, 18, 3)
+    _, step = functions(model)
+    mask = jnp.ones((2, 9), bool)
+    _, state = step(x[:, :9].at[0].set(jnp.nan), model.init_state(2), mask=mask)
+    state = model.reset(state, jnp.asarray([True, False]))
+    y, _ = step(x[:, 9:], state, mask=mask)
+    fresh, _ = step(x[:, 9:], model.init_state(2), mask=mask)
+    np.testing.assert_array_equal(y[0], fresh[0])
+    assert not np.array_equal(y[1], fresh[1])
+
+
+def test_the_state_under_transforms():
+    """jit, scan, vmap, and gradients through it: truncated backpropagation through time."""
+    model = model_of(norm="weight", dilations=(3, 1))
+    graph, variables, rest = nnx.split(model, nnx.Param, ...)
+    x = numbers(2, 12, 3)
+    step = lambda v, x, state: nnx.merge(graph, v, rest).step(x, state)  # noqa: E731
+
+    @jax.jit
+    def run(v, x):
+        state = model.init_state(2)
+
+        def body(state, x):
+            y, state = step(v, x[:, None], state)
+            return state, y[:, 0]
+
+        _, scanned = jax.lax.scan(body, state, x.swapaxes(0, 1))
+        many = jax.tree.map(lambda a: jnp.stack([a, a]), state)
+        mapped, _ = jax.vmap(lambda x, s: step(v, x, s))(jnp.stack([x, 2 * x]), many)
+
+        def loss(v, x):
+            y1, state = step(v, x[:, :5], model.init_state(2))
+            y2, _ = step(v, x[:, 5:], state)
+            return jnp.sum(jnp.sin(jnp.concatenate([y1, y2], 1)))
+
+        full = lambda v, x: jnp.sum(jnp.sin(nnx.merge(graph, v, rest)(x)))  # noqa: E731
+        whole = nnx.merge(graph, v, rest)
+        return (
+            (scanned.swapaxes(0, 1), whole(x)),
+            (mapped, jnp.stack([whole(x), whole(2 * x)])),
+            (jax.grad(loss, (0, 1))(v, x), jax.grad(full, (0, 1))(v, x)),
+        )
+
+    for actual, expected in run(variables, x):
+        for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+            if jnp.issubdtype(jnp.result_type(a), jnp.floating):
+                np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_export_and_checkpoint_in_the_middle_of_a_stream(tmp_path):
+    model = model_of(norm="weight", lookahead=2)
+    x = numbers(2, 12, 3)
+    exported = jax.export.deserialize(
+        jax.export.export(jax.jit(lambda x, s: model.step(x, s)))(
+            x[:, :4], model.init_state(2)
+        ).serialize()
+    )
+    _, step = functions(model)
+    expected, _ = stream(step, model.init_state(2), x, [4, 4, 4])
+    got, state = stream(exported.call, model.init_state(2), x[:, :8], [4, 4])
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "stream", {"model": nnx.state(model), "stream": state})
+        checkpointer.wait_until_finished()
+        blank = {"model": nnx.state(model), "stream": model.init_state(2)}
+        restored = checkpointer.restore(tmp_path / "stream", blank)
+    other = model_of(norm="weight", lookahead=2, seed=5)
+    nnx.update(other, restored["model"])
+    rest, _ = functions(other)[1](x[:, 8:], restored["stream"])
+    np.testing.assert_allclose(got, expected[:, :8], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(rest, expected[:, 8:], rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_copies_no_ring():
+    """What makes it cost the same for any receptive field, read from the compiled program."""
+    large, rows = TCN(8, [8], 8, 3, 0.0, dilations=[3000]), 6000
+    large.eval()
+    step = jax.jit(large.step, donate_argnums=1)
+    text = step.lower(jnp.ones((1, 1, 8)), large.init_state(1)).compile().as_text()
+    ring = rf"f32\[1,{rows},8\]"
+    assert re.search(ring, text)
+    assert not re.search(rf"= {ring}\S* (copy|select|concatenate|pad|gather|scatter)\(", text)
+    # Each ring has the input's memory, and each step of a stream of this one returns it.
+    state = large.init_state(1)
+    run = compiled_step(large)
+    before = state["block0"]["conv1"]["past"].unsafe_buffer_pointer()
+    _, state = run(jnp.ones((1, 1, 8)), state)
+    assert state["block0"]["conv1"]["past"].unsafe_buffer_pointer() == before
+
+
+@pytest.mark.parametrize("implementation", ["xla", "xla_native"])
+def test_blocks_layers_and_dtypes(implementation):
+    block = TemporalBlock(3, 4, 2, 5, 0.0, nnx.Rngs(0), implementation=implementation)
+    x = numbers(2, 16, 3)
+    whole, step = functions(block)
+    got, _ = stream(step, block.init_state(2), x, [1, 15])
+    np.testing.assert_allclose(got, whole(x), rtol=1e-5, atol=1e-6)
+    layer = Conv(3, 4, 3, padding=((3, 1),), kernel_dilation=2, dtype=jnp.bfloat16,
+                 implementation=implementation, rngs=nnx.Rngs(0))  # fmt: skip
+    whole, step = functions(layer)
+    got, state = stream(step, layer.init_state(2), x, [1, 15])
+    assert got.dtype == state["past"].dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+        got[:, 1:].astype(float), np.asarray(whole(x))[:, :-1].astype(float), rtol=0.02, atol=0.02
+    )
+    narrow = Conv(3, 4, 3, padding="CAUSAL", param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match=r"^x is computed with in float32, .* dtype=float32\)$"):
+        narrow.step(x, narrow.init_state(2))
+    narrow.step(x, narrow.init_state(2, jnp.float32))
+
+
+def training(**options):
+    model = model_of(**options)
+    model.train()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, s: m.step(jnp.ones((2, 4, 5)), s), "x must be a chunk of shape (2, steps, 3)"),
+        (lambda m, s: m.step(jnp.ones((2, 0, 3)), s), "x must be a chunk of shape (2, steps, 3)"),
+        (lambda m, s: m.step(jnp.ones((3, 4, 3)), s), "state is of batch (2,), but x has batch (3"),
+        (lambda m, s: m.step(jnp.ones((2, 4, 3)), None), "state must be what init_state or the"),
+        (lambda m, s: m.init_state(0), "batch_size must be an int of 1 or more or a tuple"),
+        (lambda m, s: m.reset(s, jnp.ones(3, bool)), "members must be bool of shape (2,)"),
+        (lambda m, s: model_of(causal=False).init_state(2), "only a causal model can stream"),
+        (lambda m, s: model_of(causal=False).step(jnp.ones((2, 4, 3)), s), "only a causal model"),
+        (lambda m, s: model_of(conv=nnx.Conv).init_state(2), "only layers of conv_pallas.nn.Conv"),
+        (lambda m, s: training(norm="batch").init_state(2), "batch norm streams in eval mode"),
+        (lambda m, s: compiled_step(training()), "the model has dropout, and is in training"),
+        (lambda m, s: Conv(3, 3, 3, rngs=nnx.Rngs(0)).init_state(2), "only a causal layer can"),
+        (lambda m, s: Conv(3, 3, 3, 2, rngs=nnx.Rngs(0)).init_state(2), "only a layer with stri"),
+        (lambda m, s: Conv(3, 3, (3, 3), rngs=nnx.Rngs(0)).init_state(2), "only a 1-D layer"),
+        (lambda m, s: m.step(jnp.ones((2, 4, 3)), s, mask=jnp.ones(4)), "mask must be bool of sh"),
+        (lambda m, s: m.step(jnp.ones((2, 4, 3)), s, segment_ids=jnp.ones(4)), "segment_ids must"),
+        (lambda m, s: m.step(jnp.ones((2, 4, 3)), s, condition=jnp.ones((2, 1))), "the model tak"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_errors_in_one_line(call, message):
+    model = model_of()
+    with pytest.raises(ValueError, match="^" + re.escape(message)) as error:
+        call(model, model.init_state(2))
+    assert "\n" not in str(error.value)
