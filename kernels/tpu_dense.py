@@ -31,8 +31,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from conv_pallas.kernels import Kernel, tpu_epilogue
+from conv_pallas.kernels import Kernel, tpu_epilogue, tpu_estimates
 from conv_pallas.kernels.tpu_epilogue import Around
+from conv_pallas.kernels.tpu_in_place import in_place_kernel, older_taps, placement, side_by_side
+from conv_pallas.kernels.tpu_matmul import (
+    CHUNKS,
+    chunk_rows,
+    dot,
+    finish,
+    gradient_rows,
+    passes_of,
+    split,
+)
 from conv_pallas.kernels.tpu_window import (
     LANES,
     TILE_ROWS,
@@ -50,65 +60,10 @@ from conv_pallas.kernels.tpu_window import (
 from conv_pallas.kernels.xla_formulations import flip
 from conv_pallas.spec import ConvSpec, Problem
 
-# Unrolled passes of the matrix unit over 8 rows. Longer code hides more of its latency; beyond
-# this, it takes long to compile and gains little.
-CODE = 2048
-CHUNKS = (2048, 1024, 512, 256)
+SUBLANES = 8
 LONGEST = 2048  # rows of a tile of time; longer ones gain nothing
 
-SUBLANES = 8
-
-PASSES = {None: "bf16", "DEFAULT": "bf16", "HIGH": "bf16x3", "HIGHEST": "f32"}
-
-
-def _passes(problem: Problem) -> str | None:
-    """How products are made: ``"bf16"``, ``"bf16x3"`` or ``"f32"``; None: there is no way."""
-    if problem.lhs_dtype == problem.rhs_dtype == jnp.bfloat16:
-        return "bf16"
-    precision = problem.precision
-    if isinstance(precision, tuple):
-        precision = max(precision, key=lambda p: 0 if p is None else p.value)
-    return PASSES.get(getattr(precision, "name", precision))
-
-
-def _chunk(rows: int, passes: str, taps: int, C: int, O: int) -> int:
-    """Rows of one matmul: few enough that its code stays short."""
-    wide = 256
-    each = pl.cdiv(taps * C, wide) * pl.cdiv(O, wide) * {"bf16": 1, "bf16x3": 3, "f32": 6}[passes]
-    fitting = [n for n in CHUNKS if n * each <= 8 * CODE]
-    return min(rows, fitting[0] if fitting else CHUNKS[-1])
-
-
 # --- Device code ---
-
-
-def _split(a: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """float32 as the sum of two bfloat16."""
-    # By its bits: XLA may take a rounding there and back for an identity, and drop it.
-    bits = lax.bitcast_convert_type(a, jnp.uint32) & jnp.uint32(0xFFFF0000)
-    high = lax.bitcast_convert_type(bits, jnp.float32)
-    return high.astype(jnp.bfloat16), (a - high).astype(jnp.bfloat16)
-
-
-def _dot(a: jax.Array, b, passes: str, contract=((1,), (0,))) -> jax.Array:
-    """The float32 product; where it takes three passes, ``b`` is a pair from `_split`."""
-    # Named, or what `jax.default_matmul_precision` says would reach bfloat16 operands.
-    precision = lax.Precision.HIGHEST if passes == "f32" else lax.Precision.DEFAULT
-    dot = functools.partial(
-        lax.dot_general, precision=precision, dimension_numbers=(contract, ((), ())),
-        preferred_element_type=jnp.float32,
-    )  # fmt: skip
-    if passes == "bf16":
-        return dot(a.astype(jnp.bfloat16), b)
-    if passes == "f32":
-        return dot(a.astype(jnp.float32), b)
-    high, low = _split(a.astype(jnp.float32))
-    return dot(high, b[0]) + (dot(high, b[1]) + dot(low, b[0]))
-
-
-def _gradient_rows(around: Around, g_ref, saved_ref):
-    refs = (ref if ref is None else ref.at[0] for ref in (g_ref, saved_ref))
-    return tpu_epilogue.rows_of_gradient(around, *refs)
 
 
 def _forward_kernel(walk, passes, packed, around, x_ref, *refs):
@@ -116,9 +71,9 @@ def _forward_kernel(walk, passes, packed, around, x_ref, *refs):
     *w_refs, y_ref, window = refs
     b_ref = w_refs.pop() if around.bias else None
     saved_ref = w_refs.pop(0) if around.slope_of else None
-    longest = _chunk(walk.rows, passes, walk.taps, window.shape[1], y_ref.shape[2])
+    longest = chunk_rows(walk.rows, passes, walk.taps, window.shape[1], y_ref.shape[2])
     s = pl.program_id(2)
-    walk.advance(s, _gradient_rows(around, x_ref, saved_ref), window)
+    walk.advance(s, gradient_rows(around, x_ref, saved_ref), window)
 
     @pl.when(s >= walk.warm)
     def _():
@@ -128,75 +83,15 @@ def _forward_kernel(walk, passes, packed, around, x_ref, *refs):
             taps = [rows[pl.ds(walk.offset(k), n)] for k in range(walk.taps)]
             if packed:
                 w = [ref[...] for ref in w_refs]
-                acc = _dot(jnp.concatenate(taps, 1), w if len(w) > 1 else w[0], passes)
+                acc = dot(jnp.concatenate(taps, 1), w if len(w) > 1 else w[0], passes)
             else:
                 acc = jnp.zeros((n, y_ref.shape[2]), jnp.float32)
                 for k, tap in enumerate(taps):
                     w = [ref[k] for ref in w_refs]
-                    acc += _dot(tap, w if len(w) > 1 else w[0], passes)
-            _finish(around, acc, b_ref, y_ref, at)
+                    acc += dot(tap, w if len(w) > 1 else w[0], passes)
+            finish(around, acc, b_ref, y_ref, at)
 
         by_chunks(walk.rows, chunk, longest)
-
-
-def _finish(around: Around, acc, b_ref, y_ref, at) -> None:
-    """Bias, activation, and the one rounding."""
-    if around.bias:
-        acc += b_ref[...]
-    y = tpu_epilogue.value(around.value_of, acc).astype(y_ref.dtype)
-    y_ref[0, pl.ds(at, acc.shape[0])] = y
-
-
-def _in_place_kernel(walk, H, older, mirrored, around, x_ref, *refs):
-    """One tile of time of a causal convolution: taps are read where x lies, but for some rows.
-
-    ``edge`` holds the last rows of the tile before, and the first of this one. Where the ``older``
-    taps make columns of their own, ``later`` holds those products, also of the tile before: they
-    belong to outputs some steps on. ``mirrored`` is the input gradient: the same with time running
-    backwards, tiles and all. ``H`` rows of a neighbour are in reach.
-    """
-    refs = list(refs)
-    saved_ref = refs.pop(0) if around.slope_of else None
-    w_ref, b_ref = refs.pop(0), refs.pop(0) if around.bias else None
-    y_ref, edge = refs.pop(0), refs.pop(0)
-    later = refs.pop(0) if older else None
-    D, n, O = walk.dilation, walk.rows, y_ref.shape[2]
-    taps = walk.taps - older
-    x = x_ref.at[0]
-    if refs:  # converted once, not once for each tap
-        load, (x,) = _gradient_rows(around, x_ref, saved_ref), refs
-
-        def copied(at, n):
-            x[pl.ds(at, n)] = load(at, n).astype(x.dtype)
-
-        by_chunks(n, copied)
-    # Where the rows that meet another tile lie, in x and in ``edge``, and where that tile's.
-    mine, here, there = (n - H, 0, H) if mirrored else (0, H, 0)
-    kept = 0 if mirrored else n - H
-
-    @pl.when(pl.program_id(2) == 0)
-    def _():
-        edge[pl.ds(there, H)] = jnp.zeros((H, edge.shape[1]), edge.dtype)
-        if older:
-            later[pl.ds(n if mirrored else 0, H)] = jnp.zeros((H, O), later.dtype)
-
-    edge[pl.ds(here, H)] = x[pl.ds(mine, H)]
-
-    def tap(far):
-        if mirrored:
-            parts = [x[pl.ds(far, n - H)], edge[pl.ds(far, H)]]
-        else:
-            parts = [edge[pl.ds(H - far, H)], x[pl.ds(H - far, n - H)]]
-        return jnp.concatenate(parts, 0)
-
-    windows = [tap((k if mirrored else taps - 1 - k) * D) for k in range(taps)]
-    acc = _dot(jnp.concatenate(windows, 1), w_ref[...], "bf16")
-    if older:
-        later[pl.ds(0 if mirrored else H, n)] = acc[:, O:]
-        acc = acc[:, :O] + later[pl.ds(taps * D if mirrored else H - taps * D, n)]
-        later[pl.ds(n if mirrored else 0, H)] = later[pl.ds(0 if mirrored else n, H)]
-    _finish(around, acc, b_ref, y_ref, 0)
-    edge[pl.ds(there, H)] = x[pl.ds(kept, H)]
 
 
 def _kernel_grad_kernel(walk, passes, around, x_ref, g_ref, *refs):
@@ -204,9 +99,9 @@ def _kernel_grad_kernel(walk, passes, around, x_ref, g_ref, *refs):
     *refs, window = refs
     saved_ref = refs.pop(0) if around.slope_of else None
     dw_ref, db_ref = (*refs, None)[:2]
-    load = _gradient_rows(around, g_ref, saved_ref)
+    load = gradient_rows(around, g_ref, saved_ref)
     n, s = pl.program_id(3), pl.program_id(4)
-    longest = _chunk(walk.rows, passes, walk.taps, window.shape[1], g_ref.shape[2])
+    longest = chunk_rows(walk.rows, passes, walk.taps, window.shape[1], g_ref.shape[2])
     walk.advance(s, rows_of(x_ref.at[0]), window)
 
     @pl.when((n == 0) & (s == 0))
@@ -225,10 +120,10 @@ def _kernel_grad_kernel(walk, passes, around, x_ref, g_ref, *refs):
                 sums = g.astype(jnp.float32).reshape(n // SUBLANES, SUBLANES, g.shape[1]).sum(0)
                 db_ref[0, 0] += sums
             g = g.astype(window.dtype)
-            g = _split(g) if passes == "bf16x3" else g
+            g = split(g) if passes == "bf16x3" else g
             rows = window.at[pl.ds(at, n + walk.history)]
             for k in range(walk.taps):
-                dw_ref[0, k] += _dot(rows[pl.ds(walk.offset(k), n)], g, passes, ((0,), (0,)))
+                dw_ref[0, k] += dot(rows[pl.ds(walk.offset(k), n)], g, passes, ((0,), (0,)))
 
         by_chunks(walk.rows, chunk, longest)
 
@@ -272,7 +167,7 @@ def _plan(
     copies = 2 if passes == "bf16x3" else 1
 
     def need(walk: Walk, BC: int, BO: int) -> int:
-        chunk = _chunk(walk.rows, passes, walk.taps, BC, BO)
+        chunk = chunk_rows(walk.rows, passes, walk.taps, BC, BO)
         common = 2 * vmem_bytes(walk.rows, BC, sizes[0]) + vmem_bytes(walk.window_rows, BC, operand)
         if sums:
             return (
@@ -309,7 +204,7 @@ def _plan_of(
     problem: Problem, chip: Chip, longest: int = LONGEST, saved: bool = False
 ) -> Plan | None:
     """The plan of one operation; ``saved``: what was saved is read along with g."""
-    passes = _passes(problem)
+    passes = passes_of(problem)
     sizes = [problem.lhs_dtype.itemsize, problem.rhs_dtype.itemsize, problem.out_dtype.itemsize]
     if saved:
         sizes[problem.operation == "conv1d_kernel_grad"] *= 2
@@ -321,44 +216,6 @@ def _plan_of(
 
 
 # --- Launchers ---
-
-
-def _in_place(walk: Walk, C: int, O: int) -> str | None:
-    """Whether `_in_place_kernel` will do: ``"causal"``, ``"mirrored"``, or None.
-
-    All padding is on one side, and as long as the halo, which is shorter than a tile; and a tile is
-    one chunk.
-    """
-    halo = (walk.taps - 1) * walk.dilation
-    chunk = _chunk(walk.rows, "bf16", walk.taps, C, O)
-    if C % LANES or not 0 < round_up(halo, TILE_ROWS) < walk.rows <= chunk:
-        return None
-    if walk.low == halo and walk.time == walk.out_time:
-        return "causal"
-    # Beyond the last step is padding: no tile may hold what is neither.
-    whole = walk.time == walk.out_time and walk.time % walk.rows == 0
-    return "mirrored" if walk.low == 0 and whole else None
-
-
-def _older_taps(walk: Walk, C: int, plan: "Plan", O: int, chip: Chip) -> int:
-    """How many taps make columns of their own, where a narrow output leaves half of them idle.
-
-    One pass of a 256 wide matrix unit then holds 2 x 2 taps of 128 channels, rather than 2.
-    """
-    older = walk.taps // 2
-    fewer = pl.cdiv((walk.taps - older) * C, chip.mxu) < pl.cdiv(walk.taps * C, chip.mxu)
-    return older if O % LANES == 0 and plan.BO == O and 2 * O <= chip.mxu and fewer else 0
-
-
-def _side_by_side(w, older: int, mirrored: bool):
-    """``(K, C, O)`` to ``(taps*C, 2*O)``: near taps, and in columns of their own the others."""
-    if mirrored:
-        near, far = w[: w.shape[0] - older], w[w.shape[0] - older :]
-        parts = [far, jnp.zeros_like(near[older:])]
-    else:
-        near, far = w[older:], w[:older]
-        parts = [jnp.zeros_like(near[older:]), far]
-    return jnp.concatenate([near, jnp.concatenate(parts)], 2).reshape(-1, 2 * w.shape[2])
 
 
 def forward(
@@ -381,11 +238,11 @@ def forward(
     operand = jnp.bfloat16 if passes == "bf16" else jnp.float32
     scratch = [pltpu.VMEM((walk.window_rows, C), operand)]
     x_block, out_block, steps, older = walk.x_block, walk.out_block, walk.steps, 0
-    if placed := _in_place(walk, C, plan.BO) if passes == "bf16" else None:
+    if placed := placement(walk, C, plan.BO) if passes == "bf16" else None:
         mirrored = placed == "mirrored"
-        older = _older_taps(walk, C, plan, O, chip)
+        older = older_taps(walk, C, plan.BO, O, chip)
         halo = round_up((walk.taps - 1) * walk.dilation, TILE_ROWS)
-        kernel = functools.partial(_in_place_kernel, walk, halo, older, mirrored, around)
+        kernel = functools.partial(in_place_kernel, walk, halo, older, mirrored, around)
         scratch = [pltpu.VMEM((2 * halo, C), operand)]
         if older:
             scratch.append(pltpu.VMEM((halo + walk.rows, O), jnp.float32))
@@ -394,12 +251,12 @@ def forward(
         steps = pl.cdiv(walk.time, walk.rows)
         x_block = out_block = (lambda s: steps - 1 - s) if mirrored else (lambda s: s)
     if older:
-        w = _side_by_side(w, older, mirrored)
+        w = side_by_side(w, older, mirrored)
     elif packed:
         w = w.reshape(walk.taps * C, O)
     w = {
         "bf16": lambda: (w.astype(jnp.bfloat16),),
-        "bf16x3": lambda: _split(w.astype(jnp.float32)),
+        "bf16x3": lambda: split(w.astype(jnp.float32)),
         "f32": lambda: (w.astype(jnp.float32),),
     }[passes]()
     block = (*w[0].shape[:-1], 2 * O if older else plan.BO)
@@ -507,7 +364,7 @@ def launch(
     else:
         around = Around(sum_bias, slope_of=activation)
     plan = _plan_of(problem, chip, longest, around.slope_of is not None)
-    passes = _passes(problem)
+    passes = passes_of(problem)
     options = dict(saved=saved, around=around, interpret=interpret)
     if operation == "conv1d_kernel_grad":
         dw, db = kernel_grad(lhs, rhs, problem.spec, plan, passes, chip, **options)
@@ -543,20 +400,29 @@ def decline(problem: Problem) -> str | None:
     for dtype in (problem.lhs_dtype, problem.rhs_dtype, problem.out_dtype):
         if dtype not in OPERANDS:
             return f"takes bfloat16 and float32, not {dtype}"
-    if _passes(problem) is None:
+    if passes_of(problem) is None:
         return f"knows the precisions DEFAULT, HIGH and HIGHEST, not {problem.precision}"
     if not sees_nothing(problem) and _plan_of(problem, Chip.current()) is None:
         return "this kernel and its halo do not fit in VMEM"
     return None
 
 
+def priority(problem: Problem) -> int | None:
+    return (
+        10
+        if problem.platform == "tpu" and tpu_estimates.wins(_plan_of, problem, Chip.current())
+        else None
+    )
+
+
 def describe(problem: Problem) -> str:
     if sees_nothing(problem):
         return "zeros"
     plan = _plan_of(problem, Chip.current())
+    chosen = "the default, by estimate" if priority(problem) else "by name only: may be slower"
     return (
         f"{plan.walk.rows} steps, {plan.walk.taps} taps, {plan.BO} channels out at once; "
-        f"a halo of {plan.walk.history} steps in VMEM; {_passes(problem)} products"
+        f"a halo of {plan.walk.history} steps in VMEM; {passes_of(problem)} products; {chosen}"
     )
 
 
@@ -566,7 +432,7 @@ KERNEL = Kernel(
     run=run,
     decline=decline,
     describe=describe,
-    priority=None,
+    priority=priority,
     vmappable=False,
     fused=fused,
     decline_fused=tpu_epilogue.decline_fused,

@@ -209,6 +209,7 @@ class Chip:
     vmem: int
     mxu: int
     cores: int
+    name: str | None = None  # "v5e"; None: not known
 
     @classmethod
     def current(cls) -> "Chip":
@@ -221,7 +222,8 @@ class Chip:
             info = pltpu.get_tpu_info()
         except ValueError:  # no TPU here, and none is named by the abstract mesh
             return cls(vmem=16 * 2**20, mxu=128, cores=1)
-        return cls(info.vmem_capacity_bytes, info.mxu_column_size, info.num_cores)
+        name = info.chip_version.value
+        return cls(info.vmem_capacity_bytes, info.mxu_column_size, info.num_cores, name)
 
     @property
     def budget(self) -> int:

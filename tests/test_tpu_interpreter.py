@@ -13,7 +13,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from conv_pallas.kernels import tpu_dense, tpu_depthwise
+from conv_pallas.kernels import tpu_dense, tpu_depthwise, tpu_in_place
 from conv_pallas.kernels.tpu_window import Chip
 from conv_pallas.spec import OPERATIONS
 from tests.cases import Case
@@ -128,12 +128,12 @@ def test_in_place(case, mxu):
             continue
         plan = tpu_dense._plan_of(case.problem(operation, "tpu"), chip, 64 if case.D > 5 else 32)
         C, O = (case.C, case.O) if placed == "causal" else (case.O, case.C)
-        found = tpu_dense._in_place(plan.walk, C, plan.BO)
+        found = tpu_in_place.placement(plan.walk, C, plan.BO)
         if (case.name == "ragged_end" and placed == "mirrored") or C % 128:
             assert found is None
             continue
         assert found == placed
-        beside = tpu_dense._older_taps(plan.walk, C, plan, O, chip)
+        beside = tpu_in_place.older_taps(plan.walk, C, plan.BO, O, chip)
         assert (beside > 0) == (mxu == 256 and case.K > 2)
         check_kernel(tpu_dense, case, operation, chip, longest=plan.walk.rows)
 
