@@ -81,7 +81,14 @@ def _cpu_forward(problem: Problem) -> str:
         G=8 c=16 o=16 K=3 bfloat16        shifts 1.3    scatter 1.9  matmuls 1.5  split 1.1
         G=8 c=32 o=32 K=3                               scatter 1.4  matmuls 0.9  split 1.6
         G=8 c=16 o=16 K=7 D=64                          scatter 0.9  matmuls 0.7  split 1.8
+        c=128 o=128 K=3 D=4 bfloat16      im2col 1.8    scatter 1.9  matmuls 1.6
+        c=512 o=512 K=3 D=4 bfloat16      im2col 1.9    scatter 1.9  matmuls 1.7
+        c=25 o=25 K=7 D=4 bfloat16        im2col 1.7    scatter 1.7  matmuls 1.1
+          its input gradient              im2col 1.8    scatter 1.6  matmuls 1.1
         ================================  ======================================================
+
+    The four last on a quiet machine whose processor multiplies bfloat16 (AVX512-BF16): XLA's
+    matmul makes use of that, and its convolution does not.
     """
     spec = problem.spec
     # nnx.Conv writes CAUSAL zeros first. Where nothing is faster, be the same program.
@@ -104,6 +111,8 @@ def _cpu_forward(problem: Problem) -> str:
         return "split" if G <= 32 else stock
     if not every_step or K == 1:
         return stock
+    if _bfloat16(problem) and K <= 8:
+        return "im2col"
     if c <= 8 and c * o <= 64 and K * c <= 24:
         return own_pads_or_shifts
     if o == 1 and K <= 32:
@@ -131,7 +140,14 @@ def _cpu_kernel_grad(problem: Problem) -> str:
     c=128 o=128 K=3 S=2                           native 1.2    im2col 1.7     matmuls 1.3
     c=128 o=128 K=3 D=64                          native 1.0    im2col 1.0     matmuls 0.9
     c=32 o=32 K=21                                native 0.5                   matmuls 0.2
+    c=128 o=128 K=11 D=3 SAME                     padded 1.1     im2col 0.5    matmuls 0.8
+    c=64 o=64 K=3 D=64 SAME                       padded 1.2     im2col 1.2    matmuls 1.1
+    c=128 o=128 K=3 D=4 bfloat16                  padded 1.0     im2col 2.0    matmuls 1.6
+    c=64 o=64 K=3 D=16 bfloat16                   padded 1.0     im2col 1.5    matmuls 1.1
+    c=25 o=25 K=7 D=4 bfloat16                    padded 1.3     im2col 0.7    matmuls 0.7
     ================================  ======================================================
+
+    The five last as the last of `_cpu_forward`.
     """
     spec, (c, _) = problem.spec, _channels(problem)
     K, G = spec.kernel_size, spec.groups
@@ -149,7 +165,13 @@ def _cpu_kernel_grad(problem: Problem) -> str:
     columns = problem.N * spec.out_time * K * c  # what im2col holds
     if columns <= 2**17 or (K <= 8 and (c == 1 or spec.stride > 1)):
         return "im2col"
-    return "padded" if causal and K > 4 else "native"
+    if _bfloat16(problem) and K <= 4:
+        return "im2col"
+    return "padded" if spec.input_dilation == 1 and (K > 4 or not causal) else "native"
+
+
+def _bfloat16(problem: Problem) -> bool:
+    return {np.dtype(problem.lhs_dtype).name, np.dtype(problem.rhs_dtype).name} == {"bfloat16"}
 
 
 # --- GPU ---
