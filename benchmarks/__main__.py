@@ -110,7 +110,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
                 raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {options.dtype}")
             subjects = [dataclasses.replace(s, dtype=options.dtype) for s in subjects
                         if isinstance(s, Layer)]  # fmt: skip
-        options.subjects = [layers.fit(s, jax.default_backend()) for s in subjects]
+        most = layers.MOST_IF_QUICK if options.quick else layers.MOST_ON_CPU
+        options.subjects = [layers.fit(s, jax.default_backend(), most) for s in subjects]
         options.implementations = None
         if options.implementation is not None:
             options.implementations = [n.strip() for n in options.implementation.split(",")]

@@ -40,30 +40,39 @@ class Schedule:
     Attributes:
       bundles: with each loop's trips.
       length: of the code, without them.
-      spills: stores of spilled vector registers inside loops within loops.
+      spills: stores of spilled vector registers inside loops.
       loops: ``(depth, trips, bundles of one trip)``, innermost first.
+      uncounted: loops whose trips are not written; each counts as one.
     """
 
     bundles: int
     length: int
     spills: int
     loops: tuple[tuple[int, int, int], ...]
+    uncounted: int = 0
 
 
-def read_schedule(text: str) -> Schedule:
+def read_schedule(text: str, *, strict: bool = True) -> Schedule:
     """A ``final_bundles`` file.
 
+    Args:
+      strict: False: a loop without a constant number of trips counts as one trip, and in
+        `Schedule.uncounted`. Such loops copy the ragged end of an array.
+
     Raises:
-      ValueError: a loop ends in no compare with a constant.
+      ValueError: a loop ends in no compare with a constant, and ``strict`` is True.
     """
-    stack, loops, length, spills = [_Loop(0)], [], 0, 0
+    stack, loops, length, spills, uncounted = [_Loop(0)], [], 0, 0, 0
 
     def close():
+        nonlocal uncounted
         loop = stack.pop()
         # The last branch that depends on a compare of the loop's own is the one that goes back.
         trips = [loop.limits[name] for name in loop.branches if name in loop.limits]
-        if not trips:
+        if not trips and strict:
             raise ValueError(f"a loop of {loop.bundles} bundles has no constant number of trips")
+        uncounted += not trips
+        trips = trips or [loop.stages]
         # Of so many trips the first only copies in and the last only copies out.
         computing = trips[-1] - (loop.stages - 1)
         loops.append((loop.depth, computing, loop.bundles))
@@ -91,11 +100,11 @@ def read_schedule(text: str) -> Schedule:
         loop.branches += branches
         loop.limits.update((name, int(limit)) for name, limit in _COMPARE.findall(code))
         loop.limits.update((name, 1) for name in _ALWAYS.findall(code))
-        if depth > 1:
+        if depth > 0:
             spills += len(_SPILL.findall(code))
     while len(stack) > 1:
         close()
-    return Schedule(stack[0].bundles, length, spills, tuple(loops))
+    return Schedule(stack[0].bundles, length, spills, tuple(loops), uncounted)
 
 
 def read_program(files: list[Path]) -> dict[str, Schedule]:
@@ -118,5 +127,5 @@ def read_program(files: list[Path]) -> dict[str, Schedule]:
         ]
         if len(found) != 1:
             raise ValueError(f"{len(found)} schedules of {name} were written")
-        schedules[name] = read_schedule(found[0].read_text())
+        schedules[name] = read_schedule(found[0].read_text(), strict=False)
     return schedules

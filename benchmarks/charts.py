@@ -226,15 +226,18 @@ def roofline(
         f'<text transform="translate(11 {height / 2:.0f}) rotate(-90)" text-anchor="middle">'
         "operations per second</text>"
     )
-    for dtype, most in operations.items():
+    for most in operations.values():
         corner = most / bytes_
         start = max(across.low, up.low / bytes_)
         body += [
             _line(across(start), up(start * bytes_), across(corner), up(most), "ceiling"),
             _line(across(corner), up(most), width - right, up(most), "ceiling"),
-            _text(width - right - 4, up(most) + 13, f"{number(most)} {dtype}", "end", "value"),
         ]
     for s in series:
         for (x, y), tip in zip(s.points, s.tips or [""] * len(s.points), strict=True):
             body.append(_dot(across(x), up(y), s.style, tip, 3.4))
+    highest = max(operations.values())
+    for dtype, most in operations.items():  # over the dots
+        y = up(most) + (-6 if most == highest else 14)
+        body.append(_text(width - right - 4, y, f"{number(most)} {dtype}", "end", "value"))
     return _svg(width, height, body, "Roofline")

@@ -89,8 +89,8 @@ def layers(log: Log, dry: bool) -> None:
     from benchmarks.layers import quick
 
     _ceilings(log, dry)
-    chosen = [device_layers.smaller(quick()[0])] if dry else quick()
-    for layer in chosen:
+    chosen = [subject for subject in quick() if isinstance(subject, _layers.Layer)]
+    for layer in [device_layers.smaller(chosen[0])] if dry else chosen:
         layer = _layers.fit(layer, device_layers.platform())
         arguments = device_layers.arrays(layer)
         for which in _measure.PASSES:

@@ -32,7 +32,7 @@ from conv_pallas.explanation import default_platform
 from conv_pallas.nn import Conv
 
 FULL = Settings(least=0.01, rounds=(7, 15), settled=0.03, limit=2.0, hopeless=4)
-QUICK = Settings(least=0.004, rounds=(5, 7), settled=0.05, limit=0.5, hopeless=4)
+QUICK = Settings(least=0.002, rounds=(5, 7), settled=0.05, limit=0.3, hopeless=4)
 
 # Larger layers are checked at a smaller size: the formula in float64 would take minutes.
 MOST_TO_CHECK = 1 << 31

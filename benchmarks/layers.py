@@ -123,14 +123,16 @@ ALL: tuple[Subject, ...] = (*LAYERS, *STACKS)
 
 
 def quick() -> tuple[Subject, ...]:
-    """The most dilated layer of each published model, the cases but for lengths, and two stacks."""
+    """The most dilated layer of each published model, a case of each other kind, and a stack."""
     last = {layer.model: layer for layer in PUBLISHED}
-    cases = [case for case in CASES if case.model != "length"]
-    return (*last.values(), *cases, STACKS[0], STACKS[3])
+    last["wide-and-long"] = find("wide-and-long/D4")  # more dilation needs more steps
+    names = ("depthwise/D1", "depthwise/bfloat16", "grouped/G8", "stride/S2", "bfloat16/C25")
+    return (*last.values(), *(find(name, CASES) for name in names), STACKS[3])
 
 
 # Products of a dense forward pass above which the benchmarks cut a layer down for a CPU.
 MOST_ON_CPU = 1 << 27
+MOST_IF_QUICK = 1 << 25
 
 
 def fit(subject: Subject, platform: str, most: int = MOST_ON_CPU) -> Subject:

@@ -63,7 +63,8 @@ figcaption { font-weight: 600; margin-bottom: 4px; }
 svg { display: block; width: 100%; height: auto; }
 svg text { font-size: 10.5px; fill: var(--soft); font-family: inherit; }
 svg text.label { fill: var(--ink); }
-svg text.value { fill: var(--ink); font-variant-numeric: tabular-nums; }
+svg text.value { fill: var(--ink); paint-order: stroke; stroke: var(--card);
+  stroke-width: 3px; font-variant-numeric: tabular-nums; }
 svg text.title { fill: var(--ink); font-size: 11.5px; font-weight: 600; }
 line.grid { stroke: var(--grid); }
 line.base { stroke: var(--ink); stroke-width: 1.2; }

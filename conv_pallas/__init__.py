@@ -6,6 +6,7 @@
 
 from conv_pallas.explanation import explain
 from conv_pallas.ops import conv1d, conv_general_dilated
+from conv_pallas.primitives import convs_saveable
 
-__all__ = ["conv1d", "conv_general_dilated", "explain"]
+__all__ = ["conv1d", "conv_general_dilated", "convs_saveable", "explain"]
 __version__ = "0.1.0"

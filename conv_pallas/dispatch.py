@@ -25,11 +25,13 @@ class Candidate:
       implementation: its name.
       reason: why it declines, or None.
       how: where it does not decline, in a few words how it would do it.
+      by_name: where it does not decline but is not picked unless asked for, why; else None.
     """
 
     implementation: str
     reason: str | None
     how: str | None = None
+    by_name: str | None = None
 
 
 def names() -> tuple[str, ...]:
@@ -73,17 +75,20 @@ def candidates(problem: Problem) -> list[tuple[Candidate, object | None]]:
     from conv_pallas import kernels
 
     found, missing = kernels.discover()
-    ranked = sorted(
-        found.values(), key=lambda k: -1 if k.priority is None else k.priority, reverse=True
-    )
     answers = []
-    for kernel in ranked:
+    for kernel in found.values():
         if problem.platform not in kernel.platforms:
             reason = f"runs on {' and '.join(kernel.platforms)}, not on {problem.platform}"
         else:
             reason = kernel.decline(problem)
-        how = kernel.describe(problem) if reason is None else None
-        answers.append((Candidate(kernel.implementation, reason, how), kernel))
+        how = by_name = None
+        rank = kernel.priority
+        if reason is None:
+            how, rank = kernel.describe(problem), kernel.rank(problem)
+            by_name = kernel.by_name(problem) if rank is None else None
+        rank = rank if isinstance(rank, int) else -1
+        answers.append((rank, Candidate(kernel.implementation, reason, how, by_name), kernel))
+    answers = [answer for _, *answer in sorted(answers, key=lambda a: a[0], reverse=True)]
     present = {c.implementation for c, _ in answers}
     for name in IMPLEMENTATIONS:
         if name not in present:
@@ -105,7 +110,7 @@ def select(problem: Problem, implementation: tuple[str, ...] | None):
     answers = candidates(problem)
     if implementation is None:
         for candidate, kernel in answers:
-            if candidate.reason is None and kernel.priority is not None:
+            if candidate.reason is None and candidate.by_name is None:
                 return kernel
         wanted = tuple(candidate.implementation for candidate, _ in answers)
     else:
@@ -148,7 +153,7 @@ def backward(
     x, w, y = problem.lhs_dtype, problem.rhs_dtype, problem.out_dtype
     alone = (("conv1d_input_grad", y, w, x), ("conv1d_kernel_grad", x, y, w))
     kernels = []
-    for (operation, lhs, rhs, out), needed in zip(alone, wanted, strict=False):
+    for (operation, lhs, rhs, out), needed in zip(alone, wanted[:2], strict=True):
         if needed:
             this = dataclasses.replace(
                 problem, operation=operation, lhs_dtype=lhs, rhs_dtype=rhs, out_dtype=out

@@ -46,7 +46,10 @@ class Explanation:
         for operation, answers in self.candidates.items():
             lines.append(f"{operation} on {self.platform}: {self.chosen[operation]}")
             for c in answers:
-                lines.append(f"  {c.implementation:<11} " + (c.how or f"declines: {c.reason}"))
+                told = c.how or f"declines: {c.reason}"
+                if c.by_name is not None:
+                    told += f" ({c.by_name})"
+                lines.append(f"  {c.implementation:<11} {told}")
         if self.epilogue:
             lines.append(self.epilogue)
         return "\n".join(lines)
@@ -92,7 +95,7 @@ def explain(
             f"explain takes x and kernel, or a conv_pallas.nn.Conv and its input, "
             f"got {type(x).__name__} and {type(kernel).__name__}"
         )
-    del out_sharding, mask  # zeros of x change nothing
+    del mask  # zeros of x change nothing
     activation_function(activation)
     platform = platform or default_platform()
     if platform not in dispatch.PLATFORMS:
@@ -131,13 +134,16 @@ def explain(
     epilogue = None
     if bias is not None or named:
         problem = problem_of("conv1d", x, w, spec, precision, out_dtype, platform)
-        epilogue = _explain_epilogue(problem, Epilogue(bias is not None, named), chain)
+        epilogue = Epilogue(bias is not None, named)
+        epilogue = _explain_epilogue(problem, epilogue, chain, out_sharding is not None)
     return Explanation(platform, chosen, answers, epilogue=epilogue)
 
 
-def _explain_epilogue(problem: Problem, epilogue: Epilogue, chain) -> str:
+def _explain_epilogue(problem: Problem, epilogue: Epilogue, chain, placed: bool) -> str:
     """Who computes bias and activation, and their gradients."""
     parts = [*(["bias"] if epilogue.bias else []), *filter(None, [epilogue.activation])]
+    if placed:
+        return f"{' and '.join(parts)}: by XLA, as are their gradients, for out_sharding is given"
     kernel = dispatch.select(problem, chain)
     whole = dataclasses.replace(problem, epilogue=epilogue)
     if kernel.fused is None:

@@ -27,6 +27,7 @@ from jax import lax
 from jax._src import core as jax_core
 from jax._src import dispatch as jax_dispatch
 from jax._src.interpreters import ad, batching, mlir
+from jax._src.interpreters import partial_eval as pe
 from jax._src.lax import utils as lax_utils
 
 from conv_pallas import dispatch, fused_sharding, primitives
@@ -47,16 +48,24 @@ def activate(z: jax.Array, activation: str | None) -> jax.Array:
 
 
 def times_derivative(d: jax.Array, saved: jax.Array | None, activation: str | None) -> jax.Array:
-    """``d * activation'(z)``, from what `Epilogue.saved` says: y, z, or nothing."""
+    """``d * activation'(z)``, from what `Epilogue.saved` says: y, z, or nothing.
+
+    Calculates in float32 at least, and rounds once.
+    """
     if activation is None:
         return d
     if activation == "relu":
         return jnp.where(saved > 0, d, jnp.zeros_like(d))
+    dtype = d.dtype
+    if dtype.itemsize < 4:
+        d, saved = d.astype(jnp.float32), saved.astype(jnp.float32)
     if activation == "tanh":
-        return d * (1 - saved * saved)
-    if activation == "sigmoid":
-        return d * (saved * (1 - saved))
-    return jax.jvp(FUNCTIONS[activation], (saved,), (d,))[1]
+        d = (d + d * saved) * (1 - saved)  # 1 - y * y would cancel
+    elif activation == "sigmoid":
+        d = d * (saved * (1 - saved))
+    else:
+        d = jax.jvp(FUNCTIONS[activation], (saved,), (d,))[1]
+    return d.astype(dtype)
 
 
 # --- The compositions ---
@@ -72,13 +81,14 @@ def _split(operands, activation, has_bias):
     return x, w, bias, saved, rest
 
 
-def _add_bias(y, bias):
+def add_bias(y: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """``y + bias`` along the last axis."""
     return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
 
 
 def _forward(x, w, bias=None, *, activation, has_bias, keep, **conv):
     z = primitives.conv1d(x, w, **conv, out_sharding=_place_of_y(x, w, bias, conv["spec"]))
-    z = _add_bias(z, bias)
+    z = add_bias(z, None if bias is None else bias.astype(z.dtype))
     y = activate(z, activation)
     return [y, z] if keep else [y]
 
@@ -99,7 +109,7 @@ def _tangent(*operands, activation, has_bias, wanted, **conv):
         dz = (
             lax.broadcast_in_dim(db, shape, (len(shape) - 1,), out_sharding=place)
             if dz is None
-            else _add_bias(dz, db)
+            else add_bias(dz, db)
         )
     return [times_derivative(dz, saved, activation)]
 
@@ -121,15 +131,19 @@ def _backward(*operands, activation, has_bias, wanted, **conv):
         grads.append(primitives.conv1d_kernel_grad(x, gz, **(conv | _type_of(w))))
     if wanted[2]:
         db = jnp.sum(gz, axis=tuple(range(gz.ndim - 1))).astype(bias.dtype)
-        place = _type_of(bias)["out_sharding"]
+        place = _place(jax.typeof(bias))
         grads.append(db if place is None else jax.sharding.reshard(db, place))
     return grads
 
 
 def _type_of(a):
     """A gradient has the dtype of its operand, and on a mesh with explicit axes its sharding."""
-    place = jax.typeof(a).sharding
-    return dict(out_dtype=a.dtype, out_sharding=place if place.mesh.explicit_axes else None)
+    return dict(out_dtype=a.dtype, out_sharding=_place(jax.typeof(a)))
+
+
+def _place(aval):
+    """Its sharding on a mesh with explicit axes, else None."""
+    return aval.sharding if aval.sharding.mesh.explicit_axes else None
 
 
 # --- Lowering: a kernel that fuses, or the composition ---
@@ -159,7 +173,8 @@ def _forward_local(x, w, bias=None, *, platform, activation, has_bias, keep, psu
         return _forward(x, w, bias, activation=activation, has_bias=has_bias, keep=keep, **conv)
 
     if psum:
-        z = _add_bias(lax.psum(primitives.conv1d(x, w, **conv), psum), bias)
+        z = lax.psum(primitives.conv1d(x, w, **conv), psum)
+        z = add_bias(z, None if bias is None else bias.astype(z.dtype))
         y = activate(z, activation)
         return [y, z] if keep else [y]
     problem = _problem(x, w, conv["spec"], conv["out_dtype"], conv["precision"], platform)
@@ -245,6 +260,25 @@ def _derivative_of_composition(composed):
     return rule
 
 
+def _transpose_of_composition(composed):
+    def rule(cts, *operands, **params):
+        asked = [i for i, a in enumerate(operands) if ad.is_undefined_primal(a)]
+
+        def f(*values):
+            given = list(operands)
+            for i, value in zip(asked, values, strict=True):
+                given[i] = value
+            return composed(*given, **params)
+
+        types = [operands[i].aval for i in asked]
+        structs = [jax.ShapeDtypeStruct(t.shape, t.dtype, sharding=_place(t)) for t in types]
+        cts = [ad.instantiate_zeros(ct) for ct in cts]
+        grads = dict(zip(asked, jax.linear_transpose(f, *structs)(cts), strict=True))
+        return [grads.get(i) for i in range(len(operands))]
+
+    return rule
+
+
 def _forward_jvp(primals, tangents, *, keep, **params):
     if keep:  # the derivative of a derivative
         return _derivative_of_composition(_forward)(primals, tangents, keep=keep, **params)
@@ -258,18 +292,42 @@ def _forward_jvp(primals, tangents, *, keep, **params):
 
 
 def _tangent_transpose(cts, *operands, wanted, **params):
-    (ct,) = cts
     first = len(operands) - sum(wanted)
     constants, tangents = operands[:first], operands[first:]
-    asked = [ad.is_undefined_primal(t) for t in tangents]
-    if type(ct) is ad.Zero:
-        grads = [ad.Zero(t.aval) for t in tangents if ad.is_undefined_primal(t)]
-    else:
-        in_order = iter(asked)
-        still = tuple(there and next(in_order) for there in wanted)
-        grads = _bind(backward_p, *constants, ct, wanted=still, **params)
-    grads = iter(grads)
-    return [None] * first + [next(grads) if there else None for there in asked]
+    asked = iter([ad.is_undefined_primal(t) for t in tangents])
+    still = tuple(there and next(asked) for there in wanted)
+    (ct,) = map(ad.instantiate_zeros, cts)
+    grads = iter(_bind(backward_p, *constants, ct, wanted=still, **params))
+    return [next(grads) if ad.is_undefined_primal(a) else None for a in operands]
+
+
+# --- Dead code ---
+# A kernel call is all or nothing to XLA, so that what nobody reads has to go before.
+
+
+def _forward_dce(used, *rest):
+    eqn = rest[-1]  # jax 0.12 and newer say before it which operands are alive
+    if not any(used):
+        return [False] * len(eqn.invars), None
+    if eqn.params["keep"] and not all(used):
+        params = eqn.params | dict(keep=False)
+        if not used[0]:
+            params["activation"] = None  # z alone
+        eqn = eqn.replace(
+            params=params, outvars=[v for v, u in zip(eqn.outvars, used, strict=True) if u]
+        )
+    return [True] * len(eqn.invars), eqn
+
+
+def _backward_dce(used, *rest):
+    eqn = rest[-1]
+    if not any(used):
+        return [False] * len(eqn.invars), None
+    read = iter(used)
+    wanted = tuple(there and next(read) for there in eqn.params["wanted"])
+    outvars = [v for v, u in zip(eqn.outvars, used, strict=True) if u]
+    eqn = eqn.replace(params=eqn.params | dict(wanted=wanted), outvars=outvars)
+    return [True] * len(eqn.invars), eqn
 
 
 # --- Batching ---
@@ -356,6 +414,7 @@ def _make(name, results, composed, local, shared):
         )
     )  # fmt: skip
     ad.primitive_jvps[p] = _derivative_of_composition(composed)
+    ad.primitive_transposes[p] = _transpose_of_composition(composed)
     batching.fancy_primitive_batchers[p] = functools.partial(_batching, p, composed, shared)
     for platform in dispatch.PLATFORMS:
         rule = functools.partial(_lowering, platform=platform, local=local, composed=composed)
@@ -371,6 +430,8 @@ backward_p = _make(
 )
 ad.primitive_jvps[forward_p] = _forward_jvp
 ad.primitive_transposes[tangent_p] = _tangent_transpose
+pe.dce_rules[forward_p] = _forward_dce
+pe.dce_rules[backward_p] = _backward_dce
 
 
 def _bind(p, *operands, **params):

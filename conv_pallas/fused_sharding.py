@@ -142,7 +142,8 @@ def of_results(results, *avals, gradients: bool, spec, has_bias, **_) -> list[Na
 
 def of_y(x, w, bias=None, *, spec: ConvSpec) -> NamedSharding:
     """How y lies where x, w and bias lie as their types say: split as each of them suggests."""
-    mesh = next((a.sharding.mesh for a in (x, w) if not a.sharding.mesh.empty), x.sharding.mesh)
+    placed = [a for a in (x, w, bias) if a is not None and not a.sharding.mesh.empty]
+    mesh = (placed or [x])[0].sharding.mesh
     axes = Axes.of("conv1d", spec.groups, x.ndim, 0)
     hint = ((), None)
     if bias is not None:

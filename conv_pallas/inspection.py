@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -144,7 +145,7 @@ def _bound(costs: Sequence[tuple[int, int]], most: Limits) -> list[str]:
     times = operations / most.operations, bytes_ / most.bytes_
     which = "memory-bound" if times[1] > times[0] else "compute-bound"
     return [
-        f"{_short(operations)} operations, {_short(bytes_)} bytes, {operations / bytes_:.3g} "
+        f"{_short(operations).rstrip()} operations, {_short(bytes_)}B, {operations / bytes_:.3g} "
         f"operations a byte (the chip turns at {most.operations / most.bytes_:.3g}): {which}",
         f"not below {1e6 * max(times):.4g} µs: {1e6 * times[0]:.4g} at "
         f"{most.operations / 1e12:.4g} TFLOP/s, {1e6 * times[1]:.4g} at "
@@ -247,6 +248,8 @@ def _compiled(chip, f, arguments, folder: Path, dump: Path | None, label: str) -
         found = _reader().codes(chip, f, *arguments)
     compiled = aot.compile_for(chip, f, *arguments)
     text = compiled.as_text()
+    called = _called(text) if found else []
+    found = [code for code in found if any(re.search(rf"\b{code.name}\b", call) for call in called)]
     cost = compiled.cost_analysis() or {}
     cost = cost[0] if isinstance(cost, list) else cost
     memory = compiled.memory_analysis()
@@ -256,9 +259,9 @@ def _compiled(chip, f, arguments, folder: Path, dump: Path | None, label: str) -
         [
             f"{len(re.findall(r' fusion\(', entry))} fusions",
             f"{len(re.findall(r' custom-call\(', entry))} custom calls",
-            *([f"{_short(cost[moved])}bytes moved by XLA's count"] if moved in cost else []),
-            f"{_short(memory.argument_size_in_bytes + memory.output_size_in_bytes)}bytes of "
-            f"arguments and results, {_short(memory.temp_size_in_bytes)}bytes of temporaries",
+            *([f"{_short(cost[moved])}B moved by XLA's count"] if moved in cost else []),
+            f"{_short(memory.argument_size_in_bytes + memory.output_size_in_bytes)}B of "
+            f"arguments and results, {_short(memory.temp_size_in_bytes)}B of temporaries",
         ]
     )
     texts = {"hlo": text}
@@ -281,6 +284,28 @@ def _compiled(chip, f, arguments, folder: Path, dump: Path | None, label: str) -
         for name, t in texts.items():
             (dump / f"{label}{'.' if '.' not in name else '-'}{name}").write_text(t)
     return lines
+
+
+def _called(text: str) -> list[str]:
+    """What each Triton call of a compiled program carries, the kernel's name among it.
+
+    Triton compiles kernels whose results XLA finds to be unused, and these are not in it.
+    """
+    plain = {"n": b"\n", "t": b"\t", "r": b"\r", '"': b'"', "'": b"'", "\\": b"\\"}
+
+    def unescaped(m: re.Match) -> bytes:
+        code = m[1]
+        return plain[code] if code in plain else bytes([int(code, 16)])
+
+    found = []
+    for opaque in re.findall(r'opaque = "((?:[^"\\]|\\.)*)"', text):
+        pieces = re.split(r"(\\(?:[0-9A-F]{2}|.))", opaque)
+        packed = b"".join(
+            unescaped(re.match(r"\\(.*)", p, re.S)) if p.startswith("\\") else p.encode("latin-1")
+            for p in pieces
+        )
+        found.append(zlib.decompress(packed).decode("latin-1"))
+    return found
 
 
 def _reader():

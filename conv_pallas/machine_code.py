@@ -47,7 +47,7 @@ class Code:
       stack, local: bytes of a thread that lie in memory; spills.
       shared: bytes of a block.
       threads: of a block.
-      opcodes: how often each stands in the listing, without modifiers.
+      listing: all opcodes in order, with modifiers.
       meta: the kernel's constants, its tile among them.
       tuned: whether the tile is one that was measured; else a heuristic gave it.
       texts: ``ttir``, ``ttgir``, ``ptx`` and ``sass``.
@@ -60,10 +60,20 @@ class Code:
     local: int
     shared: int
     threads: int
-    opcodes: collections.Counter
+    listing: tuple[str, ...] = dataclasses.field(repr=False)
     meta: dict[str, int]
     tuned: bool
     texts: dict[str, str] = dataclasses.field(repr=False)
+
+    @property
+    def opcodes(self) -> collections.Counter:
+        """How often each opcode stands in the listing, without modifiers."""
+        return collections.Counter(name.split(".")[0] for name in self.listing)
+
+    @property
+    def tensor_cores(self) -> int:
+        """How many instructions of the listing are for the tensor cores."""
+        return sum(self.opcodes[op] for op in KINDS["tensor cores"])
 
     @property
     def spills(self) -> int:
@@ -158,10 +168,10 @@ def assemble(chip: str, result, ttir: str, meta: dict[str, int], tuned: bool) ->
     )
 
 
-def opcodes_of(sass: str) -> collections.Counter:
-    """How often each opcode stands in nvdisasm's listing."""
+def opcodes_of(sass: str) -> tuple[str, ...]:
+    """The opcodes of nvdisasm's listing."""
     instruction = r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)"
-    return collections.Counter(n.split(".")[0] for n in re.findall(instruction, sass, re.M))
+    return tuple(re.findall(instruction, sass, re.M))
 
 
 def _run(tool: str, *arguments) -> str:

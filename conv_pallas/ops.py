@@ -160,8 +160,7 @@ def convolve(
         y = convolution(bias=bias, activation=named)
     else:
         y = convolution()
-        y = y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
-        y = fused.activate(y, named)
+        y = fused.activate(fused.add_bias(y, bias), named)
     return activation(y) if callable(activation) else y
 
 

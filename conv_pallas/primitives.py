@@ -185,7 +185,10 @@ def can_partition(ctx) -> bool:
     if isinstance(context, sharding_impls.SPMDAxisContext):
         return not context.manual_axes
     if isinstance(context, sharding_impls.ShardingContext):
-        mesh_known = context.abstract_mesh or not mesh_lib.thread_resources.env.physical_mesh.empty
+        mesh = context.abstract_mesh
+        if mesh is not None and mesh.explicit_axes and mesh.are_all_axes_explicit:
+            return False  # types alone say what is split there, and these operands' say nothing
+        mesh_known = mesh or not mesh_lib.thread_resources.env.physical_mesh.empty
         return context.num_devices > 1 and bool(mesh_known)
     return False
 
@@ -218,7 +221,10 @@ def lower_locally(ctx, call, operands, *, multiple_results: bool):
         avals_in=without_sharding(ctx.avals_in), avals_out=without_sharding(ctx.avals_out)
     )
     chip = mesh_lib.get_abstract_mesh().abstract_device
-    with mesh_lib.use_abstract_mesh(mesh_lib.AbstractMesh((), (), abstract_device=chip)):
+    with (
+        mesh_lib.use_abstract_mesh(mesh_lib.AbstractMesh((), (), abstract_device=chip)),
+        jax.numpy_dtype_promotion("standard"),  # what a user forbids himself, kernels may do
+    ):
         return mlir.lower_fun(call, multiple_results=multiple_results)(ctx, *operands)
 
 
@@ -382,3 +388,13 @@ def conv1d_kernel_grad(
     return _bind(
         "conv1d_kernel_grad", x, g, out_dtype=out_dtype, out_sharding=out_sharding, **params
     )
+
+
+def convs_saveable(prim, *_, **__) -> bool:
+    """A policy for `jax.checkpoint`: keep what convolutions compute, recompute the rest.
+
+    `jax.checkpoint_policies.dots_saveable` and the like know `jax.lax`'s own primitives, not
+    these. To keep what both are for, give `jax.checkpoint_policies.save_from_both_policies`
+    the two of them.
+    """
+    return prim.name in ("conv1d", "conv1d_fused")

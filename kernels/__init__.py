@@ -30,7 +30,9 @@ class Kernel:
       decline: ``decline(problem) -> reason``, or None where `run` will do it.
       describe: ``describe(problem) -> str``, in a few words how `run` would do it.
       priority: where no implementation is asked for, the highest that does not decline
-        wins; None: only when asked for by name.
+        wins; None: only when asked for by name. It may be a function of the problem, for a kernel
+        that wins here and loses there.
+      by_name: ``by_name(problem) -> why``, in a few words, where `priority` gives it none.
       vmappable: whether `jax.vmap` of `run` over both operands is sound and fast. Where it
         is not, a batch of kernels is folded into groups.
       fused: ``fused(problem, x, w, bias) -> y``, the forward convolution with
@@ -53,7 +55,8 @@ class Kernel:
     run: Callable[[Problem, jax.Array, jax.Array], jax.Array]
     decline: Callable[[Problem], str | None]
     describe: Callable[[Problem], str]
-    priority: int | None
+    priority: int | Callable[[Problem], int | None] | None
+    by_name: Callable[[Problem], str] = lambda problem: "only when asked for by name"
     vmappable: bool = False
     fused: Callable[[Problem, jax.Array, jax.Array, jax.Array | None], jax.Array] | None = None
     decline_fused: Callable[[Problem], str | None] = lambda problem: None
@@ -62,6 +65,10 @@ class Kernel:
         lambda problem, wanted: None
     )
     recomputes: Callable[[Problem], bool] = lambda problem: False
+
+    def rank(self, problem: Problem) -> int | None:
+        """The priority for one problem that it does not decline."""
+        return self.priority(problem) if callable(self.priority) else self.priority
 
 
 @functools.cache

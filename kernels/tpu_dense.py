@@ -31,10 +31,21 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from conv_pallas.kernels import Kernel, tpu_epilogue
+from conv_pallas.kernels import Kernel, tpu_epilogue, tpu_estimates
 from conv_pallas.kernels.tpu_epilogue import Around
+from conv_pallas.kernels.tpu_in_place import in_place_kernel, older_taps, placement, side_by_side
+from conv_pallas.kernels.tpu_matmul import (
+    CHUNKS,
+    chunk_rows,
+    dot,
+    finish,
+    gradient_rows,
+    passes_of,
+    split,
+)
 from conv_pallas.kernels.tpu_window import (
     LANES,
+    TILE_ROWS,
     Chip,
     Walk,
     by_chunks,
@@ -49,65 +60,10 @@ from conv_pallas.kernels.tpu_window import (
 from conv_pallas.kernels.xla_formulations import flip
 from conv_pallas.spec import ConvSpec, Problem
 
-# Unrolled passes of the matrix unit over 8 rows. Longer code hides more of its latency; beyond
-# this, it takes long to compile and gains little.
-CODE = 1024
-CHUNKS = (2048, 1024, 512, 256)
+SUBLANES = 8
 LONGEST = 2048  # rows of a tile of time; longer ones gain nothing
 
-SUBLANES = 8
-
-PASSES = {None: "bf16", "DEFAULT": "bf16", "HIGH": "bf16x3", "HIGHEST": "f32"}
-
-
-def _passes(problem: Problem) -> str | None:
-    """How products are made: ``"bf16"``, ``"bf16x3"`` or ``"f32"``; None: there is no way."""
-    if problem.lhs_dtype == problem.rhs_dtype == jnp.bfloat16:
-        return "bf16"
-    precision = problem.precision
-    if isinstance(precision, tuple):
-        precision = max(precision, key=lambda p: 0 if p is None else p.value)
-    return PASSES.get(getattr(precision, "name", precision))
-
-
-def _chunk(rows: int, passes: str, taps: int, C: int, O: int) -> int:
-    """Rows of one matmul: few enough that its code stays short."""
-    wide = 256
-    each = pl.cdiv(taps * C, wide) * pl.cdiv(O, wide) * {"bf16": 1, "bf16x3": 3, "f32": 6}[passes]
-    fitting = [n for n in CHUNKS if n * each <= 8 * CODE]
-    return min(rows, fitting[0] if fitting else CHUNKS[-1])
-
-
 # --- Device code ---
-
-
-def _split(a: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """float32 as the sum of two bfloat16."""
-    # By its bits: XLA may take a rounding there and back for an identity, and drop it.
-    bits = lax.bitcast_convert_type(a, jnp.uint32) & jnp.uint32(0xFFFF0000)
-    high = lax.bitcast_convert_type(bits, jnp.float32)
-    return high.astype(jnp.bfloat16), (a - high).astype(jnp.bfloat16)
-
-
-def _dot(a: jax.Array, b, passes: str, contract=((1,), (0,))) -> jax.Array:
-    """The float32 product; where it takes three passes, ``b`` is a pair from `_split`."""
-    # Named, or what `jax.default_matmul_precision` says would reach bfloat16 operands.
-    precision = lax.Precision.HIGHEST if passes == "f32" else lax.Precision.DEFAULT
-    dot = functools.partial(
-        lax.dot_general, precision=precision, dimension_numbers=(contract, ((), ())),
-        preferred_element_type=jnp.float32,
-    )  # fmt: skip
-    if passes == "bf16":
-        return dot(a.astype(jnp.bfloat16), b)
-    if passes == "f32":
-        return dot(a.astype(jnp.float32), b)
-    high, low = _split(a.astype(jnp.float32))
-    return dot(high, b[0]) + (dot(high, b[1]) + dot(low, b[0]))
-
-
-def _gradient_rows(around: Around, g_ref, saved_ref):
-    refs = (ref if ref is None else ref.at[0] for ref in (g_ref, saved_ref))
-    return tpu_epilogue.rows_of_gradient(around, *refs)
 
 
 def _forward_kernel(walk, passes, packed, around, x_ref, *refs):
@@ -115,9 +71,9 @@ def _forward_kernel(walk, passes, packed, around, x_ref, *refs):
     *w_refs, y_ref, window = refs
     b_ref = w_refs.pop() if around.bias else None
     saved_ref = w_refs.pop(0) if around.slope_of else None
-    longest = _chunk(walk.rows, passes, walk.taps, window.shape[1], y_ref.shape[2])
+    longest = chunk_rows(walk.rows, passes, walk.taps, window.shape[1], y_ref.shape[2])
     s = pl.program_id(2)
-    walk.advance(s, _gradient_rows(around, x_ref, saved_ref), window)
+    walk.advance(s, gradient_rows(around, x_ref, saved_ref), window)
 
     @pl.when(s >= walk.warm)
     def _():
@@ -127,15 +83,13 @@ def _forward_kernel(walk, passes, packed, around, x_ref, *refs):
             taps = [rows[pl.ds(walk.offset(k), n)] for k in range(walk.taps)]
             if packed:
                 w = [ref[...] for ref in w_refs]
-                acc = _dot(jnp.concatenate(taps, 1), w if len(w) > 1 else w[0], passes)
+                acc = dot(jnp.concatenate(taps, 1), w if len(w) > 1 else w[0], passes)
             else:
                 acc = jnp.zeros((n, y_ref.shape[2]), jnp.float32)
                 for k, tap in enumerate(taps):
                     w = [ref[k] for ref in w_refs]
-                    acc += _dot(tap, w if len(w) > 1 else w[0], passes)
-            if around.bias:
-                acc += b_ref[...]
-            y_ref[0, pl.ds(at, n)] = tpu_epilogue.value(around.value_of, acc).astype(y_ref.dtype)
+                    acc += dot(tap, w if len(w) > 1 else w[0], passes)
+            finish(around, acc, b_ref, y_ref, at)
 
         by_chunks(walk.rows, chunk, longest)
 
@@ -145,9 +99,9 @@ def _kernel_grad_kernel(walk, passes, around, x_ref, g_ref, *refs):
     *refs, window = refs
     saved_ref = refs.pop(0) if around.slope_of else None
     dw_ref, db_ref = (*refs, None)[:2]
-    load = _gradient_rows(around, g_ref, saved_ref)
+    load = gradient_rows(around, g_ref, saved_ref)
     n, s = pl.program_id(3), pl.program_id(4)
-    longest = _chunk(walk.rows, passes, walk.taps, window.shape[1], g_ref.shape[2])
+    longest = chunk_rows(walk.rows, passes, walk.taps, window.shape[1], g_ref.shape[2])
     walk.advance(s, rows_of(x_ref.at[0]), window)
 
     @pl.when((n == 0) & (s == 0))
@@ -160,16 +114,16 @@ def _kernel_grad_kernel(walk, passes, around, x_ref, g_ref, *refs):
         def chunk(at, n):
             g = load(at, n)
             if walk.out_time % walk.rows:  # the last tile has rows past the end
-                u = (s - walk.warm) * walk.rows + at + lax.broadcasted_iota(jnp.int32, g.shape, 0)
+                u = walk.out_block(s) * walk.rows + at + lax.broadcasted_iota(jnp.int32, g.shape, 0)
                 g = jnp.where(u < walk.out_time, g.astype(jnp.float32), 0.0)
             if around.bias:
                 sums = g.astype(jnp.float32).reshape(n // SUBLANES, SUBLANES, g.shape[1]).sum(0)
                 db_ref[0, 0] += sums
             g = g.astype(window.dtype)
-            g = _split(g) if passes == "bf16x3" else g
+            g = split(g) if passes == "bf16x3" else g
             rows = window.at[pl.ds(at, n + walk.history)]
             for k in range(walk.taps):
-                dw_ref[0, k] += _dot(rows[pl.ds(walk.offset(k), n)], g, passes, ((0,), (0,)))
+                dw_ref[0, k] += dot(rows[pl.ds(walk.offset(k), n)], g, passes, ((0,), (0,)))
 
         by_chunks(walk.rows, chunk, longest)
 
@@ -213,7 +167,7 @@ def _plan(
     copies = 2 if passes == "bf16x3" else 1
 
     def need(walk: Walk, BC: int, BO: int) -> int:
-        chunk = _chunk(walk.rows, passes, walk.taps, BC, BO)
+        chunk = chunk_rows(walk.rows, passes, walk.taps, BC, BO)
         common = 2 * vmem_bytes(walk.rows, BC, sizes[0]) + vmem_bytes(walk.window_rows, BC, operand)
         if sums:
             return (
@@ -250,7 +204,7 @@ def _plan_of(
     problem: Problem, chip: Chip, longest: int = LONGEST, saved: bool = False
 ) -> Plan | None:
     """The plan of one operation; ``saved``: what was saved is read along with g."""
-    passes = _passes(problem)
+    passes = passes_of(problem)
     sizes = [problem.lhs_dtype.itemsize, problem.rhs_dtype.itemsize, problem.out_dtype.itemsize]
     if saved:
         sizes[problem.operation == "conv1d_kernel_grad"] *= 2
@@ -280,16 +234,34 @@ def forward(
         raise ValueError("no tap of this convolution sees its input")
     w = w[walk.first : walk.first + walk.taps]
     packed = C % LANES == 0 or (pl.cdiv(walk.taps * C, chip.mxu) < walk.taps * pl.cdiv(C, chip.mxu))
-    if packed:
+    kernel = functools.partial(_forward_kernel, walk, passes, packed, around)
+    operand = jnp.bfloat16 if passes == "bf16" else jnp.float32
+    scratch = [pltpu.VMEM((walk.window_rows, C), operand)]
+    x_block, out_block, steps, older = walk.x_block, walk.out_block, walk.steps, 0
+    if placed := placement(walk, C, plan.BO) if passes == "bf16" else None:
+        mirrored = placed == "mirrored"
+        older = older_taps(walk, C, plan.BO, O, chip)
+        halo = round_up((walk.taps - 1) * walk.dilation, TILE_ROWS)
+        kernel = functools.partial(in_place_kernel, walk, halo, older, mirrored, around)
+        scratch = [pltpu.VMEM((2 * halo, C), operand)]
+        if older:
+            scratch.append(pltpu.VMEM((halo + walk.rows, O), jnp.float32))
+        if around.slope_of is not None or x.dtype != operand:
+            scratch.append(pltpu.VMEM((walk.rows, C), operand))
+        steps = pl.cdiv(walk.time, walk.rows)
+        x_block = out_block = (lambda s: steps - 1 - s) if mirrored else (lambda s: s)
+    if older:
+        w = side_by_side(w, older, mirrored)
+    elif packed:
         w = w.reshape(walk.taps * C, O)
     w = {
         "bf16": lambda: (w.astype(jnp.bfloat16),),
-        "bf16x3": lambda: _split(w.astype(jnp.float32)),
+        "bf16x3": lambda: split(w.astype(jnp.float32)),
         "f32": lambda: (w.astype(jnp.float32),),
     }[passes]()
-    block = (*w[0].shape[:-1], plan.BO)
+    block = (*w[0].shape[:-1], 2 * O if older else plan.BO)
     w_spec = pl.BlockSpec(block, lambda o, n, s: (*(0,) * (len(block) - 1), o))
-    x_spec = pl.BlockSpec((1, walk.rows, C), lambda o, n, s: (n, walk.x_block(s), 0))
+    x_spec = pl.BlockSpec((1, walk.rows, C), lambda o, n, s: (n, x_block(s), 0))
     operands, in_specs = [x], [x_spec]
     if around.slope_of is not None:
         operands.append(saved)
@@ -302,14 +274,12 @@ def forward(
     tiles, out = pl.cdiv(O, plan.BO), (N, walk.out_time, O)
     times = [tiles if spec is x_spec else 1 for spec in in_specs]
     return pl.pallas_call(
-        functools.partial(_forward_kernel, walk, passes, packed, around),
-        grid=(tiles, N, walk.steps),
+        kernel,
+        grid=(tiles, N, steps),
         in_specs=in_specs,
-        out_specs=pl.BlockSpec((1, walk.rows, plan.BO), lambda o, n, s: (n, walk.out_block(s), o)),
+        out_specs=pl.BlockSpec((1, walk.rows, plan.BO), lambda o, n, s: (n, out_block(s), o)),
         out_shape=jax.ShapeDtypeStruct(out, out_dtype),
-        scratch_shapes=[
-            pltpu.VMEM((walk.window_rows, C), jnp.bfloat16 if passes == "bf16" else jnp.float32)
-        ],
+        scratch_shapes=scratch,
         compiler_params=compiler_params(chip, plan.vmem, ("parallel", "parallel", "arbitrary")),
         cost_estimate=cost(
             2 * N * walk.out_time * walk.taps * C * O,
@@ -394,7 +364,7 @@ def launch(
     else:
         around = Around(sum_bias, slope_of=activation)
     plan = _plan_of(problem, chip, longest, around.slope_of is not None)
-    passes = _passes(problem)
+    passes = passes_of(problem)
     options = dict(saved=saved, around=around, interpret=interpret)
     if operation == "conv1d_kernel_grad":
         dw, db = kernel_grad(lhs, rhs, problem.spec, plan, passes, chip, **options)
@@ -430,20 +400,29 @@ def decline(problem: Problem) -> str | None:
     for dtype in (problem.lhs_dtype, problem.rhs_dtype, problem.out_dtype):
         if dtype not in OPERANDS:
             return f"takes bfloat16 and float32, not {dtype}"
-    if _passes(problem) is None:
+    if passes_of(problem) is None:
         return f"knows the precisions DEFAULT, HIGH and HIGHEST, not {problem.precision}"
     if not sees_nothing(problem) and _plan_of(problem, Chip.current()) is None:
         return "this kernel and its halo do not fit in VMEM"
     return None
 
 
+def priority(problem: Problem) -> int | None:
+    return (
+        10
+        if problem.platform == "tpu" and tpu_estimates.wins(_plan_of, problem, Chip.current())
+        else None
+    )
+
+
 def describe(problem: Problem) -> str:
     if sees_nothing(problem):
         return "zeros"
     plan = _plan_of(problem, Chip.current())
+    chosen = "the default, by estimate" if priority(problem) else "by name only: may be slower"
     return (
         f"{plan.walk.rows} steps, {plan.walk.taps} taps, {plan.BO} channels out at once; "
-        f"a halo of {plan.walk.history} steps in VMEM; {_passes(problem)} products"
+        f"a halo of {plan.walk.history} steps in VMEM; {passes_of(problem)} products; {chosen}"
     )
 
 
@@ -453,7 +432,7 @@ KERNEL = Kernel(
     run=run,
     decline=decline,
     describe=describe,
-    priority=None,
+    priority=priority,
     vmappable=False,
     fused=fused,
     decline_fused=tpu_epilogue.decline_fused,

@@ -42,6 +42,9 @@ class Walk:
       first, taps: the live taps ``first, ..., first + taps - 1``. The others see nothing but
         padding, whatever the output.
       rows: output steps in one step of the grid, a multiple of `TILE_ROWS`.
+      mirrored: the walk goes from the last block to the first, and what came before lies
+        after block j in the window. So is it where all padding follows the last step, as in the
+        input gradient of a causal convolution: looking ahead would copy each block twice.
     """
 
     time: int
@@ -51,6 +54,7 @@ class Walk:
     first: int
     taps: int
     rows: int
+    mirrored: bool = False
 
     @classmethod
     def of(cls, spec: ConvSpec, rows: int) -> "Walk":
@@ -60,14 +64,18 @@ class Walk:
             if -spec.out_time < k * spec.kernel_dilation - spec.padding[0] < spec.time
         ]
         first = live[0] if live else 0
+        low, halo = spec.padding[0] - first * spec.kernel_dilation, len(live) - 1
+        halo *= spec.kernel_dilation
+        mirrored = low == 0 < halo <= rows and spec.time == spec.out_time
         return cls(
-            spec.time, spec.out_time, spec.padding[0] - first * spec.kernel_dilation,
-            spec.kernel_dilation, first, len(live), rows,
-        )  # fmt: skip
+            spec.time, spec.out_time, low, spec.kernel_dilation, first, len(live), rows, mirrored
+        )
 
     @property
     def ahead(self) -> int:
         """Blocks by which x runs ahead of the output; negative where it lags."""
+        if self.mirrored:
+            return 0
         return -(-((self.taps - 1) * self.dilation - self.low) // self.rows)
 
     @property
@@ -81,12 +89,14 @@ class Walk:
 
     @property
     def reach(self) -> int:
-        """How many rows before block j the first tap reads."""
+        """How many rows before block j the first tap reads; mirrored, after it the last."""
+        if self.mirrored:
+            return (self.taps - 1) * self.dilation
         return self.ahead * self.rows + self.low
 
     @property
     def history(self) -> int:
-        """Rows of the window before block j."""
+        """Rows of the window before block j, or after it."""
         return round_up(self.reach, TILE_ROWS)
 
     @property
@@ -101,14 +111,20 @@ class Walk:
 
     def offset(self, k: int) -> int:
         """The first row of the window that live tap ``k`` reads."""
+        if self.mirrored:
+            return k * self.dilation
         return self.history - self.reach + k * self.dilation
 
     def x_block(self, s):
         """Which block of x comes at step ``s``; any, where there is none."""
+        if self.mirrored:
+            return self.steps - 1 - s
         return jnp.clip(s - self.warm + self.ahead, 0, pl.cdiv(self.time, self.rows) - 1)
 
     def out_block(self, s):
         """Which block of the output step ``s`` makes; the first, before there is one."""
+        if self.mirrored:
+            return self.steps - 1 - s
         return jnp.maximum(s - self.warm, 0)
 
     def advance(self, s, load, window) -> None:
@@ -119,10 +135,12 @@ class Walk:
           window: VMEM ``(window_rows, C)``, carried from one step to the next.
         """
         H, BT = self.history, self.rows
+        kept, fresh, past = (BT, 0, -BT) if self.mirrored else (0, H, BT)
 
         @pl.when(s == 0)
         def _():
-            by_chunks(H, lambda at, n: _store(window, at, n, jnp.zeros((n, window.shape[1]))))
+            zeros = lambda n: jnp.zeros((n, window.shape[1]))  # noqa: E731
+            by_chunks(H, lambda at, n: _store(window, at, n, zeros(n), kept))
 
         if self.steps > 1:
 
@@ -132,17 +150,18 @@ class Walk:
                 # history may overlap itself.
                 by_chunks(
                     H,
-                    lambda at, n: _store(window, at, n, _load(window, at, n, BT)),
+                    lambda at, n: _store(window, at, n, _load(window, at, n, kept + past), kept),
                     min(BT, COPY_ROWS),
                 )
 
         def copied(at, n):
-            _store(window, at, n, load(at, n), H)
+            _store(window, at, n, load(at, n), fresh)
 
         if self.always_inside:
             by_chunks(BT, copied)
             return
-        start = (s - self.warm + self.ahead) * BT
+        block = self.x_block(s) if self.mirrored else s - self.warm + self.ahead
+        start = block * BT
         whole = (start >= 0) & (start + BT <= self.time)
         pl.when(whole)(lambda: by_chunks(BT, copied))
 
@@ -153,7 +172,7 @@ class Walk:
                 real = (t >= 0) & (t < self.time)
                 # Selected in float32: the older chips compare and select in 32 bits.
                 x = load(at, n).astype(jnp.float32)
-                _store(window, at, n, jnp.where(real, x, 0.0), H)
+                _store(window, at, n, jnp.where(real, x, 0.0), fresh)
 
             by_chunks(BT, masked)
 
@@ -190,6 +209,7 @@ class Chip:
     vmem: int
     mxu: int
     cores: int
+    name: str | None = None  # "v5e"; None: not known
 
     @classmethod
     def current(cls) -> "Chip":
@@ -202,7 +222,8 @@ class Chip:
             info = pltpu.get_tpu_info()
         except ValueError:  # no TPU here, and none is named by the abstract mesh
             return cls(vmem=16 * 2**20, mxu=128, cores=1)
-        return cls(info.vmem_capacity_bytes, info.mxu_column_size, info.num_cores)
+        name = info.chip_version.value
+        return cls(info.vmem_capacity_bytes, info.mxu_column_size, info.num_cores, name)
 
     @property
     def budget(self) -> int:

@@ -1,7 +1,20 @@
 """Calling Triton from JAX over several versions of both: what differs stands here alone.
 
-Each shim says which version it is for and when it can go. Kernels call `call`,
-`descriptor` and `compute_capability`, and import triton for nothing but the language.
+Each shim says which version it is for and when it can go. Kernels call `call` with `Tile`s, and
+`compute_capability`, and import triton for nothing but the language.
+
+Verified without a GPU, by `tests.triton_interpreter` with all its cases and by
+`tests.test_aot_triton` for sm_80, sm_90a and gfx942, with jax-triton 0.4.1:
+
+| triton | jax |
+|---|---|
+| 3.6.0 | 0.11.2 |
+| 3.7.1 | 0.12.0 |
+| 3.9.0 | 0.12.0.1 |
+
+jax-triton 0.4.1 asks pip for triton 3.7, so that 3.6, which PyTorch 2.11 pins, has to be there
+before and jax-triton be installed with ``--no-deps``. The interpreter of 3.6, though not its
+compiler, fails with numpy 2.5 and works with 2.3.
 """
 
 import dataclasses

@@ -21,3 +21,10 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=2000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_make_parametrize_id(val):
+    """A function by its name: its address differs from one worker to the next."""
+    if callable(val) and not isinstance(val, type):
+        return getattr(val, "__name__", type(val).__name__)
+    return None

@@ -4,11 +4,14 @@ import dataclasses
 
 import jax
 import pytest
+from flax import nnx
+from jax import export
 
 pytest.importorskip("libtpu")
 
 from benchmarks.layers import LAYERS
 from conv_pallas import aot, conv1d
+from conv_pallas.nn import TCN
 
 pytestmark = pytest.mark.aot
 
@@ -22,16 +25,16 @@ LAST = {
 SPREAD = ("tcn-adding", "tcn-ptb-characters", "wavenet", "wide-and-long", "mamba-2.8b", "depthwise")
 
 
-def _all_three(layer, implementation="pallas_tpu"):
-    """``(x, kernel) -> (y, dx, dw)``."""
+def _all_three(layer, implementation="pallas_tpu", activation=None):
+    """``(x, kernel, *bias) -> (y, dx, dw, *db)``."""
 
-    def run(x, kernel):
+    def run(*operands):
         y, vjp = jax.vjp(
-            lambda x, w: conv1d(
-                x, w, padding=layer.padding, kernel_dilation=layer.D,
-                feature_group_count=layer.G, implementation=implementation,
+            lambda *operands: conv1d(
+                *operands, padding=layer.padding, kernel_dilation=layer.D,
+                feature_group_count=layer.G, activation=activation, implementation=implementation,
             ),
-            x, kernel,
+            *operands,
         )  # fmt: skip
         return y, *vjp(y)
 
@@ -68,3 +71,49 @@ def test_float32_products_compile(chip, precision):
     with jax.default_matmul_precision(precision):
         compiled = aot.compile_for(chip, _all_three(layer), *_structs(layer))
     assert _kernels(compiled) == 3
+
+
+@pytest.mark.parametrize(
+    "chip, model, activation",
+    [
+        ("v4", "tcn-music", "gelu_exact"),
+        ("v5e", "tcn-music", "tanh"),
+        ("v5e", "mamba-2.8b", "gelu"),
+        ("v6e", "bfloat16", "silu"),
+        ("v6e", "depthwise", "sigmoid"),
+        ("tpu7x", "conv-tasnet", "relu"),
+    ],
+)
+def test_fused_layers_compile(chip, model, activation):
+    """Bias and activation in the forward kernel, their gradients in the two others."""
+    layer = LAST[model]
+    bias = aot.struct((layer.O,), layer.dtype)
+    compiled = aot.compile_for(
+        chip, _all_three(layer, activation=activation), *_structs(layer), bias
+    )
+    # gelu and silu save z, so that the forward pass leaves the activation to XLA.
+    assert _kernels(compiled) == 3
+
+
+@pytest.mark.parametrize("chip", ["v4", "v6e"])
+def test_a_model_exported_on_a_cpu_compiles_on_a_tpu(chip):
+    """The host that exports knows no chip; what it saves suits the least of them."""
+    model = TCN(24, (32, 32), 8, kernel_size=3, dropout=0.0, implementation="pallas_tpu",
+                rngs=nnx.Rngs(0))  # fmt: skip
+    graph, state = nnx.split(model)
+    leaves, tree = jax.tree.flatten(state)
+    at = [i for i, a in enumerate(leaves) if jax.numpy.issubdtype(a.dtype, jax.numpy.inexact)]
+
+    def step(leaves, x):
+        def loss(parameters):
+            here = dict(zip(at, parameters, strict=True))
+            filled = [here.get(i, leaf) for i, leaf in enumerate(leaves)]
+            return jax.numpy.square(nnx.merge(graph, tree.unflatten(filled))(x)).mean()
+
+        return jax.value_and_grad(loss)([leaves[i] for i in at])
+
+    structs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in leaves]
+    x = aot.struct((2, 200, 24), "float32")
+    saved = export.export(jax.jit(step), platforms=("tpu",))(structs, x).serialize()
+    compiled = aot.compile_for(chip, export.deserialize(saved).call, structs, x)
+    assert _kernels(compiled) >= 11  # four convolutions, three operations, but for x's gradient

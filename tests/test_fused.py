@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.ad_checkpoint import saved_residuals
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from conv_pallas import conv1d, explain, fused, kernels
+from conv_pallas import conv1d, convs_saveable, explain, fused, kernels
 from conv_pallas.kernels import Kernel, xla
 from conv_pallas.spec import ACTIVATIONS
 from tests import cases
@@ -72,7 +73,7 @@ class Toy:
         return (
             xla.run(dx, gz, w) if wanted[0] else None,
             xla.run(dw, x, gz) if wanted[1] else None,
-            jnp.sum(gz, (0, 1)) if wanted[2] else None,
+            jnp.sum(gz, (0, 1), dtype=jnp.float32) if wanted[2] else None,
         )
 
 
@@ -124,6 +125,33 @@ def test_a_kernel_that_fuses_carries_a_training_step(activation, recomputes, mon
         assert forwards == ([None, activation] if recomputes else [None])
 
 
+def test_gradients_have_the_dtypes_of_their_operands(monkeypatch):
+    Toy(monkeypatch)
+    arrays = [a.astype(jnp.bfloat16) for a in _arrays()[:3]]
+    f = lambda *a: _loss("relu", "toy")(*a).astype(jnp.float32)  # noqa: E731
+    assert [g.dtype for g in jax.grad(f, (0, 1, 2))(*arrays)] == [jnp.bfloat16] * 3
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_derivatives_from_what_was_saved(activation, dtype):
+    """As exact as what was saved allows, and finite or not where jax's own are."""
+    z = jnp.concatenate([jnp.linspace(-4, 4, 801), jnp.array([0.0, -0.0, 1e4, -1e4, jnp.nan])])
+    z = z.astype(dtype)
+    saved = fused.activate(z, activation) if ACTIVATIONS[activation] == "y" else z
+    actual = fused.times_derivative(jnp.ones_like(z), saved, activation)
+    exact = saved.astype(jnp.float32)
+    if ACTIVATIONS[activation] == "z":
+        want = jax.vmap(jax.grad(fused.FUNCTIONS[activation]))(exact)
+    else:
+        slope = {"relu": exact > 0, "tanh": 1 - exact**2, "sigmoid": exact * (1 - exact)}
+        want = slope[activation].astype(jnp.float32)
+    rtol = {"bfloat16": 2.0**-8, "float32": 1e-5}[dtype]
+    if activation == "relu":  # of NaN, both say 0
+        actual, want = actual[:-1], want[:-1]
+    np.testing.assert_allclose(actual.astype(jnp.float32), want, rtol=rtol, atol=rtol / 10)
+
+
 @pytest.mark.parametrize("recomputes", [False, True])
 def test_what_a_kernel_recomputes_is_not_made(recomputes, monkeypatch):
     """z is there for kernels that read it. Where none does, XLA removes what makes it."""
@@ -173,6 +201,49 @@ def test_the_tangent_is_linear_in_each_of_its_operands():
     np.testing.assert_allclose(db, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("activation", [None, "tanh"])
+def test_what_is_linear_transposes(activation):
+    """An affine layer, as the stock one does; and the gradient's map, to the tangent's."""
+    x, w, b, g = _arrays()
+    f = lambda x: conv1d(x, w, b, **CASE.geometry, activation=activation)  # noqa: E731
+    _, backward = jax.vjp(f, x)
+    if activation is None:
+        (dx,) = jax.linear_transpose(f, x)(g)
+        np.testing.assert_allclose(dx, backward(g)[0], rtol=1e-4, atol=1e-5)
+    (dy,) = jax.linear_transpose(lambda g: backward(g)[0], g)(x)
+    np.testing.assert_allclose(dy, jax.jvp(f, (x,), (x,))[1], rtol=1e-4, atol=1e-5)
+
+
+def test_what_nobody_reads_is_not_computed(monkeypatch):
+    """Not z, where a layer is computed again for its gradient; nor gradients that are dropped."""
+    toy = Toy(monkeypatch)
+    x, w, b, _ = _arrays()
+    jax.jit(jax.value_and_grad(jax.checkpoint(_loss("silu", "toy"))))(x, w, b)
+    assert toy.calls[0] == ("fused", "silu")
+    toy.calls.clear()
+    jax.jit(lambda *a: jax.grad(_loss("silu", "toy"), (0, 1, 2))(*a)[0])(x, w, b)
+    assert [c[1] for c in toy.calls if c[0] == "backward"] == [(True, False, False)]
+
+
+def test_a_policy_that_saves_convolutions():
+    x, w, b, _ = _arrays()
+    f = lambda x, w, b: jnp.sin(conv1d(x, w, b, activation="silu"))  # noqa: E731
+    saved = lambda policy: [  # noqa: E731
+        aval.shape
+        for aval, source in saved_residuals(jax.checkpoint(f, policy=policy), x, w, b)
+        if "argument" not in source
+    ]
+    assert saved(jax.checkpoint_policies.dots_saveable) == []
+    assert saved(convs_saveable)
+
+
+def test_strict_promotion():
+    x, w, b = (a.astype(jnp.bfloat16) for a in _arrays()[:3])
+    with jax.numpy_dtype_promotion("strict"):
+        y = conv1d(x, w, b, preferred_element_type=jnp.float32, activation="relu")
+    assert y.dtype == jnp.float32
+
+
 @pytest.mark.parametrize("activation", ["relu", "silu", "tanh"])
 def test_modes_and_orders(activation, monkeypatch):
     Toy(monkeypatch)
@@ -208,6 +279,10 @@ def test_vmap_keeps_what_is_shared_in_one_call(monkeypatch):
     toy.calls.clear()
     jax.jit(jax.vmap(jax.grad(_loss("tanh", "toy")), (0, None, None)))(xs, w, b)
     assert [c[0] for c in toy.calls] == ["fused", "backward"]
+    # Gradients of the bias alone, for each member.
+    alone = jax.vmap(lambda s: jax.grad(lambda b: s * _loss("tanh", "toy")(x, w, b))(b))
+    want = jax.grad(lambda b: _by_jax("tanh")(x, w, b))(b)
+    np.testing.assert_allclose(alone(np.float32([1, 2]))[1], 2 * want, rtol=1e-4, atol=1e-4)
     # Biases and kernels for each member.
     both = jax.vmap(_loss("silu", "toy"))(xs, np.stack([w, -w]), np.stack([b, b + 1]))
     np.testing.assert_allclose(both[1], _by_jax("silu")(xs[1], -w, b + 1), rtol=1e-4, atol=1e-4)
@@ -229,6 +304,38 @@ def test_on_a_mesh_each_device_fuses_its_share(axis_type, monkeypatch):
         np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
     assert ("backward", (True, True, True), (2, *case.out_shape[1:])) in toy.calls
     assert not [c for c in toy.calls if isinstance(c, str)]
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto], ids=str)
+def test_no_device_computes_z_anew_of_some_channels(axis_type, monkeypatch):
+    """Where channels in are split each device has a part of z only."""
+    toy = Toy(monkeypatch, recomputes=True)
+    x, w, b, _ = _arrays()
+    mesh = jax.make_mesh((2,), ("c",), axis_types=(axis_type,))
+    put = lambda a, *spec: jax.device_put(a, NamedSharding(mesh, P(*spec)))  # noqa: E731
+    with jax.set_mesh(mesh):
+        grads = jax.jit(jax.grad(_loss("silu", "toy"), (0, 1, 2)))(
+            put(x, None, None, "c"), put(w, None, "c"), put(b)
+        )
+    want = jax.grad(_by_jax("silu"), (0, 1, 2))(x, w, b)
+    for actual, expected in zip(grads, want, strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+    assert toy.calls
+
+
+def test_on_an_explicit_mesh_with_operands_that_lie_nowhere():
+    """Made before the mesh, they have none in their type; what else is in the function may."""
+    x, w, b, _ = _arrays(dataclasses.replace(CASE, O=4))
+    mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(b, NamedSharding(mesh, P("b")))
+        beside = jax.jit(lambda x, w, b: (conv1d(x, w, activation="relu"), b * 2))(x, w, placed)
+        alone = jax.jit(lambda x, w, b: conv1d(x, w, b, activation="silu"))(x, w, placed)
+        grad = jax.jit(jax.grad(lambda b: jnp.sum(conv1d(x, w, b, activation="silu"))))(placed)
+    np.testing.assert_allclose(beside[0], conv1d(x, w, activation="relu"), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(alone, conv1d(x, w, b, activation="silu"), rtol=1e-5, atol=1e-5)
+    want = jax.grad(lambda b: jnp.sum(conv1d(x, w, b, activation="silu")))(b)
+    np.testing.assert_allclose(grad, want, rtol=1e-4, atol=1e-4)
 
 
 def test_nothing_to_compute(monkeypatch):
@@ -260,6 +367,8 @@ def test_explain_says_who_computes_the_epilogue(monkeypatch):
     Toy(monkeypatch)
     told = explain(x, w, b, activation="relu", implementation="toy")
     assert told.epilogue == "bias and relu: in toy's kernel; their gradients in toy's kernels"
+    placed = explain(x, w, b, implementation="toy", out_sharding=P())
+    assert placed.epilogue.startswith("bias: by XLA")
     Toy(monkeypatch, declines=True)
     told = explain(x, w, b, implementation="toy")
     assert told.epilogue == "bias: by XLA (toy: no); their gradients by XLA"

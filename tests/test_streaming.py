@@ -36,7 +36,7 @@ MATRIX = [
 @pytest.mark.parametrize(
     ("number", "norm", "activation", "dilations", "lookahead", "chunks", "batch"),
     [(number, *row) for number, row in enumerate(MATRIX)],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_equals_the_full_pass(number, norm, activation, dilations, lookahead, chunks, batch):
     model = model_of(
@@ -261,7 +261,7 @@ def training(**options):
         (lambda m, s: m.step(jnp.ones((2, 4, 3)), s, segment_ids=jnp.ones(4)), "segment_ids must"),
         (lambda m, s: m.step(jnp.ones((2, 4, 3)), s, condition=jnp.ones((2, 1))), "the model tak"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )  # fmt: skip
 def test_errors_in_one_line(call, message):
     model = model_of()

@@ -13,7 +13,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from conv_pallas.kernels import tpu_dense, tpu_depthwise
+from conv_pallas.kernels import tpu_dense, tpu_depthwise, tpu_in_place
 from conv_pallas.kernels.tpu_window import Chip
 from conv_pallas.spec import OPERATIONS
 from tests.cases import Case
@@ -35,6 +35,7 @@ DENSE = (
     Case("pad_beyond_field", T=20, C=3, O=5, K=2, padding=[(40, 25)]),
     Case("dead_taps", T=10, C=3, O=5, K=5, D=8, padding="SAME"),
     Case("pointwise", T=20, C=3, O=5, K=1),
+    Case("anticausal", T=37, C=3, O=5, D=6, padding=[(0, 12)]),
     Case("bfloat16", T=40, C=16, O=16, D=5, dtype="bfloat16"),
     Case("bfloat16_to_float32", T=40, C=16, O=16, D=2, dtype="bfloat16", out_dtype="float32"),
     Case("high", T=40, C=16, O=16, D=3, precision="high"),
@@ -71,12 +72,12 @@ def operands(case: Case, operation: str):
     }[operation]
 
 
-def check_kernel(module, case: Case, operation: str, chip: Chip = V5E) -> np.ndarray:
-    """Interprets one operation in tiles of 16 steps; returns what it computed."""
+def check_kernel(module, case: Case, operation: str, chip: Chip = V5E, longest=16) -> np.ndarray:
+    """Interprets one operation in tiles of ``longest`` steps; returns what it computed."""
     problem = case.problem(operation, "tpu")
     lhs, rhs = operands(case, operation)
     assert module.decline(problem) is None
-    out = module.launch(problem, lhs, rhs, chip, longest=16, interpret=params())
+    out = module.launch(problem, lhs, rhs, chip, longest=longest, interpret=params())
     check(
         out, operation, lhs, rhs, case.spec, out_dtype=problem.out_dtype,
         precision=case.precision, platform="tpu",
@@ -91,7 +92,9 @@ def test_dense(case, operation):
 
 
 # The device code is the forward's; what differs is the geometry.
-@pytest.mark.parametrize("name", ["causal", "ragged", "crop", "pad_beyond_field", "dead_taps"])
+@pytest.mark.parametrize(
+    "name", ["causal", "halo_longer_than_tile", "ragged", "crop", "pad_beyond_field", "dead_taps"]
+)
 def test_dense_input_grad(name):
     (case,) = (case for case in DENSE if case.name == name)
     check_kernel(tpu_dense, case, "conv1d_input_grad")
@@ -107,11 +110,45 @@ def test_dense_in_tiles_of_channels():
         check_kernel(tpu_dense, case, operation, chip)
 
 
+IN_PLACE = (
+    Case("ragged_end", T=70, C=128, O=128, D=3, dtype="bfloat16"),
+    Case("halo_of_whole_tiles", T=128, C=128, O=128, D=16, dtype="bfloat16"),
+    Case("converted", T=64, C=128, O=130, K=2, D=5),
+    Case("four_taps", T=64, C=128, O=128, K=4, D=2),
+)
+
+
+@pytest.mark.parametrize("mxu", [128, 256])
+@pytest.mark.parametrize("case", IN_PLACE, ids=str)
+def test_in_place(case, mxu):
+    """Taps are read where x lies; on a wide unit some make columns of their own."""
+    chip = dataclasses.replace(V5E, mxu=mxu)
+    for operation, placed in (("conv1d", "causal"), ("conv1d_input_grad", "mirrored")):
+        if mxu == 128 and case.name == "four_taps":
+            continue
+        plan = tpu_dense._plan_of(case.problem(operation, "tpu"), chip, 64 if case.D > 5 else 32)
+        C, O = (case.C, case.O) if placed == "causal" else (case.O, case.C)
+        found = tpu_in_place.placement(plan.walk, C, plan.BO)
+        if (case.name == "ragged_end" and placed == "mirrored") or C % 128:
+            assert found is None
+            continue
+        assert found == placed
+        beside = tpu_in_place.older_taps(plan.walk, C, plan.BO, O, chip)
+        assert (beside > 0) == (mxu == 256 and case.K > 2)
+        check_kernel(tpu_dense, case, operation, chip, longest=plan.walk.rows)
+
+
 def test_parts_of_the_kernel_gradient_are_added_in_order():
     case = Case("parts", batch=(4,), T=40, C=8, O=8)
     one = check_kernel(tpu_dense, case, "conv1d_kernel_grad", MEGACORE)
     two = check_kernel(tpu_dense, case, "conv1d_kernel_grad", MEGACORE)
     np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize("module, G", [(tpu_dense, 1), (tpu_depthwise, 8)])
+def test_int8_is_declined(module, G):
+    problem = Case("int8", C=8, O=8, G=G, dtype="int8").problem("conv1d", "tpu")
+    assert module.decline(problem) == "takes bfloat16 and float32, not int8"
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

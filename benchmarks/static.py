@@ -1,0 +1,304 @@
+"""Estimates, from libtpu's compiler alone, of our TPU kernels and of XLA's own convolution.
+
+    python -m benchmarks.static tpu                     # every layer and chain, v5e and v6e
+    python -m benchmarks.static tpu --layers wavenet,chain --chips v6e
+
+No TPU takes part, and nothing here is a measured time. For each program the compiler's output
+gives three lower bounds, in cycles of one core: bundles of instructions with the trips of their
+loops (`benchmarks.bundles`), products over what the matrix units can do, and bytes to and from HBM
+over its bandwidth (`benchmarks.traffic`). The largest of the three is the estimate. Waits are in
+none of them. XLA's programs and ours are read by the same code. Copies that only change a layout
+count: in a single operation every array comes and goes in the default one, in a chain XLA
+is free to keep another in between.
+"""
+
+import argparse
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import bundles, traffic
+from benchmarks.layers import LAYERS, quick
+from conv_pallas import aot, conv1d
+from conv_pallas._layers import Layer, select
+from conv_pallas.primitives import conv1d_input_grad_p, conv1d_kernel_grad_p, conv1d_p
+from conv_pallas.spec import OPERATIONS, make_spec
+
+RESULTS = Path(__file__).parent / "results" / "tpu-static"
+# Cycles a second; the vendor's peak rates are those at this clock.
+CLOCK = {"v5e": 1.5e9, "v6e": 1.75e9}
+OURS, XLA = "pallas_tpu", ("xla_native", "xla")
+
+CHAINS = (
+    Layer("chain/C128/K3/D4", "", 8, 4096, 128, 128, 3, 4, activation="relu", dtype="bfloat16"),
+    Layer("chain/C256/K7/D64", "", 8, 16384, 256, 256, 7, 64, activation="relu", dtype="bfloat16"),
+    Layer("chain/C512/K3/D64", "", 8, 4096, 512, 512, 3, 64, activation="relu", dtype="bfloat16"),
+    Layer("chain/depthwise", "", 8, 4096, 512, 512, 4, 1, G=512, activation="silu",
+          dtype="bfloat16"),
+)  # fmt: skip
+LINKS = 4
+BFLOAT16 = tuple(
+    dataclasses.replace(c, name=c.name.replace("chain", "bfloat16"), activation=None)
+    for c in CHAINS
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Rates of one core, by second. The products are of bfloat16."""
+
+    clock: float
+    operations: float
+    bandwidth: float
+
+    @classmethod
+    def named(cls, name: str) -> "Chip":
+        infos = []
+
+        def ask():
+            from jax.experimental.pallas import tpu as pltpu
+
+            infos.append(pltpu.get_tpu_info())
+            return 0
+
+        aot.lower_for(name, ask)
+        (info,) = infos
+        return cls(CLOCK[name], info.bf16_ops_per_second, info.mem_bw_bytes_per_second)
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Of one compiled program, all in cycles but ``spills``.
+
+    Attributes:
+      spills: stores of spilled vector registers, in the code of our kernels' loops.
+      uncounted: loops whose trips are not written; `bundles` has one trip of each.
+      length: bundles of the code, without trips.
+    """
+
+    bundles: int
+    mxu: int
+    memory: int
+    spills: int
+    uncounted: int
+    length: int
+
+    @property
+    def cycles(self) -> int:
+        return max(self.bundles, self.mxu, self.memory)
+
+
+def _products(layer: Layer) -> int:
+    """Of one operation, those with padding left out."""
+    spec, _ = make_spec((layer.N, layer.T, layer.C), (layer.K, layer.C // layer.G, layer.O),
+                        strides=layer.S, padding=layer.padding, kernel_dilation=layer.D,
+                        feature_group_count=layer.G)  # fmt: skip
+    u = np.arange(spec.out_time) * spec.stride - spec.padding[0]
+    steps = sum(int(((0 <= u + k * layer.D) & (u + k * layer.D < layer.T)).sum())
+                for k in range(layer.K))  # fmt: skip
+    return layer.N * steps * (layer.C // layer.G) * layer.O
+
+
+def estimate(chip: str, rates: Chip, folder: Path, program, products: int) -> Estimate:
+    """Compiles ``program``, a pair of a function and its operands, and reads what is written."""
+    for file in folder.iterdir():
+        file.unlink()
+    f, structs = program
+    compiled = aot.compile_for(chip, f, *structs)
+    schedules = bundles.read_program(list(folder.iterdir()))
+    bytes_ = traffic.hbm_bytes(compiled.as_text())
+    return Estimate(
+        sum(s.bundles for s in schedules.values()),
+        round(2 * products / rates.operations * rates.clock),
+        round(bytes_ / rates.bandwidth * rates.clock),
+        sum(s.spills for name, s in schedules.items() if name.startswith("conv1d_")),
+        sum(s.uncounted for s in schedules.values()),
+        sum(s.length for s in schedules.values()),
+    )
+
+
+# --- Programs ---
+
+
+def single(layer: Layer, operation: str, implementation: str):
+    """One of the three primitives."""
+    x = aot.struct((layer.N, layer.T, layer.C), layer.dtype)
+    w = aot.struct((layer.K, layer.C // layer.G, layer.O), layer.dtype)
+    spec, _ = make_spec(x.shape, w.shape, strides=layer.S, padding=layer.padding,
+                        kernel_dilation=layer.D, feature_group_count=layer.G)  # fmt: skip
+    g = aot.struct((layer.N, spec.out_time, layer.O), layer.dtype)
+    primitive, operands = {
+        "conv1d": (conv1d_p, (x, w)),
+        "conv1d_input_grad": (conv1d_input_grad_p, (g, w)),
+        "conv1d_kernel_grad": (conv1d_kernel_grad_p, (x, g)),
+    }[operation]
+    params = dict(spec=spec, kernel_batch=0, precision=None, out_dtype=jnp.dtype(layer.dtype),
+                  implementation=(implementation,), out_sharding=None)  # fmt: skip
+    return lambda lhs, rhs: primitive.bind(lhs, rhs, **params), operands
+
+
+def chain(layer: Layer, biased: bool, training: bool, implementation: str):
+    """`LINKS` layers with their activation; ``training``: with all gradients."""
+
+    def forward(params, x):
+        for w, bias in params:
+            x = conv1d(x, w, bias, padding=layer.padding, kernel_dilation=layer.D,
+                       feature_group_count=layer.G, activation=layer.activation,
+                       implementation=implementation)  # fmt: skip
+        return x
+
+    def step(params, x, gy):
+        y, vjp = jax.vjp(forward, params, x)
+        return y, vjp(gy)
+
+    w = aot.struct((layer.K, layer.C // layer.G, layer.O), layer.dtype)
+    params = [(w, aot.struct((layer.O,), layer.dtype) if biased else None)] * LINKS
+    x = aot.struct((layer.N, layer.T, layer.C), layer.dtype)
+    return (step, (params, x, x)) if training else (forward, (params, x))
+
+
+def programs(layers, chains) -> Iterator[tuple[dict, int, Callable]]:
+    """For each program its description, products on the matrix unit, and how it is made."""
+    links = {  # whether there is a bias, and gradients
+        f"{LINKS} layers, forward": (False, False),
+        f"{LINKS} layers with bias, forward": (True, False),
+        f"{LINKS} layers with bias, training": (True, True),
+    }
+    alone = [(layer, operation) for layer in layers for operation in OPERATIONS]
+    linked = [(layer, program) for program in links for layer in chains]
+    for layer, program in (*alone, *linked):  # those that take the longest to compile are last
+        described = dict(layer=layer.name, geometry=str(layer), dtype=layer.dtype)
+        described |= dict(kind=layer.kind, program=program)
+        products = 0 if layer.G == layer.C > 1 else _products(layer)
+        if program in links:
+            products *= LINKS * (3 if links[program][1] else 1)
+            make = functools.partial(chain, layer, *links[program])
+        else:
+            make = functools.partial(single, layer, program)
+        yield described, products, make
+
+
+def compare(chip: str, folder: Path, layers, chains, only_ours: bool) -> Iterator[dict]:
+    """A row for each program: every implementation's estimate, or the reason that it has none."""
+    rates, known = Chip.named(chip), {}
+    for described, products, program in programs(layers, chains):
+        key = (described["geometry"], described["dtype"], described["program"])
+        if key not in known:
+            row = {}
+            for implementation in (*XLA, OURS):
+                if only_ours and implementation != OURS:
+                    continue
+                if implementation == "xla" and not described["kind"].startswith("depthwise"):
+                    continue  # it is the native one on a TPU
+                try:
+                    found = estimate(chip, rates, folder, program(implementation), products)
+                except NotImplementedError as e:
+                    row[implementation] = dict(declines=str(e))
+                    continue
+                except jax.errors.JaxRuntimeError as e:
+                    row[implementation] = dict(fails=str(e).splitlines()[0])
+                    continue
+                row[implementation] = dataclasses.asdict(found) | dict(estimate=found.cycles)
+            known[key] = row
+        yield described | known[key]
+
+
+def ratio(row: dict, *theirs: str) -> float | None:
+    """The least of XLA's estimates over ours; None where one of them has none.
+
+    Args:
+      theirs: of `XLA`, which are compared; all.
+    """
+    against = [row[i]["estimate"] for i in theirs or XLA if "estimate" in row.get(i, {})]
+    return min(against) / row[OURS]["estimate"] if against and "estimate" in row[OURS] else None
+
+
+# --- Command line ---
+
+
+def _run(chip: str, arguments) -> int:
+    folder = Path(os.environ["CONV_PALLAS_DUMP"])
+    # The most telling first, so that a run that is cut short has them.
+    known = tuple(dict.fromkeys((*CHAINS, *BFLOAT16, *quick(), *LAYERS)))
+    if arguments.quick:
+        known = known[: len(CHAINS) + len(BFLOAT16) + len(quick())]
+    chosen = select(arguments.layers, known) if arguments.layers else known
+    layers, chains = (
+        [layer for layer in chosen if (layer in CHAINS) is links] for links in (False, True)
+    )
+    what = "estimates in cycles from compiler output; nothing was measured"
+    versions = {p: importlib.metadata.version(p) for p in ("jax", "libtpu")}
+    head = dict(what=what, chip=chip, **versions, **dataclasses.asdict(Chip.named(chip)))
+    rows = []
+    for row in compare(chip, folder, layers, chains, arguments.ours):
+        rows.append(row)
+        ours, against = row[OURS], ratio(row)
+        told = f"{against:5.2f}" if against else ours.get("fails") or "-"
+        spills = f"  {ours['spills']} spills" if ours.get("spills") else ""
+        print(f"{chip} {row['layer']:<34} {row['program']:<20} {told}{spills}", flush=True)
+        if arguments.output:  # after every row: what is there when it is stopped counts
+            _write(Path(arguments.output) / f"{chip}.json", head, rows)
+    failed = [row["layer"] for row in rows if "fails" in row[OURS]]
+    spilled = [row["layer"] for row in rows if row[OURS].get("spills")]
+    print(f"libtpu {versions['libtpu']}, {chip}: XLA's estimate over ours; nothing was measured")
+    print(f"of {len(rows)} programs {len(spilled)} of ours spill in a loop, {len(failed)} fail")
+    return 1 if failed else 0
+
+
+def _write(path: Path, head: dict, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join("  " + json.dumps(row) for row in rows)
+    path.write_text(f'{json.dumps(head, indent=1)[:-2]},\n "rows": [\n{lines}\n]}}\n')
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status 1: one of our kernels does not compile."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.static",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("device", choices=["tpu"])
+    parser.add_argument("--chips", default="v5e,v6e", help="of v5e, v6e")
+    parser.add_argument("--layers", help="words, of which a layer's name contains one; all")
+    parser.add_argument("--ours", action="store_true", help="leave XLA's programs out")
+    parser.add_argument("--quick", action="store_true", help="of each model the most dilated layer")
+    parser.add_argument("--output", help=f"where to write JSON; the committed one is {RESULTS}")
+    arguments = parser.parse_args(argv)
+    if "CONV_PALLAS_DUMP" in os.environ:
+        return _run(arguments.chips, arguments)
+    chips = arguments.chips.split(",")
+    if not set(chips) <= set(CLOCK):
+        parser.error(f"--chips must be of {', '.join(CLOCK)}, got {arguments.chips!r}")
+    return max([_in_a_process(chip, argv or sys.argv[1:]) for chip in chips])
+
+
+def _in_a_process(chip: str, argv: list[str]) -> int:
+    """libtpu reads its flags once, as it is loaded: where it writes is a process's own."""
+    import subprocess
+
+    folder = tempfile.mkdtemp(prefix="bundles_")
+    flags = bundles.DUMP_FLAGS.format(folder=folder)
+    environment = os.environ | dict(
+        JAX_PLATFORMS="cpu", CONV_PALLAS_DUMP=folder, LIBTPU_INIT_ARGS=flags
+    )
+    command = [sys.executable, "-m", "benchmarks.static", *argv, "--chips", chip]
+    try:
+        return subprocess.run(command, env=environment).returncode
+    finally:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""Where the dense TPU kernel is the default: by estimates, until somebody measures."""
+
+import dataclasses
+
+from conv_pallas.kernels.tpu_matmul import passes_of
+from conv_pallas.kernels.tpu_window import LANES, Chip, gradient_problem, sees_nothing
+from conv_pallas.spec import Problem
+
+# Chips for which there are estimates.
+ESTIMATED = ("v5e", "v6e")
+
+
+def wins(plan_of, problem: Problem, chip: Chip) -> bool:
+    """Whether by estimate this is faster than XLA's own convolution; nobody measured.
+
+    So it is where channels fill whole lanes, factors are bfloat16, and the padding is on one side
+    and no longer than a tile. XLA's estimate over ours, for forward, input gradient and kernel
+    gradient (libtpu 0.0.50.1; benchmarks/results/tpu-static):
+
+        =================  ==================  ==================
+        layer              v5e                 v6e
+        =================  ==================  ==================
+        C=128 K=3 D=4      1.00  1.00  1.92    1.25  1.26  2.07
+        C=256 K=7 D=64     1.13  1.15  1.13    1.88  2.05  1.75
+        C=512 K=3 D=64     1.26  1.33  1.06    2.17  2.56  1.67
+        =================  ==================  ==================
+    """
+    dtypes = {problem.lhs_dtype, problem.rhs_dtype, problem.out_dtype}
+    if chip.name not in ESTIMATED or len(dtypes) > 1 or passes_of(problem) != "bf16":
+        return False
+    if problem.C % LANES or problem.O % LANES or sees_nothing(problem):
+        return False
+    for operation, low in (("conv1d", True), ("conv1d_input_grad", False)):
+        part = gradient_problem(problem, operation) if not low else problem
+        plan = plan_of(dataclasses.replace(part, operation=operation), chip)
+        if plan is None:
+            return False
+        halo = (plan.walk.taps - 1) * plan.walk.dilation
+        one_sided = plan.walk.low == halo * low and plan.walk.time == plan.walk.out_time
+        if not (one_sided and 0 < halo <= plan.walk.rows):
+            return False
+    return True

@@ -1,0 +1,105 @@
+"""The dense causal convolution on a TPU, and its mirror image, with taps read where x lies.
+
+    y[n, u] = sum over k of  x[n, u - (K-1-k)*D] @ w[k]
+
+The block of x that the grid brings is read K times where it lies; only the rows that reach into
+the block before come from a scratch of two halos. `tpu_dense.py` copies each block into a window
+instead, which any padding allows, and which takes a tenth of the time at C = 128, by libtpu's
+schedules. The input gradient is the same with time running backwards.
+"""
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from conv_pallas.kernels.tpu_matmul import chunk_rows, dot, finish, gradient_rows
+from conv_pallas.kernels.tpu_window import LANES, TILE_ROWS, Chip, Walk, by_chunks, round_up
+
+
+def in_place_kernel(walk, H, older, mirrored, around, x_ref, *refs):
+    """One tile of time of a causal convolution: taps are read where x lies, but for some rows.
+
+    ``edge`` holds the last rows of the tile before, and the first of this one. Where the ``older``
+    taps make columns of their own, ``later`` holds those products, also of the tile before: they
+    belong to outputs some steps on. ``mirrored`` is the input gradient: the same with time running
+    backwards, tiles and all. ``H`` rows of a neighbour are in reach.
+    """
+    refs = list(refs)
+    saved_ref = refs.pop(0) if around.slope_of else None
+    w_ref, b_ref = refs.pop(0), refs.pop(0) if around.bias else None
+    y_ref, edge = refs.pop(0), refs.pop(0)
+    later = refs.pop(0) if older else None
+    D, n, O = walk.dilation, walk.rows, y_ref.shape[2]
+    taps = walk.taps - older
+    x = x_ref.at[0]
+    if refs:  # converted once, not once for each tap
+        load, (x,) = gradient_rows(around, x_ref, saved_ref), refs
+
+        def copied(at, n):
+            x[pl.ds(at, n)] = load(at, n).astype(x.dtype)
+
+        by_chunks(n, copied)
+    # Where the rows that meet another tile lie, in x and in ``edge``, and where that tile's.
+    mine, here, there = (n - H, 0, H) if mirrored else (0, H, 0)
+    kept = 0 if mirrored else n - H
+
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        edge[pl.ds(there, H)] = jnp.zeros((H, edge.shape[1]), edge.dtype)
+        if older:
+            later[pl.ds(n if mirrored else 0, H)] = jnp.zeros((H, O), later.dtype)
+
+    edge[pl.ds(here, H)] = x[pl.ds(mine, H)]
+
+    def tap(far):
+        if mirrored:
+            parts = [x[pl.ds(far, n - H)], edge[pl.ds(far, H)]]
+        else:
+            parts = [edge[pl.ds(H - far, H)], x[pl.ds(H - far, n - H)]]
+        return jnp.concatenate(parts, 0)
+
+    windows = [tap((k if mirrored else taps - 1 - k) * D) for k in range(taps)]
+    acc = dot(jnp.concatenate(windows, 1), w_ref[...], "bf16")
+    if older:
+        later[pl.ds(0 if mirrored else H, n)] = acc[:, O:]
+        acc = acc[:, :O] + later[pl.ds(taps * D if mirrored else H - taps * D, n)]
+        later[pl.ds(n if mirrored else 0, H)] = later[pl.ds(0 if mirrored else n, H)]
+    finish(around, acc, b_ref, y_ref, 0)
+    edge[pl.ds(there, H)] = x[pl.ds(kept, H)]
+
+
+def placement(walk: Walk, C: int, O: int) -> str | None:
+    """Whether `in_place_kernel` will do: ``"causal"``, ``"mirrored"``, or None.
+
+    All padding is on one side, and as long as the halo, which is shorter than a tile; and a tile is
+    one chunk.
+    """
+    halo = (walk.taps - 1) * walk.dilation
+    chunk = chunk_rows(walk.rows, "bf16", walk.taps, C, O)
+    if C % LANES or not 0 < round_up(halo, TILE_ROWS) < walk.rows <= chunk:
+        return None
+    if walk.low == halo and walk.time == walk.out_time:
+        return "causal"
+    # Beyond the last step is padding: no tile may hold what is neither.
+    whole = walk.time == walk.out_time and walk.time % walk.rows == 0
+    return "mirrored" if walk.low == 0 and whole else None
+
+
+def older_taps(walk: Walk, C: int, BO: int, O: int, chip: Chip) -> int:
+    """How many taps make columns of their own, where a narrow output leaves half of them idle.
+
+    One pass of a 256 wide matrix unit then holds 2 x 2 taps of 128 channels, rather than 2.
+    """
+    older = walk.taps // 2
+    fewer = pl.cdiv((walk.taps - older) * C, chip.mxu) < pl.cdiv(walk.taps * C, chip.mxu)
+    return older if O % LANES == 0 and BO == O and 2 * O <= chip.mxu and fewer else 0
+
+
+def side_by_side(w, older: int, mirrored: bool):
+    """``(K, C, O)`` to ``(taps*C, 2*O)``: near taps, and in columns of their own the others."""
+    if mirrored:
+        near, far = w[: w.shape[0] - older], w[w.shape[0] - older :]
+        parts = [far, jnp.zeros_like(near[older:])]
+    else:
+        near, far = w[older:], w[:older]
+        parts = [jnp.zeros_like(near[older:]), far]
+    return jnp.concatenate([near, jnp.concatenate(parts)], 2).reshape(-1, 2 * w.shape[2])

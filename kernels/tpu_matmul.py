@@ -1,0 +1,74 @@
+"""Products on a TPU's matrix unit, in the precision asked for, and what is fused around them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from conv_pallas.kernels import tpu_epilogue
+from conv_pallas.kernels.tpu_epilogue import Around
+from conv_pallas.spec import Problem
+
+# Unrolled passes of the matrix unit over 8 rows. Longer code hides more of its latency; beyond
+# this, it takes long to compile and gains little.
+CODE = 2048
+CHUNKS = (2048, 1024, 512, 256)
+
+PASSES = {None: "bf16", "DEFAULT": "bf16", "HIGH": "bf16x3", "HIGHEST": "f32"}
+
+
+def passes_of(problem: Problem) -> str | None:
+    """How products are made: ``"bf16"``, ``"bf16x3"`` or ``"f32"``; None: there is no way."""
+    if problem.lhs_dtype == problem.rhs_dtype == jnp.bfloat16:
+        return "bf16"
+    precision = problem.precision
+    if isinstance(precision, tuple):
+        precision = max(precision, key=lambda p: 0 if p is None else p.value)
+    return PASSES.get(getattr(precision, "name", precision))
+
+
+def chunk_rows(rows: int, passes: str, taps: int, C: int, O: int) -> int:
+    """Rows of one matmul: few enough that its code stays short."""
+    wide = 256
+    each = pl.cdiv(taps * C, wide) * pl.cdiv(O, wide) * {"bf16": 1, "bf16x3": 3, "f32": 6}[passes]
+    fitting = [n for n in CHUNKS if n * each <= 8 * CODE]
+    return min(rows, fitting[0] if fitting else CHUNKS[-1])
+
+
+def split(a: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """float32 as the sum of two bfloat16."""
+    # By its bits: XLA may take a rounding there and back for an identity, and drop it.
+    bits = lax.bitcast_convert_type(a, jnp.uint32) & jnp.uint32(0xFFFF0000)
+    high = lax.bitcast_convert_type(bits, jnp.float32)
+    return high.astype(jnp.bfloat16), (a - high).astype(jnp.bfloat16)
+
+
+def dot(a: jax.Array, b, passes: str, contract=((1,), (0,))) -> jax.Array:
+    """The float32 product; where it takes three passes, ``b`` is a pair from `split`."""
+    # Named, or what `jax.default_matmul_precision` says would reach bfloat16 operands.
+    precision = lax.Precision.HIGHEST if passes == "f32" else lax.Precision.DEFAULT
+    product = functools.partial(
+        lax.dot_general, precision=precision, dimension_numbers=(contract, ((), ())),
+        preferred_element_type=jnp.float32,
+    )  # fmt: skip
+    if passes == "bf16":
+        return product(a.astype(jnp.bfloat16), b)
+    if passes == "f32":
+        return product(a.astype(jnp.float32), b)
+    high, low = split(a.astype(jnp.float32))
+    return product(high, b[0]) + (product(high, b[1]) + product(low, b[0]))
+
+
+def gradient_rows(around: Around, g_ref, saved_ref):
+    refs = (ref if ref is None else ref.at[0] for ref in (g_ref, saved_ref))
+    return tpu_epilogue.rows_of_gradient(around, *refs)
+
+
+def finish(around: Around, acc, b_ref, y_ref, at) -> None:
+    """Bias, activation, and the one rounding."""
+    if around.bias:
+        acc += b_ref[...]
+    y = tpu_epilogue.value(around.value_of, acc).astype(y_ref.dtype)
+    y_ref[0, pl.ds(at, acc.shape[0])] = y

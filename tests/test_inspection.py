@@ -1,0 +1,122 @@
+"""``python -m conv_pallas inspect`` and ``explain``, as somebody types them."""
+
+import collections
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from conv_pallas import inspection, schedule
+from conv_pallas._layers import find
+
+SHAPE = "T=200 C=32 K=3 D=4 N=2 activation=relu dtype=bfloat16".split()
+
+
+def run(*arguments):
+    unwanted = ("XLA_FLAGS", "CONV_PALLAS_IMPLEMENTATION", "LIBTPU_INIT_ARGS")
+    environment = {k: v for k, v in os.environ.items() if k not in unwanted}
+    return subprocess.run(
+        [sys.executable, "-m", "conv_pallas", *map(str, arguments)], capture_output=True,
+        text=True, timeout=300, env=environment | {"JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+
+
+def test_layer_by_name_and_by_shape():
+    assert inspection.parse_layer(["wavenet/D512"]) == find("wavenet/D512")
+    layer = inspection.parse_layer(SHAPE)
+    sizes = (layer.N, layer.T, layer.C, layer.O, layer.K, layer.D, layer.S, layer.G)
+    assert sizes == (2, 200, 32, 32, 3, 4, 1, 1)
+    assert (layer.padding, layer.activation, layer.dtype) == ("CAUSAL", "relu", "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("nothing", "layer must be the name of one"),
+        ("T=4 C=2", "a shape needs T, C and K, got no K"),
+        ("T=4 C=2 K=x", "got 'K=x'"),
+        ("T=4 C=2 K=0", "got 'K=0'"),
+        ("T=4 C=2 K=3 G=4", "feature_group_count must divide x's 2 channels, got 4"),
+        ("T=4 C=2 K=3 padding=wide", "padding must be CAUSAL, SAME or VALID, got 'WIDE'"),
+        ("T=4 C=2 K=3 activation=steep", "activation must be None, a callable or one of"),
+        ("T=4 C=2 K=3 dtype=int8", "dtype must be one of float32, bfloat16, float16"),
+    ],
+)
+def test_bad_layers(words, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        inspection.parse_layer(words.split())
+
+
+def test_bad_options_are_one_line():
+    done = run("inspect", *SHAPE, "--chip", "p100")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "--chip must be one of a100, h200" in line and "got 'p100'" in line
+
+
+def test_explain():
+    done = run("explain", *SHAPE, "--platform", "tpu")
+    assert done.returncode == 0, done.stderr
+    assert "conv1d on tpu: xla" in done.stdout and "pallas_tpu" in done.stdout
+    assert "conv1d_kernel_grad on tpu" in done.stdout
+
+
+def test_bound():
+    most = inspection.Limits(1e12, 100e12, "a sheet")
+    memory, times = inspection._bound([(1_000_000, 100_000)], most)
+    assert "10 operations a byte (the chip turns at 100): memory-bound" in memory
+    assert "not below 0.1 µs: 0.01 at 100 TFLOP/s, 0.1 at 1 TB/s (a sheet)" in times
+    assert "compute-bound" in inspection._bound([(1_000_000_000, 100_000)], most)[0]
+
+
+def test_matrix_unit_share_counts_trips():
+    text = """
+     0   :  { %s1 = smov 0 }
+   0x1 LB: > { %v1 = vmatmul.mubr.bf16.gmra.mxu0 %v0 }
+   0x2   : > { %p5 = scmp.ge.s32.totalorder %s3, 8 }
+   0x3   : > { %8 = sbr.rel (!%p5) target = $region9 }
+   0x4   :  { %10 = vmatpush1.bf16.msra.mxu1 %v2 }
+"""
+    found = schedule.read_schedule(text)
+    assert (found.matmuls, found.bundles) == (8 + 1, 8 * 3 + 2)
+
+
+def test_vmem_counts_pipelined_windows_twice():
+    mosaic = """
+    func.func @k(%a: memref<1x16x8xbf16, #tpu.memory_space<vmem>>,
+                 %b: memref<4x8xf32, #tpu.memory_space<vmem>>) attributes {
+      window_params = [{transform_indices = @transform_0}]}
+    """
+    assert inspection._vmem(mosaic) == 2 * 16 * 8 * 2 + 4 * 8 * 4
+
+
+@pytest.mark.aot
+def test_inspect_a_gpu(tmp_path):
+    done = run("inspect", *SHAPE, "--chip", "h200", "--dump", tmp_path / "dump")
+    assert done.returncode == 0, done.stderr
+    told = done.stdout
+    assert "conv1d: triton" in told and "without an order" in told
+    assert re.search(r"BT=\d+ BO=\d+ BC=\d+ warps=\d stages=\d", told)
+    assert re.search(r"\d+ registers, \S+ KiB shared, \d+ threads, 0 spills, \d+ blocks", told)
+    assert re.search(r"instructions in the listing: .*\d+ tensor cores", told)
+    assert "cuDNN: size=9" in told  # stock: three taps, filled up with zeros
+    kinds = collections.Counter(p.suffix for p in (tmp_path / "dump").iterdir())
+    assert kinds.keys() == {".hlo", ".stablehlo", ".ttir", ".ttgir", ".ptx", ".sass"}
+    assert kinds[".sass"] == 3  # one for each operation
+    for kind, sign in {"ttir": "tt.func", "ptx": ".entry", "sass": "EXIT"}.items():
+        assert sign in (tmp_path / "dump" / f"forward-ours-0-conv_dense.{kind}").read_text()
+
+
+@pytest.mark.aot
+def test_inspect_a_tpu(tmp_path):
+    done = run("inspect", *SHAPE, "--chip", "v5e", "--dump", tmp_path / "dump")
+    assert done.returncode == 0, done.stderr
+    told = done.stdout
+    assert "conv1d: pallas_tpu" in told
+    assert re.search(r"conv1d_dense\S*: \d+ bundles, in \d+% of them the matrix unit", told)
+    assert re.search(r"\d+ KiB of VMEM", told) and "no measured speed" in told
+    names = [p.name for p in (tmp_path / "dump").iterdir()]
+    for part in ("mosaic-dump-conv1d_dense-original", "final_bundles", ".stablehlo", ".hlo"):
+        assert any(part in name for name in names), part
