@@ -46,8 +46,7 @@ def test_equals_the_full_pass(number, norm, activation, dilations, lookahead, ch
     check(model, numbers(batch, 18, 3), chunks)
 
 
-@pytest.mark.parametrize("lookahead", [0, 5])
-@pytest.mark.parametrize("mode", ["add", "concat"])
+@pytest.mark.parametrize(("mode", "lookahead"), [("add", 5), ("concat", 0)])
 def test_conditions_segments_and_masks(mode, lookahead):
     model = model_of(
         conditioning=2, conditioning_mode=mode, lookahead=lookahead, skip_connections=True
@@ -71,7 +70,7 @@ def whole_numbers(*shape, seed=0):
     cuts=st.lists(st.integers(1, 6), min_size=1, max_size=12),
     restarts=st.sets(st.integers(0, 11), max_size=3),
 )
-@hypothesis.example(cuts=[5, 5, 1, 1, 6], restarts={3})
+@hypothesis.example(cuts=[4, 4, 1, 1, 2, 6], restarts={4})
 @hypothesis.settings(max_examples=25)
 def test_any_chunks_give_the_same_bits(cuts, restarts):
     """With members that restart between chunks: they then are at the start of a stream."""
