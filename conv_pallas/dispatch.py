@@ -25,11 +25,13 @@ class Candidate:
       implementation: its name.
       reason: why it declines, or None.
       how: where it does not decline, in a few words how it would do it.
+      by_name: where it does not decline but is not picked unless asked for, why; else None.
     """
 
     implementation: str
     reason: str | None
     how: str | None = None
+    by_name: str | None = None
 
 
 def names() -> tuple[str, ...]:
@@ -79,10 +81,13 @@ def candidates(problem: Problem) -> list[tuple[Candidate, object | None]]:
             reason = f"runs on {' and '.join(kernel.platforms)}, not on {problem.platform}"
         else:
             reason = kernel.decline(problem)
-        how = kernel.describe(problem) if reason is None else None
-        rank = kernel.rank(problem) if reason is None else kernel.priority
+        how = by_name = None
+        rank = kernel.priority
+        if reason is None:
+            how, rank = kernel.describe(problem), kernel.rank(problem)
+            by_name = kernel.by_name(problem) if rank is None else None
         rank = rank if isinstance(rank, int) else -1
-        answers.append((rank, Candidate(kernel.implementation, reason, how), kernel))
+        answers.append((rank, Candidate(kernel.implementation, reason, how, by_name), kernel))
     answers = [answer for _, *answer in sorted(answers, key=lambda a: a[0], reverse=True)]
     present = {c.implementation for c, _ in answers}
     for name in IMPLEMENTATIONS:
@@ -105,7 +110,7 @@ def select(problem: Problem, implementation: tuple[str, ...] | None):
     answers = candidates(problem)
     if implementation is None:
         for candidate, kernel in answers:
-            if candidate.reason is None and kernel.rank(problem) is not None:
+            if candidate.reason is None and candidate.by_name is None:
                 return kernel
         wanted = tuple(candidate.implementation for candidate, _ in answers)
     else:

@@ -46,7 +46,10 @@ class Explanation:
         for operation, answers in self.candidates.items():
             lines.append(f"{operation} on {self.platform}: {self.chosen[operation]}")
             for c in answers:
-                lines.append(f"  {c.implementation:<11} " + (c.how or f"declines: {c.reason}"))
+                told = c.how or f"declines: {c.reason}"
+                if c.by_name is not None:
+                    told += f" ({c.by_name})"
+                lines.append(f"  {c.implementation:<11} {told}")
         if self.epilogue:
             lines.append(self.epilogue)
         return "\n".join(lines)

@@ -32,6 +32,7 @@ class Kernel:
       priority: where no implementation is asked for, the highest that does not decline
         wins; None: only when asked for by name. It may be a function of the problem, for a kernel
         that wins here and loses there.
+      by_name: ``by_name(problem) -> why``, in a few words, where `priority` gives it none.
       vmappable: whether `jax.vmap` of `run` over both operands is sound and fast. Where it
         is not, a batch of kernels is folded into groups.
       fused: ``fused(problem, x, w, bias) -> y``, the forward convolution with
@@ -55,6 +56,7 @@ class Kernel:
     decline: Callable[[Problem], str | None]
     describe: Callable[[Problem], str]
     priority: int | Callable[[Problem], int | None] | None
+    by_name: Callable[[Problem], str] = lambda problem: "only when asked for by name"
     vmappable: bool = False
     fused: Callable[[Problem, jax.Array, jax.Array, jax.Array | None], jax.Array] | None = None
     decline_fused: Callable[[Problem], str | None] = lambda problem: None

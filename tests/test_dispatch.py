@@ -219,6 +219,22 @@ def test_the_highest_priority_that_can_is_picked(add_kernel):
     assert "toy         declines: forward only" in str(explain(X, W))
 
 
+def test_a_priority_may_depend_on_the_problem(add_kernel):
+    """The default where it wins; elsewhere by name alone, and `explain` says why."""
+    add_kernel(
+        priority="lambda p: 1000 if p.spec.time > 8 else None,\n"
+        "        by_name=lambda p: f'slower for T={p.spec.time}'"
+    )
+    short, long = (jax.ShapeDtypeStruct((2, T, 8), jnp.float32) for T in (8, 9))
+    assert explain(short, W).chosen["conv1d"] == "xla"
+    assert "toy         returns sevens (slower for T=8)" in str(explain(short, W))
+    assert explain(long, W).chosen["conv1d"] == "toy"
+    assert "slower" not in str(explain(long, W))
+    # Asked for by name it runs, whatever its priority.
+    np.testing.assert_array_equal(_run("toy"), np.full((2, 5, 4), 7))
+    assert not np.array_equal(_run(), np.full((2, 5, 4), 7))
+
+
 def test_a_kernel_that_declines_a_gradient_raises_only_for_the_gradient(add_kernel):
     add_kernel()
     x, w = np.ones((2, 5, 3), np.float32), np.ones((3, 3, 4), np.float32)

@@ -1,0 +1,150 @@
+"""The estimates of `benchmarks.static` as a table, and the goals set for them.
+
+    python -m benchmarks.static_report [FILE ...] [--layers TEXT]
+
+Reads result files, by default those that are committed; compiles nothing. Figures are estimates
+from compiler output, none is a measured time.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.layers import LAYERS
+from benchmarks.static import BFLOAT16, LINKS, OURS, RESULTS, XLA, ratio
+from conv_pallas import aot, explain
+from conv_pallas._layers import find
+from conv_pallas.spec import OPERATIONS
+
+
+@dataclasses.dataclass(frozen=True)
+class Goal:
+    """What every row of ``layer``'s programs, of which ``program`` is a part, should reach."""
+
+    what: str
+    layer: str
+    program: str
+    least: dict[str, float]  # by chip
+
+
+BOTH = ("v5e", "v6e")
+GOALS = (
+    Goal("chain of four, C=128 K=3 D=4", "chain/C128", f"{LINKS} layers", dict.fromkeys(BOTH, 1.2)),
+    Goal("chain of four, C=256 K=7 D=64", "chain/C256", f"{LINKS} layers",
+         {"v5e": 1.1, "v6e": 1.8}),
+    Goal("depthwise", "depthwise", "", dict.fromkeys(BOTH, 5.0)),
+)  # fmt: skip
+WITHIN = 1.25  # of the bound of the matrix unit, forward
+BOUNDED = "bfloat16/C256"
+
+
+def bound(estimate: dict) -> str:
+    """Which of the three bounds is the estimate."""
+    return max(("bundles", "mxu", "memory"), key=estimate.__getitem__)
+
+
+def is_default(chip: str, row: dict) -> bool:
+    """Whether our kernel runs this single operation on ``chip`` where none is asked for."""
+    layer = find(row["layer"], LAYERS + BFLOAT16)
+    told = []
+
+    def ask():
+        x, w = (aot.struct(shape, layer.dtype) for shape in (
+            (layer.N, layer.T, layer.C), (layer.K, layer.C // layer.G, layer.O)))  # fmt: skip
+        told.append(explain(x, w, platform="tpu", strides=layer.S, padding=layer.padding,
+                            kernel_dilation=layer.D, feature_group_count=layer.G))  # fmt: skip
+        return 0
+
+    aot.lower_for(chip, ask)  # there a kernel sees which chip it is
+    return told[0].chosen[row["program"]] == OURS
+
+
+def judge(chip: str, rows: Sequence[dict]) -> list[tuple[str, str, float | None, float, bool]]:
+    """For each goal and program ``(goal, program, reached, least, whether it is met)``.
+
+    ``reached`` is None where no such program was estimated, and then the goal is not met.
+    """
+    told = []
+    for goal in GOALS:
+        of = [r for r in rows if goal.layer in r["layer"] and goal.program in r["program"]]
+        of = [r for r in of if ratio(r) is not None]
+        for row in of:
+            reached, least = ratio(row), goal.least[chip]
+            name = f"{row['layer']}, {row['program']}"
+            told.append((goal.what, name, reached, least, reached >= least))
+        if not of:
+            told.append((goal.what, "not estimated", None, goal.least[chip], False))
+    forward = [r[OURS] for r in rows if BOUNDED in r["layer"] and r["program"] == "conv1d"]
+    for estimate in forward:
+        over = estimate["estimate"] / estimate["mxu"]
+        told.append(("over the matrix unit's bound, at most", BOUNDED, over, WITHIN,
+                     over <= WITHIN))  # fmt: skip
+    for row in rows:
+        if row["program"] in OPERATIONS and is_default(chip, row):
+            reached, name = ratio(row), f"{row['layer']}, {row['program']}"
+            told.append(
+                ("a single operation that is the default", name, reached, 1.0, reached >= 1)
+            )
+    return told
+
+
+def table(result: dict, rows: Sequence[dict]) -> Table:
+    """One line for each program; times in µs at the chip's clock, all estimated."""
+    each = 1e6 / result["clock"]
+    title = (
+        f"{result['chip']}, libtpu {result['libtpu']}, jax {result['jax']}: estimates from "
+        "compiler output, not measured times"
+    )
+    out = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
+    for column in ("layer", "size", "dtype", "program"):
+        out.add_column(column, no_wrap=True)
+    for column in ("XLA µs", "ours µs", "XLA / ours", "ours bound by", "matrix unit", "spills"):
+        out.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        theirs = [row[i]["estimate"] for i in XLA if "estimate" in row.get(i, {})]
+        ours, against = row[OURS], ratio(row)
+        if "estimate" not in ours:
+            told = ["-", "-", "fails" if "fails" in ours else "declines", "-", "-"]
+        else:
+            color = "default" if against is None else "red" if against < 1 else "green"
+            told = [
+                f"{ours['estimate'] * each:.1f}",
+                "-" if against is None else f"[{color}]{against:.2f}[/{color}]",
+                bound(ours),
+                f"{ours['mxu'] / ours['estimate']:.0%}",
+                str(ours["spills"]),
+            ]
+        xla = f"{min(theirs) * each:.1f}" if theirs else "-"
+        out.add_row(row["layer"], row["geometry"], row["dtype"], row["program"], xla, *told)
+    return out
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.static_report", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE")
+    parser.add_argument("--layers", default="", metavar="TEXT", help="names that contain it")
+    options = parser.parse_args(argv)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=160)
+    for file in options.files or sorted(RESULTS.glob("*.json")):
+        result = json.loads(file.read_text())
+        console.print(table(result, [r for r in result["rows"] if options.layers in r["layer"]]))
+        for goal, name, reached, least, met in judge(result["chip"], result["rows"]):
+            figure = "none" if reached is None else f"{reached:.2f}"
+            mark = "[green]met    [/green]" if met else "[red]not met[/red]"
+            console.print(f"{mark} {goal} {least}: {figure}  {name}", soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
