@@ -60,34 +60,38 @@ def _gradient_rows(around: Around, g_ref, saved_ref, c):
     return tpu_epilogue.rows_of_gradient(around, *refs)
 
 
-def _by_lanes(width: int, window):
+def _lanes(width: int) -> list[tuple[int, int]]:
+    """Where each 128 of ``width`` channels begin, and how many they are."""
+    return [(at, min(LANES, width - at)) for at in range(0, width, LANES)]
+
+
+def _by_lanes(width: int, windows):
     """For each 128 of ``width`` channels, where they are, and their window."""
-    for i, at in enumerate(range(0, width, LANES)):
-        n = min(LANES, width - at)
-        yield pl.ds(at, n), window.at[i, :, pl.ds(0, n)]
+    return [(pl.ds(at, n), w) for (at, n), w in zip(_lanes(width), windows, strict=True)]
 
 
-def _window(plan) -> pltpu.VMEM:
+def _windows(plan) -> list[pltpu.VMEM]:
     # Of its own for each 128 channels: there a tap that starts between two tiles of 8 rows is
     # one contiguous load, where lanes side by side would take two, and a shift.
-    return pltpu.VMEM((pl.cdiv(plan.BC, LANES), plan.walk.window_rows, LANES), jnp.float32)
+    return [pltpu.VMEM((plan.walk.window_rows, n), jnp.float32) for _, n in _lanes(plan.BC)]
 
 
 def _forward_kernel(walk, around, x_ref, *refs):
     """One tile of time: moves the window on, then one sum of taps per chunk."""
     refs = list(refs)
     saved_ref = refs.pop(0) if around.slope_of else None
-    w_ref, *b_ref, y_ref, window = refs
-    s = pl.program_id(2)
     BC = x_ref.shape[2]
-    for c, lanes in _by_lanes(BC, window):
+    count = len(_lanes(BC))
+    (w_ref, *b_ref, y_ref), windows = refs[:-count], refs[-count:]
+    s = pl.program_id(2)
+    for c, lanes in _by_lanes(BC, windows):
         walk.advance(s, _gradient_rows(around, x_ref, saved_ref, c), lanes)
 
     @pl.when(s >= walk.warm)
     def _():
         def chunk(at, n):
             # Aligned here and by a constant below: a dynamic offset must be a whole tile.
-            for c, lanes in _by_lanes(BC, window):
+            for c, lanes in _by_lanes(BC, windows):
                 rows = lanes.at[pl.ds(at, n + walk.history)]
                 acc = rows[pl.ds(walk.offset(0), n)] * w_ref[pl.ds(0, 1), c]
                 for k in range(1, walk.taps):
@@ -102,12 +106,13 @@ def _forward_kernel(walk, around, x_ref, *refs):
 
 def _kernel_grad_kernel(walk, around, x_ref, g_ref, *refs):
     """One tile of time: adds ``x_k * g`` to every tap of dw, by sublanes; dw stays."""
-    *refs, window = refs
+    BC = x_ref.shape[2]
+    count = len(_lanes(BC))
+    refs, windows = list(refs[:-count]), refs[-count:]
     saved_ref = refs.pop(0) if around.slope_of else None
     dw_ref, *db_ref = refs
     n, s = pl.program_id(2), pl.program_id(3)
-    BC = x_ref.shape[2]
-    for c, lanes in _by_lanes(BC, window):
+    for c, lanes in _by_lanes(BC, windows):
         walk.advance(s, rows_of(x_ref.at[0, :, c]), lanes)
 
     @pl.when((n == 0) & (s == 0))
@@ -118,7 +123,7 @@ def _kernel_grad_kernel(walk, around, x_ref, g_ref, *refs):
     @pl.when(s >= walk.warm)
     def _():
         def chunk(at, n):
-            for c, lanes in _by_lanes(BC, window):
+            for c, lanes in _by_lanes(BC, windows):
                 rows = lanes.at[pl.ds(at, n + walk.history)]
                 g = _gradient_rows(around, g_ref, saved_ref, c)(at, n).astype(jnp.float32)
                 if walk.out_time % walk.rows:  # the last tile has rows past the end
@@ -194,7 +199,7 @@ def _forward(
         in_specs=in_specs,
         out_specs=pl.BlockSpec((1, walk.rows, plan.BC), lambda c, n, s: (n, walk.out_block(s), c)),
         out_shape=out,
-        scratch_shapes=[_window(plan)],
+        scratch_shapes=_windows(plan),
         compiler_params=compiler_params(chip, plan.vmem, ("parallel", "parallel", "arbitrary")),
         cost_estimate=cost(
             2 * N * walk.out_time * walk.taps * C,
@@ -232,7 +237,7 @@ def _kernel_grad(
         ],
         out_specs=out_specs,
         out_shape=out_shape,
-        scratch_shapes=[_window(plan)],
+        scratch_shapes=_windows(plan),
         compiler_params=compiler_params(chip, plan.vmem, ("parallel", *("arbitrary",) * 3)),
         cost_estimate=cost(
             2 * N * walk.out_time * walk.taps * C,
