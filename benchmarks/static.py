@@ -190,10 +190,12 @@ def programs(layers, chains) -> Iterator[tuple[dict, int, Callable]]:
         yield described, products, make
 
 
-def compare(chip: str, folder: Path, layers, chains, only_ours: bool) -> Iterator[dict]:
+def compare(chip: str, folder: Path, layers, chains, only_ours: bool, known_rows) -> Iterator[dict]:
     """A row for each program: every implementation's estimate, or the reason that it has none."""
     rates, known = Chip.named(chip), {}
     for described, products, program in programs(layers, chains):
+        if any(described.items() <= row.items() for row in known_rows):
+            continue
         key = (described["geometry"], described["dtype"], described["program"])
         if key not in known:
             row = {}
@@ -206,6 +208,9 @@ def compare(chip: str, folder: Path, layers, chains, only_ours: bool) -> Iterato
                     found = estimate(chip, rates, folder, program(implementation), products)
                 except NotImplementedError as e:
                     row[implementation] = dict(declines=str(e))
+                    continue
+                except traffic.UnreadableError as e:
+                    row[implementation] = dict(unreadable=str(e))
                     continue
                 except jax.errors.JaxRuntimeError as e:
                     row[implementation] = dict(fails=str(e).splitlines()[0])
@@ -245,14 +250,20 @@ def _run(chip: str, arguments) -> int:
     head = dict(what=what, chip=chip, **versions, **dataclasses.asdict(Chip.named(chip)))
     head |= dict(date=datetime.date.today().isoformat(), commit=stored.commit())
     rows = []
-    for row in compare(chip, folder, layers, chains, arguments.ours):
+    path = Path(arguments.output or "", f"{chip}.json")
+    if arguments.resume and path.is_file():
+        before = json.loads(path.read_text())
+        if any(before[key] != value for key, value in head.items()):
+            raise ValueError(f"{path} is by other versions than {versions}")
+        rows = before["rows"]
+    for row in compare(chip, folder, layers, chains, arguments.ours, list(rows)):
         rows.append(row)
         ours, against = row[OURS], ratio(row)
         told = f"{against:5.2f}" if against else ours.get("fails") or "-"
         spills = f"  {ours['spills']} spills" if ours.get("spills") else ""
         print(f"{chip} {row['layer']:<34} {row['program']:<20} {told}{spills}", flush=True)
         if arguments.output:  # after every row: what is there when it is stopped counts
-            _write(Path(arguments.output) / f"{chip}.json", head, rows)
+            _write(path, head, rows)
     failed = [row["layer"] for row in rows if "fails" in row[OURS]]
     spilled = [row["layer"] for row in rows if row[OURS].get("spills")]
     print(f"libtpu {versions['libtpu']}, {chip}: XLA's estimate over ours; nothing was measured")
@@ -278,6 +289,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--layers", help="words, of which a layer's name contains one; all")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="instead of each its own")
     parser.add_argument("--ours", action="store_true", help="leave XLA's programs out")
+    parser.add_argument("--resume", action="store_true", help="keep what --output has already")
     parser.add_argument("--quick", action="store_true", help="of each model the most dilated layer")
     parser.add_argument("--output", help=f"where to write JSON; the committed one is {RESULTS}")
     arguments = parser.parse_args(argv)

@@ -16,6 +16,10 @@ _FREE = {"parameter", "bitcast", "tuple", "get-tuple-element", "constant", "copy
 _BITS = re.compile(r"(\d+)")
 
 
+class UnreadableError(ValueError):
+    """A program that this module can't add up."""
+
+
 def _bits(dtype: str) -> int:
     return 8 if dtype == "pred" else int(_BITS.search(dtype)[1])
 
@@ -51,7 +55,9 @@ def hbm_bytes(hlo: str) -> int:
         if opcode in _FREE:
             continue
         if opcode == "while":
-            raise ValueError(f"{name} is a loop: what it moves can't be read from its operands")
+            raise UnreadableError(
+                f"{name} is a loop: what it moves can't be read from its operands"
+            )
         read = [shapes[o] for o in re.findall(r"%([\w.-]+)", operands)]
         if opcode in ("copy-start", "slice-start"):  # the result names source and target
             ends = re.findall(r"\w+\[[\d,]*\]\{[^}]*\}", shape)[:2]
