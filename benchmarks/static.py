@@ -236,9 +236,10 @@ def ratio(row: dict, *theirs: str) -> float | None:
 def _run(chip: str, arguments) -> int:
     folder = Path(os.environ["CONV_PALLAS_DUMP"])
     # The most telling first, so that a run that is cut short has them.
-    known = tuple(dict.fromkeys((*CHAINS, *BFLOAT16, *quick(), *LAYERS)))
+    telling = [layer for layer in quick() if isinstance(layer, Layer)]  # no whole networks
+    known = tuple(dict.fromkeys((*CHAINS, *BFLOAT16, *telling, *LAYERS)))
     if arguments.quick:
-        known = known[: len(CHAINS) + len(BFLOAT16) + len(quick())]
+        known = known[: len(CHAINS) + len(BFLOAT16) + len(telling)]
     chosen = select(arguments.layers, known) if arguments.layers else known
     if arguments.dtype:
         chosen = [dataclasses.replace(layer, dtype=arguments.dtype) for layer in chosen]
@@ -248,14 +249,15 @@ def _run(chip: str, arguments) -> int:
     what = "estimates in cycles from compiler output; nothing was measured"
     versions = {p: importlib.metadata.version(p) for p in ("jax", "libtpu")}
     head = dict(what=what, chip=chip, **versions, **dataclasses.asdict(Chip.named(chip)))
-    head |= dict(date=datetime.date.today().isoformat(), commit=stored.commit())
-    rows = []
+    rows, runs = [], []  # a result that was resumed has several runs
     path = Path(arguments.output or "", f"{chip}.json")
     if arguments.resume and path.is_file():
         before = json.loads(path.read_text())
         if any(before[key] != value for key, value in head.items()):
             raise ValueError(f"{path} is by other versions than {versions}")
-        rows = before["rows"]
+        rows, runs = before["rows"], before.get("runs", [])
+    today = datetime.date.today().isoformat()
+    head |= dict(runs=[*runs, dict(date=today, commit=stored.commit(), rows_before=len(rows))])
     for row in compare(chip, folder, layers, chains, arguments.ours, list(rows)):
         rows.append(row)
         ours, against = row[OURS], ratio(row)
