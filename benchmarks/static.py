@@ -14,6 +14,7 @@ is free to keep another in between.
 
 import argparse
 import dataclasses
+import datetime
 import functools
 import importlib.metadata
 import json
@@ -28,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import bundles, traffic
+from benchmarks import bundles, stored, traffic
 from benchmarks.layers import LAYERS, quick
 from conv_pallas import aot, conv1d
 from conv_pallas._layers import Layer, select
@@ -235,23 +236,28 @@ def ratio(row: dict, *theirs: str) -> float | None:
 def _run(chip: str, arguments) -> int:
     folder = Path(os.environ["CONV_PALLAS_DUMP"])
     # The most telling first, so that a run that is cut short has them.
-    known = tuple(dict.fromkeys((*CHAINS, *BFLOAT16, *quick(), *LAYERS)))
+    telling = [layer for layer in quick() if isinstance(layer, Layer)]  # no whole networks
+    known = tuple(dict.fromkeys((*CHAINS, *BFLOAT16, *telling, *LAYERS)))
     if arguments.quick:
-        known = known[: len(CHAINS) + len(BFLOAT16) + len(quick())]
+        known = known[: len(CHAINS) + len(BFLOAT16) + len(telling)]
     chosen = select(arguments.layers, known) if arguments.layers else known
+    if arguments.dtype:
+        chosen = [dataclasses.replace(layer, dtype=arguments.dtype) for layer in chosen]
     layers, chains = (
-        [layer for layer in chosen if (layer in CHAINS) is links] for links in (False, True)
+        [layer for layer in chosen if (layer.model == "chain") is links] for links in (False, True)
     )
     what = "estimates in cycles from compiler output; nothing was measured"
     versions = {p: importlib.metadata.version(p) for p in ("jax", "libtpu")}
     head = dict(what=what, chip=chip, **versions, **dataclasses.asdict(Chip.named(chip)))
-    rows = []
+    rows, runs = [], []  # a result that was resumed has several runs
     path = Path(arguments.output or "", f"{chip}.json")
     if arguments.resume and path.is_file():
         before = json.loads(path.read_text())
         if any(before[key] != value for key, value in head.items()):
             raise ValueError(f"{path} is by other versions than {versions}")
-        rows = before["rows"]
+        rows, runs = before["rows"], before.get("runs", [])
+    today = datetime.date.today().isoformat()
+    head |= dict(runs=[*runs, dict(date=today, commit=stored.commit(), rows_before=len(rows))])
     for row in compare(chip, folder, layers, chains, arguments.ours, list(rows)):
         rows.append(row)
         ours, against = row[OURS], ratio(row)
@@ -283,17 +289,26 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("device", choices=["tpu"])
     parser.add_argument("--chips", default="v5e,v6e", help="of v5e, v6e")
     parser.add_argument("--layers", help="words, of which a layer's name contains one; all")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="instead of each its own")
     parser.add_argument("--ours", action="store_true", help="leave XLA's programs out")
     parser.add_argument("--resume", action="store_true", help="keep what --output has already")
     parser.add_argument("--quick", action="store_true", help="of each model the most dilated layer")
     parser.add_argument("--output", help=f"where to write JSON; the committed one is {RESULTS}")
     arguments = parser.parse_args(argv)
     if "CONV_PALLAS_DUMP" in os.environ:
-        return _run(arguments.chips, arguments)
+        try:
+            return _run(arguments.chips, arguments)
+        except KeyboardInterrupt:
+            return 130
     chips = arguments.chips.split(",")
     if not set(chips) <= set(CLOCK):
         parser.error(f"--chips must be of {', '.join(CLOCK)}, got {arguments.chips!r}")
-    return max([_in_a_process(chip, argv or sys.argv[1:]) for chip in chips])
+    status = 0
+    for chip in chips:
+        status = max(status, _in_a_process(chip, argv or sys.argv[1:]))
+        if status == 130:
+            break
+    return status
 
 
 def _in_a_process(chip: str, argv: list[str]) -> int:
@@ -308,6 +323,9 @@ def _in_a_process(chip: str, argv: list[str]) -> int:
     command = [sys.executable, "-m", "benchmarks.static", *argv, "--chips", chip]
     try:
         return subprocess.run(command, env=environment).returncode
+    except KeyboardInterrupt:
+        print("interrupted: rows that are done are kept")
+        return 130
     finally:
         shutil.rmtree(folder)
 

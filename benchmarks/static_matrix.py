@@ -92,6 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for layer, wrong, took in compiled(chip, layers):
                     done, seconds = done + 1, seconds + took
                     bar.advance(task)
+                    if not console.is_terminal and done % 16 == 0:
+                        console.print(f"{done} of {len(chips) * len(layers)}")
                     if wrong is not None:
                         failures += 1
                         console.print(f"{chip} {layer.name} ({layer}): {wrong}")
