@@ -8,6 +8,11 @@ import dataclasses
 import os
 from collections.abc import Sequence
 
+# Imported for what it does to JAX, and before anything is compiled: it adds to the context that
+# every jit's cache is keyed by. Imported with the kernels, at the first lowering, it would have
+# each function compiled twice.
+import jax._src.pallas.fuser.jaxpr_fusion  # noqa: F401
+
 from conv_pallas.spec import Epilogue, Problem
 
 IMPLEMENTATIONS = ("triton", "pallas_tpu", "xla", "xla_native")

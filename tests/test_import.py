@@ -83,3 +83,13 @@ def test_public_names():
         assert all(hasattr(module, name) for name in module.__all__)
     assert {"conv1d", "conv_general_dilated", "explain"} <= set(conv_pallas.__all__)
     assert {"Conv", "replace_convs", "TemporalBlock", "TCN"} <= set(nn.__all__)
+
+
+def test_finding_the_kernels_leaves_every_compiled_function_valid():
+    """What they import must not change the context that the caches of jit are keyed by."""
+    script = (
+        "import conv_pallas.nn; from jax._src import config; before = config.trace_context();"
+        "from conv_pallas import kernels; kernels.discover();"
+        "assert len(config.trace_context()) == len(before)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
