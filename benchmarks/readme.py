@@ -14,7 +14,7 @@ from conv_pallas._measure import PASSES
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 RESULT = ROOT / "benchmarks" / "results" / "cpu" / "layers.json"
-COMMAND = "python -m benchmarks --json benchmarks/results/cpu/layers.json"
+COMMAND = "python -m benchmarks --quick --json benchmarks/results/cpu/layers.json"
 MARKS = "<!-- figures: written by benchmarks/readme.py -->", "<!-- end of figures -->"
 
 
