@@ -212,29 +212,48 @@ def result():
     return stored.read(stored.Path(report.RESULTS / "cpu" / "layers.json"))
 
 
-def test_ranking(result):
-    m = next(m for m in result["measurements"] if "same_as" not in m["variants"]["matmuls"])
-    one = {**result, "measurements": [m]}
-    other = json.loads(json.dumps(one))
-    assert ranking.agreement(one, other).share == 1
-    variants = other["measurements"][0]["variants"]
-    faster = variants["matmuls"]["ms"] < variants[STOCK]["ms"]
-    variants["matmuls"]["ms"] = variants[STOCK]["ms"] * (10 if faster else 0.1)
-    found = ranking.agreement(one, other)
-    assert found.share == 0 and "matmuls" in str(found)
-    variants["matmuls"]["ms"] = variants[STOCK]["ms"] * 1.05  # within noise: no contradiction
-    assert ranking.agreement(one, other).share == 1
+def test_ranking():
+    def ranked(stock, matmuls, **others):
+        layer = {"name": "a/D2", "size": "T=8", "dtype": "float32"}
+        times = {STOCK: stock, "matmuls": matmuls, **others}
+        variants = {name: {"ms": ms} for name, ms in times.items()}
+        return {"measurements": [{"layer": layer, "pass": FORWARD, "variants": variants}]}
+
+    first = ranked(1.0, 0.5)
+    assert ranking.agreement(first, first).share == 1
+    found = ranking.agreement(first, ranked(1.0, 10.0))
+    assert found.share == 0 and "a/D2, forward (stock/matmuls)" in str(found)
+    assert ranking.agreement(first, ranked(1.0, 1.05)).share == 1  # within noise
+    assert (
+        ranking.agreement(ranked(1.0, 0.5, barrier=0.95), ranked(1.0, 0.5, barrier=0.8)).share == 1
+    )
+    same = ranked(1.0, 10.0)
+    same["measurements"][0]["variants"]["matmuls"]["same_as"] = STOCK
+    assert ranking.agreement(first, same).share == 1  # two times of one program
+    other = ranked(1.0, 10.0)
+    other["measurements"][0]["layer"]["size"] = "T=16"
+    assert not ranking.agreement(first, other).differing  # another layer
+
+
+def _with_sweeps(result):
+    """With one layer at three dilations and three lengths: a quick run has no such sweeps."""
+    found = [m for m in result["measurements"] if m["layer"]["name"] == "tcn-adding/D128"]
+    fields = [{"name": f"tcn-adding/D{D}", "D": D} for D in (1, 2)]
+    fields += [{"name": f"length/dense/T{T}", "T": T} for T in (64, 256, 1024)]
+    more = [{**m, "layer": m["layer"] | f} for m in found for f in fields]
+    return {**result, "measurements": [*result["measurements"], *more]}
 
 
 def test_page_stands_alone(result):
-    page = report.page(result, result)
+    shown = _with_sweeps(result)
+    page = report.page(shown, result)
     for outside in ("http://", "https://", "<link", "<script src", "@import", "url("):
         assert outside not in page
     for title in ("Speed-up of each layer", "How far from the limit", "Time against dilation",
                   "Time against length", "Memory", "All variants", "Against another"):  # fmt: skip
         assert title in page
     assert page.count("<svg") >= 10 and "NaN" not in page and "prefers-color-scheme: dark" in page
-    for m in result["measurements"]:  # the losing ones too
+    for m in shown["measurements"]:  # the losing ones too
         assert f"<th>{report._name(m)}</th>" in page
 
 
