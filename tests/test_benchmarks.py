@@ -1,7 +1,6 @@
 """The benchmarks: what is wrong is refused, what is slow is told, what was measured is kept."""
 
 import dataclasses
-import json
 import os
 import signal
 import subprocess
