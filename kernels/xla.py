@@ -145,9 +145,16 @@ def _cpu_kernel_grad(problem: Problem) -> str:
     c=128 o=128 K=3 D=4 bfloat16                  padded 1.0     im2col 2.0    matmuls 1.6
     c=64 o=64 K=3 D=16 bfloat16                   padded 1.0     im2col 1.5    matmuls 1.1
     c=25 o=25 K=7 D=4 bfloat16                    padded 1.3     im2col 0.7    matmuls 0.7
+    c=450 o=450 K=3 D=4, N=1 T=100                padded 1.9     im2col 1.8    matmuls 1.9
+    c=512 o=512 K=3 D=4, N=1 T=64                 padded 1.9     im2col 2.2    matmuls 1.5
+    c=512 o=512 K=8 D=4, N=1 T=64                 padded 1.4     im2col 1.5    matmuls 1.2
+    c=64 o=64 K=3 D=1024, N=1 T=16384             padded 1.1     im2col 0.7    matmuls 1.0
+    c=32 o=32 K=3 D=512, N=1 T=5000               padded 1.5     im2col 1.2    matmuls 1.1
+    c=64 o=128 K=2 D=16, N=8 T=4000               padded 0.7     im2col 0.9    matmuls 0.7
+    c=512 o=512 K=3, N=32 T=32                    padded 0.6     im2col 1.0    matmuls 0.8
     ================================  ======================================================
 
-    The five last as the last of `_cpu_forward`.
+    The twelve last as the last of `_cpu_forward`; of these, the seven with N against native.
     """
     spec, (c, _) = problem.spec, _channels(problem)
     K, G = spec.kernel_size, spec.groups
@@ -162,12 +169,15 @@ def _cpu_kernel_grad(problem: Problem) -> str:
         return "split" if G <= 32 else "matmuls"
     if K == 1 and spec.stride == spec.input_dilation == 1:
         return "matmuls"
-    columns = problem.N * spec.out_time * K * c  # what im2col holds
-    if columns <= 2**17 or (K <= 8 and (c == 1 or spec.stride > 1)):
+    steps = problem.N * spec.out_time
+    columns = steps * K * c  # what im2col holds
+    if columns <= 2**17 or (steps <= 128 and K <= 8) or (K <= 8 and (c == 1 or spec.stride > 1)):
         return "im2col"
     if _bfloat16(problem) and K <= 4:
         return "im2col"
-    return "padded" if spec.input_dilation == 1 and (K > 4 or not causal) else "native"
+    # Causal and few taps: padding one sequence costs less than it saves, padding a batch more.
+    pays = K > 4 or not causal or problem.N == 1
+    return "padded" if spec.input_dilation == 1 and pays else "native"
 
 
 def _bfloat16(problem: Problem) -> bool:
