@@ -70,7 +70,8 @@ class Settings:
       least: seconds that one sample lasts at least; the call is repeated to fill them.
       rounds: the fewest and the most samples of each variant. In between it stops once the
         median ratio is known to ``settled``, relatively.
-      limit: seconds after which it stops, though never before three rounds.
+      limit: seconds after which it stops, though never before three rounds. A variant of which
+        one call takes longer, and far longer than another's, takes part in one round only.
       hopeless: variants that take so many times longer than the fastest one take part in
         three rounds only, and leave the time to those that are close.
     """
@@ -107,17 +108,22 @@ def interleaved(
         jax.block_until_ready(out)
         return (time.perf_counter() - start) / repeats
 
-    repeats = {}
+    repeats, alone = {}, {}
     start = time.perf_counter()
     for name, call in calls.items():
         first = sample(call, 1)
         once = first if first > settings.limit / 20 else min(sample(call, 1) for _ in range(3))
         repeats[name] = max(1, math.ceil(settings.least / once))
+        alone[name] = once
     times = {name: [] for name in calls}
     names = list(calls)
+    most = max(settings.limit, settings.hopeless * min(alone.values()))
+    once_only = {name for name, once in alone.items() if once > most}
     for turn in range(settings.rounds[1]):
         if turn >= 3 and time.perf_counter() - start > settings.limit:
             break
+        if turn == 1:
+            names = [name for name in names if name not in once_only]
         if turn == 3 and len(names) > 2:
             best = {name: statistics.median(times[name]) for name in names}
             most = settings.hopeless * min(best.values())

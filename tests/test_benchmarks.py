@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 from benchmarks import __main__ as command
 from benchmarks import baselines, harness, layers, ranking, report, stored
 from benchmarks.truth import Truth, WrongResultError
-from conv_pallas import explain, kernels
+from conv_pallas import _measure, explain, kernels
 from conv_pallas._layers import Layer
 from conv_pallas._measure import FORWARD, PASSES, STEP, STOCK, Settings
 
@@ -201,6 +202,16 @@ def test_a_stack_is_the_network_that_its_costs_count():
     kernels_ = [p for p in jax.tree.leaves(jax.eval_shape(lambda: layers.nnx.state(stack.build())))
                 if p.ndim == 3]  # fmt: skip
     assert sorted(k.shape for k in kernels_) == sorted((la.K, la.C, la.O) for la in stack.layers())
+
+
+def test_slow_variants_take_few_rounds():
+    calls = {"fast": lambda: None, "slow": lambda: time.sleep(0.02), "other": lambda: None}
+    settings = Settings(least=0, rounds=(5, 5), limit=0.01, hopeless=2)
+    times = _measure.interleaved(calls, settings)
+    assert len(times["slow"]) == 1 and len(times["fast"]) >= 3
+    settings = dataclasses.replace(settings, limit=10)  # a short call, but a hopeless one
+    times = _measure.interleaved(calls, settings)
+    assert len(times["slow"]) == 3 and len(times["fast"]) == 5
 
 
 # --- results -------------------------------------------------------------------------------------
