@@ -116,19 +116,20 @@ def by_types(local, avals_in, avals_out, **params):
     ins, outs = split.specs(placed)
 
     def call(*operands):
-        operands = map(jax.sharding.reshard, operands, ins)
-        outcomes = jax.shard_map(
-            split.share(local, mesh, placed, **params),
-            mesh=mesh,
-            in_specs=tuple(ins),
-            out_specs=outs,
-            axis_names=set(mesh.explicit_axes),
-            check_vma=False,
-        )(*operands)
-        return [
-            jax.sharding.reshard(o, a.sharding.spec)
-            for o, a in zip(outcomes, avals_out, strict=True)
-        ]
+        # The types have a mesh also where the caller is in no context of one.
+        with jax.sharding.use_abstract_mesh(mesh):
+            operands = map(jax.sharding.reshard, operands, ins)
+            outcomes = jax.shard_map(
+                split.share(local, mesh, placed, **params),
+                in_specs=tuple(ins),
+                out_specs=outs,
+                axis_names=set(mesh.explicit_axes),
+                check_vma=False,
+            )(*operands)
+            return [
+                jax.sharding.reshard(o, a.sharding.spec)
+                for o, a in zip(outcomes, avals_out, strict=True)
+            ]
 
     return call
 

@@ -143,16 +143,17 @@ def _partitioned_by_types(compute, lhs, rhs, result, *, operation, spec, kernel_
     share, specs = _shares(compute, mesh, axes, arrays, **params)
 
     def call(lhs, rhs):
-        operands = map(jax.sharding.reshard, (lhs, rhs), specs[:2])
-        out = jax.shard_map(
-            share,
-            mesh=mesh,
-            in_specs=specs[:2],
-            out_specs=specs[2],
-            axis_names=set(mesh.explicit_axes),
-            check_vma=False,
-        )(*operands)
-        return jax.sharding.reshard(out, result.sharding.spec)
+        # The types have a mesh also where the caller is in no context of one.
+        with jax.sharding.use_abstract_mesh(mesh):
+            operands = map(jax.sharding.reshard, (lhs, rhs), specs[:2])
+            out = jax.shard_map(
+                share,
+                in_specs=specs[:2],
+                out_specs=specs[2],
+                axis_names=set(mesh.explicit_axes),
+                check_vma=False,
+            )(*operands)
+            return jax.sharding.reshard(out, result.sharding.spec)
 
     return call
 

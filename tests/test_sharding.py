@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from conv_pallas import conv1d
+from tests.streams import functions, model_of, numbers, stream
 from tests.support import collectives, tree_close
 
 
@@ -299,3 +300,45 @@ def test_second_order_of_a_layer_whose_bias_lies_elsewhere(bias_spec, axis_type)
 
     _, out = _compiled(hvp, mesh, *layout.place(mesh), bias)
     tree_close(out, jax.jit(hvp)(*layout.arrays(), b), rtol=1e-4)
+
+
+def test_explicit_axes_outside_a_context_of_their_mesh():
+    """An array's type has its mesh: lax's convolution asks for no context either."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    x, w, b = numbers(4, 12, 6), numbers(3, 6, 8, seed=1), numbers(8, seed=2)
+    arrays = [
+        jax.device_put(a, NamedSharding(mesh, s))
+        for a, s in zip((x, w, b), (P("data"), P(None, None, "model"), P("model")), strict=True)
+    ]
+
+    def loss(x, w, b):
+        return jnp.sum(jnp.sin(conv1d(x, w, b, kernel_dilation=2, activation="silu")))
+
+    def everything(x, w, b):
+        many = jax.vmap(lambda x: conv1d(x, w, kernel_dilation=2))(x)
+        return jax.value_and_grad(loss, (0, 1, 2))(x, w, b), many
+
+    compiled = jax.jit(everything).lower(*arrays).compile()
+    (_, (dx, dw, db)), many = compiled(*arrays)
+    assert dx.sharding.spec[0] == many.sharding.spec[0] == "data"
+    assert dw.sharding.spec[2] == db.sharding.spec[0] == many.sharding.spec[2] == "model"
+    assert "all-gather" not in collectives(compiled)
+    tree_close(compiled(*arrays), jax.jit(everything)(x, w, b))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_a_stream_stays_on_the_devices_of_its_batch(kind):
+    model = model_of(norm="weight", dilations=(3, 1))
+    x = numbers(4, 9, 3)
+    whole, _ = functions(model)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,))
+    by_batch, everywhere = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+    where = jax.tree.map(lambda a: by_batch if a.ndim else everywhere, model.init_state(4))
+    state = jax.device_put(model.init_state(4), where)
+    step = jax.jit(lambda x, state: model.step(x, state))
+    placed = jax.device_put(x, by_batch)
+    assert not collectives(step.lower(placed[:, :3], state).compile())
+    y, after = stream(step, state, placed, (3, 3, 3))
+    for leaf, want in zip(jax.tree.leaves(after), jax.tree.leaves(where), strict=True):
+        assert leaf.sharding.is_equivalent_to(want, leaf.ndim)
+    np.testing.assert_allclose(y, whole(x), rtol=1e-5, atol=1e-5)
