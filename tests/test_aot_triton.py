@@ -122,6 +122,14 @@ def test_depthwise_loads_are_as_wide_as_they_get():
         assert re.search(rf"(LDG\.E\.{size} ){{4}}(STG\.E\.{size} ){{1,4}}", " ".join(tiles) + " ")
 
 
+def test_the_machine_code_of_what_was_lowered_before():
+    case, activation = BY_NAME["depthwise"]
+    layer = functools.partial(_layer, case, activation)
+    aot.lower_for("h200", layer, *_structs(case))
+    made = codes("h200", layer, *_structs(case))
+    assert {code.name for code in made} == {"conv_walk", "conv_walk_backward"}
+
+
 def _instructions(hlo: str):
     """Opcode and number of elements of every instruction of an HLO module."""
     for shape, opcode in re.findall(r"= \w+\[([\d,]*)\][^ ]* ([\w-]+)\(", hlo):
