@@ -109,7 +109,8 @@ class Code:
 
 def codes(chip: str, f: Callable, *structs) -> list[Code]:
     """The machine code of every Triton kernel that f runs on the chip, in order."""
-    results, asked = [], []
+    results, asked, compiled = [], [], {}
+    compiled_here = property(lambda self: compiled.setdefault(id(self.fn), {}))
     compile_kernel, lookup = triton_lib.TritonFunction._compile_kernel, triton_tuned.lookup
 
     def compile_and_keep(self, spec, target, backend, options):
@@ -135,7 +136,7 @@ def codes(chip: str, f: Callable, *structs) -> list[Code]:
     with (
         mock.patch.object(triton_lib.TritonFunction, "_compile_kernel", compile_and_keep),
         # What was compiled before, outside this function or for another chip, counts as well.
-        mock.patch.object(triton_lib.TritonFunction, "_kernel_cache", property(lambda self: {})),
+        mock.patch.object(triton_lib.TritonFunction, "_kernel_cache", compiled_here),
         mock.patch.object(triton_tuned, "lookup", look_up_and_keep),
     ):
         aot.lower_for(chip, lambda *args: f(*args), *structs)  # jit, too, knows what it lowered

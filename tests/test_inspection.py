@@ -104,7 +104,7 @@ def test_inspect_a_gpu(tmp_path):
     assert "cuDNN: size=9" in told  # stock: three taps, filled up with zeros
     kinds = collections.Counter(p.suffix for p in (tmp_path / "dump").iterdir())
     assert kinds.keys() == {".hlo", ".stablehlo", ".ttir", ".ttgir", ".ptx", ".sass"}
-    assert kinds[".sass"] == 3  # one for each operation
+    assert kinds[".sass"] == 4  # the forward pass, and each operation of the step
     for kind, sign in {"ttir": "tt.func", "ptx": ".entry", "sass": "EXIT"}.items():
         assert sign in (tmp_path / "dump" / f"forward-ours-0-conv_dense.{kind}").read_text()
 
