@@ -8,13 +8,12 @@ are split can no kernel add bias and activation, for z itself is a sum over devi
 import dataclasses
 import math
 
-import jax
 from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from conv_pallas.sharding import Axes, Placement
+from conv_pallas.sharding import Axes, Placement, shard_by_types
 from conv_pallas.spec import ConvSpec, Epilogue
 
 
@@ -114,24 +113,8 @@ def by_types(local, avals_in, avals_out, **params):
     )
     placed = split.place(mesh, params["spec"].groups, operands, results[0])
     ins, outs = split.specs(placed)
-
-    def call(*operands):
-        # The types have a mesh also where the caller is in no context of one.
-        with jax.sharding.use_abstract_mesh(mesh):
-            operands = map(jax.sharding.reshard, operands, ins)
-            outcomes = jax.shard_map(
-                split.share(local, mesh, placed, **params),
-                in_specs=tuple(ins),
-                out_specs=outs,
-                axis_names=set(mesh.explicit_axes),
-                check_vma=False,
-            )(*operands)
-            return [
-                jax.sharding.reshard(o, a.sharding.spec)
-                for o, a in zip(outcomes, avals_out, strict=True)
-            ]
-
-    return call
+    share = split.share(local, mesh, placed, **params)
+    return shard_by_types(share, mesh, ins, outs, [a.sharding.spec for a in avals_out])
 
 
 def of_results(results, *avals, gradients: bool, spec, has_bias, **_) -> list[NamedSharding]:

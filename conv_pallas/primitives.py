@@ -140,22 +140,8 @@ def _partitioned_by_types(compute, lhs, rhs, result, *, operation, spec, kernel_
     axes = sharding.Axes.of(operation, spec.groups, lhs.ndim, kernel_batch)
     arrays = [(a.shape, a.sharding.spec) for a in (lhs, rhs, result)]
     params |= dict(operation=operation, spec=spec, kernel_batch=kernel_batch)
-    share, specs = _shares(compute, mesh, axes, arrays, **params)
-
-    def call(lhs, rhs):
-        # The types have a mesh also where the caller is in no context of one.
-        with jax.sharding.use_abstract_mesh(mesh):
-            operands = map(jax.sharding.reshard, (lhs, rhs), specs[:2])
-            out = jax.shard_map(
-                share,
-                in_specs=specs[:2],
-                out_specs=specs[2],
-                axis_names=set(mesh.explicit_axes),
-                check_vma=False,
-            )(*operands)
-            return jax.sharding.reshard(out, result.sharding.spec)
-
-    return call
+    share, (*operands, out) = _shares(compute, mesh, axes, arrays, **params)
+    return sharding.shard_by_types(share, mesh, operands, out, result.sharding.spec)
 
 
 def _partitioned_by_xla(compute, lhs, rhs, *, operation, spec, kernel_batch, **params):

@@ -9,8 +9,9 @@ and one all-reduce follows.
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import jax
 from jax.sharding import PartitionSpec as P
 
 from conv_pallas.spec import Operation
@@ -123,6 +124,31 @@ class Axes:
                 sizes["group"] = groups
         factors = dict.fromkeys(re.findall(r"\w+", rule))  # Shardy wants them in this order
         return rule, sizes, tuple(f for f in factors if f in WHOLE)
+
+
+def shard_by_types(share: Callable, mesh, operands, results, wanted) -> Callable:
+    """``share``, which computes one device's part, as a function of arrays on explicit axes.
+
+    Args:
+      mesh: of the arrays' types.
+      operands: for each, the `PartitionSpec` that ``share`` needs.
+      results: the one that it leaves each result in; a list, or one for one array.
+      wanted: the one that each result's type says, likewise.
+    """
+
+    def call(*arrays):
+        # The types have a mesh also where the caller is in no context of one.
+        with jax.sharding.use_abstract_mesh(mesh):
+            outcome = jax.shard_map(
+                share,
+                in_specs=tuple(operands),
+                out_specs=results,
+                axis_names=set(mesh.explicit_axes),
+                check_vma=False,
+            )(*map(jax.sharding.reshard, arrays, operands))
+            return jax.sharding.reshard(outcome, wanted)
+
+    return call
 
 
 def _unwrap(names: tuple[str, ...] | None):
