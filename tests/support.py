@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 
 import jax
 import numpy as np
@@ -105,3 +106,16 @@ def tree_close(actual, want, rtol=1e-5):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
         scale = np.max(np.abs(b), initial=0.0)
         np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * scale)
+
+
+# A shell that starts tests in the background has everything that they start ignore Ctrl-C.
+_HEEDING = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+def heeding_ctrl_c(command: list) -> list:
+    """A command that heeds SIGINT, whether or not those who run the tests do."""
+    return [sys.executable, "-c", _HEEDING, *command]

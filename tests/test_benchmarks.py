@@ -18,6 +18,7 @@ from benchmarks.truth import Truth, WrongResultError
 from conv_pallas import _measure, explain, kernels
 from conv_pallas._layers import Layer
 from conv_pallas._measure import FORWARD, PASSES, STEP, STOCK, Settings
+from tests.support import heeding_ctrl_c
 
 BRIEF = Settings(least=1e-4, rounds=(3, 3), limit=0.1)
 SMALL = Layer("small/D2", "no model", 2, 96, 8, 8, 3, D=2, activation="relu")
@@ -289,8 +290,8 @@ def _environment():
 
 def test_ctrl_c_keeps_what_was_measured(tmp_path):
     process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks", "--quick", "--layers", "length/depthwise",
-         "--json", tmp_path / "out.json"],
+        heeding_ctrl_c([sys.executable, "-m", "benchmarks", "--quick",
+                        "--layers", "length/depthwise", "--json", tmp_path / "out.json"]),
         env=_environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     assert "stock" in process.stdout.readline()  # the first is measured

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from tests.support import heeding_ctrl_c
+
 DEMO = [sys.executable, "-m", "conv_pallas", "demo"]
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -44,7 +46,7 @@ def test_quick(demo, tmp_path):
 
 def test_ctrl_c(tmp_path, environment):
     process = subprocess.Popen(
-        [*DEMO, "--quick"], cwd=tmp_path, env=environment, text=True,
+        heeding_ctrl_c([*DEMO, "--quick"]), cwd=tmp_path, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     assert "JAX" in process.stdout.readline()  # it has begun
