@@ -5,9 +5,9 @@
 
 No TPU takes part, and nothing here is a measured time. For each program the compiler's output
 gives three lower bounds, in cycles of one core: bundles of instructions with the trips of their
-loops (`benchmarks.bundles`), products over what the matrix units can do, and bytes to and from HBM
-over its bandwidth (`benchmarks.traffic`). The largest of the three is the estimate. Waits are in
-none of them. XLA's programs and ours are read by the same code. Copies that only change a layout
+loops (`conv_pallas.schedule`), products over what the matrix units can do, and bytes to and from
+HBM over its bandwidth (`benchmarks.traffic`). The largest of the three is the estimate. Waits are
+in none of them. XLA's programs and ours are read by the same code. Copies that only change a layout
 count: in a single operation every array comes and goes in the default one, in a chain XLA
 is free to keep another in between.
 """
@@ -29,9 +29,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import bundles, stored, traffic
+from benchmarks import stored, traffic
 from benchmarks.layers import LAYERS, quick
-from conv_pallas import aot, conv1d
+from conv_pallas import aot, conv1d, schedule
 from conv_pallas._layers import Layer, select
 from conv_pallas.primitives import conv1d_input_grad_p, conv1d_kernel_grad_p, conv1d_p
 from conv_pallas.spec import OPERATIONS, make_spec
@@ -117,7 +117,7 @@ def estimate(chip: str, rates: Chip, folder: Path, program, products: int) -> Es
         file.unlink()
     f, structs = program
     compiled = aot.compile_for(chip, f, *structs)
-    schedules = bundles.read_program(list(folder.iterdir()))
+    schedules = schedule.read_program(list(folder.iterdir()))
     bytes_ = traffic.hbm_bytes(compiled.as_text())
     return Estimate(
         sum(s.bundles for s in schedules.values()),
@@ -316,7 +316,7 @@ def _in_a_process(chip: str, argv: list[str]) -> int:
     import subprocess
 
     folder = tempfile.mkdtemp(prefix="bundles_")
-    flags = bundles.DUMP_FLAGS.format(folder=folder)
+    flags = schedule.DUMP_FLAGS.format(folder=folder)
     environment = os.environ | dict(
         JAX_PLATFORMS="cpu", CONV_PALLAS_DUMP=folder, LIBTPU_INIT_ARGS=flags
     )

@@ -22,7 +22,6 @@ _BRANCH = re.compile(r"sbr\.rel \(!%(p\w+)\) target")
 _COMPARE = re.compile(r"%(p\w+) = scmp\.(?:ge|eq)\.s32\.totalorder [^,]+, (\d+)")
 _ALWAYS = re.compile(r"%(p\w+) = pmov 1 ")  # a loop of one trip
 _MATMUL = re.compile(r"= vmatmul|= vmatpush|vmatmul\.|vmatpush")
-_VMEM = re.compile(r"^#allocation\d+ .*?shape = '[^']*'.*?space=vmem, size = 0x([0-9a-f]+)", re.M)
 _SPILL = re.compile(r"= vst .*_spill\]|vst \[vmem:\[#allocation\w*_spill")
 
 
@@ -32,6 +31,7 @@ class _Loop:
     stages: int = 1  # of a pipeline of copy in, compute, copy out
     bundles: int = 0  # of its own and, times their trips, of the loops in it
     matmuls: int = 0  # of those bundles, the ones that use the matrix unit
+    spilled: int = 0  # in those bundles, stores of spilled vector registers
     limits: dict[str, int] = dataclasses.field(default_factory=dict)  # by the compare's result
     branches: list[str] = dataclasses.field(default_factory=list)  # what its branches depend on
 
@@ -43,10 +43,11 @@ class Schedule:
     Attributes:
       bundles: with each loop's trips.
       length: of the code, without them.
-      spills: stores of spilled vector registers inside loops within loops.
+      spills: stores of spilled vector registers inside loops, the grid's among them.
+      spilled: those stores with each loop's trips.
       matmuls: of the bundles, with each loop's trips, those that use the matrix unit.
-      vmem: bytes that are allocated.
       loops: ``(depth, trips, bundles of one trip)``, innermost first.
+      uncounted: loops whose trips are not written; each counts as one.
     """
 
     bundles: int
@@ -54,28 +55,37 @@ class Schedule:
     spills: int
     loops: tuple[tuple[int, int, int], ...]
     matmuls: int = 0
-    vmem: int = 0
+    spilled: int = 0
+    uncounted: int = 0
 
 
-def read_schedule(text: str) -> Schedule:
+def read_schedule(text: str, *, strict: bool = True) -> Schedule:
     """A ``final_bundles`` file.
 
+    Args:
+      strict: False: a loop without a constant number of trips counts as one trip, and in
+        `Schedule.uncounted`. Such loops copy the ragged end of an array.
+
     Raises:
-      ValueError: a loop ends in no compare with a constant.
+      ValueError: a loop ends in no compare with a constant, and ``strict`` is True.
     """
-    stack, loops, length, spills = [_Loop(0)], [], 0, 0
+    stack, loops, length, spills, uncounted = [_Loop(0)], [], 0, 0, 0
 
     def close():
+        nonlocal uncounted
         loop = stack.pop()
         # The last branch that depends on a compare of the loop's own is the one that goes back.
         trips = [loop.limits[name] for name in loop.branches if name in loop.limits]
-        if not trips:
+        if not trips and strict:
             raise ValueError(f"a loop of {loop.bundles} bundles has no constant number of trips")
+        uncounted += not trips
+        trips = trips or [loop.stages]
         # Of so many trips the first only copies in and the last only copies out.
         computing = trips[-1] - (loop.stages - 1)
         loops.append((loop.depth, computing, loop.bundles))
         stack[-1].bundles += computing * loop.bundles
         stack[-1].matmuls += computing * loop.matmuls
+        stack[-1].spilled += computing * loop.spilled
 
     for line in text.splitlines():
         bundle = _BUNDLE.match(line)
@@ -100,17 +110,21 @@ def read_schedule(text: str) -> Schedule:
         loop.branches += branches
         loop.limits.update((name, int(limit)) for name, limit in _COMPARE.findall(code))
         loop.limits.update((name, 1) for name in _ALWAYS.findall(code))
-        if depth > 1:
-            spills += len(_SPILL.findall(code))
+        if depth > 0:
+            found = len(_SPILL.findall(code))
+            spills, loop.spilled = spills + found, loop.spilled + found
     while len(stack) > 1:
         close()
-    vmem = sum(int(size, 16) for size in _VMEM.findall(text))
-    return Schedule(stack[0].bundles, length, spills, tuple(loops), stack[0].matmuls, vmem)
+    total = stack[0]
+    return Schedule(
+        total.bundles, length, spills, tuple(loops), total.matmuls, total.spilled, uncounted
+    )
 
 
 def read_program(files: list[Path]) -> dict[str, Schedule]:
     """The schedule of each operation that a compiled program calls, by its name in HLO."""
-    return {name: read_schedule(file.read_text()) for name, file in operations(files).items()}
+    found = operations(files)
+    return {name: read_schedule(f.read_text(), strict=False) for name, f in found.items()}
 
 
 def operations(files: list[Path]) -> dict[str, Path]:

@@ -11,7 +11,8 @@ import pytest
 
 pytest.importorskip("libtpu")
 
-from benchmarks import bundles, static
+from benchmarks import static
+from conv_pallas import schedule
 
 pytestmark = pytest.mark.aot
 
@@ -77,7 +78,7 @@ def _main(folder: Path) -> dict:
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bundles")
     environment = os.environ | dict(
-        JAX_PLATFORMS="cpu", LIBTPU_INIT_ARGS=bundles.DUMP_FLAGS.format(folder=folder)
+        JAX_PLATFORMS="cpu", LIBTPU_INIT_ARGS=schedule.DUMP_FLAGS.format(folder=folder)
     )
     ran = subprocess.run(
         [sys.executable, "-m", "tests.test_aot_static", str(folder)],

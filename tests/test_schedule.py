@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.bundles import read_schedule
+from conv_pallas.schedule import read_schedule
 
 PIPELINED = """
      0   :  { %s1 = inlined_call_operand.hbm [shape: bf16[8,128]] }
@@ -25,12 +25,19 @@ def test_loops_count_with_their_trips():
     assert schedule.loops == ((2, 8, 4), (1, 16, 8 * 4 + 4))
     assert schedule.bundles == 16 * (8 * 4 + 4) + 3
     assert schedule.length == 11
-    assert schedule.spills == 1
+    assert (schedule.spills, schedule.spilled) == (1, 16 * 8)
+
+
+def test_a_spill_outside_of_loops_does_not_count():
+    outside = "   0xb   :  { %12 = vst [vmem:[#allocation4_spill] sm:$0xff] %v2 }\n"
+    assert read_schedule(PIPELINED + outside).spills == 1
 
 
 def test_a_loop_that_can_not_be_counted_is_no_silent_zero():
     with pytest.raises(ValueError, match="no constant number of trips"):
-        read_schedule(PIPELINED.replace("%s3_s3, 8", "%s3_s3, %s4_s4"))
+        read_schedule(uncounted := PIPELINED.replace("%s3_s3, 8", "%s3_s3, %s4_s4"))
+    loosely = read_schedule(uncounted, strict=False)
+    assert (loosely.uncounted, loosely.bundles) == (1, 16 * (4 + 4) + 3)
 
 
 def test_a_loop_of_one_trip():
