@@ -1,7 +1,7 @@
 """Estimates, from libtpu's compiler alone, of our TPU kernels and of XLA's own convolution.
 
     python -m benchmarks.static tpu                     # every layer and chain, v5e and v6e
-    python -m benchmarks.static tpu --layers wavenet,chain --chips v6e
+    python -m benchmarks.static tpu --layers wavenet,chain --generation v6e
 
 No TPU takes part, and nothing here is a measured time. For each program the compiler's output
 gives three lower bounds, in cycles of one core: bundles of instructions with the trips of their
@@ -28,6 +28,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import stored, traffic
 from benchmarks.layers import LAYERS, quick
@@ -80,10 +82,13 @@ class Chip:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Of one compiled program, all in cycles but ``spills``.
+    """Of one compiled program; ``bundles``, ``mxu`` and ``memory`` are in cycles.
 
     Attributes:
-      spills: stores of spilled vector registers, in the code of our kernels' loops.
+      bundles, mxu, memory: the three bounds, see the module.
+      spills: stores of spilled vector registers in loops, as they stand in the code.
+      spilled: those stores with the trips of their loops, as `bundles` has them.
+      vmem: bytes that the operation with most of it uses, windows and scratch.
       uncounted: loops whose trips are not written; `bundles` has one trip of each.
       length: bundles of the code, without trips.
     """
@@ -92,6 +97,8 @@ class Estimate:
     mxu: int
     memory: int
     spills: int
+    spilled: int
+    vmem: int
     uncounted: int
     length: int
 
@@ -118,12 +125,15 @@ def estimate(chip: str, rates: Chip, folder: Path, program, products: int) -> Es
     f, structs = program
     compiled = aot.compile_for(chip, f, *structs)
     schedules = schedule.read_program(list(folder.iterdir()))
-    bytes_ = traffic.hbm_bytes(compiled.as_text())
+    hlo = compiled.as_text()
+    bytes_ = traffic.hbm_bytes(hlo)
     return Estimate(
         sum(s.bundles for s in schedules.values()),
         round(2 * products / rates.operations * rates.clock),
         round(bytes_ / rates.bandwidth * rates.clock),
-        sum(s.spills for name, s in schedules.items() if name.startswith("conv1d_")),
+        sum(s.spills for s in schedules.values()),
+        sum(s.spilled for s in schedules.values()),
+        traffic.scoped_vmem(hlo),
         sum(s.uncounted for s in schedules.values()),
         sum(s.length for s in schedules.values()),
     )
@@ -233,9 +243,12 @@ def ratio(row: dict, *theirs: str) -> float | None:
 # --- Command line ---
 
 
-def _run(chip: str, arguments) -> int:
-    folder = Path(os.environ["CONV_PALLAS_DUMP"])
-    # The most telling first, so that a run that is cut short has them.
+def _chosen(arguments) -> list[Layer]:
+    """The most telling first, so that a run that is cut short has them.
+
+    Raises:
+      ValueError: a word of ``arguments.layers`` selects nothing.
+    """
     telling = [layer for layer in quick() if isinstance(layer, Layer)]  # no whole networks
     known = tuple(dict.fromkeys((*CHAINS, *BFLOAT16, *telling, *LAYERS)))
     if arguments.quick:
@@ -243,6 +256,12 @@ def _run(chip: str, arguments) -> int:
     chosen = select(arguments.layers, known) if arguments.layers else known
     if arguments.dtype:
         chosen = [dataclasses.replace(layer, dtype=arguments.dtype) for layer in chosen]
+    return list(chosen)
+
+
+def _run(chip: str, arguments) -> int:
+    folder = Path(os.environ["CONV_PALLAS_DUMP"])
+    chosen = _chosen(arguments)
     layers, chains = (
         [layer for layer in chosen if (layer.model == "chain") is links] for links in (False, True)
     )
@@ -254,23 +273,39 @@ def _run(chip: str, arguments) -> int:
     if arguments.resume and path.is_file():
         before = json.loads(path.read_text())
         if any(before[key] != value for key, value in head.items()):
-            raise ValueError(f"{path} is by other versions than {versions}")
+            print(f"{path} is by other versions than {versions}", file=sys.stderr)
+            return 2
         rows, runs = before["rows"], before.get("runs", [])
     today = datetime.date.today().isoformat()
     head |= dict(runs=[*runs, dict(date=today, commit=stored.commit(), rows_before=len(rows))])
-    for row in compare(chip, folder, layers, chains, arguments.ours, list(rows)):
-        rows.append(row)
-        ours, against = row[OURS], ratio(row)
-        told = f"{against:5.2f}" if against else ours.get("fails") or "-"
-        spills = f"  {ours['spills']} spills" if ours.get("spills") else ""
-        print(f"{chip} {row['layer']:<34} {row['program']:<20} {told}{spills}", flush=True)
-        if arguments.output:  # after every row: what is there when it is stopped counts
-            _write(path, head, rows)
+    total = sum(1 for _ in programs(layers, chains))
+    console = Console(highlight=False, soft_wrap=True)
+    with Progress(
+        TextColumn(chip), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("{task.description}"), console=console, disable=not console.is_terminal,
+    ) as bar:  # fmt: skip
+        task = bar.add_task("", total=total, completed=len(rows))
+        for row in compare(chip, folder, layers, chains, arguments.ours, list(rows)):
+            rows.append(row)
+            bar.update(task, advance=1, description=row["layer"])
+            console.print(_told(chip, row))
+            if arguments.output:  # after every row: what is there when it is stopped counts
+                _write(path, head, rows)
     failed = [row["layer"] for row in rows if "fails" in row[OURS]]
     spilled = [row["layer"] for row in rows if row[OURS].get("spills")]
     print(f"libtpu {versions['libtpu']}, {chip}: XLA's estimate over ours; nothing was measured")
     print(f"of {len(rows)} programs {len(spilled)} of ours spill in a loop, {len(failed)} fail")
     return 1 if failed else 0
+
+
+def _told(chip: str, row: dict) -> str:
+    """A row on one line: XLA's estimate over ours, and what ours takes."""
+    ours, against = row[OURS], ratio(row)
+    line = f"{chip} {row['layer']:<34} {row['program']:<32}"
+    if "estimate" not in ours:
+        return f"{line} {ours.get('fails') or '-'}"
+    figure = f"{against:5.2f}" if against else "    -"
+    return f"{line} {figure}  {ours['vmem'] / 2**20:5.1f} MiB VMEM  {ours['spills']:>5} spills"
 
 
 def _write(path: Path, head: dict, rows: list[dict]) -> None:
@@ -287,7 +322,7 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("device", choices=["tpu"])
-    parser.add_argument("--chips", default="v5e,v6e", help="of v5e, v6e")
+    parser.add_argument("--generation", "--chips", default="v5e,v6e", help="of v5e, v6e; both")
     parser.add_argument("--layers", help="words, of which a layer's name contains one; all")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="instead of each its own")
     parser.add_argument("--ours", action="store_true", help="leave XLA's programs out")
@@ -295,14 +330,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="of each model the most dilated layer")
     parser.add_argument("--output", help=f"where to write JSON; the committed one is {RESULTS}")
     arguments = parser.parse_args(argv)
+    chips = arguments.generation.split(",")
+    if not set(chips) <= set(CLOCK):
+        parser.error(f"--generation must be of {', '.join(CLOCK)}, got {arguments.generation!r}")
+    try:
+        _chosen(arguments)
+    except ValueError as e:
+        parser.error(f"--layers: {e}")
     if "CONV_PALLAS_DUMP" in os.environ:
         try:
-            return _run(arguments.chips, arguments)
+            return _run(*chips, arguments)
         except KeyboardInterrupt:
             return 130
-    chips = arguments.chips.split(",")
-    if not set(chips) <= set(CLOCK):
-        parser.error(f"--chips must be of {', '.join(CLOCK)}, got {arguments.chips!r}")
     status = 0
     for chip in chips:
         status = max(status, _in_a_process(chip, argv or sys.argv[1:]))
@@ -320,7 +359,7 @@ def _in_a_process(chip: str, argv: list[str]) -> int:
     environment = os.environ | dict(
         JAX_PLATFORMS="cpu", CONV_PALLAS_DUMP=folder, LIBTPU_INIT_ARGS=flags
     )
-    command = [sys.executable, "-m", "benchmarks.static", *argv, "--chips", chip]
+    command = [sys.executable, "-m", "benchmarks.static", *argv, "--generation", chip]
     try:
         return subprocess.run(command, env=environment).returncode
     except KeyboardInterrupt:

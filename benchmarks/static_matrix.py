@@ -1,6 +1,6 @@
 """Compiles every published layer's three operations for every TPU that libtpu knows.
 
-    python -m benchmarks.static_matrix [--chips v4,v5e] [--layers TEXT]
+    python -m benchmarks.static_matrix [--generation v4,v5e] [--layers TEXT]
 
 With the tiles that the kernels choose by themselves, in bfloat16 unless --dtype says otherwise;
 nothing is run and nothing measured. Geometries that occur more than once are compiled once.
@@ -71,14 +71,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.static_matrix", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--chips", default=",".join(aot.TPUS), help=f"of {', '.join(aot.TPUS)}")
+    parser.add_argument(
+        "--generation", "--chips", default=",".join(aot.TPUS),
+        help=f"of {', '.join(aot.TPUS)}; all",
+    )  # fmt: skip
     parser.add_argument("--layers", metavar="TEXT", help="words, of which a name contains one; all")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     options = parser.parse_args(argv)
-    chips = options.chips.split(",")
+    chips = options.generation.split(",")
     if not set(chips) <= set(aot.TPUS):
-        parser.error(f"--chips must be of {', '.join(aot.TPUS)}, got {options.chips!r}")
-    layers = select(options.layers, LAYERS) if options.layers else LAYERS
+        parser.error(f"--generation must be of {', '.join(aot.TPUS)}, got {options.generation!r}")
+    try:
+        layers = select(options.layers, LAYERS) if options.layers else LAYERS
+    except ValueError as e:
+        parser.error(f"--layers: {e}")
     layers = distinct([layer for layer in layers if not declined(layer)], options.dtype)
     console, failures, done, seconds = Console(highlight=False, soft_wrap=True), 0, 0, 0.0
     try:

@@ -70,3 +70,14 @@ def hbm_bytes(hlo: str) -> int:
             once = size(shape, True) + sum(size(s, True) for s in read)
             total += max(0, int(again[1]) - once)
     return total
+
+
+def scoped_vmem(hlo: str) -> int:
+    """Bytes of VMEM that the operation with most of it uses, windows and scratch.
+
+    What XLA keeps there between operations is not in it.
+    """
+    used = re.findall(
+        r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"', hlo
+    )
+    return max(map(int, used), default=0)

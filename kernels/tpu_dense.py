@@ -39,6 +39,7 @@ from conv_pallas.kernels.tpu_matmul import (
     chunk_rows,
     dot,
     finish,
+    gradient_chunk_rows,
     gradient_rows,
     passes_of,
     split,
@@ -94,14 +95,15 @@ def _forward_kernel(walk, passes, packed, around, x_ref, *refs):
         by_chunks(walk.rows, chunk, longest)
 
 
-def _kernel_grad_kernel(walk, passes, around, x_ref, g_ref, *refs):
+def _kernel_grad_kernel(walk, passes, around, mxu, x_ref, g_ref, *refs):
     """One tile of time: adds ``x_k^T g`` to every tap of dw, which stays, and g to db."""
     *refs, window = refs
     saved_ref = refs.pop(0) if around.slope_of else None
     dw_ref, db_ref = (*refs, None)[:2]
     load = gradient_rows(around, g_ref, saved_ref)
     n, s = pl.program_id(3), pl.program_id(4)
-    longest = chunk_rows(walk.rows, passes, walk.taps, window.shape[1], g_ref.shape[2])
+    channels = window.shape[1], g_ref.shape[2]
+    longest = gradient_chunk_rows(walk.rows, passes, walk.taps, *channels, mxu)
     walk.advance(s, rows_of(x_ref.at[0]), window)
 
     @pl.when((n == 0) & (s == 0))
@@ -316,7 +318,7 @@ def kernel_grad(
         )
         out_shape.append(jax.ShapeDtypeStruct((parts, tiles[0], SUBLANES, O), jnp.float32))
     dw, *db = pl.pallas_call(
-        functools.partial(_kernel_grad_kernel, walk, passes, around),
+        functools.partial(_kernel_grad_kernel, walk, passes, around, chip.mxu),
         grid=(parts, *tiles, share, walk.steps),
         in_specs=[
             pl.BlockSpec(
@@ -419,10 +421,10 @@ def describe(problem: Problem) -> str:
     if sees_nothing(problem):
         return "zeros"
     plan = _plan_of(problem, Chip.current())
-    chosen = "the default, by estimate" if priority(problem) else "by name only: may be slower"
+    chosen = "; the default, by estimate" if priority(problem) else ""
     return (
         f"{plan.walk.rows} steps, {plan.walk.taps} taps, {plan.BO} channels out at once; "
-        f"a halo of {plan.walk.history} steps in VMEM; {passes_of(problem)} products; {chosen}"
+        f"a halo of {plan.walk.history} steps in VMEM; {passes_of(problem)} products{chosen}"
     )
 
 
@@ -433,6 +435,7 @@ KERNEL = Kernel(
     decline=decline,
     describe=describe,
     priority=priority,
+    by_name=lambda problem: "by name only: no estimate says that it is faster than XLA",
     vmappable=False,
     fused=fused,
     decline_fused=tpu_epilogue.decline_fused,

@@ -50,6 +50,7 @@ from conv_pallas.spec import Problem
 SUBLANES = 8
 LANES_AT_ONCE = 512  # channels of a tile: contiguous reads of 1 KB and more from HBM
 CHUNK = 128  # rows of one sum: its 16 registers, and those of a tap, fit in the 64 there are
+GRADIENT_CHUNK = 64  # there a product lives beside them: 128 rows spill, and are no faster
 LONGEST = 1024  # rows of a tile of time
 
 # --- Device code ---
@@ -136,7 +137,7 @@ def _kernel_grad_kernel(walk, around, x_ref, g_ref, *refs):
                 for k in range(walk.taps):
                     dw_ref[0, k, :, c] += by_sublanes(rows[pl.ds(walk.offset(k), n)] * g)
 
-        by_chunks(walk.rows, chunk, CHUNK)
+        by_chunks(walk.rows, chunk, GRADIENT_CHUNK)
 
 
 # --- Tiles ---

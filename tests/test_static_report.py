@@ -9,7 +9,17 @@ from benchmarks import static_report
 
 
 def _row(layer, program, ours, xla, mxu=1):
-    estimate = dict(bundles=ours, mxu=mxu, memory=2, spills=0, uncounted=0, length=1, estimate=ours)
+    estimate = dict(
+        bundles=ours,
+        mxu=mxu,
+        memory=2,
+        spills=0,
+        spilled=0,
+        vmem=1,
+        uncounted=0,
+        length=1,
+        estimate=ours,
+    )
     return dict(layer=layer, geometry="N=1", dtype="bfloat16", kind="dense", program=program,
                 pallas_tpu=estimate, xla_native=estimate | dict(estimate=xla))  # fmt: skip
 
