@@ -1,6 +1,10 @@
-"""What `benchmarks.static` reads from libtpu: a spill in a loop is seen, and ours have none."""
+"""What `benchmarks.static` reads from libtpu: a spill in a loop is seen, and ours have none.
+
+Or they have some in tiles that are named, where it is shown that those without are slower.
+"""
 
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -12,17 +16,34 @@ import pytest
 pytest.importorskip("libtpu")
 
 from benchmarks import static
+from benchmarks.layers import CASES
 from conv_pallas import schedule
+from conv_pallas._layers import find
+from conv_pallas.spec import OPERATIONS
 
 pytestmark = pytest.mark.aot
 
-# Of our programs those whose main loop keeps everything in registers, on the chips named.
-CLEAN = {
-    "bfloat16/C128/K3/D4 conv1d": ("v6e",),
-    "bfloat16/C128/K3/D4 conv1d_input_grad": ("v6e",),
-    "bfloat16/depthwise conv1d": ("v5e", "v6e"),
-    "bfloat16/depthwise conv1d_input_grad": ("v5e", "v6e"),
+# Narrow, medium and wide channels on the matrix unit, and depthwise on the vector unit.
+LAYERS = {
+    layer.name: layer
+    for layer in (*static.BFLOAT16, find("bfloat16/C25", CASES))
+    if layer.name != "bfloat16/C256/K7/D64"  # as C512, and takes the longest to compile
 }
+# Those that spill at the tiles that are chosen. There all products of a tile are one long piece of
+# code without a loop, whose sums do not all stay in registers. As few rows as named spill less but
+# take more bundles in all. It is compiled too, so that the reason holds or the test fails.
+SPILLING = {
+    "bfloat16/C25 conv1d": {"v5e": (512,), "v6e": (512,)},
+    "bfloat16/C25 conv1d_input_grad": {"v5e": (512,), "v6e": (512,)},
+    "bfloat16/C25 conv1d_kernel_grad": {"v5e": (256,), "v6e": (256,)},
+    "bfloat16/C128/K3/D4 conv1d": {"v5e": (1024,)},
+    "bfloat16/C128/K3/D4 conv1d_input_grad": {"v5e": (1024,)},
+    "bfloat16/C128/K3/D4 conv1d_kernel_grad": {"v6e": (256,)},  # one, at any length
+    "bfloat16/C512/K3/D64 conv1d": {"v5e": (512,), "v6e": (512,)},
+    "bfloat16/C512/K3/D64 conv1d_input_grad": {"v5e": (512,), "v6e": (512,)},
+    "bfloat16/C512/K3/D64 conv1d_kernel_grad": {"v5e": (256, 128), "v6e": (512,)},
+}
+MOST = 0.45  # stores of spilled registers to a bundle; the most, C512 on v6e, has 0.41
 LIVE = 96  # registers that the planted kernel keeps, where there are 64
 
 
@@ -60,17 +81,24 @@ def _planted():
 
 def _main(folder: Path) -> dict:
     """By program and chip what is estimated; in a process of its own, for libtpu's flags."""
-    found, layers = {}, {layer.name: layer for layer in static.BFLOAT16}
+    from conv_pallas.kernels import tpu_matmul
+
+    found, chunks = {}, tpu_matmul.CHUNKS
     for chip in ("v5e", "v6e"):
         rates = static.Chip.named(chip)
-        chosen = {name: name.split() for name, chips in CLEAN.items() if chip in chips}
-        programs = {
-            name: static.single(layers[layer], operation, static.OURS)
-            for name, (layer, operation) in chosen.items()
-        }
-        for name, program in (programs | {"planted": _planted()}).items():
+
+        def read(name, program, chip=chip, rates=rates):
             estimate = static.estimate(chip, rates, folder, program, 0)
             found[f"{chip} {name}"] = dataclasses.asdict(estimate)
+
+        read("planted", _planted())
+        for (name, layer), operation in itertools.product(LAYERS.items(), OPERATIONS):
+            key = f"{name} {operation}"
+            read(key, static.single(layer, operation, static.OURS))
+            for rows in SPILLING.get(key, {}).get(chip, ()):
+                tpu_matmul.CHUNKS = tuple(n for n in (*chunks, 128) if n <= rows)
+                read(f"{key}, {rows} rows", static.single(layer, operation, static.OURS))
+            tpu_matmul.CHUNKS = chunks
     return found
 
 
@@ -93,12 +121,23 @@ def test_a_planted_spill_is_seen(found):
         assert found[f"{chip} planted"]["spills"] > 0
 
 
-def test_no_spill_in_the_main_loops(found):
-    for name, chips in CLEAN.items():
-        for chip in chips:
-            told = found[f"{chip} {name}"]
-            assert told["bundles"] > told["length"] > 0  # there was a loop to look at
-            assert told["spills"] == 0, (chip, name)
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_no_spill_in_the_main_loop_unless_it_pays(found, chip, name, operation):
+    key = f"{name} {operation}"
+    told = found[f"{chip} {key}"]
+    assert told["bundles"] > told["length"] > 0  # there was a loop to look at
+    if chip not in SPILLING.get(key, {}):
+        assert told["spills"] == 0
+        return
+    assert told["spills"] > 0, "spills no longer: take it out of the table"
+    assert told["spilled"] <= MOST * told["bundles"]
+    for rows in SPILLING[key][chip]:
+        fewer = found[f"{chip} {key}, {rows} rows"]
+        assert fewer["spills"] <= told["spills"]
+        same = fewer == told  # the tile that is chosen
+        assert same or fewer["bundles"] > told["bundles"], f"{rows} rows spill less, in less time"
 
 
 if __name__ == "__main__":
