@@ -44,6 +44,7 @@ SPILLING = {
     "bfloat16/C512/K3/D64 conv1d_kernel_grad": {"v5e": (256, 128), "v6e": (512,)},
 }
 MOST = 0.45  # stores of spilled registers to a bundle; the most, C512 on v6e, has 0.41
+SIGMOID = ("vtanh", "vsigshft", "vexp2", "vrcp")  # what one can be made of
 LIVE = 96  # registers that the planted kernel keeps, where there are 64
 
 
@@ -92,6 +93,10 @@ def _main(folder: Path) -> dict:
             found[f"{chip} {name}"] = dataclasses.asdict(estimate)
 
         read("planted", _planted())
+        (depthwise,) = (c for c in static.CHAINS if c.activation == "silu")
+        read("silu", static.chain(depthwise, False, False, static.OURS))
+        text = "".join(f.read_text() for f in schedule.operations(list(folder.iterdir())).values())
+        found[f"{chip} sigmoid"] = {op: f"= {op}." in text for op in SIGMOID}
         for (name, layer), operation in itertools.product(LAYERS.items(), OPERATIONS):
             key = f"{name} {operation}"
             read(key, static.single(layer, operation, static.OURS))
@@ -119,6 +124,11 @@ def found(tmp_path_factory):
 def test_a_planted_spill_is_seen(found):
     for chip in ("v5e", "v6e"):
         assert found[f"{chip} planted"]["spills"] > 0
+
+
+@pytest.mark.parametrize(("chip", "by"), [("v5e", "vtanh"), ("v6e", "vsigshft")])
+def test_a_sigmoid_is_one_instruction_of_the_slow_kind(found, chip, by):
+    assert found[f"{chip} sigmoid"] == {op: op == by for op in SIGMOID}
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
