@@ -88,6 +88,7 @@ class Estimate:
       bundles, mxu, memory: the three bounds, see the module.
       spills: stores of spilled vector registers in loops, as they stand in the code.
       spilled: those stores with the trips of their loops, as `bundles` has them.
+      registers: vector registers of the operation with most of them, see `Schedule.registers`.
       vmem: bytes that the operation with most of it uses, windows and scratch.
       uncounted: loops whose trips are not written; `bundles` has one trip of each.
       length: bundles of the code, without trips.
@@ -98,6 +99,7 @@ class Estimate:
     memory: int
     spills: int
     spilled: int
+    registers: int
     vmem: int
     uncounted: int
     length: int
@@ -133,6 +135,7 @@ def estimate(chip: str, rates: Chip, folder: Path, program, products: int) -> Es
         round(bytes_ / rates.bandwidth * rates.clock),
         sum(s.spills for s in schedules.values()),
         sum(s.spilled for s in schedules.values()),
+        max(s.registers for s in schedules.values()),
         traffic.scoped_vmem(hlo),
         sum(s.uncounted for s in schedules.values()),
         sum(s.length for s in schedules.values()),
@@ -305,7 +308,10 @@ def _told(chip: str, row: dict) -> str:
     if "estimate" not in ours:
         return f"{line} {ours.get('fails') or '-'}"
     figure = f"{against:5.2f}" if against else "    -"
-    return f"{line} {figure}  {ours['vmem'] / 2**20:5.1f} MiB VMEM  {ours['spills']:>5} spills"
+    return (
+        f"{line} {figure}  {ours['vmem'] / 2**20:5.1f} MiB VMEM  {ours['registers']:>4} registers"
+        f"  {ours['spills']:>5} spills"
+    )
 
 
 def _write(path: Path, head: dict, rows: list[dict]) -> None:

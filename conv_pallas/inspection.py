@@ -354,15 +354,14 @@ def _schedules(files: Sequence[Path]) -> list[str]:
             vmem[kernel] = _vmem(file.read_text())
     lines = []
     for name, file in schedule.operations(llo).items():
-        text = file.read_text()
         try:
-            s = schedule.read_schedule(text)
+            s = schedule.read_file(file)
         except ValueError as e:
             lines.append(f"{name}: its bundles can't be counted: {e}")
             continue
         line = (
             f"{name}: {s.bundles} bundles, in {s.matmuls / max(1, s.bundles):.0%} of them the "
-            f"matrix unit, {s.spills} spills in loops"
+            f"matrix unit, {s.registers} of 64 vector registers, {s.spills} spills in loops"
         )
         kernel = next((k for k in vmem if name.startswith(k)), None)
         if kernel:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 DUMP_FLAGS = (
     "--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true "
-    "--xla_jf_dump_llo_pass_label_regex=final_bundles|utilization|dedup"
+    "--xla_jf_dump_llo_pass_label_regex=final_bundles|register-pressure|utilization|dedup"
 )
 
 _BUNDLE = re.compile(r"^ *(?:0x)?([0-9a-f]+) +((?:[A-Z]{2} *)*):((?: ?>)*) *\{(.*)")
@@ -22,6 +22,8 @@ _BRANCH = re.compile(r"sbr\.rel \(!%(p\w+)\) target")
 _COMPARE = re.compile(r"%(p\w+) = scmp\.(?:ge|eq)\.s32\.totalorder [^,]+, (\d+)")
 _ALWAYS = re.compile(r"%(p\w+) = pmov 1 ")  # a loop of one trip
 _MATMUL = re.compile(r"= vmatmul|= vmatpush|vmatmul\.|vmatpush")
+_REGISTER = re.compile(r"%v\d+_v(\d+)")
+_PRESSURE = re.compile(r"Register pressure for vregs is (\d+)")
 _SPILL = re.compile(r"= vst .*_spill\]|vst \[vmem:\[#allocation\w*_spill")
 
 
@@ -48,6 +50,8 @@ class Schedule:
       matmuls: of the bundles, with each loop's trips, those that use the matrix unit.
       loops: ``(depth, trips, bundles of one trip)``, innermost first.
       uncounted: loops whose trips are not written; each counts as one.
+      registers: vector registers that the code uses, of 64; `read_file`: or, where its values
+        would have needed more at once, as many as they would.
     """
 
     bundles: int
@@ -57,6 +61,7 @@ class Schedule:
     matmuls: int = 0
     spilled: int = 0
     uncounted: int = 0
+    registers: int = 0
 
 
 def read_schedule(text: str, *, strict: bool = True) -> Schedule:
@@ -117,14 +122,25 @@ def read_schedule(text: str, *, strict: bool = True) -> Schedule:
         close()
     total = stack[0]
     return Schedule(
-        total.bundles, length, spills, tuple(loops), total.matmuls, total.spilled, uncounted
-    )
+        total.bundles, length, spills, tuple(loops), total.matmuls, total.spilled, uncounted,
+        len(set(_REGISTER.findall(text))),
+    )  # fmt: skip
+
+
+def read_file(file: Path, *, strict: bool = True) -> Schedule:
+    """`read_schedule` of a file, with the register pressure that is reported beside it."""
+    read = read_schedule(file.read_text(), strict=strict)
+    operation = re.escape(file.name.rsplit("-", 2)[0])
+    report = re.compile(operation + r"-\d+-register-pressure\.txt")  # only where it exceeds 64
+    for other in file.parent.iterdir():
+        if report.fullmatch(other.name) and (found := _PRESSURE.search(other.read_text())):
+            read = dataclasses.replace(read, registers=max(read.registers, int(found[1])))
+    return read
 
 
 def read_program(files: list[Path]) -> dict[str, Schedule]:
     """The schedule of each operation that a compiled program calls, by its name in HLO."""
-    found = operations(files)
-    return {name: read_schedule(f.read_text(), strict=False) for name, f in found.items()}
+    return {name: read_file(f, strict=False) for name, f in operations(files).items()}
 
 
 def operations(files: list[Path]) -> dict[str, Path]:

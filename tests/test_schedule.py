@@ -2,7 +2,7 @@
 
 import pytest
 
-from conv_pallas.schedule import read_schedule
+from conv_pallas.schedule import read_file, read_schedule
 
 PIPELINED = """
      0   :  { %s1 = inlined_call_operand.hbm [shape: bf16[8,128]] }
@@ -43,3 +43,16 @@ def test_a_loop_that_can_not_be_counted_is_no_silent_zero():
 def test_a_loop_of_one_trip():
     once = PIPELINED.replace("scmp.ge.s32.totalorder %s3_s3, 8", "pmov 1 /* constant */")
     assert read_schedule(once).loops[0] == (2, 1, 4)
+
+
+def test_registers_are_those_used_or_as_many_as_were_wanted(tmp_path):
+    code = """
+     0   :  { %v3_v1 = vld [vmem:[%s1_s1] sm:$0xff]  ;;  %v4_v7 = vadd.f32 %v3_v1, %v2_v7 }
+"""
+    (file := tmp_path / "17-conv1d.1-72-final_bundles.txt").write_text(code)
+    assert read_file(file).registers == read_schedule(code).registers == 2
+    report = "Register pressure for vregs is 78\nlen=1681"
+    (tmp_path / "17-conv1d.11-46-register-pressure.txt").write_text(report)
+    assert read_file(file).registers == 2  # of another operation
+    (tmp_path / "17-conv1d.1-46-register-pressure.txt").write_text(report)
+    assert read_file(file).registers == 78
