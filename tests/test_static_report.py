@@ -33,7 +33,7 @@ ROWS = [
 
 
 def _judged(chip, rows=ROWS):
-    return [(goal, name, met) for goal, name, _, _, met in static_report.judge(chip, rows)]
+    return [(v.goal, v.name, v.met) for v in static_report.judge(chip, rows)]
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +55,13 @@ def test_what_is_not_estimated_meets_no_goal():
 def test_distance_from_the_matrix_units_bound(mxu, met):
     rows = [_row("bfloat16/C256/K7/D64", "conv1d", 100, 150, mxu=mxu)]
     assert ("over the matrix unit's bound, at most", "bfloat16/C256", met) in _judged("v6e", rows)
+
+
+def test_a_goal_beyond_the_bounds_is_told_with_them():
+    row = _row("chain/C256/K7/D64", "4 layers, forward", 100, 150, mxu=90)
+    told = [static_report._told(v) for v in static_report.judge("v6e", [row])]
+    assert "at the bound of matrix unit or memory it would be 1.67" in told[1]  # 150 over 90
+    assert "it would be" not in static_report._told(static_report.judge("v5e", [row])[1])  # met
 
 
 @pytest.mark.parametrize("default", [True, False])
