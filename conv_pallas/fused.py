@@ -182,25 +182,26 @@ def _forward_local(x, w, bias=None, *, platform, activation, has_bias, keep, psu
         return composed()
     kernel = dispatch.select(problem, conv["implementation"])
 
-    def run(activation):
-        this = dispatch.fused(kernel, problem, Epilogue(has_bias, activation))
-        if this is None:
+    def run(activation, keep=False):
+        this = dispatch.fused(kernel, problem, Epilogue(has_bias, activation, keep))
+        if this is None or (keep and not kernel.keeps(this)):
             return None
-        return kernel.fused(this, _rows(x), w, bias).reshape(*x.shape[:-2], *problem.y_shape[1:])
+        shape = (*x.shape[:-2], *problem.y_shape[1:])
+        return jax.tree.map(lambda a: a.reshape(shape), kernel.fused(this, _rows(x), w, bias))
 
     if not keep:
         y = run(activation)
         return composed() if y is None else [y]
+    epilogue = Epilogue(has_bias, activation)
+    found = dispatch.backward(problem, epilogue, conv["implementation"], (True, True, has_bias))
+    recomputed = found is not None and found[0].recomputes(found[1])
+    if not recomputed and (both := run(activation, keep=True)) is not None:
+        return [*both]
     z = run(None)
     if z is None:
         return composed()
-    epilogue = Epilogue(has_bias, activation)
-    found = dispatch.backward(problem, epilogue, conv["implementation"], (True, True, has_bias))
-    if found is not None and found[0].recomputes(found[1]):
-        # Nobody reads z, and XLA drops what makes it.
-        y = run(activation)
-        if y is not None:
-            return [y, z]
+    if recomputed and (y := run(activation)) is not None:
+        return [y, z]  # nobody reads z, and XLA drops what makes it
     return [activate(z, activation), z]
 
 

@@ -104,10 +104,12 @@ class Epilogue:
     Attributes:
       bias: whether there is a bias ``(O,)``.
       activation: one of `ACTIVATIONS`, or None.
+      keep: whether z is wanted beside y; see `Kernel.keeps`.
     """
 
     bias: bool = False
     activation: str | None = None
+    keep: bool = False
 
     @property
     def saved(self) -> str | None:

@@ -9,6 +9,7 @@ import functools
 import importlib
 import pkgutil
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -48,6 +49,9 @@ class Kernel:
         ``gz = gy * activation'(z)`` and db, and `run` the other two from gz.
       decline_backward: as `decline`, for `backward`; it is also given ``wanted``.
       recomputes: ``recomputes(problem)``, whether `backward` computes z anew.
+      keeps: ``keeps(problem)``, whether `fused` returns ``(y, z)``, both of ``problem.out_shape``
+        and ``problem.out_dtype``, where ``problem.epilogue.keep`` asks for it. Else it is asked
+        for z alone, and XLA makes y of it, in one more pass.
     """
 
     implementation: str
@@ -58,13 +62,14 @@ class Kernel:
     priority: int | Callable[[Problem], int | None] | None
     by_name: Callable[[Problem], str] = lambda problem: "only when asked for by name"
     vmappable: bool = False
-    fused: Callable[[Problem, jax.Array, jax.Array, jax.Array | None], jax.Array] | None = None
+    fused: Callable[[Problem, jax.Array, jax.Array, jax.Array | None], Any] | None = None
     decline_fused: Callable[[Problem], str | None] = lambda problem: None
     backward: Callable[..., tuple[jax.Array | None, ...]] | None = None
     decline_backward: Callable[[Problem, tuple[bool, bool, bool]], str | None] = (
         lambda problem, wanted: None
     )
     recomputes: Callable[[Problem], bool] = lambda problem: False
+    keeps: Callable[[Problem], bool] = lambda problem: False
 
     def rank(self, problem: Problem) -> int | None:
         """The priority for one problem that it does not decline."""

@@ -69,10 +69,12 @@ LONGEST = 2048  # rows of a tile of time; longer ones gain nothing
 
 def _forward_kernel(walk, passes, packed, around, x_ref, *refs):
     """One tile of time: moves the window on, then one matmul per chunk."""
-    *w_refs, y_ref, window = refs
+    *w_refs, window = refs
+    out_refs = [w_refs.pop() for _ in range(1 + around.keep)][::-1]
+    O = out_refs[0].shape[2]
     b_ref = w_refs.pop() if around.bias else None
     saved_ref = w_refs.pop(0) if around.slope_of else None
-    longest = chunk_rows(walk.rows, passes, walk.taps, window.shape[1], y_ref.shape[2])
+    longest = chunk_rows(walk.rows, passes, walk.taps, window.shape[1], O)
     s = pl.program_id(2)
     walk.advance(s, gradient_rows(around, x_ref, saved_ref), window)
 
@@ -86,11 +88,11 @@ def _forward_kernel(walk, passes, packed, around, x_ref, *refs):
                 w = [ref[...] for ref in w_refs]
                 acc = dot(jnp.concatenate(taps, 1), w if len(w) > 1 else w[0], passes)
             else:
-                acc = jnp.zeros((n, y_ref.shape[2]), jnp.float32)
+                acc = jnp.zeros((n, O), jnp.float32)
                 for k, tap in enumerate(taps):
                     w = [ref[k] for ref in w_refs]
                     acc += dot(tap, w if len(w) > 1 else w[0], passes)
-            finish(around, acc, b_ref, y_ref, at)
+            finish(around, acc, b_ref, out_refs, at)
 
         by_chunks(walk.rows, chunk, longest)
 
@@ -210,6 +212,8 @@ def _plan_of(
     sizes = [problem.lhs_dtype.itemsize, problem.rhs_dtype.itemsize, problem.out_dtype.itemsize]
     if saved:
         sizes[problem.operation == "conv1d_kernel_grad"] *= 2
+    if problem.operation == "conv1d" and problem.epilogue.keep:
+        sizes[2] *= 2
     spec, C, O = problem.spec, problem.C, problem.O
     if problem.operation == "conv1d_input_grad":
         spec, C, O = spec.transposed(), O, C
@@ -225,6 +229,8 @@ def forward(
     around: Around, interpret=False,
 ):  # fmt: skip
     """``activation(conv(x, w) + bias)`` by the plan of a forward convolution.
+
+    With ``around.keep`` a pair: that, and what the activation is applied to.
 
     Args:
       w: ``(K, C, O)`` with all taps; the dead ones are left out here.
@@ -273,20 +279,21 @@ def forward(
     if around.bias:
         operands.append(bias.astype(jnp.float32).reshape(1, O))
         in_specs.append(pl.BlockSpec((1, plan.BO), lambda o, n, s: (0, o)))
-    tiles, out = pl.cdiv(O, plan.BO), (N, walk.out_time, O)
+    tiles, out = pl.cdiv(O, plan.BO), jax.ShapeDtypeStruct((N, walk.out_time, O), out_dtype)
+    out_spec = pl.BlockSpec((1, walk.rows, plan.BO), lambda o, n, s: (n, out_block(s), o))
     times = [tiles if spec is x_spec else 1 for spec in in_specs]
     return pl.pallas_call(
         kernel,
         grid=(tiles, N, steps),
         in_specs=in_specs,
-        out_specs=pl.BlockSpec((1, walk.rows, plan.BO), lambda o, n, s: (n, out_block(s), o)),
-        out_shape=jax.ShapeDtypeStruct(out, out_dtype),
+        out_specs=around.like(out_spec),
+        out_shape=around.like(out),
         scratch_shapes=scratch,
         compiler_params=compiler_params(chip, plan.vmem, ("parallel", "parallel", "arbitrary")),
         cost_estimate=cost(
             2 * N * walk.out_time * walk.taps * C * O,
             *((a.shape, a.dtype.itemsize, n) for a, n in zip(operands, times, strict=True)),
-            (out, jnp.dtype(out_dtype).itemsize, 1),
+            (out.shape, out.dtype.itemsize, 1 + around.keep),
         ),
         interpret=interpret,
         name="conv1d_dense",
@@ -360,11 +367,8 @@ def launch(
       saved: gradients: from which the derivative of that activation is computed.
       sum_bias: kernel gradient: return ``(dw, db)``, else dw.
     """
-    activation, operation = problem.epilogue.activation, problem.operation
-    if operation == "conv1d":
-        around = Around(bias is not None, value_of=activation)
-    else:
-        around = Around(sum_bias, slope_of=activation)
+    operation = problem.operation
+    around = Around.of(problem, bias is not None or sum_bias)
     plan = _plan_of(problem, chip, longest, around.slope_of is not None)
     passes = passes_of(problem)
     options = dict(saved=saved, around=around, interpret=interpret)
@@ -441,4 +445,5 @@ KERNEL = Kernel(
     decline_fused=tpu_epilogue.decline_fused,
     backward=backward,
     decline_backward=functools.partial(tpu_epilogue.decline_backward, _plan_of),
+    keeps=functools.partial(tpu_epilogue.keeps, _plan_of),
 )

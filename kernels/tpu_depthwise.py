@@ -83,7 +83,8 @@ def _forward_kernel(walk, around, x_ref, *refs):
     saved_ref = refs.pop(0) if around.slope_of else None
     BC = x_ref.shape[2]
     count = len(_lanes(BC))
-    (w_ref, *b_ref, y_ref), windows = refs[:-count], refs[-count:]
+    (w_ref, *refs), windows = refs[:-count], refs[-count:]
+    b_ref, out_refs = refs[: around.bias], refs[around.bias :]
     s = pl.program_id(2)
     for c, lanes in _by_lanes(BC, windows):
         walk.advance(s, _gradient_rows(around, x_ref, saved_ref, c), lanes)
@@ -99,8 +100,7 @@ def _forward_kernel(walk, around, x_ref, *refs):
                     acc += rows[pl.ds(walk.offset(k), n)] * w_ref[pl.ds(k, 1), c]
                 for ref in b_ref:
                     acc += ref[:, c]
-                acc = tpu_epilogue.value(around.value_of, acc)
-                y_ref[0, pl.ds(at, n), c] = acc.astype(y_ref.dtype)
+                tpu_epilogue.store(around, acc, out_refs, (0, pl.ds(at, n), c))
 
         by_chunks(walk.rows, chunk, CHUNK)
 
@@ -160,12 +160,13 @@ def _plan_of(
     if problem.operation == "conv1d_input_grad":
         spec = spec.transposed()
     sums = problem.operation == "conv1d_kernel_grad"
+    keep = problem.operation == "conv1d" and problem.epilogue.keep
 
     def need(rows: int, BC: int) -> int:
         walk = Walk.of(spec, rows)
         tap_rows = SUBLANES if sums else 1
         taps = 2 * vmem_bytes(round_up(walk.taps * tap_rows, SUBLANES), BC, 4)
-        blocks = (4 + 2 * saved) * vmem_bytes(rows, BC, 4)
+        blocks = (4 + 2 * (saved or keep)) * vmem_bytes(rows, BC, 4)
         return blocks + vmem_bytes(walk.window_rows, BC, 4) + taps
 
     for least in (min(longest, LONGEST // 4, spec.out_time), 1):
@@ -194,17 +195,19 @@ def _forward(
         operands.append(per_channel)
         in_specs.append(pl.BlockSpec((per_channel.shape[0], plan.BC), lambda c, n, s: (0, c)))
     out = jax.ShapeDtypeStruct((N, walk.out_time, C), out_dtype)
+    out_spec = pl.BlockSpec((1, walk.rows, plan.BC), lambda c, n, s: (n, walk.out_block(s), c))
     return pl.pallas_call(
         functools.partial(_forward_kernel, walk, around),
         grid=(pl.cdiv(C, plan.BC), N, walk.steps),
         in_specs=in_specs,
-        out_specs=pl.BlockSpec((1, walk.rows, plan.BC), lambda c, n, s: (n, walk.out_block(s), c)),
-        out_shape=out,
+        out_specs=around.like(out_spec),
+        out_shape=around.like(out),
         scratch_shapes=_windows(plan),
         compiler_params=compiler_params(chip, plan.vmem, ("parallel", "parallel", "arbitrary")),
         cost_estimate=cost(
             2 * N * walk.out_time * walk.taps * C,
-            *((a.shape, a.dtype.itemsize, 1) for a in (*operands, out)),
+            *((a.shape, a.dtype.itemsize, 1) for a in operands),
+            (out.shape, out.dtype.itemsize, 1 + around.keep),
         ),
         interpret=interpret,
         name="conv1d_depthwise",
@@ -261,11 +264,8 @@ def launch(
     ``bias``, ``saved`` and ``sum_bias`` are as in `tpu_dense.launch`. Where a channel in makes
     several out, x is repeated first, and its gradient is their sum.
     """
-    activation, operation = problem.epilogue.activation, problem.operation
-    if operation == "conv1d":
-        around = Around(bias is not None, value_of=activation)
-    else:
-        around = Around(sum_bias, slope_of=activation)
+    operation = problem.operation
+    around = Around.of(problem, bias is not None or sum_bias)
     each = problem.O // problem.C
     if each > 1 and operation != "conv1d_input_grad":
         lhs = jnp.repeat(lhs, each, -1)
@@ -339,4 +339,5 @@ KERNEL = Kernel(
     decline_fused=tpu_epilogue.decline_fused,
     backward=backward,
     decline_backward=functools.partial(tpu_epilogue.decline_backward, _plan_of),
+    keeps=functools.partial(tpu_epilogue.keeps, _plan_of),
 )

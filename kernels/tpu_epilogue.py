@@ -83,11 +83,31 @@ class Around:
       bias: forward, whether one is added; kernel gradient, whether its gradient is summed.
       value_of: the activation of the result.
       slope_of: the activation whose derivative the incoming gradient is multiplied by.
+      keep: forward, whether what the activation is applied to is a second result.
     """
 
     bias: bool = False
     value_of: str | None = None
     slope_of: str | None = None
+    keep: bool = False
+
+    @classmethod
+    def of(cls, problem: Problem, bias: bool) -> "Around":
+        """``bias``: whether one is added, or its gradient summed."""
+        epilogue = problem.epilogue
+        if problem.operation == "conv1d":
+            return cls(bias, value_of=epilogue.activation, keep=epilogue.keep)
+        return cls(bias, slope_of=epilogue.activation)
+
+    def like(self, out):
+        """``out`` for each result of a forward kernel: alone, or once more for what is kept."""
+        return [out, out] if self.keep else out
+
+
+def store(around: Around, z: jax.Array, refs, where) -> None:
+    """Each result of a forward kernel, rounded once; ``refs`` are those of y and what is kept."""
+    for ref, a in zip(refs, (value(around.value_of, z), z), strict=False):
+        ref[where] = a.astype(ref.dtype)
 
 
 def rows_of_gradient(around: Around, g_ref, saved_ref):
@@ -134,6 +154,10 @@ def backward(
 
 def decline_fused(problem: Problem) -> str | None:
     return "there is nothing to compute" if sees_nothing(problem) else None
+
+
+def keeps(plan_of, problem: Problem) -> bool:
+    return plan_of(problem, Chip.current()) is not None
 
 
 def decline_backward(plan_of, problem: Problem, wanted: tuple[bool, bool, bool]) -> str | None:

@@ -28,9 +28,10 @@ def in_place_kernel(walk, H, older, mirrored, around, x_ref, *refs):
     refs = list(refs)
     saved_ref = refs.pop(0) if around.slope_of else None
     w_ref, b_ref = refs.pop(0), refs.pop(0) if around.bias else None
-    y_ref, edge = refs.pop(0), refs.pop(0)
+    out_refs = [refs.pop(0) for _ in range(1 + around.keep)]
+    edge = refs.pop(0)
     later = refs.pop(0) if older else None
-    D, n, O = walk.dilation, walk.rows, y_ref.shape[2]
+    D, n, O = walk.dilation, walk.rows, out_refs[0].shape[2]
     taps = walk.taps - older
     x = x_ref.at[0]
     if refs:  # converted once, not once for each tap
@@ -65,7 +66,7 @@ def in_place_kernel(walk, H, older, mirrored, around, x_ref, *refs):
         later[pl.ds(0 if mirrored else H, n)] = acc[:, O:]
         acc = acc[:, :O] + later[pl.ds(taps * D if mirrored else H - taps * D, n)]
         later[pl.ds(n if mirrored else 0, H)] = later[pl.ds(0 if mirrored else n, H)]
-    finish(around, acc, b_ref, y_ref, 0)
+    finish(around, acc, b_ref, out_refs, 0)
     edge[pl.ds(there, H)] = x[pl.ds(kept, H)]
 
 

@@ -65,8 +65,8 @@ def _tileable(array: jax.Array, offset: int) -> bool:
 def forward(
     x: jax.Array, w: jax.Array, spec: ConvSpec, *, O: int, out_dtype, precision: str,
     transposed: bool = False, bias: jax.Array | None = None, activation: str | None = None,
-    saved: jax.Array | None = None, grad_of: str | None = None,
-) -> jax.Array:  # fmt: skip
+    saved: jax.Array | None = None, grad_of: str | None = None, keep: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:  # fmt: skip
     """``activation(conv(x, w) + bias)``.
 
     Args:
@@ -78,6 +78,7 @@ def forward(
       activation: of `conv_pallas.spec.ACTIVATIONS`, or None.
       grad_of: an activation of which x is a gradient, to be taken times its derivative, which
         is computed from saved, an array of x's shape.
+      keep: return ``(y, z)``, z that of which the activation makes y.
     """
     N, T, C = x.shape
     G, K = spec.groups, spec.kernel_size
@@ -113,14 +114,14 @@ def forward(
     rounded = precision == "tf32"
     tile = lambda a, block: triton_compat.Tile(a, (1, *block), rounded and a.dtype == np.float32)  # noqa: E731
     programs = N * G * phases.phases * triton.cdiv(J, config.rows) * triton.cdiv(o, config.columns)
+    y = jax.ShapeDtypeStruct((N, spec.out_time, O), out_dtype)
     return triton_compat.call(
         conv_dense,
         tile(x, (config.rows, config.depth)) if tma_x else x,
         tile(w, block) if tma_w else w,
         x if bias is None else bias, x if saved is None else saved,  # pointers that are not read
         T, J, spec.out_time, spec.kernel_dilation, spec.padding[0],
-        out=jax.ShapeDtypeStruct((N, spec.out_time, O), out_dtype),
-        programs=programs, warps=config.warps, stages=config.stages,
+        out=(y, y) if keep else y, programs=programs, warps=config.warps, stages=config.stages,
         C=c, O=o, G=G, K=K, S=spec.stride, E=spec.input_dilation, PHASES=phases.phases,
         ROW_STEP=phases.row_step, TAP_STEP=phases.tap_step, W_ROW=w_row, W_COL=w_col,
         W_ROWS=w.shape[1], W_COLS=w.shape[2], CONTRACT_LAST=contract_last, REVERSE=reverse,
@@ -128,7 +129,7 @@ def forward(
         ROUND_X=rounded and not tma_x and x.dtype == np.float32,
         ROUND_W=rounded and not tma_w and w.dtype == np.float32,
         HAS_BIAS=bias is not None, ACTIVATION=activation, GRAD_OF=grad_of,
-        BT=config.rows, BO=config.columns, BC=config.depth,
+        BT=config.rows, BO=config.columns, BC=config.depth, **({} if keep else {"z": None}),
     )  # fmt: skip
 
 
@@ -204,10 +205,11 @@ def run(problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
     return forward(lhs, rhs, problem.spec, O=problem.O, **common)
 
 
-def fused(problem: Problem, x: jax.Array, w: jax.Array, bias: jax.Array | None) -> jax.Array:
+def fused(problem: Problem, x: jax.Array, w: jax.Array, bias: jax.Array | None):
     return forward(
         x, w, problem.spec, O=problem.O, out_dtype=problem.out_dtype,
         precision=_precision(problem), bias=bias, activation=problem.epilogue.activation,
+        keep=problem.epilogue.keep,
     )  # fmt: skip
 
 
@@ -291,6 +293,7 @@ KERNEL = Kernel(
     decline_fused=decline,
     backward=backward,
     decline_backward=lambda problem, wanted: decline(problem),
+    keeps=lambda problem: True,
     # Nobody has measured it on a chip yet, so that it runs only where it is asked for.
     priority=None,
     vmappable=False,

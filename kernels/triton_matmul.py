@@ -9,7 +9,7 @@ from conv_pallas.kernels.triton_common import first_output, first_tap, offsets, 
 
 @triton.jit
 def conv_dense(
-    x, w, bias, saved, T, J, U, D, LOW, y,
+    x, w, bias, saved, T, J, U, D, LOW, y, z,
     C: tl.constexpr, O: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
     S: tl.constexpr, E: tl.constexpr,
     PHASES: tl.constexpr, ROW_STEP: tl.constexpr, TAP_STEP: tl.constexpr,
@@ -25,6 +25,7 @@ def conv_dense(
     w is ``(K, W_ROWS, W_COLS)``; group g starts at row ``g * W_ROW`` and column ``g * W_COL``,
     and the axis that is summed over is the last one if CONTRACT_LAST. With GRAD_OF, the name of
     an activation, x is a gradient of its result, and ``x * activation'(saved)`` is convolved.
+    z is None, or takes what the activation is applied to.
     """
     TILES_O: tl.constexpr = (O + BO - 1) // BO
     TILES_C: tl.constexpr = (C + BC - 1) // BC
@@ -89,11 +90,13 @@ def conv_dense(
         acc = tl.dot(xb, wb, acc, input_precision=PRECISION)
     if HAS_BIAS:
         acc += tl.load(bias + g * O + o, o < O, 0.0).to(tl.float32)[None, :]
-    acc = activate(acc, ACTIVATION)
     u = a + (j0 + j) * PHASES
-    start = y + (n.to(tl.int64) * U + a + j0 * PHASES) * (G * O) + (g * O + o0)
+    start = (n.to(tl.int64) * U + a + j0 * PHASES) * (G * O) + (g * O + o0)
     where = start + offsets(j, PHASES * G * O, BT)[:, None] + (o - o0)[None, :]
-    tl.store(where, acc.to(y.dtype.element_ty), (u < U)[:, None] & (o < O)[None, :])
+    inside = (u < U)[:, None] & (o < O)[None, :]
+    if z is not None:
+        tl.store(z + where, acc.to(z.dtype.element_ty), inside)
+    tl.store(y + where, activate(acc, ACTIVATION).to(y.dtype.element_ty), inside)
 
 
 @triton.jit

@@ -64,8 +64,30 @@ def test_bias_and_activation(case, activation):
     elif activation is None or (case is NARROW and activation == "relu"):
         assert (kernels(hlo), passes(hlo, size)) == (3, {})
     else:
-        # One elementwise pass: the matmuls want gz by TMA, and of silu z is kept.
+        # One elementwise pass: the matmuls want gz by TMA.
         assert (kernels(hlo), passes(hlo, size)) == (3, {"fusion": 1})
+
+
+def test_what_is_kept_for_a_derivative_costs_no_pass():
+    """Of silu z is kept: the kernel writes it beside y. What is left are the passes that make gz.
+
+    Two layers, so that XLA can't make y of z in the pass that makes gz.
+    """
+    x, w, g = (
+        aot.struct(s, DENSE.dtype) for s in (DENSE.x_shape, DENSE.kernel_shape, DENSE.out_shape)
+    )
+
+    def step(x, w, g):
+        def forward(x, w):
+            for _ in range(2):
+                x = conv1d(x, w, **DENSE.geometry, activation="silu", implementation="triton")
+            return x
+
+        y, vjp = jax.vjp(forward, x, w)
+        return y, vjp(g)
+
+    hlo = aot.compile_for("h200", step, x, w, g).as_text()
+    assert (kernels(hlo), passes(hlo, math.prod(DENSE.out_shape))) == (6, {"fusion": 2})
 
 
 def test_a_whole_training_step_moves_no_activation():

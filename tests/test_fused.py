@@ -23,7 +23,7 @@ CASE = dataclasses.replace(cases.named("ragged"), T=11, C=4, O=3)
 class Toy:
     """A kernel for CPUs that carries everything, and writes down what it was asked for."""
 
-    def __init__(self, monkeypatch, *, recomputes=False, declines=False):
+    def __init__(self, monkeypatch, *, recomputes=False, declines=False, keeps=False):
         self.calls = []
         self.mark = lambda z: z
         self.kernel = Kernel(
@@ -38,6 +38,7 @@ class Toy:
             backward=self.backward,
             decline_backward=lambda problem, wanted: "no" if declines else None,
             recomputes=lambda problem: recomputes,
+            keeps=lambda problem: keeps,
         )
         self.recomputed = recomputes
         found, missing = kernels.discover()
@@ -55,7 +56,8 @@ class Toy:
         z = z if bias is None else z + bias[None, None]
         if problem.epilogue.activation is None:
             return self.mark(z)
-        return fused.activate(z, problem.epilogue.activation)
+        y = fused.activate(z, problem.epilogue.activation)
+        return (y, z) if problem.epilogue.keep else y
 
     def backward(self, problem, x, w, bias, saved, gy, wanted):
         self.calls.append(("backward", wanted, None if saved is None else saved.shape))
@@ -100,10 +102,11 @@ def _by_jax(activation, case=CASE):
     return f
 
 
-@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize("how", ["as asked", "recomputes", "keeps"])
 @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
-def test_a_kernel_that_fuses_carries_a_training_step(activation, recomputes, monkeypatch):
-    toy = Toy(monkeypatch, recomputes=recomputes)
+def test_a_kernel_that_fuses_carries_a_training_step(activation, how, monkeypatch):
+    recomputes = how == "recomputes"
+    toy = Toy(monkeypatch, recomputes=recomputes, keeps=how != "as asked")
     x, w, b, _ = _arrays()
     step = jax.jit(jax.value_and_grad(_loss(activation, "toy"), (0, 1, 2)))
 
@@ -119,7 +122,7 @@ def test_a_kernel_that_fuses_carries_a_training_step(activation, recomputes, mon
     assert backward[1] == (True, True, True)
     assert (backward[2] is None) == (activation is None)
     forwards = [c[1] for c in toy.calls if c[0] == "fused"]
-    if ACTIVATIONS.get(activation) != "z":
+    if ACTIVATIONS.get(activation) != "z" or how == "keeps":
         assert forwards == [activation]
     else:
         assert forwards == ([None, activation] if recomputes else [None])

@@ -1,10 +1,14 @@
 """Bias, activation and their gradients in the TPU kernels, interpreted with race detection."""
 
+import dataclasses
+import functools
+
 import jax
 import numpy as np
 import pytest
 
 from conv_pallas.kernels import tpu_dense, tpu_depthwise, tpu_epilogue
+from conv_pallas.kernels.tpu_in_place import placement
 from conv_pallas.spec import ACTIVATIONS
 from tests.cases import Case
 from tests.test_tpu_interpreter import MEGACORE, V5E, fresh_interpreter, params
@@ -16,10 +20,12 @@ __all__ = ["fresh_interpreter"]  # a fixture
 _BFLOAT16 = dict(dtype="bfloat16")
 _HIGHEST = dict(precision="highest")
 _DENSE = Case("dense", T=37, C=24, O=40, D=5, **_BFLOAT16)
+_IN_PLACE = Case("in_place", T=37, C=128, O=128, D=5, **_BFLOAT16)  # a halo shorter than a tile
 _DEPTHWISE = Case("depthwise", T=37, C=24, O=24, G=24, K=4, D=3, **_HIGHEST)
 FUSED = (
     Fused(_DENSE, "relu"),
     Fused(Case("same", T=33, C=8, O=130, K=4, padding="SAME", **_HIGHEST), "silu"),
+    Fused(_IN_PLACE, "silu"),
     Fused(_DENSE, None, wanted=(False, True, True)),
     Fused(_DENSE, "sigmoid", wanted=(True, False, True)),
     Fused(_DEPTHWISE, "gelu"),
@@ -39,6 +45,11 @@ def test_the_functions():
         np.testing.assert_allclose(got, slope, atol=4e-6, err_msg=name)
 
 
+def test_one_is_in_place():
+    plan = tpu_dense._plan_of(_IN_PLACE.problem("conv1d", "tpu"), V5E, 32)
+    assert placement(plan.walk, _IN_PLACE.C, plan.BO) == "causal"
+
+
 @pytest.mark.parametrize("fused", FUSED, ids=lambda f: f.name)
 def test_kernels(fused):
     module = tpu_depthwise if fused.case.G > 1 else tpu_dense
@@ -46,10 +57,15 @@ def test_kernels(fused):
     x, w, bias, gy, saved = fused.arrays()
     assert module.KERNEL.decline_fused(problem) is None
     assert module.KERNEL.decline_backward(problem, fused.wanted) is None
-    options = dict(longest=16, interpret=params())
+    options = dict(longest=32 if fused.case is _IN_PLACE else 16, interpret=params())
     chip = MEGACORE if fused.case is _DENSE else V5E
     if all(fused.wanted):
         y = module.fused(problem, x, w, bias, chip=V5E, **options)
         fused.check_forward(y, x, w, bias)
+        if problem.epilogue.saved == "z":
+            kernel = dataclasses.replace(
+                module.KERNEL, fused=functools.partial(module.fused, chip=V5E, **options)
+            )
+            fused.check_kept(kernel, x, w, bias)
     grads = module.backward(problem, x, w, bias, saved, gy, fused.wanted, chip=chip, **options)
     fused.check_backward(grads, x, w, bias, gy)

@@ -92,6 +92,17 @@ class Fused:
         allowed = STEEPEST * off + tolerance.UNIT[out.name] * np.abs(value) + 1e-6
         tolerance.assert_within(actual, value, allowed, out, "forward")
 
+    def check_kept(self, kernel, x, w, bias, **options) -> None:
+        """y, and z beside it."""
+        problem = self.problem()
+        epilogue = dataclasses.replace(problem.epilogue, keep=True)
+        problem = dataclasses.replace(problem, epilogue=epilogue)
+        assert kernel.keeps(problem)
+        y, z = kernel.fused(problem, x, w, bias, **options)
+        self.check_forward(np.asarray(y), x, w, bias)
+        linear = dataclasses.replace(self, activation=None)
+        linear.check_forward(np.asarray(z), x, w, bias)
+
     def check_backward(self, actual, x, w, bias, gy) -> None:
         """dx, dw and db against the formula, where they are wanted, and None elsewhere."""
         spec, out = self.case.spec, self.problem().out_dtype

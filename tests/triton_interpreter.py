@@ -207,6 +207,8 @@ def run_fused(name: str, capability: int) -> None:
     kernel = dispatch.select(problem, ("triton",))
     assert kernel.decline_fused(problem) is None
     fused.check_forward(np.asarray(kernel.fused(problem, x, w, bias)), x, w, bias)
+    if kernel.keeps(problem) and problem.epilogue.saved == "z":
+        fused.check_kept(kernel, x, w, bias)
     assert kernel.decline_backward(problem, fused.wanted) is None
     out = kernel.backward(problem, x, w, bias, saved, gy, fused.wanted)
     fused.check_backward(out, x, w, bias, gy)
