@@ -102,9 +102,12 @@ def _check_fused(log: Log, fused: Fused, dry: bool) -> None:
                     full[i] = value
                 return layer(*full)
 
-            return jax.vjp(of, *(operands[i] for i in wanted))[1](gy)
+            y, vjp = jax.vjp(of, *(operands[i] for i in wanted))
+            return y, vjp(gy)
 
-        out = dict(zip(wanted, jax.jit(gradients)(gy, *operands), strict=True))
+        y, grads = jax.jit(gradients)(gy, *operands)
+        fused.check_forward(np.asarray(y), x, w, bias)  # with what the derivative needs beside it
+        out = dict(zip(wanted, grads, strict=True))
         out = [None if i not in out else np.asarray(out[i]) for i in range(3)]
         fused.check_backward(out, x, w, bias, gy)
 
