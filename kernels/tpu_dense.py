@@ -14,8 +14,9 @@ one ``(rows, K*C)`` matrix, so that the sum over taps happens inside the matrix 
 K taps of few channels fill it: 3 taps of 25 channels are one pass over 128 rows instead of 3.
 
 The kernel gradient sums over time instead: its grid is (part of N, tile of C, tile of O, n,
-time), and ``dw`` stays in VMEM in float32. Each core makes a part of its own; the parts are
-added in a fixed order, so that the result is the same in every run.
+time), and ``dw`` stays in VMEM in float32, as ``(O, C)`` for each tap: the matrix unit wants its
+left side transposed, and so that is g, once, and not x, for each tap. Each core makes a part of
+its own; the parts are added in a fixed order, so that the result is the same in every run.
 
 Precision: bfloat16 as it is. float32 with DEFAULT is one pass with operands rounded to bfloat16,
 which is what XLA does; HIGH is three passes; HIGHEST is the compiler's own float32 product.
@@ -33,9 +34,18 @@ from jax.experimental.pallas import tpu as pltpu
 
 from conv_pallas.kernels import Kernel, tpu_epilogue, tpu_estimates
 from conv_pallas.kernels.tpu_epilogue import Around
-from conv_pallas.kernels.tpu_in_place import in_place_kernel, older_taps, placement, side_by_side
+from conv_pallas.kernels.tpu_in_place import (
+    gradient_in_place,
+    in_place_kernel,
+    in_place_kernel_grad,
+    older_taps,
+    placement,
+    side_by_side,
+)
 from conv_pallas.kernels.tpu_matmul import (
     CHUNKS,
+    add_bias_gradient,
+    add_products,
     chunk_rows,
     dot,
     finish,
@@ -46,6 +56,7 @@ from conv_pallas.kernels.tpu_matmul import (
 )
 from conv_pallas.kernels.tpu_window import (
     LANES,
+    SUBLANES,
     TILE_ROWS,
     Chip,
     Walk,
@@ -61,7 +72,6 @@ from conv_pallas.kernels.tpu_window import (
 from conv_pallas.kernels.xla_formulations import flip
 from conv_pallas.spec import ConvSpec, Problem
 
-SUBLANES = 8
 LONGEST = 2048  # rows of a tile of time; longer ones gain nothing
 
 # --- Device code ---
@@ -98,7 +108,7 @@ def _forward_kernel(walk, passes, packed, around, x_ref, *refs):
 
 
 def _kernel_grad_kernel(walk, passes, around, mxu, x_ref, g_ref, *refs):
-    """One tile of time: adds ``x_k^T g`` to every tap of dw, which stays, and g to db."""
+    """One tile of time: adds ``g^T x_k`` to every tap of dw, which stays, and g to db."""
     *refs, window = refs
     saved_ref = refs.pop(0) if around.slope_of else None
     dw_ref, db_ref = (*refs, None)[:2]
@@ -121,13 +131,10 @@ def _kernel_grad_kernel(walk, passes, around, mxu, x_ref, g_ref, *refs):
                 u = walk.out_block(s) * walk.rows + at + lax.broadcasted_iota(jnp.int32, g.shape, 0)
                 g = jnp.where(u < walk.out_time, g.astype(jnp.float32), 0.0)
             if around.bias:
-                sums = g.astype(jnp.float32).reshape(n // SUBLANES, SUBLANES, g.shape[1]).sum(0)
-                db_ref[0, 0] += sums
-            g = g.astype(window.dtype)
-            g = split(g) if passes == "bf16x3" else g
+                add_bias_gradient(db_ref, g)
             rows = window.at[pl.ds(at, n + walk.history)]
-            for k in range(walk.taps):
-                dw_ref[0, k] += dot(rows[pl.ds(walk.offset(k), n)], g, passes, ((0,), (0,)))
+            taps = [rows[pl.ds(walk.offset(k), n)] for k in range(walk.taps)]
+            add_products(dw_ref, g.astype(window.dtype), taps, passes)
 
         by_chunks(walk.rows, chunk, longest)
 
@@ -174,12 +181,13 @@ def _plan(
         chunk = chunk_rows(walk.rows, passes, walk.taps, BC, BO)
         common = 2 * vmem_bytes(walk.rows, BC, sizes[0]) + vmem_bytes(walk.window_rows, BC, operand)
         if sums:
+            side_by_side = walk.taps * BC if BC % LANES == 0 else BC
             return (
                 common
                 + 2 * vmem_bytes(walk.rows, BO, sizes[1])
-                + copies * vmem_bytes(chunk, BO, operand)
-                + 2 * vmem_bytes(chunk, BC, operand)
-                + (2 * walk.taps + 1) * vmem_bytes(BC, BO, 4)
+                + 2 * copies * vmem_bytes(chunk, BO, operand)
+                + copies * vmem_bytes(chunk, side_by_side, operand)
+                + 3 * walk.taps * vmem_bytes(BO, BC, 4)
             )
         return (
             common
@@ -316,16 +324,21 @@ def kernel_grad(
         (1, walk.rows, plan.BO), lambda p, c, o, n, s: (p * share + n, walk.out_block(s), o)
     )
     operands = [x, g] + [saved] * (around.slope_of is not None)
-    out_specs = [pl.BlockSpec((1, walk.taps, plan.BC, plan.BO), lambda p, c, o, n, s: (p, 0, c, o))]
-    out_shape = [jax.ShapeDtypeStruct((parts, walk.taps, C, O), jnp.float32)]
+    out_specs = [pl.BlockSpec((1, walk.taps, plan.BO, plan.BC), lambda p, c, o, n, s: (p, 0, o, c))]
+    out_shape = [jax.ShapeDtypeStruct((parts, walk.taps, O, C), jnp.float32)]
     if around.bias:
         # Every tile of C makes its own, so that none is written by two; the first is taken.
         out_specs.append(
             pl.BlockSpec((1, 1, SUBLANES, plan.BO), lambda p, c, o, n, s: (p, c, 0, o))
         )
         out_shape.append(jax.ShapeDtypeStruct((parts, tiles[0], SUBLANES, O), jnp.float32))
+    kernel = functools.partial(_kernel_grad_kernel, walk, passes, around, chip.mxu)
+    scratch = walk.window_rows
+    if gradient_in_place(walk, x.dtype, plan.BC, plan.BO, chip.mxu):
+        halo = round_up((walk.taps - 1) * walk.dilation, TILE_ROWS)
+        kernel, scratch = functools.partial(in_place_kernel_grad, walk, halo, around), 2 * halo
     dw, *db = pl.pallas_call(
-        functools.partial(_kernel_grad_kernel, walk, passes, around, chip.mxu),
+        kernel,
         grid=(parts, *tiles, share, walk.steps),
         in_specs=[
             pl.BlockSpec(
@@ -337,9 +350,7 @@ def kernel_grad(
         out_specs=out_specs,
         out_shape=out_shape,
         scratch_shapes=[
-            pltpu.VMEM(
-                (walk.window_rows, plan.BC), jnp.bfloat16 if passes == "bf16" else jnp.float32
-            )
+            pltpu.VMEM((scratch, plan.BC), jnp.bfloat16 if passes == "bf16" else jnp.float32)
         ],
         compiler_params=compiler_params(chip, plan.vmem, ("parallel", *("arbitrary",) * 4)),
         cost_estimate=cost(
@@ -351,7 +362,7 @@ def kernel_grad(
         interpret=interpret,
         name="conv1d_dense_kernel_grad",
     )(*operands)
-    dw = functools.reduce(jnp.add, dw)
+    dw = jnp.swapaxes(functools.reduce(jnp.add, dw), 1, 2)
     dw = jnp.pad(dw, ((walk.first, spec.kernel_size - walk.first - walk.taps), (0, 0), (0, 0)))
     return dw, functools.reduce(jnp.add, db[0][:, 0]).sum(0) if db else None
 

@@ -34,6 +34,7 @@ from conv_pallas.kernels import Kernel, tpu_epilogue
 from conv_pallas.kernels.tpu_epilogue import Around
 from conv_pallas.kernels.tpu_window import (
     LANES,
+    SUBLANES,
     Chip,
     Walk,
     by_chunks,
@@ -47,7 +48,6 @@ from conv_pallas.kernels.tpu_window import (
 )
 from conv_pallas.spec import Problem
 
-SUBLANES = 8
 LANES_AT_ONCE = 512  # channels of a tile: contiguous reads of 1 KB and more from HBM
 CHUNK = 128  # rows of one sum: its 16 registers, and those of a tap, fit in the 64 there are
 GRADIENT_CHUNK = 64  # there a product lives beside them: 128 rows spill, and are no faster

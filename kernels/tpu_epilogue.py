@@ -55,7 +55,6 @@ VALUES = {
 
 # Of what was saved: y for those whose slope is a function of it, z for the others.
 SLOPES = {
-    "relu": lambda y: jnp.where(y > 0, 1.0, 0.0),
     "gelu": _gelu_slope,
     "gelu_exact": _gelu_exact_slope,
     "silu": _silu_slope,
@@ -71,8 +70,10 @@ def value(activation: str | None, z: jax.Array) -> jax.Array:
 
 def gradient(activation: str | None, gy: jax.Array, saved: jax.Array) -> jax.Array:
     """``gz`` in float32."""
-    slope = SLOPES[activation](saved.astype(jnp.float32))
-    return gy.astype(jnp.float32) * slope
+    gy, saved = gy.astype(jnp.float32), saved.astype(jnp.float32)
+    if activation == "relu":
+        return jnp.where(saved > 0, gy, 0.0)
+    return gy * SLOPES[activation](saved)
 
 
 @dataclasses.dataclass(frozen=True)

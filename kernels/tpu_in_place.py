@@ -5,7 +5,8 @@
 The block of x that the grid brings is read K times where it lies; only the rows that reach into
 the block before come from a scratch of two halos. `tpu_dense.py` copies each block into a window
 instead, which any padding allows, and which takes a tenth of the time at C = 128, by libtpu's
-schedules. The input gradient is the same with time running backwards.
+schedules. The input gradient is the same with time running backwards, and the kernel gradient
+meets the same rows.
 
 Operations and bytes are those of `tpu_dense.py`: ``2 N T K C O``, and x and y once each.
 """
@@ -13,7 +14,15 @@ Operations and bytes are those of `tpu_dense.py`: ``2 N T K C O``, and x and y o
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from conv_pallas.kernels.tpu_matmul import chunk_rows, dot, finish, gradient_rows
+from conv_pallas.kernels.tpu_matmul import (
+    add_bias_gradient,
+    add_products,
+    chunk_rows,
+    dot,
+    finish,
+    gradient_chunk_rows,
+    gradient_rows,
+)
 from conv_pallas.kernels.tpu_window import LANES, TILE_ROWS, Chip, Walk, by_chunks, round_up
 
 
@@ -53,14 +62,8 @@ def in_place_kernel(walk, H, older, mirrored, around, x_ref, *refs):
 
     edge[pl.ds(here, H)] = x[pl.ds(mine, H)]
 
-    def tap(far):
-        if mirrored:
-            parts = [x[pl.ds(far, n - H)], edge[pl.ds(far, H)]]
-        else:
-            parts = [edge[pl.ds(H - far, H)], x[pl.ds(H - far, n - H)]]
-        return jnp.concatenate(parts, 0)
-
-    windows = [tap((k if mirrored else taps - 1 - k) * D) for k in range(taps)]
+    fars = [(k if mirrored else taps - 1 - k) * D for k in range(taps)]
+    windows = [_tap(x, edge, H, n, far, mirrored) for far in fars]
     acc = dot(jnp.concatenate(windows, 1), w_ref[...], "bf16")
     if older:
         later[pl.ds(0 if mirrored else H, n)] = acc[:, O:]
@@ -68,6 +71,54 @@ def in_place_kernel(walk, H, older, mirrored, around, x_ref, *refs):
         later[pl.ds(n if mirrored else 0, H)] = later[pl.ds(0 if mirrored else n, H)]
     finish(around, acc, b_ref, out_refs, 0)
     edge[pl.ds(there, H)] = x[pl.ds(kept, H)]
+
+
+def _tap(x, edge, H: int, n: int, far: int, mirrored: bool = False):
+    """The n rows of x that a tap meets, ``far`` rows before those of the output; or after them."""
+    if mirrored:
+        parts = [x[pl.ds(far, n - H)], edge[pl.ds(far, H)]]
+    else:
+        parts = [edge[pl.ds(H - far, H)], x[pl.ds(H - far, n - H)]]
+    return jnp.concatenate(parts, 0)
+
+
+def in_place_kernel_grad(walk, H, around, x_ref, g_ref, *refs):
+    """One tile of time of a causal convolution's kernel gradient; as `in_place_kernel`."""
+    *refs, edge = refs
+    saved_ref = refs.pop(0) if around.slope_of else None
+    dw_ref, db_ref = (*refs, None)[:2]
+    n, x, s = walk.rows, x_ref.at[0], pl.program_id(4)
+
+    @pl.when((pl.program_id(3) == 0) & (s == 0))
+    def _():
+        for ref in refs:
+            ref[...] = jnp.zeros(ref.shape, ref.dtype)
+
+    @pl.when(s == 0)
+    def _():
+        edge[pl.ds(0, H)] = jnp.zeros((H, edge.shape[1]), edge.dtype)
+
+    edge[pl.ds(H, H)] = x[pl.ds(0, H)]
+    g = gradient_rows(around, g_ref, saved_ref)(0, n)
+    if around.bias:
+        add_bias_gradient(db_ref, g)
+    taps = [_tap(x, edge, H, n, (walk.taps - 1 - k) * walk.dilation) for k in range(walk.taps)]
+    add_products(dw_ref, g.astype(x.dtype), taps, "bf16")
+    edge[pl.ds(0, H)] = x[pl.ds(n - H, H)]
+
+
+def gradient_in_place(walk: Walk, x_dtype, C: int, O: int, mxu: int) -> bool:
+    """Whether `in_place_kernel_grad` will do, as `placement` says it of the forward one.
+
+    And x is of bfloat16, and no tile reaches past its end: what lies there may be NaN.
+    """
+    halo = (walk.taps - 1) * walk.dilation
+    chunk = gradient_chunk_rows(walk.rows, "bf16", walk.taps, C, O, mxu)
+    if x_dtype != jnp.bfloat16 or C % LANES:
+        return False
+    if not 0 < round_up(halo, TILE_ROWS) < walk.rows <= chunk:
+        return False
+    return walk.low == halo and walk.time == walk.out_time and walk.time % walk.rows == 0
 
 
 def placement(walk: Walk, C: int, O: int) -> str | None:

@@ -9,6 +9,7 @@ from jax.experimental import pallas as pl
 
 from conv_pallas.kernels import tpu_epilogue
 from conv_pallas.kernels.tpu_epilogue import Around
+from conv_pallas.kernels.tpu_window import LANES, SUBLANES
 from conv_pallas.spec import Problem
 
 # Unrolled passes of the matrix unit over 8 rows. Longer code hides more of its latency; beyond
@@ -68,7 +69,7 @@ def split(a: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def dot(a: jax.Array, b, passes: str, contract=((1,), (0,))) -> jax.Array:
-    """The float32 product; where it takes three passes, ``b`` is a pair from `split`."""
+    """The float32 product; where it takes three passes, ``b`` is a pair from `split`, a may be."""
     # Named, or what `jax.default_matmul_precision` says would reach bfloat16 operands.
     precision = lax.Precision.HIGHEST if passes == "f32" else lax.Precision.DEFAULT
     product = functools.partial(
@@ -79,8 +80,34 @@ def dot(a: jax.Array, b, passes: str, contract=((1,), (0,))) -> jax.Array:
         return product(a.astype(jnp.bfloat16), b)
     if passes == "f32":
         return product(a.astype(jnp.float32), b)
-    high, low = split(a.astype(jnp.float32))
+    high, low = a if isinstance(a, tuple) else split(a.astype(jnp.float32))
     return product(high, b[0]) + (product(high, b[1]) + product(low, b[0]))
+
+
+def add_products(dw_ref, g, taps, passes: str) -> None:
+    """Adds ``g^T x_k`` to ``dw_ref[0, k]``, ``(O, C)``, for each of the taps ``x_k (rows, C)``.
+
+    The left side is what has to be transposed first. So it is g: once, and not each tap. Taps of
+    whole lanes make one product, so that two of 128 channels fill a matrix unit 256 wide.
+    """
+    C = taps[0].shape[1]
+    groups = [taps] if C % LANES == 0 else [[tap] for tap in taps]
+    if passes == "bf16x3":
+        g = split(g.astype(jnp.float32))
+    k = 0
+    for group in groups:
+        x = group[0] if len(group) == 1 else jnp.concatenate(group, 1)
+        x = split(x.astype(jnp.float32)) if passes == "bf16x3" else x
+        products = dot(g, x, passes, ((0,), (0,)))
+        for at in range(0, products.shape[1], C):
+            dw_ref[0, k] += products[:, at : at + C]
+            k += 1
+
+
+def add_bias_gradient(db_ref, g) -> None:
+    """Adds g ``(rows, O)``, summed by sublanes, to ``db_ref[0, 0]``: XLA adds those in the end."""
+    g = g.astype(jnp.float32)
+    db_ref[0, 0] += g.reshape(-1, SUBLANES, g.shape[1]).sum(0)
 
 
 def gradient_rows(around: Around, g_ref, saved_ref):

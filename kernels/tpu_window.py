@@ -22,7 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from conv_pallas.spec import ConvSpec, Operation, Problem
 
-LANES = 128
+LANES, SUBLANES = 128, 8
 TILE_ROWS = 16  # rows of a tile of the narrowest dtype: aligned for any of them
 COPY_ROWS = 256  # rows that are moved at once inside VMEM
 

@@ -115,6 +115,7 @@ IN_PLACE = (
     Case("halo_of_whole_tiles", T=128, C=128, O=128, D=16, dtype="bfloat16"),
     Case("converted", T=64, C=128, O=130, K=2, D=5),
     Case("four_taps", T=64, C=128, O=128, K=4, D=2),
+    Case("in_place_gradient", T=96, C=128, O=40, K=2, D=5, dtype="bfloat16"),
 )
 
 
@@ -136,6 +137,12 @@ def test_in_place(case, mxu):
         beside = tpu_in_place.older_taps(plan.walk, C, plan.BO, O, chip)
         assert (beside > 0) == (mxu == 256 and case.K > 2)
         check_kernel(tpu_dense, case, operation, chip, longest=plan.walk.rows)
+    rows = 64 if case.D > 5 else 32
+    plan = tpu_dense._plan_of(case.problem("conv1d_kernel_grad", "tpu"), chip, rows)
+    placed = tpu_in_place.gradient_in_place(plan.walk, np.dtype(case.dtype), case.C, case.O, mxu)
+    assert placed == (case.name in ("halo_of_whole_tiles", "in_place_gradient"))
+    if placed:
+        check_kernel(tpu_dense, case, "conv1d_kernel_grad", chip, longest=rows)
 
 
 def test_parts_of_the_kernel_gradient_are_added_in_order():
