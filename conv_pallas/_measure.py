@@ -1,7 +1,7 @@
 """Times implementations of a layer against each other, so that the ratio can be trusted.
 
-The variants take turns, so that whatever else the machine does slows all of them, and the
-ratio is taken turn by turn. Before anything is timed, they must agree.
+The variants take turns in ever other orders, so that whatever else the machine does slows all of
+them, and the ratio is taken turn by turn. Before anything is timed, they must agree.
 """
 
 import dataclasses
@@ -9,6 +9,7 @@ import datetime
 import math
 import os
 import platform
+import random
 import re
 import statistics
 import time
@@ -115,7 +116,7 @@ def interleaved(
         once = first if first > settings.limit / 20 else min(sample(call, 1) for _ in range(3))
         repeats[name] = max(1, math.ceil(settings.least / once))
         alone[name] = once
-    times = {name: [] for name in calls}
+    times, order = {name: [] for name in calls}, random.Random(0)
     names = list(calls)
     most = max(settings.limit, settings.hopeless * min(alone.values()))
     once_only = {name for name, once in alone.items() if once > most}
@@ -134,8 +135,10 @@ def interleaved(
             # The median of n values is known to about their spread over the root of n.
             if all(width / math.sqrt(turn) < settings.settled for width in spreads):
                 break
-        shift = turn % len(names)  # who follows whom must not matter
-        for name in names[shift:] + names[:shift]:
+        # Who follows whom must not matter: the order differs from turn to turn, and each variant
+        # has one call to find its memory and the cores' clock as it leaves them itself.
+        for name in order.sample(names, len(names)):
+            jax.block_until_ready(calls[name]())
             times[name].append(sample(calls[name], repeats[name]))
     return {name: tuple(t) for name, t in times.items()}
 
