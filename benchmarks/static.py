@@ -135,7 +135,7 @@ def estimate(chip: str, rates: Chip, folder: Path, program, products: int) -> Es
         round(bytes_ / rates.bandwidth * rates.clock),
         sum(s.spills for s in schedules.values()),
         sum(s.spilled for s in schedules.values()),
-        max(s.registers for s in schedules.values()),
+        max((s.registers for s in schedules.values()), default=0),
         traffic.scoped_vmem(hlo),
         sum(s.uncounted for s in schedules.values()),
         sum(s.length for s in schedules.values()),

@@ -1,7 +1,7 @@
 """Times implementations of a layer against each other, so that the ratio can be trusted.
 
-The variants take turns in ever other orders, so that whatever else the machine does slows all of
-them, and the ratio is taken turn by turn. Before anything is timed, they must agree.
+The variants take turns, each time in another order, so that whatever else the machine does slows
+all of them, and the ratio is taken turn by turn. Before anything is timed, they must agree.
 """
 
 import dataclasses

@@ -361,7 +361,7 @@ def _schedules(files: Sequence[Path]) -> list[str]:
             continue
         line = (
             f"{name}: {s.bundles} bundles, in {s.matmuls / max(1, s.bundles):.0%} of them the "
-            f"matrix unit, {s.registers} of 64 vector registers, {s.spills} spills in loops"
+            f"matrix unit, {s.registers} vector registers wanted of 64, {s.spills} spills in loops"
         )
         kernel = next((k for k in vmem if name.startswith(k)), None)
         if kernel:

@@ -63,7 +63,8 @@ def conv1d(
       feature_group_count: ``G``, splits the channels into groups that do not mix; ``G = C``
         is a depthwise convolution.
       activation: one of ``"relu"``, ``"gelu"`` (tanh approximation), ``"gelu_exact"``,
-        ``"silu"``, ``"tanh"``, ``"sigmoid"``, a callable, or None.
+        ``"silu"``, ``"tanh"``, ``"sigmoid"``, a callable, or None. In kernels for TPUs the sigmoid
+        is within 1e-7 of its value, and so 0 far below zero.
       mask: ``(*batch, T)`` bool, False for padding, which then counts as zeros: no other
         output and no gradient depends on what it holds, NaN included.
       segment_ids: ``(*batch, T)`` integers; where they change a new sequence begins, and no

@@ -9,7 +9,6 @@ import functools
 import importlib
 import pkgutil
 from collections.abc import Callable
-from typing import Any
 
 import jax
 
@@ -62,7 +61,7 @@ class Kernel:
     priority: int | Callable[[Problem], int | None] | None
     by_name: Callable[[Problem], str] = lambda problem: "only when asked for by name"
     vmappable: bool = False
-    fused: Callable[[Problem, jax.Array, jax.Array, jax.Array | None], Any] | None = None
+    fused: Callable[..., jax.Array | tuple[jax.Array, jax.Array]] | None = None
     decline_fused: Callable[[Problem], str | None] = lambda problem: None
     backward: Callable[..., tuple[jax.Array | None, ...]] | None = None
     decline_backward: Callable[[Problem, tuple[bool, bool, bool]], str | None] = (

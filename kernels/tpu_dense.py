@@ -134,7 +134,7 @@ def _kernel_grad_kernel(walk, passes, around, mxu, x_ref, g_ref, *refs):
                 add_bias_gradient(db_ref, g)
             rows = window.at[pl.ds(at, n + walk.history)]
             taps = [rows[pl.ds(walk.offset(k), n)] for k in range(walk.taps)]
-            add_products(dw_ref, g.astype(window.dtype), taps, passes)
+            add_products(dw_ref, g.astype(window.dtype), taps, passes, mxu)
 
         by_chunks(walk.rows, chunk, longest)
 
@@ -179,15 +179,17 @@ def _plan(
 
     def need(walk: Walk, BC: int, BO: int) -> int:
         chunk = chunk_rows(walk.rows, passes, walk.taps, BC, BO)
+        if sums:
+            chunk = gradient_chunk_rows(walk.rows, passes, walk.taps, BC, BO, chip.mxu)
         common = 2 * vmem_bytes(walk.rows, BC, sizes[0]) + vmem_bytes(walk.window_rows, BC, operand)
         if sums:
-            side_by_side = walk.taps * BC if BC % LANES == 0 else BC
             return (
                 common
                 + 2 * vmem_bytes(walk.rows, BO, sizes[1])
                 + 2 * copies * vmem_bytes(chunk, BO, operand)
-                + copies * vmem_bytes(chunk, side_by_side, operand)
-                + 3 * walk.taps * vmem_bytes(BO, BC, 4)
+                + copies * vmem_bytes(chunk, max(BC, chip.mxu), operand)
+                + 2 * walk.taps * vmem_bytes(BO, BC, 4)
+                + vmem_bytes(BO, max(BC, chip.mxu), 4)
             )
         return (
             common
@@ -334,9 +336,10 @@ def kernel_grad(
         out_shape.append(jax.ShapeDtypeStruct((parts, tiles[0], SUBLANES, O), jnp.float32))
     kernel = functools.partial(_kernel_grad_kernel, walk, passes, around, chip.mxu)
     scratch = walk.window_rows
-    if gradient_in_place(walk, x.dtype, plan.BC, plan.BO, chip.mxu):
+    if passes == "bf16" and gradient_in_place(walk, x.dtype, plan.BC, plan.BO, chip.mxu):
         halo = round_up((walk.taps - 1) * walk.dilation, TILE_ROWS)
-        kernel, scratch = functools.partial(in_place_kernel_grad, walk, halo, around), 2 * halo
+        kernel = functools.partial(in_place_kernel_grad, walk, halo, around, chip.mxu)
+        scratch = 2 * halo
     dw, *db = pl.pallas_call(
         kernel,
         grid=(parts, *tiles, share, walk.steps),

@@ -184,7 +184,7 @@ def _plan_of(
 def _forward(
     x, w, plan: Plan, out_dtype, chip: Chip, *, bias=None, saved=None, around: Around,
     interpret=False,
-) -> jax.Array:  # fmt: skip
+) -> jax.Array | tuple[jax.Array, jax.Array]:  # fmt: skip
     """``w`` is ``(K, C)`` in float32, with all taps."""
     (N, _, C), walk = x.shape, plan.walk
     w = w[walk.first : walk.first + walk.taps]

@@ -82,7 +82,7 @@ def _tap(x, edge, H: int, n: int, far: int, mirrored: bool = False):
     return jnp.concatenate(parts, 0)
 
 
-def in_place_kernel_grad(walk, H, around, x_ref, g_ref, *refs):
+def in_place_kernel_grad(walk, H, around, mxu, x_ref, g_ref, *refs):
     """One tile of time of a causal convolution's kernel gradient; as `in_place_kernel`."""
     *refs, edge = refs
     saved_ref = refs.pop(0) if around.slope_of else None
@@ -103,7 +103,7 @@ def in_place_kernel_grad(walk, H, around, x_ref, g_ref, *refs):
     if around.bias:
         add_bias_gradient(db_ref, g)
     taps = [_tap(x, edge, H, n, (walk.taps - 1 - k) * walk.dilation) for k in range(walk.taps)]
-    add_products(dw_ref, g.astype(x.dtype), taps, "bf16")
+    add_products(dw_ref, g.astype(x.dtype), taps, "bf16", mxu)
     edge[pl.ds(0, H)] = x[pl.ds(n - H, H)]
 
 

@@ -46,18 +46,15 @@ def _within(code: int, rows: int, passes: str, each: int) -> int:
 def gradient_chunk_rows(rows: int, passes: str, taps: int, C: int, O: int, mxu: int) -> int:
     """Rows of one product of the kernel gradient.
 
-    Each tap is a product of its own, whatever it leaves of a matrix unit idle, so that many taps of
-    few channels make long code: 41 taps of 32 channels take 12 s to compile with 2048 rows and 3 s
-    with 512, for bundles within 4 % of each other. Twice `CODE` still gains from longer chunks.
-
-    Where a matrix unit is 128 wide, and neither C nor O is, long chunks spill so much that shorter
-    ones take fewer bundles: at C=256, K=7, D=64 on v5e 931k with 256 rows, without a spill, where
-    2048 rows take 966k (libtpu 0.0.50.1). A 256 wide one gains from long ones: 285k for 399k.
+    As many as there are, for each chunk moves all of dw once: at C=512, K=3, D=64 on v6e 113k
+    bundles with 2048 rows, 124k with 1024. But on a matrix unit 128 wide so many sums spill too
+    much: there 358k with 512 rows, 382k with 2048 (libtpu 0.0.50.1). 41 taps of 32 channels
+    compile for 3 s; more passes of that many are cut.
     """
-    if mxu < 256 and min(C, O) > mxu and rows > 512:
-        return CHUNKS[-1]
+    if mxu < 256 and min(C, O) > 256:
+        rows = min(rows, 512)
     each = taps * pl.cdiv(C, WIDE) * pl.cdiv(O, WIDE)
-    return min(chunk_rows(rows, passes, taps, C, O), _within(2 * CODE, rows, passes, each))
+    return _within(6 * CODE, rows, passes, each)
 
 
 def split(a: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -84,14 +81,15 @@ def dot(a: jax.Array, b, passes: str, contract=((1,), (0,))) -> jax.Array:
     return product(high, b[0]) + (product(high, b[1]) + product(low, b[0]))
 
 
-def add_products(dw_ref, g, taps, passes: str) -> None:
+def add_products(dw_ref, g, taps, passes: str, mxu: int) -> None:
     """Adds ``g^T x_k`` to ``dw_ref[0, k]``, ``(O, C)``, for each of the taps ``x_k (rows, C)``.
 
-    The left side is what has to be transposed first. So it is g: once, and not each tap. Taps of
-    whole lanes make one product, so that two of 128 channels fill a matrix unit 256 wide.
+    The left side is what has to be transposed first. So it is g: once, and not each tap. Two taps
+    of 128 channels make one product where a matrix unit is 256 wide.
     """
     C = taps[0].shape[1]
-    groups = [taps] if C % LANES == 0 else [[tap] for tap in taps]
+    n = max(1, mxu // C) if C % LANES == 0 else 1
+    groups = [taps[i : i + n] for i in range(0, len(taps), n)]
     if passes == "bf16x3":
         g = split(g.astype(jnp.float32))
     k = 0

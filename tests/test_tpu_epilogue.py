@@ -4,11 +4,12 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from conv_pallas.kernels import tpu_dense, tpu_depthwise, tpu_epilogue
-from conv_pallas.kernels.tpu_in_place import placement
+from conv_pallas.kernels.tpu_in_place import gradient_in_place, placement
 from conv_pallas.spec import ACTIVATIONS
 from tests.cases import Case
 from tests.test_tpu_interpreter import MEGACORE, V5E, fresh_interpreter, params
@@ -16,16 +17,23 @@ from tests.triton_epilogue import SLOPES, VALUES, Fused
 
 __all__ = ["fresh_interpreter"]  # a fixture
 
+SMALL = dataclasses.replace(V5E, vmem=900 * 2**10)
 # Neither bfloat16 nor float32 products depend on the platform's default precision.
 _BFLOAT16 = dict(dtype="bfloat16")
 _HIGHEST = dict(precision="highest")
 _DENSE = Case("dense", T=37, C=24, O=40, D=5, **_BFLOAT16)
 _IN_PLACE = Case("in_place", T=37, C=128, O=128, D=5, **_BFLOAT16)  # a halo shorter than a tile
+_WHOLE = Case("whole", T=96, C=128, O=40, D=5, **_BFLOAT16)  # and in whole tiles
+# In so little memory that C and O are split.
+_SPLIT = Case("split", batch=(1,), T=20, C=260, O=260, K=3, **_BFLOAT16)
 _DEPTHWISE = Case("depthwise", T=37, C=24, O=24, G=24, K=4, D=3, **_HIGHEST)
 FUSED = (
     Fused(_DENSE, "relu"),
     Fused(Case("same", T=33, C=8, O=130, K=4, padding="SAME", **_HIGHEST), "silu"),
     Fused(_IN_PLACE, "silu"),
+    Fused(_WHOLE, "relu"),
+    Fused(_WHOLE, "gelu"),
+    Fused(_SPLIT, "relu", wanted=(False, True, True)),
     Fused(_DENSE, None, wanted=(False, True, True)),
     Fused(_DENSE, "sigmoid", wanted=(True, False, True)),
     Fused(_DEPTHWISE, "gelu"),
@@ -35,7 +43,7 @@ FUSED = (
 
 
 def test_the_functions():
-    z = np.linspace(-6, 6, 1001)
+    z = np.linspace(-30, 30, 3001)
     for name, saved in ACTIVATIONS.items():
         want, slope = VALUES[name](z), SLOPES[name](z)
         single = z.astype(np.float32)
@@ -45,9 +53,16 @@ def test_the_functions():
         np.testing.assert_allclose(got, slope, atol=4e-6, err_msg=name)
 
 
-def test_one_is_in_place():
+def test_some_are_in_place():
     plan = tpu_dense._plan_of(_IN_PLACE.problem("conv1d", "tpu"), V5E, 32)
     assert placement(plan.walk, _IN_PLACE.C, plan.BO) == "causal"
+    plan = tpu_dense._plan_of(_WHOLE.problem("conv1d_kernel_grad", "tpu"), V5E, 32)
+    assert gradient_in_place(plan.walk, np.dtype(jnp.bfloat16), plan.BC, plan.BO, V5E.mxu)
+
+
+def test_one_has_tiles_of_channels():
+    plan = tpu_dense._plan_of(_SPLIT.problem("conv1d_kernel_grad", "tpu"), SMALL, 16)
+    assert plan.BC < _SPLIT.C and plan.BO < _SPLIT.O
 
 
 @pytest.mark.parametrize("fused", FUSED, ids=lambda f: f.name)
@@ -57,8 +72,9 @@ def test_kernels(fused):
     x, w, bias, gy, saved = fused.arrays()
     assert module.KERNEL.decline_fused(problem) is None
     assert module.KERNEL.decline_backward(problem, fused.wanted) is None
-    options = dict(longest=32 if fused.case is _IN_PLACE else 16, interpret=params())
-    chip = MEGACORE if fused.case is _DENSE else V5E
+    longest = 32 if fused.case in (_IN_PLACE, _WHOLE) else 16
+    options = dict(longest=longest, interpret=params())
+    chip = {_DENSE: MEGACORE, _SPLIT: SMALL}.get(fused.case, V5E)
     if all(fused.wanted):
         y = module.fused(problem, x, w, bias, chip=V5E, **options)
         fused.check_forward(y, x, w, bias)

@@ -40,6 +40,17 @@ DENSE = (
     Case("bfloat16_to_float32", T=40, C=16, O=16, D=2, dtype="bfloat16", out_dtype="float32"),
     Case("high", T=40, C=16, O=16, D=3, precision="high"),
     Case("highest", T=40, C=130, O=16, D=3, precision="highest"),
+    Case(
+        "mixed",
+        T=48,
+        C=128,
+        O=16,
+        K=2,
+        D=5,
+        dtype="bfloat16",
+        out_dtype="float32",
+        precision="highest",
+    ),
 )
 
 
@@ -107,6 +118,7 @@ def test_dense_in_tiles_of_channels():
     for operation in OPERATIONS:
         plan = tpu_dense._plan_of(case.problem(operation, "tpu"), chip, 16)
         assert plan.BO < case.O
+        assert plan.BC < case.C or operation != "conv1d_kernel_grad"
         check_kernel(tpu_dense, case, operation, chip)
 
 
