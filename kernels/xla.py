@@ -11,12 +11,13 @@ import numpy as np
 from jax import lax
 
 from conv_pallas.kernels import Kernel
-from conv_pallas.kernels.xla_formulations import FORWARD, KERNEL_GRAD, Numbers, flip
-from conv_pallas.spec import Problem
+from conv_pallas.kernels.xla_formulations import FORWARD, KERNEL_GRAD, Numbers, flip, in_pieces
+from conv_pallas.spec import ConvSpec, Problem
 
 DESCRIPTIONS = {
     "native": "one lax.conv_general_dilated",
     "padded": "x padded in memory, then one lax.conv_general_dilated",
+    "canonical": "one lax.conv_general_dilated, its axes in order",
     "barrier": "x padded in memory behind a barrier, so that cuDNN gets the dilation",
     "shifts": "shifted multiply-adds of one padded x",
     "own_pads": "shifted multiply-adds, each with a pad fused into it",
@@ -32,6 +33,7 @@ DESCRIPTIONS = {
 
 # The most taps that are written out one by one; beyond, compiling takes longer than it saves.
 UNROLLED = 64
+FEW = 16  # taps, up to which "scatter" and "im2col" in pieces were measured
 
 
 def choose(problem: Problem) -> str:
@@ -83,13 +85,25 @@ def _cpu_forward(problem: Problem) -> str:
         G=8 c=16 o=16 K=7 D=64                          scatter 0.9  matmuls 0.7  split 1.8
         c=128 o=128 K=3 D=8 bfloat16      im2col 1.7    scatter 1.7  matmuls 1.4
         c=512 o=512 K=3 D=4 bfloat16      im2col 1.9    scatter 1.9  matmuls 1.7
-        c=64 o=64 K=3 D=16 bfloat16       im2col 1.1    scatter 2.7  matmuls 1.0
-        c=25 o=25 K=7 D=4 bfloat16        im2col 1.5    scatter 2.1  matmuls 0.9
-          its input gradient              im2col 1.4    scatter 2.2  matmuls 0.8
         ================================  ======================================================
 
-    The five last on a quiet machine whose processor multiplies bfloat16 (AVX512-BF16): XLA's
-    matmul makes use of that, and its convolution does not.
+    And in pieces, as `_sequences_at_once` has them, c channels into as many where no o is named,
+    on a quieter machine that multiplies bfloat16 (AVX512-BF16): XLA's matmul makes use of that,
+    and its convolution does not.
+
+        ========================  ==========================  ==========================
+        times faster than stock   N=8 T=1000                  N=16 T=4096
+        ========================  ==========================  ==========================
+        c=16 K=3                  scatter 2.0    im2col 1.2   scatter 0.8    im2col 0.8
+        c=25 K=7                  scatter 1.5    im2col 0.9   scatter 1.3    im2col 0.7
+        c=32 K=7                  scatter 0.9    im2col 0.7   scatter 1.0    im2col 0.6
+        c=16 K=3 bfloat16         scatter 1.8    im2col 1.8   scatter 0.8    im2col 1.9
+        c=25 K=3 bfloat16         scatter 1.6    im2col 1.5   scatter 1.0    im2col 1.3
+        c=25 K=7 bfloat16         scatter 2.4    im2col 1.5   scatter 1.6    im2col 1.0
+        c=64 K=3 bfloat16         scatter 2.1    im2col 1.5   scatter 2.6    im2col 2.2
+        c=128 K=3 bfloat16        scatter 1.5    im2col 1.7   scatter 2.7    im2col 2.6
+        c=128 K=7 bfloat16        scatter 1.6    im2col 1.4   scatter 2.0    im2col 2.0
+        ========================  ==========================  ==========================
     """
     spec = problem.spec
     # nnx.Conv writes CAUSAL zeros first. Where nothing is faster, be the same program.
@@ -112,8 +126,10 @@ def _cpu_forward(problem: Problem) -> str:
         return "split" if G <= 32 else stock
     if not every_step or K == 1:
         return stock
-    if _bfloat16(problem) and K <= 8:
-        return "im2col"
+    if _bfloat16(problem) and K <= FEW:
+        if _scatters(problem, spec, c, o):
+            return "scatter"
+        return "im2col" if _held("im2col", problem) <= MOST else stock
     if c <= 8 and c * o <= 64 and K * c <= 24:
         return own_pads_or_shifts
     if o == 1 and K <= 32:
@@ -122,7 +138,20 @@ def _cpu_forward(problem: Problem) -> str:
         return "im2col"
     if max(c, o) <= 32 and problem.N * spec.time * K * o <= 2**18:
         return "scatter"
+    if max(c, o) < 32 and K <= FEW and spec.span <= spec.time:
+        # The convolution is good at channels that fill registers, and bad at 25 or 30 of them.
+        held = _held("scatter", problem)
+        if problem.N * held <= WHOLE or (o % 16 and K >= 5 and held <= MOST):
+            return "scatter"
     return stock
+
+
+def _scatters(problem: Problem, spec: ConvSpec, c: int, o: int) -> bool:
+    """Whether of bfloat16 "scatter" is faster than "im2col"; what it holds is twice as wide."""
+    worth = c >= 32 or (c >= 20 and spec.kernel_size >= 5)
+    rows = o < 64 or spec.time >= 512  # for a matmul with as many columns as all taps have
+    sees = spec.span <= spec.time  # else many of its products are of taps that see only padding
+    return o <= c and worth and rows and sees and _held("scatter", problem) <= MOST
 
 
 def _cpu_kernel_grad(problem: Problem) -> str:
@@ -145,6 +174,9 @@ def _cpu_kernel_grad(problem: Problem) -> str:
     c=512 o=512 K=3 D=4 bfloat16                  native 1.0    im2col 1.9    matmuls 1.7
     c=64 o=64 K=3 D=16 bfloat16                   native 1.1    im2col 1.7    matmuls 1.2
     c=25 o=25 K=7 D=4 bfloat16                    native 1.1    im2col 0.9    matmuls 0.5
+    c=64 o=64 K=3 bfloat16, N=16 T=4096           native 1.3    im2col 2.9
+    c=64 o=64 K=7 bfloat16, N=16 T=4096           native 1.0    im2col 2.3
+    c=25 o=25 K=3 bfloat16, N=16 T=4096           native 1.2    im2col 0.7
     c=450 o=450 K=3 D=4, N=1 T=100                native 0.8    im2col 1.4    matmuls 1.0
     c=512 o=512 K=3 D=4, N=1 T=64                 native 0.8    im2col 1.1    matmuls 0.9
     c=512 o=512 K=8 D=4, N=1 T=64                 native 0.8    im2col 1.1    matmuls 1.0
@@ -154,14 +186,16 @@ def _cpu_kernel_grad(problem: Problem) -> str:
     c=512 o=512 K=3, N=32 T=32                    native 1.2    im2col 1.1    matmuls 1.0
     ================================  ======================================================
 
-    The eleven last as the five last of `_cpu_forward`. Where padding is SAME, padding in memory
-    came out 1.0 (c=128 K=11 D=3) and 1.1 (c=64 K=3 D=64) times as fast as native.
+    The fourteen last as the second table of `_cpu_forward`, im2col of those with N=16 in pieces;
+    "native" stands for "canonical" too, which is the same program outside of loops. Where padding
+    is SAME, padding in memory came out 1.0 (c=128 K=11 D=3) and 1.1 (c=64 K=3 D=64) times as fast
+    as native.
     """
     spec, (c, _) = problem.spec, _channels(problem)
     K, G = spec.kernel_size, spec.groups
     causal = spec.input_dilation == 1 and spec.padding == (spec.span - 1, 0)
     if K > UNROLLED:
-        return "split" if 1 < G <= 32 else "padded" if causal else "native"
+        return "split" if 1 < G <= 32 else "padded" if causal else "canonical"
     if G > 1:
         if c == 1:
             return "tree"
@@ -174,15 +208,48 @@ def _cpu_kernel_grad(problem: Problem) -> str:
     columns = steps * K * c  # what im2col holds
     if columns <= 2**17 or (K <= 8 and (steps <= 128 or c == 1 or spec.stride > 1)):
         return "im2col"
-    if _bfloat16(problem) and K <= 4:
+    wide = max(problem.C, problem.O) >= 32
+    if _bfloat16(problem) and K <= 8 and wide and _held("im2col", problem) <= MOST:
         return "im2col"
     # Causal and few taps: padding one sequence costs less than it saves, padding a batch more.
     pays = K > 4 or not causal or problem.N == 1
-    return "padded" if spec.input_dilation == 1 and pays else "native"
+    return "padded" if spec.input_dilation == 1 and pays else "canonical"
 
 
 def _bfloat16(problem: Problem) -> bool:
     return {np.dtype(problem.lhs_dtype).name, np.dtype(problem.rhs_dtype).name} == {"bfloat16"}
+
+
+# What a piece may hold for a moment; what needs no pieces yet; and what one sequence may hold,
+# beyond which it is as slow as all at once. Bytes. Some 50 µs are lost with each piece: at N=32
+# T=784 C=25 K=7, 0.5 MiB a sequence, 32 pieces of one take 4.0 ms, 8 of four 3.0 ms, all at once
+# 4.0 ms.
+PIECE, WHOLE, MOST = 5 * 2**19, 6 * 2**20, 2**23
+
+
+def _held(name: str, problem: Problem) -> int:
+    """Bytes that "scatter" or "im2col" hold for one sequence beside x and y."""
+    operand, numbers = numbers_of(problem)
+    spec, (c, o) = problem.spec, _channels(problem)
+    if problem.operation == "conv1d_input_grad":
+        spec = spec.transposed()
+    if name == "scatter":
+        return spec.time * spec.kernel_size * o * np.dtype(numbers.acc).itemsize
+    return spec.out_time * spec.kernel_size * c * np.dtype(operand).itemsize
+
+
+def _sequences_at_once(name: str, problem: Problem) -> int:
+    """How many of N, which they divide."""
+    N = problem.N
+    if problem.platform != "cpu" or problem.spec.groups > 1 or name not in ("scatter", "im2col"):
+        return N
+    each = _held(name, problem)
+    if N * each <= WHOLE:
+        return N
+    fitting = max(1, PIECE // each)
+    at_once = max(n for n in range(1, min(fitting, N) + 1) if N % n == 0)
+    # A prime number of short sequences: so many small pieces cost more than they save.
+    return N if 2 * at_once < min(fitting, N) and N * each <= 2 * MOST else at_once
 
 
 # --- GPU ---
@@ -229,13 +296,14 @@ def run_as(name: str, problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.A
     operand, numbers = numbers_of(problem)
     lhs, rhs = lhs.astype(operand), rhs.astype(operand)
     spec = problem.spec
-    if problem.operation == "conv1d_kernel_grad":
-        out = KERNEL_GRAD[name](lhs, rhs, spec, numbers)
-    elif problem.operation == "conv1d_input_grad":
-        out = FORWARD[name](lhs, flip(rhs, spec.groups), spec.transposed(), numbers)
-    else:
-        out = FORWARD[name](lhs, rhs, spec, numbers)
-    return out.astype(problem.out_dtype)
+    sums = problem.operation == "conv1d_kernel_grad"
+    formulation = (KERNEL_GRAD if sums else FORWARD)[name]
+    if problem.operation == "conv1d_input_grad":
+        rhs, spec = flip(rhs, spec.groups), spec.transposed()
+    at_once = _sequences_at_once(name, problem)
+    if at_once != problem.N:
+        formulation = in_pieces(formulation, at_once, sums)
+    return formulation(lhs, rhs, spec, numbers).astype(problem.out_dtype)
 
 
 def run(problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:

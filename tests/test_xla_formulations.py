@@ -1,11 +1,14 @@
 """Every formulation for XLA, chosen by a rule or not, against the formula in float64."""
 
 import dataclasses
+import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from conv_pallas import conv1d
 from conv_pallas.kernels import xla
 from conv_pallas.kernels.xla_formulations import FORWARD, KERNEL_GRAD, flip
 from conv_pallas.spec import OPERATIONS
@@ -80,6 +83,54 @@ def test_formulations(case, operation):
 def test_float64(operation):
     with jax.enable_x64(True):
         check_all(dataclasses.replace(named("stride_grouped"), dtype="float64"), operation)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_in_pieces(operation, dtype, monkeypatch):
+    """As exact as all at once, and one by one less is held at any moment."""
+    case = Case("pieces", batch=(6,), T=128, C=16, O=8, K=5, D=3, dtype=dtype)
+    problem = case.problem(operation)
+    x, w, g = case.arrays()
+    lhs, rhs = {
+        "conv1d": (x, w), "conv1d_input_grad": (g, w), "conv1d_kernel_grad": (x, g)
+    }[operation]  # fmt: skip
+    names = ("im2col",) if operation == "conv1d_kernel_grad" else ("im2col", "scatter")
+
+    def compiled(name):
+        run = lambda a, b: xla.run_as(name, problem, a, b)  # noqa: E731
+        return jax.jit(run).lower(lhs, rhs).compile()
+
+    for name in names:
+        whole = compiled(name).memory_analysis().temp_size_in_bytes
+        each = xla._held(name, problem)
+        for piece, at_once in ((1, 1), (2 * each, 2), (5 * each, 3)):
+            monkeypatch.setattr(xla, "WHOLE", 1)
+            monkeypatch.setattr(xla, "PIECE", piece)
+            monkeypatch.setattr(xla, "MOST", 1)
+            assert xla._sequences_at_once(name, problem) == at_once
+            program = compiled(name)
+            check(np.asarray(program(lhs, rhs)), operation, lhs, rhs, case.spec,
+                  out_dtype=problem.out_dtype, precision=None, platform="cpu")  # fmt: skip
+            if at_once == 1:
+                assert program.memory_analysis().temp_size_in_bytes < 0.8 * whole
+        monkeypatch.undo()
+        assert xla._sequences_at_once(name, problem) == 6
+    prime = dataclasses.replace(problem, N=127)
+    assert xla._sequences_at_once(names[0], prime) in (1, 127)
+
+
+def test_a_kernel_gradient_is_no_slower_in_a_loop():
+    """XLA:CPU puts the axes of a convolution in order nowhere but in the entry computation."""
+
+    def step(w, xg):
+        y, vjp = jax.vjp(lambda w: conv1d(xg[0], w, kernel_dilation=4), w)
+        return w - vjp(y - xg[1])[0], None
+
+    w, x = jnp.zeros((3, 64, 64)), jnp.zeros((3, 2, 1000, 64))
+    hlo = jax.jit(lambda w, x: jax.lax.scan(step, w, (x, x))).lower(w, x).compile().as_text()
+    labels = re.findall(r" convolution\(.*?dim_labels=([\w>-]+)", hlo)
+    assert len(labels) == 2 and set(labels) == {"b0f_0io->b0f"}
 
 
 def test_flip_twice_is_nothing():
