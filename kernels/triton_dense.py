@@ -62,6 +62,16 @@ def _tileable(array: jax.Array, offset: int) -> bool:
     return array.shape[-1] * size % 16 == 0 and offset * size % 16 == 0
 
 
+def _config(N: int, spec: ConvSpec, C: int, O: int, dtype: np.dtype, precision: str):
+    """The tiles of `forward`."""
+    G, phases = spec.groups, Phases.of(spec).phases
+    return configure(
+        "conv_dense", triton.cdiv(spec.out_time, phases), O // G, C // G, count=N * G * phases,
+        dtype=dtype, precision=precision,
+        tma=triton_compat.has_tma(triton_compat.compute_capability()),
+    )  # fmt: skip
+
+
 def forward(
     x: jax.Array, w: jax.Array, spec: ConvSpec, *, O: int, out_dtype, precision: str,
     transposed: bool = False, bias: jax.Array | None = None, activation: str | None = None,
@@ -87,10 +97,7 @@ def forward(
     J = triton.cdiv(spec.out_time, phases.phases)
     dtype = np.dtype(jnp.promote_types(x.dtype, w.dtype))
     tma = triton_compat.has_tma(triton_compat.compute_capability())
-    config = configure(
-        "conv_dense", J, o, c, count=N * G * phases.phases, dtype=dtype, precision=precision,
-        tma=tma,
-    )  # fmt: skip
+    config = _config(N, spec, C, O, dtype, precision)
     # The last axis of w is that of the sum in a transposed kernel. For float32 the tensor
     # cores of Hopper take nothing else, and transposing the kernel is cheap.
     contract_last, reverse = transposed, transposed
@@ -213,6 +220,15 @@ def fused(problem: Problem, x: jax.Array, w: jax.Array, bias: jax.Array | None):
     )  # fmt: skip
 
 
+def keeps(problem: Problem) -> bool:
+    """Not in the largest tiles: with two results of those, registers spill (sm_90a and sm_100a)."""
+    dtype = np.dtype(jnp.promote_types(problem.lhs_dtype, problem.rhs_dtype))
+    config = _config(
+        problem.N, problem.spec, problem.C, problem.O, dtype, _precision(problem)
+    )  # fmt: skip
+    return config.rows * config.columns < 128 * 256
+
+
 def derivative_in_kernels(problem: Problem, wanted: tuple[bool, bool, bool]) -> bool:
     """Whether the kernels compute gz from gy and what was saved, as they read them.
 
@@ -293,7 +309,7 @@ KERNEL = Kernel(
     decline_fused=decline,
     backward=backward,
     decline_backward=lambda problem, wanted: decline(problem),
-    keeps=lambda problem: True,
+    keeps=keeps,
     # Nobody has measured it on a chip yet, so that it runs only where it is asked for.
     priority=None,
     vmappable=False,

@@ -91,12 +91,16 @@ def conv_dense(
     if HAS_BIAS:
         acc += tl.load(bias + g * O + o, o < O, 0.0).to(tl.float32)[None, :]
     u = a + (j0 + j) * PHASES
+    # Added to a pointer before a tile of offsets is: that tile may then be of 32 bits.
     start = (n.to(tl.int64) * U + a + j0 * PHASES) * (G * O) + (g * O + o0)
-    where = start + offsets(j, PHASES * G * O, BT)[:, None] + (o - o0)[None, :]
+    rows = offsets(j, PHASES * G * O, BT)[:, None]
     inside = (u < U)[:, None] & (o < O)[None, :]
     if z is not None:
-        tl.store(z + where, acc.to(z.dtype.element_ty), inside)
-    tl.store(y + where, activate(acc, ACTIVATION).to(y.dtype.element_ty), inside)
+        where = z + start + rows + (o - o0)[None, :]
+        tl.store(where, acc.to(z.dtype.element_ty), inside)
+    acc = activate(acc, ACTIVATION)
+    where = y + start + rows + (o - o0)[None, :]
+    tl.store(where, acc.to(y.dtype.element_ty), inside)
 
 
 @triton.jit

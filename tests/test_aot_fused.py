@@ -74,20 +74,20 @@ def test_what_is_kept_for_a_derivative_costs_no_pass():
     Two layers, so that XLA can't make y of z in the pass that makes gz.
     """
     x, w, g = (
-        aot.struct(s, DENSE.dtype) for s in (DENSE.x_shape, DENSE.kernel_shape, DENSE.out_shape)
+        aot.struct(s, NARROW.dtype) for s in (NARROW.x_shape, NARROW.kernel_shape, NARROW.out_shape)
     )
 
     def step(x, w, g):
         def forward(x, w):
             for _ in range(2):
-                x = conv1d(x, w, **DENSE.geometry, activation="silu", implementation="triton")
+                x = conv1d(x, w, **NARROW.geometry, activation="silu", implementation="triton")
             return x
 
         y, vjp = jax.vjp(forward, x, w)
         return y, vjp(g)
 
     hlo = aot.compile_for("h200", step, x, w, g).as_text()
-    assert (kernels(hlo), passes(hlo, math.prod(DENSE.out_shape))) == (6, {"fusion": 2})
+    assert (kernels(hlo), passes(hlo, math.prod(NARROW.out_shape))) == (6, {"fusion": 2})
 
 
 def test_a_whole_training_step_moves_no_activation():
