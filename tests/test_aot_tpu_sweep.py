@@ -1,4 +1,4 @@
-"""A slice of `benchmarks.static_matrix`, which compiles every layer for every TPU."""
+"""Every layer for one TPU or another; `benchmarks.static_matrix` compiles each of them for all."""
 
 import itertools
 
@@ -14,19 +14,19 @@ from conv_pallas import aot
 pytestmark = pytest.mark.aot
 
 NATIVE = distinct([layer for layer in LAYERS if not declined(layer)], "bfloat16")
-# Far enough apart to meet most models, and each chip in turn.
-SLICE = list(zip(NATIVE[4::11], itertools.cycle(aot.TPUS), strict=False))
+EACH = list(zip(NATIVE, itertools.cycle(aot.TPUS), strict=False))
 
 
-@pytest.mark.parametrize(("layer", "chip"), SLICE, ids=[f"{c}-{x.name}" for x, c in SLICE])
+@pytest.mark.parametrize(("layer", "chip"), EACH, ids=[f"{c}-{x.name}" for x, c in EACH])
 def test_all_three_operations_compile(layer, chip):
     ((_, wrong, _),) = compiled(chip, [layer])
     assert wrong is None
 
 
-def test_the_slice_is_wide():
-    assert {chip for _, chip in SLICE} == set(aot.TPUS)
-    assert len({layer.model for layer, _ in SLICE}) >= 5
+def test_every_chip_meets_most_models():
+    models = {layer.model for layer in NATIVE}
+    for chip in aot.TPUS:
+        assert len({layer.model for layer, c in EACH if c == chip}) > len(models) / 2
 
 
 def test_what_does_not_compile_is_told(monkeypatch):
