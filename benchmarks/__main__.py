@@ -19,10 +19,9 @@ from typing import Any
 import jax
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks import harness, layers, stored
+from benchmarks import harness, layers, progress, stored
 from benchmarks.harness import Measurement
 from benchmarks.truth import Truth
 from conv_pallas import dispatch
@@ -145,10 +144,7 @@ def measure(
     keep: Callable[[Measurement], Any],
 ) -> None:
     """Hands every measurement to ``keep`` as soon as it is there."""
-    with Progress(
-        TextColumn("timing"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("{task.description}"), console=console, disable=not console.is_terminal,
-    ) as bar:  # fmt: skip
+    with progress.bar("timing", console) as bar:
         task = bar.add_task("", total=len(subjects) * len(passes))
         for subject in subjects:
             truth = Truth(subject, default_platform()) if isinstance(subject, Layer) else None

@@ -29,9 +29,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import stored, traffic
+from benchmarks import progress, stored, traffic
 from benchmarks.layers import LAYERS, quick
 from conv_pallas import aot, conv1d, schedule
 from conv_pallas._layers import Layer, select
@@ -283,10 +282,7 @@ def _run(chip: str, arguments) -> int:
     head |= dict(runs=[*runs, dict(date=today, commit=stored.commit(), rows_before=len(rows))])
     total = sum(1 for _ in programs(layers, chains))
     console = Console(highlight=False, soft_wrap=True)
-    with Progress(
-        TextColumn(chip), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("{task.description}"), console=console, disable=not console.is_terminal,
-    ) as bar:  # fmt: skip
+    with progress.bar(chip, console) as bar:
         task = bar.add_task("", total=total, completed=len(rows))
         for row in compare(chip, folder, layers, chains, arguments.ours, list(rows)):
             rows.append(row)

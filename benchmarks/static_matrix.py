@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from benchmarks import progress
 from benchmarks.layers import LAYERS
 from conv_pallas import aot, conv1d
 from conv_pallas._layers import Layer, select
@@ -88,10 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     layers = distinct([layer for layer in layers if not declined(layer)], options.dtype)
     console, failures, done, seconds = Console(highlight=False, soft_wrap=True), 0, 0, 0.0
     try:
-        with Progress(
-            TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TextColumn("{task.description}"), console=console, disable=not console.is_terminal,
-        ) as bar:  # fmt: skip
+        with progress.bar("compiling", console) as bar:
             task = bar.add_task("", total=len(chips) * len(layers))
             for chip in chips:
                 bar.update(task, description=chip)

@@ -61,6 +61,7 @@ from conv_pallas.kernels.tpu_window import (
     Chip,
     Walk,
     by_chunks,
+    cleared,
     compiler_params,
     cost,
     round_up,
@@ -118,10 +119,7 @@ def _kernel_grad_kernel(walk, passes, around, mxu, x_ref, g_ref, *refs):
     longest = gradient_chunk_rows(walk.rows, passes, walk.taps, *channels, mxu)
     walk.advance(s, rows_of(x_ref.at[0]), window)
 
-    @pl.when((n == 0) & (s == 0))
-    def _():
-        for ref in refs:
-            ref[...] = jnp.zeros(ref.shape, ref.dtype)
+    cleared(refs, (n == 0) & (s == 0))
 
     @pl.when(s >= walk.warm)
     def _():
@@ -259,7 +257,7 @@ def forward(
     if placed := placement(walk, C, plan.BO) if passes == "bf16" else None:
         mirrored = placed == "mirrored"
         older = older_taps(walk, C, plan.BO, O, chip)
-        halo = round_up((walk.taps - 1) * walk.dilation, TILE_ROWS)
+        halo = round_up(walk.halo, TILE_ROWS)
         kernel = functools.partial(in_place_kernel, walk, halo, older, mirrored, around)
         scratch = [pltpu.VMEM((2 * halo, C), operand)]
         if older:
@@ -337,7 +335,7 @@ def kernel_grad(
     kernel = functools.partial(_kernel_grad_kernel, walk, passes, around, chip.mxu)
     scratch = walk.window_rows
     if passes == "bf16" and gradient_in_place(walk, x.dtype, plan.BC, plan.BO, chip.mxu):
-        halo = round_up((walk.taps - 1) * walk.dilation, TILE_ROWS)
+        halo = round_up(walk.halo, TILE_ROWS)
         kernel = functools.partial(in_place_kernel_grad, walk, halo, around, chip.mxu)
         scratch = 2 * halo
     dw, *db = pl.pallas_call(

@@ -38,6 +38,7 @@ from conv_pallas.kernels.tpu_window import (
     Chip,
     Walk,
     by_chunks,
+    cleared,
     compiler_params,
     cost,
     round_up,
@@ -116,10 +117,7 @@ def _kernel_grad_kernel(walk, around, x_ref, g_ref, *refs):
     for c, lanes in _by_lanes(BC, windows):
         walk.advance(s, rows_of(x_ref.at[0, :, c]), lanes)
 
-    @pl.when((n == 0) & (s == 0))
-    def _():
-        for ref in refs:
-            ref[...] = jnp.zeros(ref.shape, ref.dtype)
+    cleared(refs, (n == 0) & (s == 0))
 
     @pl.when(s >= walk.warm)
     def _():

@@ -42,8 +42,8 @@ def wins(plan_of, problem: Problem, chip: Chip) -> bool:
         plan = plan_of(dataclasses.replace(part, operation=operation), chip)
         if plan is None:
             return False
-        halo = (plan.walk.taps - 1) * plan.walk.dilation
-        one_sided = plan.walk.low == halo * low and plan.walk.time == plan.walk.out_time
-        if not (one_sided and 0 < halo <= plan.walk.rows):
+        walk = plan.walk
+        one_sided = walk.low == walk.halo * low and walk.time == walk.out_time
+        if not (one_sided and 0 < walk.halo <= walk.rows):
             return False
     return True

@@ -23,7 +23,15 @@ from conv_pallas.kernels.tpu_matmul import (
     gradient_chunk_rows,
     gradient_rows,
 )
-from conv_pallas.kernels.tpu_window import LANES, TILE_ROWS, Chip, Walk, by_chunks, round_up
+from conv_pallas.kernels.tpu_window import (
+    LANES,
+    TILE_ROWS,
+    Chip,
+    Walk,
+    by_chunks,
+    cleared,
+    round_up,
+)
 
 
 def in_place_kernel(walk, H, older, mirrored, around, x_ref, *refs):
@@ -89,14 +97,8 @@ def in_place_kernel_grad(walk, H, around, mxu, x_ref, g_ref, *refs):
     dw_ref, db_ref = (*refs, None)[:2]
     n, x, s = walk.rows, x_ref.at[0], pl.program_id(4)
 
-    @pl.when((pl.program_id(3) == 0) & (s == 0))
-    def _():
-        for ref in refs:
-            ref[...] = jnp.zeros(ref.shape, ref.dtype)
-
-    @pl.when(s == 0)
-    def _():
-        edge[pl.ds(0, H)] = jnp.zeros((H, edge.shape[1]), edge.dtype)
+    cleared(refs, (pl.program_id(3) == 0) & (s == 0))
+    cleared([edge.at[pl.ds(0, H)]], s == 0)
 
     edge[pl.ds(H, H)] = x[pl.ds(0, H)]
     g = gradient_rows(around, g_ref, saved_ref)(0, n)
@@ -112,13 +114,15 @@ def gradient_in_place(walk: Walk, x_dtype, C: int, O: int, mxu: int) -> bool:
 
     And x is of bfloat16, and no tile reaches past its end: what lies there may be NaN.
     """
-    halo = (walk.taps - 1) * walk.dilation
     chunk = gradient_chunk_rows(walk.rows, "bf16", walk.taps, C, O, mxu)
-    if x_dtype != jnp.bfloat16 or C % LANES:
-        return False
-    if not 0 < round_up(halo, TILE_ROWS) < walk.rows <= chunk:
-        return False
-    return walk.low == halo and walk.time == walk.out_time and walk.time % walk.rows == 0
+    causal = _short(walk, C, chunk) and walk.low == walk.halo
+    return x_dtype == jnp.bfloat16 and causal and walk.time % walk.rows == 0
+
+
+def _short(walk: Walk, C: int, chunk: int) -> bool:
+    """Whether the halo is shorter than a tile of whole lanes, which is one chunk; and T' is T."""
+    fits = 0 < round_up(walk.halo, TILE_ROWS) < walk.rows <= chunk
+    return C % LANES == 0 and fits and walk.time == walk.out_time
 
 
 def placement(walk: Walk, C: int, O: int) -> str | None:
@@ -127,15 +131,12 @@ def placement(walk: Walk, C: int, O: int) -> str | None:
     All padding is on one side, and as long as the halo, which is shorter than a tile; and a tile is
     one chunk.
     """
-    halo = (walk.taps - 1) * walk.dilation
-    chunk = chunk_rows(walk.rows, "bf16", walk.taps, C, O)
-    if C % LANES or not 0 < round_up(halo, TILE_ROWS) < walk.rows <= chunk:
+    if not _short(walk, C, chunk_rows(walk.rows, "bf16", walk.taps, C, O)):
         return None
-    if walk.low == halo and walk.time == walk.out_time:
+    if walk.low == walk.halo:
         return "causal"
     # Beyond the last step is padding: no tile may hold what is neither.
-    whole = walk.time == walk.out_time and walk.time % walk.rows == 0
-    return "mirrored" if walk.low == 0 and whole else None
+    return "mirrored" if walk.low == 0 and walk.time % walk.rows == 0 else None
 
 
 def older_taps(walk: Walk, C: int, BO: int, O: int, chip: Chip) -> int:

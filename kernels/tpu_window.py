@@ -72,11 +72,16 @@ class Walk:
         )
 
     @property
+    def halo(self) -> int:
+        """Rows from the first tap to the last."""
+        return (self.taps - 1) * self.dilation
+
+    @property
     def ahead(self) -> int:
         """Blocks by which x runs ahead of the output; negative where it lags."""
         if self.mirrored:
             return 0
-        return -(-((self.taps - 1) * self.dilation - self.low) // self.rows)
+        return -(-(self.halo - self.low) // self.rows)
 
     @property
     def warm(self) -> int:
@@ -91,7 +96,7 @@ class Walk:
     def reach(self) -> int:
         """How many rows before block j the first tap reads; mirrored, after it the last."""
         if self.mirrored:
-            return (self.taps - 1) * self.dilation
+            return self.halo
         return self.ahead * self.rows + self.low
 
     @property
@@ -175,6 +180,15 @@ class Walk:
                 _store(window, at, n, jnp.where(real, x, 0.0), fresh)
 
             by_chunks(BT, masked)
+
+
+def cleared(refs, first) -> None:
+    """Writes zeros into what a grid sums in, where ``first`` says that it begins: device code."""
+
+    @pl.when(first)
+    def _():
+        for ref in refs:
+            ref[...] = jnp.zeros(ref.shape, ref.dtype)
 
 
 def by_chunks(rows: int, body, longest: int = COPY_ROWS) -> None:
