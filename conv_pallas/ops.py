@@ -64,7 +64,7 @@ def conv1d(
         is a depthwise convolution.
       activation: one of ``"relu"``, ``"gelu"`` (tanh approximation), ``"gelu_exact"``,
         ``"silu"``, ``"tanh"``, ``"sigmoid"``, a callable, or None. In kernels for TPUs the sigmoid
-        is within 1e-7 of its value, and so 0 far below zero.
+        is within 2e-7 of its value, and so 0 far below zero.
       mask: ``(*batch, T)`` bool, False for padding, which then counts as zeros: no other
         output and no gradient depends on what it holds, NaN included.
       segment_ids: ``(*batch, T)`` integers; where they change a new sequence begins, and no

@@ -29,7 +29,7 @@ def _gelu_exact_slope(z):
 
 
 def _sigmoid(z):
-    """To within an ulp of 1: far below zero, where it is less, it has fewer digits.
+    """To within 2e-7: far below zero, where it is less itself, it has fewer digits, or is 0.
 
     The newer chips have an instruction for ``sigmoid(z) - 1/2``, the older ones for tanh; there an
     exact division takes four bundles more for each register.

@@ -1,5 +1,12 @@
 """The convolution as XLA does it best: which formulation, for which operation, where.
 
+    y[n, u, o]  = sum over k, c of  x[n, u*S + k*D - low, c] * w[k, c, o]
+    dx          = the same of g, with taps reversed and channels in and out exchanged
+    dw[k, c, o] = sum over n, u of  x[n, u*S + k*D - low, c] * g[n, u, o]
+
+Operations: ``2 N T' K (C / G) O``. Bytes: x, w and y once each at least; what a formulation holds
+beside them is in its docstring, and here what of that is taken in pieces.
+
 The formulations themselves are in `xla_formulations.py`. On a CPU the rules come from
 measurements, which ``python -m benchmarks.formulations`` repeats. On other platforms they come
 from what XLA compiles to, read without the device; nothing was timed there.
