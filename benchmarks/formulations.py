@@ -1,10 +1,11 @@
 """Times every XLA formulation of the three operations: what `kernels/xla.py` takes its rules from.
 
-    python -m benchmarks.formulations [--quick] [--only TEXT] [--json PATH]
+    python -m benchmarks.formulations [--quick] [--only TEXT] [--layers TEXT] [--json PATH]
 
-All formulations of an operation take turns. They are compared with ``padded``, which is what
-nnx.Conv runs: pad in memory and one `lax.conv_general_dilated`, or a transpose of that. Candidates
-that are hopeless at first sight are left out, as are those that take over three times as long.
+All formulations of an operation take turns. They are compared with what nnx.Conv runs: one
+`lax.conv_general_dilated` (``native``) or a transpose of that, after a pad in memory if the padding
+is CAUSAL (``padded``). Candidates that are hopeless at first sight are left out, as are those that
+take over three times as long.
 """
 
 import argparse
@@ -22,18 +23,19 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import baselines, layers
 from conv_pallas import _measure
+from conv_pallas._layers import Layer
 from conv_pallas.kernels import xla
 from conv_pallas.kernels.xla_formulations import FORWARD, KERNEL_GRAD
-from conv_pallas.spec import OPERATIONS, ConvSpec, Operation, Problem
+from conv_pallas.spec import OPERATIONS, Operation, Problem
 
-STOCK = "padded"  # pad and convolution: the cases below are CAUSAL
 SETTINGS = _measure.Settings(least=0.005, rounds=(5, 15), settled=0.03, limit=3.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One convolution with CAUSAL padding. The letters are those of `conv_pallas.spec`."""
+    """One convolution. The letters are those of `conv_pallas.spec`."""
 
     N: int
     T: int
@@ -44,19 +46,32 @@ class Case:
     S: int = 1
     G: int = 1
     dtype: str = "float32"
+    padding: str = "CAUSAL"
+
+    @classmethod
+    def of(cls, layer: Layer) -> "Case":
+        """The convolution of a layer."""
+        return cls(**{f.name: getattr(layer, f.name) for f in dataclasses.fields(cls)})
+
+    @property
+    def stock(self) -> str:
+        """The formulation that nnx.Conv takes."""
+        return "padded" if self.padding == "CAUSAL" else "native"
 
     def __str__(self) -> str:
         always = ("N", "T", "C", "O", "K", "dtype")
         fields = dataclasses.asdict(self).items()
-        return " ".join(
-            str(v) if k == "dtype" else f"{k}{v}" for k, v in fields if k in always or v != 1
-        )
+        words = [
+            str(v) if k == "dtype" else f"{k}{v}"
+            for k, v in fields
+            if k in always or v not in (1, "CAUSAL", "SAME", "VALID")
+        ]
+        return " ".join(words + [self.padding] * (self.padding != "CAUSAL"))
 
     def problem(self, operation: Operation) -> Problem:
-        low = (self.K - 1) * self.D
-        spec = ConvSpec(self.T, self.K, self.S, (low, 0), self.D, 1, self.G)
         dtype = np.dtype(jnp.dtype(self.dtype))
         platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+        spec = baselines.spec_of(self)
         return Problem(operation, spec, self.N, self.C, self.O, dtype, dtype, dtype, None, platform)
 
 
@@ -151,6 +166,13 @@ def sweep(quick: bool = False) -> Iterator[Case]:
                 yield dataclasses.replace(Case(*sizes), dtype=dtype)
 
 
+def published(text: str) -> list[Case]:
+    """Of the layers that the benchmarks time, those whose name has text in it, each size once."""
+    chosen = (layer for layer in layers.ALL if isinstance(layer, Layer) and text in layer.name)
+    platform = jax.default_backend()
+    return list(dict.fromkeys(Case.of(layers.fit(layer, platform)) for layer in chosen))
+
+
 def operands(problem: Problem) -> tuple[jax.Array, jax.Array]:
     shapes = {
         "conv1d": (problem.x_shape, problem.w_shape),
@@ -161,7 +183,7 @@ def operands(problem: Problem) -> tuple[jax.Array, jax.Array]:
     return tuple(jnp.asarray(rng.standard_normal(s), problem.lhs_dtype) for s in shapes)
 
 
-def candidates(problem: Problem) -> list[str]:
+def candidates(problem: Problem, stock: str) -> list[str]:
     """Stock first, then all that are worth compiling."""
     spec, c, m = problem.spec, problem.C // problem.spec.groups, problem.O // problem.spec.groups
     products = spec.kernel_size * (m if problem.operation == "conv1d_input_grad" else c)
@@ -175,26 +197,26 @@ def candidates(problem: Problem) -> list[str]:
         "barrier": False,  # for GPUs
     }
     table = KERNEL_GRAD if problem.operation == "conv1d_kernel_grad" else FORWARD
-    return [STOCK, *(name for name in table if name != STOCK and worth.get(name, True))]
+    return [stock, *(name for name in table if name != stock and worth.get(name, True))]
 
 
-def measure(problem: Problem) -> dict[str, dict[str, float]]:
+def measure(problem: Problem, stock: str) -> dict[str, dict[str, float]]:
     """For each formulation its median time in ms, and how many times faster than stock it is."""
     arrays = operands(problem)
     calls = {}
-    for name in candidates(problem):
+    for name in candidates(problem, stock):
         compiled = jax.jit(functools.partial(xla.run_as, name, problem)).lower(*arrays).compile()
         call = functools.partial(compiled, *arrays)
         (once,) = _measure.interleaved({name: call}, _ONCE).values()
         calls[name] = call
-        if name == STOCK:
+        if name == stock:
             limit = 3 * min(once)
         elif min(once) > limit:
             del calls[name]
     times = _measure.interleaved(calls, SETTINGS)
     found = {}
     for name, seconds in times.items():
-        ratio = _measure.ratio(times[STOCK], seconds)
+        ratio = _measure.ratio(times[stock], seconds)
         found[name] = {
             "ms": round(1e3 * _measure.Spread.of(seconds).median, 4),
             "speedup": round(ratio.median, 3),
@@ -214,19 +236,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--only", default="", metavar="TEXT", help="cases whose name has this in it"
     )
+    parser.add_argument(
+        "--layers", metavar="TEXT", help="instead those of the benchmarks' layers whose name has it"
+    )
     parser.add_argument("--json", type=Path, metavar="PATH", help="where to write the results")
     options = parser.parse_args(argv)
     console = Console(highlight=False)
     results = []
     try:
-        for case in sweep(options.quick):
+        cases = sweep(options.quick) if options.layers is None else published(options.layers)
+        for case in cases:
             if options.only not in str(case):
                 continue
             for operation in OPERATIONS:
                 problem = case.problem(operation)
                 results.append({
-                    "case": str(case), "operation": operation, "chosen": xla.choose(problem),
-                    "formulations": measure(problem),
+                    "case": str(case), "operation": operation, "stock": case.stock,
+                    "chosen": xla.choose(problem), "formulations": measure(problem, case.stock),
                 })  # fmt: skip
                 console.print(line(results[-1]), soft_wrap=True)
     except KeyboardInterrupt:
@@ -236,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.json is not None:
             options.json.parent.mkdir(parents=True, exist_ok=True)
             rows = ",\n".join(json.dumps(r) for r in results)
-            head = json.dumps({"host": _measure.host(), "stock": STOCK})
+            head = json.dumps({"host": _measure.host()})
             options.json.write_text(f'{head[:-1]}, "results": [\n{rows}\n]}}\n', encoding="utf-8")
             console.print(f"wrote {options.json}")
     return 0
@@ -247,7 +273,7 @@ def line(result: dict) -> str:
     ranked = sorted(found, key=lambda name: -found[name]["speedup"])
     mark = lambda name: f"{'*' if name == result['chosen'] else ''}{name}"  # noqa: E731
     ratios = "  ".join(f"{mark(name)} {found[name]['speedup']:.2f}" for name in ranked)
-    return f"{result['case']}, {result['operation']}, {found[STOCK]['ms']:.3f} ms: {ratios}"
+    return f"{result['case']}, {result['operation']}, {found[result['stock']]['ms']:.3f} ms: {ratios}"
 
 
 def summary(results: Sequence[dict]) -> Table:

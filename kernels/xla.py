@@ -124,15 +124,24 @@ def _cpu_forward(problem: Problem) -> str:
     if K > UNROLLED:
         return stock
     if G > 1:
+        if c == 1 and problem.out_dtype.itemsize < 4:
+            return "matmuls"
         if c == 1:
-            return "own_pads" if K <= 4 and problem.out_dtype.itemsize >= 4 else "matmuls"
+            most = "own_pads" if K <= 4 else "matmuls"
+            return "scatter" if o == 1 and K <= 8 else most
         if c <= 8 and K * c <= 64:
-            return own_pads_or_shifts
+            return "shifts"
         if K <= 4 and every_step and (max(c, o) <= 16 or G > 32):
             return "scatter"
         return "split" if G <= 32 else stock
-    if not every_step or K == 1:
+    if K == 1:
         return stock
+    if spec.input_dilation > 1:
+        # Of a strided layer's input gradient all but each S-th product would be with zero.
+        moves = spec.stride == 1 and K <= FEW and _held("scatter", problem) <= MOST
+        return "scatter" if moves else stock
+    if spec.stride > 1:
+        return own_pads_or_shifts if c <= 2 and K * c <= 16 else stock
     if _bfloat16(problem) and K <= FEW:
         if _scatters(problem, spec, c, o):
             return "scatter"
@@ -143,14 +152,29 @@ def _cpu_forward(problem: Problem) -> str:
         return "scatter"
     if problem.N * spec.time * K * c <= 2**16:
         return "im2col"
-    if max(c, o) <= 32 and problem.N * spec.time * K * o <= 2**18:
-        return "scatter"
-    if max(c, o) < 32 and K <= FEW and spec.span <= spec.time:
-        # The convolution is good at channels that fill registers, and bad at 25 or 30 of them.
-        held = _held("scatter", problem)
-        if problem.N * held <= WHOLE or (o % 16 and K >= 5 and held <= MOST):
-            return "scatter"
-    return stock
+    if problem.operation == "conv1d_input_grad" and problem.N * spec.time <= 128 and c >= 256:
+        return "matmuls"  # reads the kernel as it lies, where a convolution has it flipped
+    return "scatter" if _few_channels(problem, spec, c, o) else stock
+
+
+def _few_channels(problem: Problem, spec: ConvSpec, c: int, o: int) -> bool:
+    """Whether float32 "scatter" makes up for what it holds.
+
+    The convolution is good at channels that fill registers, and bad at 10 or 25 of them; it is
+    better without a dilation than with one.
+    """
+    K, D, most = spec.kernel_size, spec.kernel_dilation, max(c, o)
+    held = _held("scatter", problem)
+    everything = problem.N * held
+    if K > FEW or spec.span > spec.time or held > MOST:
+        return False
+    if most <= 12:
+        return D > 1 or everything <= WHOLE
+    if most >= 28 or o % 16 == 0:
+        return most < 32 and everything <= 3 * 2**20 and (D > 1 or most < 28)
+    if everything > WHOLE:
+        return D > 1 and K >= 5
+    return D > 1 or K >= 7 or everything <= 3 * 2**20
 
 
 def _scatters(problem: Problem, spec: ConvSpec, c: int, o: int) -> bool:
@@ -204,11 +228,7 @@ def _cpu_kernel_grad(problem: Problem) -> str:
     if K > UNROLLED:
         return "split" if 1 < G <= 32 else "padded" if causal else "canonical"
     if G > 1:
-        if c == 1:
-            return "tree"
-        if K <= 8 and (spec.stride > 1 or G > 8):
-            return "im2col"
-        return "split" if G <= 32 else "matmuls"
+        return _grouped_kernel_grad(problem, K, G, c)
     if K == 1 and spec.stride == spec.input_dilation == 1:
         return "matmuls"
     steps = problem.N * spec.out_time
@@ -218,9 +238,21 @@ def _cpu_kernel_grad(problem: Problem) -> str:
     wide = max(problem.C, problem.O) >= 32
     if _bfloat16(problem) and K <= 8 and wide and _held("im2col", problem) <= MOST:
         return "im2col"
-    # Causal and few taps: padding one sequence costs less than it saves, padding a batch more.
-    pays = K > 4 or not causal or problem.N == 1
+    # Padded, no product has to be looked at. It pays for few steps, or for many taps.
+    few = 5 * 2**10 if problem.N == 1 else 2**11 if problem.N <= 4 else 0
+    pays = steps <= few or K > FEW
     return "padded" if spec.input_dilation == 1 and pays else "canonical"
+
+
+def _grouped_kernel_grad(problem: Problem, K: int, G: int, c: int) -> str:
+    steps = problem.N * problem.spec.out_time
+    if c == 1:
+        return "shifts" if steps * problem.O <= 2**16 else "tree"
+    if problem.spec.stride > 1 and K <= 8:
+        return "im2col"
+    if G > 32:
+        return "tree" if K * c <= 20 else "im2col" if K <= 8 else "matmuls"
+    return "matmuls" if problem.N == 1 and c >= 64 else "split"
 
 
 def _bfloat16(problem: Problem) -> bool:
@@ -231,7 +263,7 @@ def _bfloat16(problem: Problem) -> bool:
 # beyond which it is as slow as all at once. Bytes. Some 50 µs are lost with each piece: at N=32
 # T=784 C=25 K=7, 0.5 MiB a sequence, 32 pieces of one take 4.0 ms, 8 of four 3.0 ms, all at once
 # 4.0 ms.
-PIECE, WHOLE, MOST = 5 * 2**19, 6 * 2**20, 2**23
+PIECE, WHOLE, MOST = 5 * 2**19, 9 * 2**20, 2**23
 
 
 def _held(name: str, problem: Problem) -> int:

@@ -43,8 +43,10 @@ FACTORS = {
 # Sums are in float32 at least, whatever the operands are.
 SUMS = {"float64": "float64", "float32": "float32", "float16": "float32", "bfloat16": "float32"}
 
-# In standard deviations, roughly: a case has up to 10**5 elements, and all must pass.
-CONFIDENCE = 4.0
+# In standard deviations, roughly: a case has up to 10**5 elements, and all must pass. Of more the
+# farthest is farther off, as their logarithm: what a rounding is relative to is random as well,
+# and of a product of two normal numbers the tail falls exponentially.
+CONFIDENCE, ELEMENTS = 4.0, 1e5
 
 
 def bound(
@@ -71,7 +73,8 @@ def bound(
     products = sums
     if name == "float32":
         products = UNIT[FACTORS[platform][str(precision or "default").lower()]]
-    relative = CONFIDENCE * (products + np.sqrt(terms) * sums)
+    farther = max(1.0, np.log(np.size(value) or 1) / np.log(ELEMENTS))
+    relative = farther * CONFIDENCE * (products + np.sqrt(terms) * sums)
     return UNIT[out] * np.abs(value) + relative * (1 + UNIT[out]) * magnitude
 
 
