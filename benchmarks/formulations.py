@@ -75,7 +75,7 @@ class Case:
         return Problem(operation, spec, self.N, self.C, self.O, dtype, dtype, dtype, None, platform)
 
 
-# N, T, C, O, K, D, S, G
+# N, T, C, O, K, D, S, G; padding is CAUSAL.
 CASES = (
     # Dense, from a handful of steps and channels to many.
     (8, 64, 16, 16, 3),
@@ -102,6 +102,19 @@ CASES = (
     (16, 4096, 16, 16, 3, 4),
     (16, 4096, 25, 25, 7, 4),
     (16, 4096, 32, 32, 7, 4),
+    (32, 784, 25, 25, 7, 16),
+    (32, 784, 25, 25, 7),
+    # More than the convolution likes to have between its registers, and less than needs pieces.
+    (32, 1020, 10, 10, 8, 32),
+    (32, 400, 16, 16, 3),
+    (8, 400, 20, 20, 5, 8),
+    (8, 400, 30, 30, 3, 8),
+    (32, 400, 30, 30, 7, 16),
+    (4, 256, 32, 32, 3, 8),
+    # Fewer steps than channels.
+    (1, 80, 600, 600, 3, 4),
+    (1, 128, 256, 256, 3),
+    (1, 256, 600, 600, 3),
     # Few channels in or out.
     (4, 4000, 1, 1, 3),
     (4, 1000, 1, 25, 7),
@@ -121,6 +134,11 @@ CASES = (
     (4, 1024, 64, 64, 31, 1, 1, 64),
     (4, 1000, 64, 64, 4, 1, 2, 64),
     (4, 512, 64, 256, 4, 2, 1, 64),
+    (4, 64, 32, 32, 3, 2, 1, 32),
+    (1, 256, 256, 256, 3, 1, 1, 256),
+    (8, 1000, 64, 64, 7, 1, 1, 64),
+    (4, 1000, 64, 64, 16, 1, 1, 64),
+    (1, 2000, 512, 512, 4, 1, 1, 512),
     # Grouped.
     (4, 512, 32, 32, 3, 1, 1, 2),
     (4, 1024, 256, 256, 3, 4, 1, 2),
@@ -128,11 +146,27 @@ CASES = (
     (4, 1024, 256, 256, 3, 4, 1, 32),
     (4, 512, 128, 128, 7, 16, 1, 8),
     (2, 512, 1024, 1024, 3, 1, 1, 64),
+    (1, 1024, 256, 256, 3, 4, 1, 4),
+    (2, 1000, 512, 512, 3, 2, 1, 128),
+    (4, 500, 128, 128, 5, 1, 1, 32),
     # Strided.
     (4, 4096, 1, 64, 8, 1, 4),
     (4, 1000, 128, 128, 3, 1, 2),
     (4, 1000, 64, 64, 4, 8, 2),
     (4, 1000, 128, 128, 5, 1, 2, 8),
+    (4, 2000, 64, 64, 4, 1, 2),
+    (8, 4000, 32, 32, 5, 1, 2),
+    (4, 500, 25, 25, 5, 1, 2),
+    (4, 4000, 1, 32, 8, 1, 2),
+)
+# Padding that nnx.Conv leaves to the convolution.
+SAME = (
+    (1, 1024, 128, 128, 7, 3),
+    (1, 5000, 64, 64, 3, 16),
+    (2, 4096, 64, 64, 3, 3),
+    (2, 256, 256, 256, 3, 3),
+    (4, 8192, 32, 32, 3, 3),
+    (1, 3750, 32, 32, 21, 10),
 )
 BFLOAT16 = (
     (32, 64, 25, 25, 7, 2),
@@ -161,9 +195,13 @@ def sweep(quick: bool = False) -> Iterator[Case]:
     for sizes in QUICK if quick else CASES:
         yield Case(*sizes)
     if not quick:
-        for dtype, cases in (("bfloat16", BFLOAT16), ("float16", FLOAT16)):
+        for more, cases in (
+            ({"padding": "SAME"}, SAME),
+            ({"dtype": "bfloat16"}, BFLOAT16),
+            ({"dtype": "float16"}, FLOAT16),
+        ):
             for sizes in cases:
-                yield dataclasses.replace(Case(*sizes), dtype=dtype)
+                yield dataclasses.replace(Case(*sizes), **more)
 
 
 def published(text: str) -> list[Case]:

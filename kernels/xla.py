@@ -133,7 +133,7 @@ def _cpu_forward(problem: Problem) -> str:
             return "shifts"
         if K <= 4 and every_step and (max(c, o) <= 16 or G > 32):
             return "scatter"
-        return "split" if G <= 32 else stock
+        return "split" if 2 < G <= 32 or (G == 2 and c <= 32) else stock
     if K == 1:
         return stock
     if spec.input_dilation > 1:
@@ -260,10 +260,9 @@ def _bfloat16(problem: Problem) -> bool:
 
 
 # What a piece may hold for a moment; what needs no pieces yet; and what one sequence may hold,
-# beyond which it is as slow as all at once. Bytes. Some 50 µs are lost with each piece: at N=32
-# T=784 C=25 K=7, 0.5 MiB a sequence, 32 pieces of one take 4.0 ms, 8 of four 3.0 ms, all at once
-# 4.0 ms.
-PIECE, WHOLE, MOST = 5 * 2**19, 9 * 2**20, 2**23
+# beyond which it is as slow as all at once. Bytes. Some 50 µs are lost with each piece.
+PIECE = {"scatter": 5 * 2**20, "im2col": 5 * 2**19}
+WHOLE, MOST = 9 * 2**20, 2**23
 
 
 def _held(name: str, problem: Problem) -> int:
@@ -285,7 +284,7 @@ def _sequences_at_once(name: str, problem: Problem) -> int:
     each = _held(name, problem)
     if N * each <= WHOLE:
         return N
-    fitting = max(1, PIECE // each)
+    fitting = max(1, PIECE[name] // each)
     at_once = max(n for n in range(1, min(fitting, N) + 1) if N % n == 0)
     # A prime number of short sequences: so many small pieces cost more than they save.
     return N if 2 * at_once < min(fitting, N) and N * each <= 2 * MOST else at_once

@@ -106,7 +106,7 @@ def test_in_pieces(operation, dtype, monkeypatch):
         each = xla._held(name, problem)
         for piece, at_once in ((1, 1), (2 * each, 2), (5 * each, 3)):
             monkeypatch.setattr(xla, "WHOLE", 1)
-            monkeypatch.setattr(xla, "PIECE", piece)
+            monkeypatch.setattr(xla, "PIECE", dict.fromkeys(xla.PIECE, piece))
             monkeypatch.setattr(xla, "MOST", 1)
             assert xla._sequences_at_once(name, problem) == at_once
             program = compiled(name)
