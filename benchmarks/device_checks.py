@@ -9,8 +9,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from benchmarks import device_layers
-from benchmarks.on_device import Log, commit
+from benchmarks import device_layers, stored
+from benchmarks.on_device import Log
 from conv_pallas import _measure, conv1d
 from tests import cases, triton_cases, triton_epilogue
 from tests.cases import Case
@@ -21,7 +21,7 @@ from tests.triton_epilogue import Fused
 
 def versions(log: Log, dry: bool) -> None:
     """What is installed, and that a kernel compiles and runs with it: the shims are enough."""
-    log.write(**_measure.host(), commit=commit())
+    log.write(**_measure.host(), commit=stored.commit())
     for package in ("triton", "jax-triton", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "torch"):
         try:
             log.write(package=package, version=importlib.metadata.version(package))

@@ -1,6 +1,7 @@
 """All that needs an NVIDIA GPU, in one command and under ten minutes.
 
     python -m benchmarks.on_device                # into benchmarks/results/<device>/
+    python -m benchmarks.on_device --steps against,layers --minutes 20     # some, for longer
     python -m benchmarks.on_device --dry-run      # the same code, small, on whatever is here
 
 Steps run one after the other, what matters most first, each in a process of its own, so that a
@@ -22,18 +23,19 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 
-# Name, seconds at most, and how many processes share the work. Only what is timed needs the
-# device to itself. All seconds together are less than ten minutes.
+# Name, seconds of ten minutes, and how many processes share the work. Only what is timed needs the
+# device to itself.
 STEPS = {
     "versions": (25, 1),
     "negative_start": (30, 1),
     "correctness": (110, 6),
-    "goals": (120, 1),
-    "pytorch": (40, 1),
+    "goals": (75, 1),
     "repeatability": (35, 1),
-    "tuning": (80, 1),
+    "sanitizer": (45, 1),
+    "tuning": (70, 1),
+    "against": (80, 1),
     "layers": (70, 1),
-    "sanitizer": (50, 1),
+    "pytorch": (35, 1),
 }
 
 
@@ -73,14 +75,6 @@ def _short(value) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)[:300]
 
 
-def commit() -> str:
-    git = ["git", "-C", str(RESULTS.parent), "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 def run_step(args) -> int:
     """One step, in this process."""
     from benchmarks import device_checks, device_timing
@@ -95,21 +89,24 @@ def run_step(args) -> int:
 
 
 def run_all(args) -> int:
-    """Every step, each in a process or several."""
+    """Every step that is asked for, each in a process or several."""
     out = args.out or RESULTS / _device_folder(args.dry_run)
     out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * args.minutes
     # Several processes share the device, and nobody's must find its memory taken.
     environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    worst, summary = 0, {}
-    for step, (seconds, processes) in STEPS.items():
+    worst, report, waiting = 0, out / "summary.json", list(args.steps)
+    summary = json.loads(report.read_text(encoding="utf-8")) if report.exists() else {}
+    while waiting:
         left = end - time.monotonic()
+        # What one step does not need is the others'.
+        share = left / sum(STEPS[step][0] for step in waiting)
+        step = waiting.pop(0)
+        seconds, processes = STEPS[step][0] * share, 1 if args.dry_run else STEPS[step][1]
+        start = time.monotonic()
         if left < 10:
             summary[step] = "no time left"
             continue
-        seconds, start = min(seconds, left), time.monotonic()
-        if args.dry_run:
-            processes = 1
         print(f"{step} (at most {seconds:.0f} s)", flush=True)
         command = [
             sys.executable, "-m", "benchmarks.on_device", "--step", step, "--out", str(out),
@@ -122,11 +119,20 @@ def run_all(args) -> int:
             for i in range(processes)
         ]
         codes = [_wait(process, start + seconds + 20) for process in running]
+        _join_shards(out, step)
         summary[step] = {"exit": max(codes, key=abs), "seconds": round(time.monotonic() - start, 1)}
         worst = max(worst, *map(abs, codes))
-        (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        report.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(summary, indent=1))
     return min(1, worst)
+
+
+def _join_shards(out: Path, step: str) -> None:
+    """What the other processes of a step wrote goes to the end of the first one's file."""
+    for shard in sorted(out.glob(f"{step}.*.jsonl")):
+        with (out / f"{step}.jsonl").open("a", encoding="utf-8") as whole:
+            whole.write(shard.read_text(encoding="utf-8"))
+        shard.unlink()
 
 
 def _wait(process: subprocess.Popen, deadline: float) -> int:
@@ -149,12 +155,23 @@ def _device_folder(dry: bool) -> str:
     return re.sub("[^a-z0-9]+", "-", kind.lower()).strip("-")
 
 
+def _steps(names: str) -> list[str]:
+    found = names.split(",")
+    if unknown := set(found) - STEPS.keys():
+        raise argparse.ArgumentTypeError(f"there is no step {', '.join(sorted(unknown))}")
+    return found
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "python -m benchmarks.on_device", description=__doc__.partition("\n")[0]
     )
     parser.add_argument("--out", type=Path, help="folder for the results")
     parser.add_argument("--minutes", type=float, default=9.0, help="for all steps together")
+    parser.add_argument(
+        "--steps", type=_steps, default=list(STEPS), metavar="NAMES",
+        help=f"only these, with commas: {', '.join(STEPS)}",
+    )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="small, with XLA in Triton's place")
     parser.add_argument("--step", choices=STEPS, help="only this step, in this process")
     parser.add_argument("--only", default="", help="names of cases for the step correctness")

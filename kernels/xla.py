@@ -120,34 +120,25 @@ def _cpu_forward(problem: Problem) -> str:
         spec = spec.transposed()
     K, G, (c, o) = spec.kernel_size, spec.groups, _channels(problem)
     every_step = spec.stride == spec.input_dilation == 1
-    own_pads_or_shifts = "own_pads" if K * c <= 6 else "shifts"
+    own_pads_or_shifts = "own_pads" if c == 1 and K <= 6 else "shifts"
     if K > UNROLLED:
         return stock
     if G > 1:
-        if c == 1 and problem.out_dtype.itemsize < 4:
-            return "matmuls"
-        if c == 1:
-            most = "own_pads" if K <= 4 else "matmuls"
-            return "scatter" if o == 1 and K <= 8 else most
-        if c <= 8 and K * c <= 64:
-            return "shifts"
-        if K <= 4 and every_step and (max(c, o) <= 16 or G > 32):
-            return "scatter"
-        return "split" if 2 < G <= 32 or (G == 2 and c <= 32) else stock
+        return _cpu_grouped(problem, K, c, o, every_step) or stock
     if K == 1:
-        return stock
+        return "matmuls" if every_step and _bfloat16(problem) else stock
     if spec.input_dilation > 1:
         # Of a strided layer's input gradient all but each S-th product would be with zero.
         moves = spec.stride == 1 and K <= FEW and _held("scatter", problem) <= MOST
         return "scatter" if moves else stock
     if spec.stride > 1:
         return own_pads_or_shifts if c <= 2 and K * c <= 16 else stock
+    if c <= 8 and c * o <= 64 and K * c <= 24:
+        return own_pads_or_shifts
     if _bfloat16(problem) and K <= FEW:
         if _scatters(problem, spec, c, o):
             return "scatter"
         return "im2col" if _held("im2col", problem) <= MOST else stock
-    if c <= 8 and c * o <= 64 and K * c <= 24:
-        return own_pads_or_shifts
     if o == 1 and K <= 32:
         return "scatter"
     if problem.N * spec.time * K * c <= 2**16:
@@ -155,6 +146,24 @@ def _cpu_forward(problem: Problem) -> str:
     if problem.operation == "conv1d_input_grad" and problem.N * spec.time <= 128 and c >= 256:
         return "matmuls"  # reads the kernel as it lies, where a convolution has it flipped
     return "scatter" if _few_channels(problem, spec, c, o) else stock
+
+
+def _cpu_grouped(problem: Problem, K: int, c: int, o: int, every_step: bool) -> str | None:
+    """Of more than one group; None where nothing is faster than stock."""
+    N, G, narrow = problem.N, problem.spec.groups, problem.out_dtype.itemsize < 4
+    if c == 1:
+        if narrow:
+            return "matmuls"
+        if o == 1 and K <= 8 and (K > 4 or N == 1 or G < 256):
+            return "scatter"
+        return "own_pads" if K <= 4 else "matmuls"
+    if _bfloat16(problem) and c <= 16 and K <= 8 and every_step:
+        return "im2col"
+    if c <= 8 and K * c <= 64:
+        return "shifts"
+    if K <= 4 and every_step and (max(c, o) <= 16 or G > 32 or (N == 1 and max(c, o) <= 64)):
+        return "scatter"
+    return "split" if 2 < G <= 32 or (G == 2 and c <= 32) else None
 
 
 def _few_channels(problem: Problem, spec: ConvSpec, c: int, o: int) -> bool:
@@ -235,7 +244,7 @@ def _cpu_kernel_grad(problem: Problem) -> str:
     columns = steps * K * c  # what im2col holds
     if columns <= 2**17 or (K <= 8 and (steps <= 128 or c == 1 or spec.stride > 1)):
         return "im2col"
-    wide = max(problem.C, problem.O) >= 32
+    wide = max(problem.C, problem.O) >= 32 and min(problem.C, problem.O) >= 16
     if _bfloat16(problem) and K <= 8 and wide and _held("im2col", problem) <= MOST:
         return "im2col"
     # Padded, no product has to be looked at. It pays for few steps, or for many taps.
@@ -248,7 +257,7 @@ def _grouped_kernel_grad(problem: Problem, K: int, G: int, c: int) -> str:
     steps = problem.N * problem.spec.out_time
     if c == 1:
         return "shifts" if steps * problem.O <= 2**16 else "tree"
-    if problem.spec.stride > 1 and K <= 8:
+    if K <= 8 and (problem.spec.stride > 1 or _bfloat16(problem)):
         return "im2col"
     if G > 32:
         return "tree" if K * c <= 20 else "im2col" if K <= 8 else "matmuls"
