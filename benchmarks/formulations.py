@@ -311,7 +311,8 @@ def line(result: dict) -> str:
     ranked = sorted(found, key=lambda name: -found[name]["speedup"])
     mark = lambda name: f"{'*' if name == result['chosen'] else ''}{name}"  # noqa: E731
     ratios = "  ".join(f"{mark(name)} {found[name]['speedup']:.2f}" for name in ranked)
-    return f"{result['case']}, {result['operation']}, {found[result['stock']]['ms']:.3f} ms: {ratios}"
+    stock = found[result["stock"]]["ms"]
+    return f"{result['case']}, {result['operation']}, {stock:.3f} ms: {ratios}"
 
 
 def summary(results: Sequence[dict]) -> Table:

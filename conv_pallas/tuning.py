@@ -22,11 +22,13 @@ import jax
 from conv_pallas import _measure
 from conv_pallas.ops import conv1d
 
-# Rows, columns, depth, warps, stages: see `kernels.triton_config.Config`.
+# Rows, columns, depth, warps, stages, and programs that stay: `kernels.triton_config.Config`.
 DENSE_TILES = (
     (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 8, 3), (128, 128, 64, 4, 4),
     (128, 128, 64, 8, 5), (256, 128, 64, 8, 3), (64, 256, 64, 4, 4), (128, 64, 64, 4, 4),
     (64, 64, 64, 4, 4), (256, 64, 64, 8, 4),
+    (64, 64, 64, 4, 3, 2), (64, 64, 64, 4, 2, 3), (128, 64, 64, 4, 3, 1), (64, 64, 128, 4, 2, 1),
+    (64, 128, 128, 4, 2, 1), (128, 128, 64, 8, 3, 1),
 )  # fmt: skip
 # Pieces, channels, steps of a piece, warps: see `kernels.triton_depthwise_walk`.
 WALK_TILES = (

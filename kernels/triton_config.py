@@ -15,6 +15,10 @@ class Config:
     """Tile sizes: ``rows`` of time, ``columns`` of channels out, ``depth`` of the inner sum.
 
     For the kernel gradient ``rows`` are channels in and ``depth`` is time.
+
+    Attributes:
+      resident: programs on each processor that stay and take one tile after the other, as in
+        `triton_resident`; 0: a program for each tile.
     """
 
     rows: int
@@ -22,6 +26,7 @@ class Config:
     depth: int
     warps: int
     stages: int
+    resident: int = 0
 
 
 def configure(

@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 import triton
 
-from conv_pallas.kernels import Kernel, triton_compat
+from conv_pallas.kernels import Kernel, triton_compat, triton_resident
 from conv_pallas.kernels.triton_activation import gradient_in_xla
 from conv_pallas.kernels.triton_common import (
     PROCESSORS,
@@ -122,6 +122,23 @@ def forward(
     tile = lambda a, block: triton_compat.Tile(a, (1, *block), rounded and a.dtype == np.float32)  # noqa: E731
     programs = N * G * phases.phases * triton.cdiv(J, config.rows) * triton.cdiv(o, config.columns)
     y = jax.ShapeDtypeStruct((N, spec.out_time, O), out_dtype)
+    stays = (
+        config.resident and G == phases.phases == 1 and tma_x and tma_w and x.dtype == w.dtype
+        and C <= config.depth and O <= config.columns
+        and w.size * w.dtype.itemsize <= triton_resident.SHARED_BYTES
+    )  # fmt: skip
+    if stays:
+        programs = min(programs, PROCESSORS * config.resident)
+        return triton_compat.call(
+            triton_resident.conv_resident,
+            tile(x, (config.rows, config.depth)), tile(w, block), x if bias is None else bias,
+            spec.out_time, spec.kernel_dilation, spec.padding[0],
+            N * triton.cdiv(J, config.rows), programs, out=(y, y) if keep else y,
+            programs=programs, warps=config.warps, stages=config.stages, O=O, K=K,
+            CONTRACT_LAST=contract_last, REVERSE=reverse, PRECISION=precision,
+            HAS_BIAS=bias is not None, ACTIVATION=activation,
+            BT=config.rows, BO=config.columns, BC=config.depth, **({} if keep else {"z": None}),
+        )  # fmt: skip
     return triton_compat.call(
         conv_dense,
         tile(x, (config.rows, config.depth)) if tma_x else x,
@@ -177,6 +194,24 @@ def kernel_grad(
     rounded = precision == "tf32"
     tile = lambda a, block: triton_compat.Tile(a, (1, *block), rounded and a.dtype == np.float32)  # noqa: E731
     narrow = splits == 1 and not bias
+    stays = (
+        config.resident and G == phases.phases == 1 and tma_x and tma_g and not tail
+        and x.dtype == gy.dtype and c <= config.rows and o <= config.columns
+        and triton_resident.sums_of_a_thread(config, K, bias) <= triton_resident.REGISTERS
+    )  # fmt: skip
+    if stays:
+        splits, narrow = min(blocks, PROCESSORS * config.resident), False
+        partial = triton_compat.call(
+            triton_resident.conv_resident_kernel_grad,
+            tile(x, (config.depth, config.rows)), tile(gy, (config.depth, config.columns)),
+            U, spec.kernel_dilation, spec.padding[0], blocks, splits,
+            out=jax.ShapeDtypeStruct((splits, K * c + bias, O), np.dtype(np.float32)),
+            programs=splits, warps=config.warps, stages=config.stages, C=c, O=o, K=K,
+            PRECISION=precision, BIAS=bias, BU=config.depth, BC=config.rows, BO=config.columns,
+        )  # fmt: skip
+        total = add_in_order(partial, np.float32)
+        dw = total[: K * c].reshape(K, c, O).astype(out_dtype)
+        return dw, total[K * c] if bias else None
     partial = triton_compat.call(
         conv_dense_kernel_grad,
         tile(x, (config.depth, config.rows)) if tma_x else x,

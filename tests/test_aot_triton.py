@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("jax_triton")
 
 from conv_pallas import aot, conv1d
-from conv_pallas.kernels import triton_compat
+from conv_pallas.kernels import triton_compat, triton_tuned
 from tests.cases import Case
 from tests.triton_machine_code import SHARED_BYTES, amd_codes, codes
 
@@ -98,6 +98,32 @@ def test_machine_code_is_as_promised(chip, name):
             assert in_kernels or (code.opcodes["LDGSTS"] == 0 and loads <= bias), code
     if name in ("dense", "bandwidth", "tf32", "tf32x3", "tail", "narrow"):
         assert all(code.opcodes["HGMMA"] > 0 for code in made), made
+
+
+@pytest.mark.parametrize(
+    "C, K, tile, kernel_stays, sums_stay",
+    [
+        (64, 3, (64, 64, 64, 4, 3, 2), True, True),
+        (64, 5, (64, 64, 64, 4, 2, 1), True, True),
+        (64, 3, (128, 64, 64, 4, 3, 1), True, False),  # too many sums for registers
+        (128, 2, (64, 128, 128, 4, 2, 1), True, False),  # not all channels in a tile
+        (128, 2, (128, 128, 64, 8, 3, 1), False, True),
+    ],
+)
+def test_programs_that_stay_fetch_once(C, K, tile, kernel_stays, sums_stay):
+    case, stages = _case("layer", C, K=K), tile[4]
+    with triton_tuned.trial(tile):
+        made = codes("h200", functools.partial(_layer, case, "silu"), *_structs(case))
+    *forward, sums = made
+    for code in made:
+        assert code.spills == 0 < code.opcodes["HGMMA"], code
+        assert code.shared <= SHARED_BYTES["h200"], code
+    assert {c.name for c in forward} == {"conv_resident" if kernel_stays else "conv_dense"}
+    assert sums.name == ("conv_resident_kernel_grad" if sums_stay else "conv_dense_kernel_grad")
+    # K of the kernel before the loop, and in it and ahead of it K of x for each stage.
+    loads = {code.opcodes["UTMALDG"] for code in forward}
+    assert loads == {K * (1 + stages)} or not kernel_stays
+    assert sums.opcodes["UTMALDG"] == (K + 1) * stages or not sums_stay
 
 
 @pytest.mark.parametrize("name", ["dense", "tf32_ragged", "depthwise", "multiplier"])

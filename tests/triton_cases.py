@@ -3,6 +3,8 @@
 `python -m benchmarks.on_device` runs every case of `tests.cases` on the chip itself.
 """
 
+import contextlib
+
 from tests import cases
 from tests.cases import Case
 from tests.triton_epilogue import FUSED
@@ -15,12 +17,19 @@ EXTRA = (
     Case("tiles_same", T=131, C=33, O=70, D=5, padding="SAME", batch=(1,)),
     Case("tiles_depthwise", T=300, C=200, O=200, G=200, K=4, D=3, batch=(2,), dtype="bfloat16"),
     Case("tiles_multiplier", T=70, C=40, O=120, G=40, K=7, D=2, batch=(2,)),
+    # Several tiles for each program that stays; a chip runs more of those than the interpreter.
+    Case("resident", T=192, C=40, O=24, D=7, batch=(3,), dtype="bfloat16"),
+    Case("resident_ragged", T=150, C=64, O=64, K=2, D=33, batch=(2,), dtype="float16"),
+    Case("resident_long", T=4096, C=16, O=24, D=64, batch=(8,), dtype="bfloat16"),
 )
+
+# No heuristic picks programs that stay.
+RESIDENT = (64, 64, 64, 4, 3, 1)
 
 NAMES = (
     *(fused.name for fused in FUSED), "unmet_dense", "unmet_depthwise", "rounding",
     "far_dense", "far_strided", "far_walked",
-    *(case.name for case in EXTRA),
+    *(case.name for case in EXTRA if case.name != "resident_long"),
     "dense", "wide", "ragged", "grouped", "grouped_narrowing", "depthwise", "depthwise_dilated",
     "multiplier", "depthwise_of_one", "pointwise_dilated", "many_taps",
     "time_shorter_than_field", "time_shorter_than_dilation", "one_step_same",
@@ -30,6 +39,15 @@ NAMES = (
     "dense_bfloat16_float32", "depthwise_bfloat16_float32", "grouped_highest", "dense_high",
     "long_dense_bfloat16", "long_depthwise_float16",
 )  # fmt: skip
+
+
+def own_tile(name: str) -> contextlib.AbstractContextManager:
+    """Within it the kernels get the tile that a case of that name is about, if it is about one."""
+    if "resident" not in name:
+        return contextlib.nullcontext()
+    from conv_pallas.kernels import triton_tuned
+
+    return triton_tuned.trial(RESIDENT)
 
 
 def named(name: str) -> Case:

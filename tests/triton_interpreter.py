@@ -10,12 +10,14 @@ no tensors but torch's, its `tl.dot` multiplies the bit patterns of bfloat16, an
 bfloat16 cut bits off where the hardware rounds. What it can't show is tf32: there it is exact.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
 import os
 import sys
 import traceback
+from unittest import mock
 
 os.environ["TRITON_INTERPRET"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -26,11 +28,12 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from conv_pallas.kernels import triton_compat
+from conv_pallas.kernels import triton_compat, triton_dense
 from conv_pallas.spec import Epilogue
 from tests.cases import Case
 from tests.support import padded, rows
 from tests.tolerance import REFERENCES, check
+from tests.triton_cases import own_tile
 
 GUARD = 4096  # bytes of NaN before and after each array
 HUGE = 2**30  # bytes from which on an array is taken as it is
@@ -141,6 +144,9 @@ interpreter.InterpreterBuilder.create_dot = _dot
 interpreter.InterpreterBuilder.cast_impl = _round_to_bfloat16
 
 
+_ran = []  # names of kernels
+
+
 def call(kernel, *args, out, programs, warps, stages, **meta):
     """As `triton_compat.call`."""
     del warps, stages
@@ -155,6 +161,7 @@ def call(kernel, *args, out, programs, warps, stages, **meta):
         return tensors.setdefault(id(a), Tensor(np.asarray(a)))
 
     args = [convert(a) for a in args]
+    _ran.append(kernel.__name__)
     # What is not written stays NaN.
     outs = out if isinstance(out, tuple) else (out,)
     results = [Tensor(_unwritten(o)) for o in outs]
@@ -174,6 +181,14 @@ def _unwritten(out) -> np.ndarray:
 triton_compat.call = call
 
 
+@contextlib.contextmanager
+def _as_named(name: str):
+    """With the tile that a case is about, and few programs that stay: each has several tiles."""
+    processors = 2 if "resident" in name else triton_dense.PROCESSORS
+    with own_tile(name), mock.patch.object(triton_dense, "PROCESSORS", processors):
+        yield
+
+
 def run_case(case: Case, operation: str, capability: int) -> None:
     """Runs one operation of a case by whichever kernel takes it, and checks the result."""
     from conv_pallas import dispatch
@@ -188,7 +203,13 @@ def run_case(case: Case, operation: str, capability: int) -> None:
     }[operation]
     problem = case.problem(operation, "cuda")
     kernel = dispatch.select(problem, ("triton",))
-    out = np.asarray(kernel.run(problem, lhs, rhs))
+    _ran.clear()
+    with _as_named(case.name):
+        out = np.asarray(kernel.run(problem, lhs, rhs))
+    # The engine fetches their tiles; and a kernel gradient's may not end in the midst of time.
+    stays = "resident" in case.name and capability >= 90
+    stays &= operation != "conv1d_kernel_grad" or case.name != "resident_ragged"
+    assert _ran[0].startswith("conv_resident") == stays, _ran
     check(
         out, operation, lhs, rhs, case.spec, out_dtype=problem.out_dtype,
         precision=case.precision, platform="cuda",
@@ -206,6 +227,12 @@ def run_fused(name: str, capability: int) -> None:
     problem = fused.problem()
     kernel = dispatch.select(problem, ("triton",))
     assert kernel.decline_fused(problem) is None
+    with _as_named(fused.name):
+        _run_fused(fused, kernel, problem, (x, w, bias, gy, saved))
+
+
+def _run_fused(fused, kernel, problem, arrays) -> None:
+    x, w, bias, gy, saved = arrays
     fused.check_forward(np.asarray(kernel.fused(problem, x, w, bias)), x, w, bias)
     if kernel.keeps(problem) and problem.epilogue.saved == "z":
         fused.check_kept(kernel, x, w, bias)

@@ -1,0 +1,118 @@
+"""Dense convolutions of few channels, by programs that stay, in Triton.
+
+A program of `triton_matmul.conv_dense` makes one tile of y, and fetches the whole kernel for it
+from the L2 cache. With few channels that is much: for C = O = 64, K = 3 in bf16 and 128 steps, 24
+KiB beside 3 times 16 of x, where 16 come from memory and 16 go there. A chip whose L2 gives less
+than twice what its memory does has to wait for it. Here a program stays on its processor. It loads
+the kernel once, keeps it in shared memory and goes from tile to tile; while one is multiplied and
+stored, the copy engine fetches the next.
+
+In the kernel gradient a program keeps the sums of all K taps in registers, and so fetches a tile of
+g once where `conv_dense_kernel_grad`, with a program for each tap, does it K times.
+
+Whether that is faster nothing has measured yet: no heuristic picks it, and it is among the tiles
+that `conv_pallas.tuning.tune` tries.
+"""
+
+import triton
+import triton.language as tl
+
+from conv_pallas.kernels.triton_activation import activate
+from conv_pallas.kernels.triton_common import offsets
+from conv_pallas.kernels.triton_config import Config
+
+SHARED_BYTES = 96 * 2**10  # for the kernel: as much is left for tiles of x
+REGISTERS = 200  # of a thread's 255 for sums; with 224 they spilled
+
+
+def sums_of_a_thread(config: Config, taps: int, bias: bool) -> int:
+    """How many float32 sums a thread of `conv_resident_kernel_grad` keeps."""
+    sums = taps * config.rows * config.columns + bias * config.depth * config.columns
+    return sums // (32 * config.warps)
+
+
+@triton.jit
+def _tap(w, k, K: tl.constexpr, CONTRACT_LAST: tl.constexpr, REVERSE: tl.constexpr,
+         BC: tl.constexpr, BO: tl.constexpr):  # fmt: skip
+    wb = w.load([K - 1 - k if REVERSE else k, 0, 0])
+    if CONTRACT_LAST:
+        wb = wb.reshape(BO, BC).T
+    else:
+        wb = wb.reshape(BC, BO)
+    return wb
+
+
+@triton.jit
+def conv_resident(
+    x, w, bias, U, D, LOW, TILES, STEP, y, z,
+    O: tl.constexpr, K: tl.constexpr, CONTRACT_LAST: tl.constexpr, REVERSE: tl.constexpr,
+    PRECISION: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    BT: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Every STEP-th of TILES tiles ``(BT, O)`` of y, of one group and all its channels.
+
+    x and w are `Tile`s; z is None, or takes what the activation is applied to.
+    """
+    taps = ()
+    for k in tl.static_range(K):
+        taps = taps + (_tap(w, k, K, CONTRACT_LAST, REVERSE, BC, BO),)  # noqa: RUF005
+    j = tl.arange(0, BT)
+    o = tl.arange(0, BO)
+    if HAS_BIAS:
+        b = tl.load(bias + o, o < O, 0.0).to(tl.float32)[None, :]
+    per_sample = tl.cdiv(U, BT)
+    for tile in tl.range(tl.program_id(0), TILES, STEP):
+        n = tile // per_sample
+        u0 = tile % per_sample * BT
+        acc = tl.zeros((BT, BO), tl.float32)
+        for k in tl.static_range(K):
+            xb = x.load([n, u0 + k * D - LOW, 0]).reshape(BT, BC)
+            acc = tl.dot(xb, taps[k], acc, input_precision=PRECISION)
+        if HAS_BIAS:
+            acc += b
+        where = (n.to(tl.int64) * U + u0) * O + offsets(j, O, BT)[:, None] + o[None, :]
+        inside = (u0 + j < U)[:, None] & (o < O)[None, :]
+        if z is not None:
+            tl.store(z + where, acc.to(z.dtype.element_ty), inside)
+        acc = activate(acc, ACTIVATION)
+        tl.store(y + where, acc.to(y.dtype.element_ty), inside)
+
+
+@triton.jit
+def conv_resident_kernel_grad(
+    x, gy, U, D, LOW, TILES, STEP, out,
+    C: tl.constexpr, O: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+    BIAS: tl.constexpr, BU: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr,
+):  # fmt: skip
+    """dw of one group, and with BIAS db after it, summed over every STEP-th of TILES tiles.
+
+    x and gy are `Tile`s. No tile may reach beyond the last step of gy where x goes on: gy is zero
+    there, but zero times NaN is NaN.
+    """
+    ROWS: tl.constexpr = K * C + (1 if BIAS else 0)
+    split = tl.program_id(0)
+    per_sample = tl.cdiv(U, BU)
+    dw = ()
+    for _ in tl.static_range(K):
+        dw = dw + (tl.zeros((BC, BO), tl.float32),)  # noqa: RUF005
+    db = tl.zeros((BU, BO), tl.float32)
+    for tile in tl.range(split, TILES, STEP):
+        n = tile // per_sample
+        u0 = tile % per_sample * BU
+        gb = gy.load([n, u0, 0]).reshape(BU, BO)
+        added = ()
+        for k in tl.static_range(K):
+            xb = x.load([n, u0 + k * D - LOW, 0]).reshape(BU, BC)
+            added = added + (tl.dot(xb.T, gb, dw[k], input_precision=PRECISION),)  # noqa: RUF005
+        dw = added
+        if BIAS:
+            db += gb.to(tl.float32)
+    c = tl.arange(0, BC)
+    o = tl.arange(0, BO)
+    start = out + split.to(tl.int64) * ROWS * O
+    inside = (c < C)[:, None] & (o < O)[None, :]
+    for k in tl.static_range(K):
+        where = start + (k * C + c)[:, None] * O + o[None, :]
+        tl.store(where, dw[k].to(out.dtype.element_ty), inside)
+    if BIAS:
+        tl.store(start + K * C * O + o, tl.sum(db, 0).to(out.dtype.element_ty), o < O)
