@@ -23,7 +23,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import baselines, layers
+from benchmarks import baselines, layers, stored
 from conv_pallas import _measure
 from conv_pallas._layers import Layer
 from conv_pallas.kernels import xla
@@ -300,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.json is not None:
             options.json.parent.mkdir(parents=True, exist_ok=True)
             rows = ",\n".join(json.dumps(r) for r in results)
-            head = json.dumps({"host": _measure.host()})
+            head = json.dumps({"host": _measure.host() | {"commit": stored.commit()}})
             options.json.write_text(f'{head[:-1]}, "results": [\n{rows}\n]}}\n', encoding="utf-8")
             console.print(f"wrote {options.json}")
     return 0

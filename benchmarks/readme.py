@@ -14,7 +14,7 @@ from conv_pallas._measure import PASSES
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 RESULT = ROOT / "benchmarks" / "results" / "cpu" / "layers.json"
-COMMAND = "python -m benchmarks --quick --json benchmarks/results/cpu/layers.json"
+COMMAND = "python -m benchmarks --json benchmarks/results/cpu/layers.json"
 MARKS = "<!-- figures: written by benchmarks/readme.py -->", "<!-- end of figures -->"
 
 
@@ -44,7 +44,8 @@ def figures(result: dict[str, Any]) -> str:
             "faster ours is than stock `nnx.Conv`, and than the fastest of all baselines (stock, "
             "padding behind a barrier, symmetric padding and a slice, shifted matmuls). The "
             'smallest and the largest of a model\'s layers; "same" where both compile to the same '
-            "program; below 1 ours is slower. A training step is the loss and its gradients. From "
+            "program; below 1 ours is slower. A training step is the loss and its gradients. Batch "
+            "and length are a CPU's: what would take too long is cut down. From "
             f"[{source}]({source}), measured by `{COMMAND}`; [{page}]({page}) draws it.",
             "",
             "| model | layers | forward, stock | forward, fastest | step, stock | step, fastest |",

@@ -20,6 +20,9 @@ work at one time walk along some 5 pieces of time, and the same reckoning gives 
 11 MB. It ends at D = 6000 or so for K = 3 and C = 512; from there on x comes from memory up to K
 times, which a layer of that many channels can still hide behind its matmul.
 
+That is for many channels. With few, what the programs fetch from the L2 is several times what
+memory moves; `triton_resident` has programs that fetch less, for `tuning` to try.
+
 Kernel grad has few outputs and a long sum. The sum over (n, u) is split among as many programs
 as keep the chip busy; each writes a partial result in float32, and those are added in a fixed
 order. The same input gives the same bits, always. It carries the bias gradient: one more program

@@ -8,8 +8,9 @@ Operations: ``2 N T' K (C / G) O``. Bytes: x, w and y once each at least; what a
 beside them is in its docstring, and here what of that is taken in pieces.
 
 The formulations themselves are in `xla_formulations.py`. On a CPU the rules come from
-measurements, which ``python -m benchmarks.formulations`` repeats. On other platforms they come
-from what XLA compiles to, read without the device; nothing was timed there.
+measurements: ``benchmarks/results/cpu/formulations.json``, which ``python -m
+benchmarks.formulations`` repeats. On other platforms they come from what XLA compiles to, read
+without the device; nothing was timed there.
 """
 
 import jax
@@ -72,45 +73,50 @@ def _channels(problem: Problem) -> tuple[int, int]:
 def _cpu_forward(problem: Problem) -> str:
     """Forward and input gradient.
 
-    Times faster than nnx.Conv's pad and convolution, for c channels into o of each group
-    (float32 where nothing is said; XLA:CPU, jax 0.12.0.1, AVX2, 2 busy cores):
+    Times faster than nnx.Conv's convolution, CAUSAL and float32 where nothing is said. Measured on
+    two busy cores with AVX512 and AVX512-BF16, which XLA's matmuls make use of and its convolution
+    does not; the stored result has these and more. Other tenants of a machine move a figure by 10
+    to 20 %, and the rules leave to stock what is closer than that.
 
-        ================================  ======================================================
-        depthwise K=4 C=512               own_pads 100  scatter 110  matmuls 57   shifts 52
-        depthwise K=4 C=512 bfloat16      own_pads 71   scatter 53   matmuls 94   shifts 93
-          its input gradient              own_pads 20   scatter 14   matmuls 89   shifts 90
-        depthwise K=31 C=128                            scatter 1.5  matmuls 21   shifts 9
-        c=1 o=32 K=3                      own_pads 12   scatter 12   matmuls 9    shifts 12
-        c=4 o=4 K=3                       own_pads 6    scatter 3    matmuls 2.5  shifts 7
-        c=64 o=1 K=3                                    scatter 3.4  matmuls 0.8  im2col 0.5
-        c=16 o=16 K=7, 512 steps in all   im2col 2.0    scatter 1.0  matmuls 1.6
-        c=25 o=25 K=3, 2048 steps in all  im2col 1.5    scatter 1.9  matmuls 1.2
-        c=128 o=128 K=3 D=64              im2col 0.8    scatter 0.9  matmuls 0.8  fold 0.8
-        G=32 c=8 o=8 K=3                  shifts 5.6    scatter 2.4  matmuls 1.4  split 1.3
-        G=8 c=16 o=16 K=3 bfloat16        shifts 1.3    scatter 1.9  matmuls 1.5  split 1.1
-        G=8 c=32 o=32 K=3                               scatter 1.4  matmuls 0.9  split 1.6
-        G=8 c=16 o=16 K=7 D=64                          scatter 0.9  matmuls 0.7  split 1.8
-        c=128 o=128 K=3 D=8 bfloat16      im2col 1.7    scatter 1.7  matmuls 1.4
-        c=512 o=512 K=3 D=4 bfloat16      im2col 1.9    scatter 1.9  matmuls 1.7
-        ================================  ======================================================
+    ===================================  =========================  ========================
+                                         forward                    input gradient
+    ===================================  =========================  ========================
+    N4 T1024 C512 O512 K4 G512           own_pads 108  scatter 101  scatter 117  own_pads 86
+    N1 T2000 C512 O512 K4 G512           scatter 120  own_pads 107  scatter 101  own_pads 92
+    N8 T1000 C64 O64 K7 G64              scatter 124  own_pads 114  scatter 107  matmuls 78
+    N4 T1000 C64 O64 K16 G64             shifts 23  matmuls 21      matmuls 20  shifts 18
+    N4 T512 C64 O256 K4 D2 G64           own_pads 36  scatter 33    shifts 25  own_pads 16
+    N4 T1024 C512 O512 K4 G512 bfloat16  own_pads 76  scatter 72    own_pads 82  scatter 78
+    N4 T500 C128 O128 K5 G32             shifts 9.4  scatter 6.3    shifts 10  scatter 4.0
+    N2 T512 C1024 O1024 K3 G64           scatter 1.5  matmuls 1.2   scatter 1.2  matmuls 1.0
+    N4 T1024 C256 O256 K3 D4 G8          split 2.1  matmuls 1.5     split 2.3  matmuls 1.6
+    N1 T1024 C256 O256 K3 D4 G4          scatter 1.1  matmuls 1.0   scatter 1.1  split 0.9
+    N4 T512 C128 O128 K3 D4 G8 bfloat16  matmuls 2.1  im2col 2.1    matmuls 2.1  im2col 1.9
+    N4 T1000 C1 O25 K7                   own_pads 2.7  matmuls 2.7  scatter 1.9  matmuls 1.2
+    N4 T2000 C64 O1 K3                   scatter 3.1  matmuls 0.6   own_pads 2.9  shifts 2.8
+    N4 T4000 C2 O2 K3                    shifts 7.7  own_pads 5.0   shifts 6.3  own_pads 5.8
+    N4 T2000 C8 O8 K3                    shifts 1.9  im2col 1.5     shifts 1.8  scatter 1.5
+    N4 T4000 C1 O32 K8 S2                shifts 2.0  matmuls 2.0    scatter 1.6
+    N4 T1000 C128 O128 K3 S2             native 0.9  im2col 0.5     scatter 1.2  matmuls 0.5
+    N4 T500 C25 O25 K5 S2                scatter 0.7  im2col 0.6    scatter 1.2  im2col 0.7
+    N8 T64 C16 O16 K3                    scatter 1.6  im2col 1.5    scatter 1.2  im2col 1.2
+    N32 T1020 C10 O10 K8 D32             im2col 1.4  scatter 1.3    scatter 1.4  im2col 1.4
+    N32 T400 C16 O16 K3                  scatter 1.2  im2col 1.0    scatter 1.2  im2col 0.9
+    N8 T400 C20 O20 K5 D8                scatter 1.2  fold 0.8      scatter 1.4  fold 1.0
+    N32 T784 C25 O25 K7 D16              scatter 1.2  im2col 0.8    scatter 1.3  im2col 0.8
+    N32 T784 C25 O25 K7                  scatter 0.7  matmuls 0.3   scatter 0.8  im2col 0.6
+    N32 T400 C30 O30 K7 D16              scatter 0.9  fold 0.8      scatter 0.9  fold 0.8
+    N8 T1000 C64 O64 K3 D16              scatter 1.0  im2col 0.9    scatter 1.0  im2col 0.9
+    N1 T80 C600 O600 K3 D4               im2col 1.0  matmuls 1.0    matmuls 1.2  im2col 1.2
+    N4 T1000 C64 O128 K1 bfloat16        im2col 1.6  matmuls 1.5    im2col 1.8  matmuls 1.8
+    N16 T4096 C16 O16 K3 D4 bfloat16     im2col 2.0  matmuls 1.2    im2col 1.9  matmuls 1.2
+    N16 T4096 C25 O25 K7 D4 bfloat16     scatter 1.4  im2col 0.9    scatter 1.5  im2col 1.0
+    N4 T1000 C128 O128 K3 D8 bfloat16    im2col 1.7  scatter 1.5    im2col 1.6  scatter 1.5
+    N16 T4096 C64 O64 K7 D4 bfloat16     scatter 2.4  im2col 2.0    scatter 2.3  im2col 1.6
+    ===================================  =========================  ========================
 
-    And in pieces, as `_sequences_at_once` has them, c channels into as many where no o is named,
-    on a quieter machine that multiplies bfloat16 (AVX512-BF16): XLA's matmul makes use of that,
-    and its convolution does not.
-
-        ========================  ==========================  ==========================
-        times faster than stock   N=8 T=1000                  N=16 T=4096
-        ========================  ==========================  ==========================
-        c=16 K=3                  scatter 2.0    im2col 1.2   scatter 0.8    im2col 0.8
-        c=25 K=7                  scatter 1.5    im2col 0.9   scatter 1.3    im2col 0.7
-        c=32 K=7                  scatter 0.9    im2col 0.7   scatter 1.0    im2col 0.6
-        c=16 K=3 bfloat16         scatter 1.8    im2col 1.8   scatter 0.8    im2col 1.9
-        c=25 K=3 bfloat16         scatter 1.6    im2col 1.5   scatter 1.0    im2col 1.3
-        c=25 K=7 bfloat16         scatter 2.4    im2col 1.5   scatter 1.6    im2col 1.0
-        c=64 K=3 bfloat16         scatter 2.1    im2col 1.5   scatter 2.6    im2col 2.2
-        c=128 K=3 bfloat16        scatter 1.5    im2col 1.7   scatter 2.7    im2col 2.6
-        c=128 K=7 bfloat16        scatter 1.6    im2col 1.4   scatter 2.0    im2col 2.0
-        ========================  ==========================  ==========================
+    On a CPU with AVX2 alone bfloat16 was as far ahead, but for depthwise: own_pads 71, scatter 53,
+    matmuls 94 (K=4 C=512), and of the input gradient 20, 14 and 89.
     """
     spec = problem.spec
     # nnx.Conv writes CAUSAL zeros first. Where nothing is faster, be the same program.
@@ -132,7 +138,8 @@ def _cpu_forward(problem: Problem) -> str:
         moves = spec.stride == 1 and K <= FEW and _held("scatter", problem) <= MOST
         return "scatter" if moves else stock
     if spec.stride > 1:
-        return own_pads_or_shifts if c <= 2 and K * c <= 16 else stock
+        few = "matmuls" if c == 1 else "shifts"
+        return few if c <= 2 and K * c <= 16 else stock
     if c <= 8 and c * o <= 64 and K * c <= 24:
         return own_pads_or_shifts
     if _bfloat16(problem) and K <= FEW:
@@ -197,39 +204,41 @@ def _scatters(problem: Problem, spec: ConvSpec, c: int, o: int) -> bool:
 def _cpu_kernel_grad(problem: Problem) -> str:
     """Kernel gradient; measured as in `_cpu_forward`.
 
-    ================================  ======================================================
-    depthwise K=4 C=512               tree 32     shifts 11     im2col 1.3     matmuls 1.7
-    depthwise K=31 C=128              tree 7.7    shifts 2.0                   matmuls 0.9
-    multiplier 4 K=4 C=64             tree 44     shifts 9      im2col 34      matmuls 17
-    G=2 c=16 o=16 K=3                 tree 760    split 2200    im2col 2900    matmuls 2400
-    G=8 c=16 o=16 K=7 D=64                        split 19      im2col 3       matmuls 10
-    G=8 c=16 o=16 K=5 S=2                         split 4       im2col 9       matmuls 6
-    G=32 c=8 o=8 K=3                  tree 48     split 60      im2col 42      matmuls 48
-    c=1 o=32 K=3                      tree 1.6    native 1.0    im2col 4.3     matmuls 4.8
-    c=32 o=32 K=3, 512 steps in all               native 0.4    im2col 1.5     matmuls 1.1
-    c=128 o=128 K=3 S=2                           native 1.2    im2col 1.7     matmuls 1.3
-    c=128 o=128 K=3 D=64                          native 1.0    im2col 1.0     matmuls 0.9
-    c=32 o=32 K=21                                native 0.5                   matmuls 0.2
-    c=128 o=128 K=3 D=8 bfloat16                  native 1.1    im2col 2.2    matmuls 1.6
-    c=512 o=512 K=3 D=4 bfloat16                  native 1.0    im2col 1.9    matmuls 1.7
-    c=64 o=64 K=3 D=16 bfloat16                   native 1.1    im2col 1.7    matmuls 1.2
-    c=25 o=25 K=7 D=4 bfloat16                    native 1.1    im2col 0.9    matmuls 0.5
-    c=64 o=64 K=3 bfloat16, N=16 T=4096           native 1.3    im2col 2.9
-    c=64 o=64 K=7 bfloat16, N=16 T=4096           native 1.0    im2col 2.3
-    c=25 o=25 K=3 bfloat16, N=16 T=4096           native 1.2    im2col 0.7
-    c=450 o=450 K=3 D=4, N=1 T=100                native 0.8    im2col 1.4    matmuls 1.0
-    c=512 o=512 K=3 D=4, N=1 T=64                 native 0.8    im2col 1.1    matmuls 0.9
-    c=512 o=512 K=8 D=4, N=1 T=64                 native 0.8    im2col 1.1    matmuls 1.0
-    c=64 o=64 K=3 D=1024, N=1 T=16384             native 0.9    im2col 0.9    matmuls 0.8
-    c=32 o=32 K=3 D=512, N=1 T=5000               native 0.8    im2col 0.9    matmuls 0.8
-    c=64 o=128 K=2 D=16, N=8 T=4000               native 1.4    im2col 1.3    matmuls 1.2
-    c=512 o=512 K=3, N=32 T=32                    native 1.2    im2col 1.1    matmuls 1.0
-    ================================  ======================================================
+    ===================================  ==================================================
+    N4 T1024 C512 O512 K4 G512           tree 26  shifts 11  matmuls 2.0  im2col 2.0
+    N4 T64 C32 O32 K3 D2 G32             shifts 2.8  matmuls 1.9  im2col 1.4  tree 1.3
+    N4 T512 C64 O256 K4 D2 G64           tree 82  im2col 63  shifts 53  dense 21
+    N4 T512 C32 O32 K3 G2                im2col 2073  split 2024  dense 2007  matmuls 1937
+    N1 T1024 C256 O256 K3 D4 G4          im2col 16  matmuls 15  split 11  dense 5.1
+    N4 T1024 C256 O256 K3 D4 G32         split 51  tree 49  im2col 34  matmuls 34
+    N4 T500 C128 O128 K5 G32             split 46  tree 37  matmuls 31  im2col 23
+    N2 T512 C1024 O1024 K3 G64           im2col 114  matmuls 67  tree 60  shifts 30
+    N2 T1000 C512 O512 K3 D2 G128        tree 236  shifts 174  matmuls 115  im2col 108
+    N4 T1000 C128 O128 K5 S2 G8          im2col 17  matmuls 11  dense 4.7  split 4.2
+    N4 T512 C128 O128 K3 D4 G8 bfloat16  im2col 18  matmuls 13  split 13  dense 6.5
+    N4 T1000 C1 O25 K7                   im2col 1.3  matmuls 1.1  padded 1.0  canonical 1.0
+    N4 T1000 C64 O128 K1                 matmuls 1.1  im2col 1.1  padded 1.0  canonical 1.0
+    N4 T128 C32 O32 K3                   im2col 1.7  matmuls 1.5  padded 1.0  canonical 1.0
+    N4 T1000 C128 O128 K3 S2             matmuls 1.9  im2col 1.7  canonical 1.3  padded 1.0
+    N1 T64 C512 O512 K3 D4               im2col 1.1  matmuls 1.0  padded 1.0  canonical 0.7
+    N1 T100 C450 O450 K3 D4              im2col 1.4  matmuls 1.0  padded 1.0  canonical 0.8
+    N1 T1024 C128 O128 K7 D3 SAME        padded 1.5  im2col 1.2  matmuls 1.2  canonical 1.0
+    N1 T3750 C32 O32 K21 D10 SAME        padded 1.6  canonical 1.0  matmuls 0.9  im2col 0.8
+    N1 T5000 C64 O64 K3 D16 SAME         canonical 1.1  padded 1.0  im2col 1.0  matmuls 0.8
+    N2 T256 C256 O256 K3 D3 SAME         im2col 1.3  padded 1.2  matmuls 1.1  canonical 1.0
+    N2 T4096 C64 O64 K3 D3 SAME          canonical 1.0  im2col 0.9  padded 0.9  matmuls 0.7
+    N4 T8192 C32 O32 K3 D3 SAME          canonical 1.0  padded 0.8  im2col 0.8  matmuls 0.6
+    N1 T5000 C32 O32 K3 D512             padded 1.0  im2col 0.9  matmuls 0.7  canonical 0.7
+    N8 T1000 C64 O64 K3 D16              canonical 1.2  im2col 1.1  padded 1.0  matmuls 0.7
+    N32 T784 C25 O25 K7 D16              canonical 1.1  padded 1.0  im2col 0.8  matmuls 0.7
+    N4 T2000 C32 O32 K21                 padded 1.0  canonical 1.0  im2col 0.6  matmuls 0.5
+    N4 T1000 C128 O128 K3 D8 bfloat16    im2col 2.0  matmuls 1.5  canonical 1.0  padded 1.0
+    N16 T4096 C64 O64 K7 D4 bfloat16     im2col 1.6  canonical 1.1  padded 1.0  matmuls 0.6
+    N16 T4096 C25 O25 K7 D4 bfloat16     canonical 1.1  padded 1.0  im2col 0.8  matmuls 0.7
+    N4 T2000 C64 O1 K3 bfloat16          canonical 1.3  padded 1.0  im2col 0.9  matmuls 0.5
+    ===================================  ==================================================
 
-    The fourteen last as the second table of `_cpu_forward`, im2col of those with N=16 in pieces;
-    "native" stands for "canonical" too, which is the same program outside of loops. Where padding
-    is SAME, padding in memory came out 1.0 (c=128 K=11 D=3) and 1.1 (c=64 K=3 D=64) times as fast
-    as native.
+    "native" is the same program as "canonical" outside of loops.
     """
     spec, (c, _) = problem.spec, _channels(problem)
     K, G = spec.kernel_size, spec.groups

@@ -1,7 +1,9 @@
 """Every formulation for XLA, chosen by a rule or not, against the formula in float64."""
 
 import dataclasses
+import json
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -148,3 +150,31 @@ def test_choice_exists(platform):
                 continue
             assert xla.choose(problem) in table
             assert xla.KERNEL.describe(problem)
+
+
+def test_the_rules_show_what_was_measured():
+    """The figures in their docstrings are those of the stored result."""
+    file = Path(__file__).parents[1] / "benchmarks/results/cpu/formulations.json"
+    found = {}
+    for row in json.loads(file.read_text(encoding="utf-8"))["results"]:
+        name = row["case"].replace(" float32", "").replace(" float16", " half")
+        speedups = {n: f["speedup"] for n, f in row["formulations"].items()}
+        found.setdefault(name, {})[row["operation"]] = speedups
+    shown = 0
+    for rule, operations in (
+        (xla._cpu_forward, OPERATIONS[:2]),
+        (xla._cpu_kernel_grad, OPERATIONS[2:]),
+    ):
+        for line in rule.__doc__.splitlines():
+            if not re.match(r"\s+N\d+ T\d+ C", line):
+                continue
+            name, *figures = re.split(r"\s{2,}", line.strip())
+            measured = [found[name][operation] for operation in operations]
+            for figure in figures:
+                formulation, value = figure.split()
+                assert any(
+                    abs(m.get(formulation, -1) - float(value)) <= 0.5 * 10 ** -("." in value) + 1e-3
+                    for m in measured
+                ), (name, figure)  # fmt: skip
+                shown += 1
+    assert shown > 200
