@@ -126,18 +126,18 @@ def forward(
     programs = N * G * phases.phases * triton.cdiv(J, config.rows) * triton.cdiv(o, config.columns)
     y = jax.ShapeDtypeStruct((N, spec.out_time, O), out_dtype)
     stays = (
-        config.resident and G == phases.phases == 1 and tma_x and tma_w and x.dtype == w.dtype
-        and C <= config.depth and O <= config.columns
-        and w.size * w.dtype.itemsize <= triton_resident.SHARED_BYTES
+        config.resident and G == phases.phases == 1 and tma_x and x.dtype == w.dtype
+        and C <= config.depth and O <= config.columns and dtype.itemsize == 2
+        and dtype.itemsize * K * C * O <= triton_resident.SHARED_BYTES
     )  # fmt: skip
     if stays:
         programs = min(programs, PROCESSORS * config.resident)
         return triton_compat.call(
             triton_resident.conv_resident,
-            tile(x, (config.rows, config.depth)), tile(w, block), x if bias is None else bias,
+            tile(x, (config.rows, config.depth)), w, x if bias is None else bias,
             spec.out_time, spec.kernel_dilation, spec.padding[0],
             N * triton.cdiv(J, config.rows), programs, out=(y, y) if keep else y,
-            programs=programs, warps=config.warps, stages=config.stages, O=O, K=K,
+            programs=programs, warps=config.warps, stages=config.stages, C=C, O=O, K=K,
             CONTRACT_LAST=contract_last, REVERSE=reverse, PRECISION=precision,
             HAS_BIAS=bias is not None, ACTIVATION=activation,
             BT=config.rows, BO=config.columns, BC=config.depth, **({} if keep else {"z": None}),
@@ -199,11 +199,11 @@ def kernel_grad(
     narrow = splits == 1 and not bias
     stays = (
         config.resident and G == phases.phases == 1 and tma_x and tma_g and not tail
-        and x.dtype == gy.dtype and c <= config.rows and o <= config.columns
+        and x.dtype == gy.dtype and dtype.itemsize == 2 and c <= config.rows and o <= config.columns
         and triton_resident.sums_of_a_thread(config, K, bias) <= triton_resident.REGISTERS
     )  # fmt: skip
     if stays:
-        splits, narrow = min(blocks, PROCESSORS * config.resident), False
+        splits = min(blocks, PROCESSORS * config.resident)
         partial = triton_compat.call(
             triton_resident.conv_resident_kernel_grad,
             tile(x, (config.depth, config.rows)), tile(gy, (config.depth, config.columns)),
@@ -212,9 +212,7 @@ def kernel_grad(
             programs=splits, warps=config.warps, stages=config.stages, C=c, O=o, K=K,
             PRECISION=precision, BIAS=bias, BU=config.depth, BC=config.rows, BO=config.columns,
         )  # fmt: skip
-        total = add_in_order(partial, np.float32)
-        dw = total[: K * c].reshape(K, c, O).astype(out_dtype)
-        return dw, total[K * c] if bias else None
+        return _added(partial, (K, c, O), out_dtype, bias)
     partial = triton_compat.call(
         conv_dense_kernel_grad,
         tile(x, (config.depth, config.rows)) if tma_x else x,
@@ -231,9 +229,14 @@ def kernel_grad(
         ROUND_G=rounded and not tma_g and gy.dtype == np.float32, BIAS=bias, GRAD_OF=activation,
         BU=config.depth, BC=config.rows, BO=config.columns,
     )  # fmt: skip
-    total = add_in_order(partial, out_dtype if narrow else np.float32)
-    dw = total[: K * c].reshape(K, c, O).astype(out_dtype)
-    return dw, total[K * c] if bias else None
+    return _added(partial, (K, c, O), out_dtype, bias)
+
+
+def _added(partial: jax.Array, shape: tuple[int, int, int], out_dtype, bias: bool):
+    """dw and db of partial sums ``(splits, K * c + bias, O)``."""
+    total = add_in_order(partial, partial.dtype)
+    rows = shape[0] * shape[1]
+    return total[:rows].reshape(shape).astype(out_dtype), total[rows] if bias else None
 
 
 def _precision(problem: Problem) -> str:

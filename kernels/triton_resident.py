@@ -32,30 +32,37 @@ def sums_of_a_thread(config: Config, taps: int, bias: bool) -> int:
 
 
 @triton.jit
-def _tap(w, k, K: tl.constexpr, CONTRACT_LAST: tl.constexpr, REVERSE: tl.constexpr,
-         BC: tl.constexpr, BO: tl.constexpr):  # fmt: skip
-    wb = w.load([K - 1 - k if REVERSE else k, 0, 0])
+def _tap(w, k, C: tl.constexpr, O: tl.constexpr, K: tl.constexpr, CONTRACT_LAST: tl.constexpr,
+         REVERSE: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr):  # fmt: skip
+    # By pointers, so that all taps are on their way at the same time: the engine's loads outside of
+    # a loop are waited for one by one.
+    c = tl.arange(0, BC)
+    o = tl.arange(0, BO)
+    start = w + (K - 1 - k if REVERSE else k) * (C * O)
     if CONTRACT_LAST:
-        wb = wb.reshape(BO, BC).T
+        inside = (o < O)[:, None] & (c < C)[None, :]
+        wb = tl.load(start + (o * C)[:, None] + c[None, :], inside, 0.0).T
     else:
-        wb = wb.reshape(BC, BO)
+        inside = (c < C)[:, None] & (o < O)[None, :]
+        wb = tl.load(start + (c * O)[:, None] + o[None, :], inside, 0.0)
     return wb
 
 
 @triton.jit
 def conv_resident(
     x, w, bias, U, D, LOW, TILES, STEP, y, z,
-    O: tl.constexpr, K: tl.constexpr, CONTRACT_LAST: tl.constexpr, REVERSE: tl.constexpr,
-    PRECISION: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    C: tl.constexpr, O: tl.constexpr, K: tl.constexpr, CONTRACT_LAST: tl.constexpr,
+    REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
     BT: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Every STEP-th of TILES tiles ``(BT, O)`` of y, of one group and all its channels.
 
-    x and w are `Tile`s; z is None, or takes what the activation is applied to.
+    x is a `Tile`; z is None, or takes what the activation is applied to.
     """
     taps = ()
     for k in tl.static_range(K):
-        taps = taps + (_tap(w, k, K, CONTRACT_LAST, REVERSE, BC, BO),)  # noqa: RUF005
+        taps = taps + (_tap(w, k, C, O, K, CONTRACT_LAST, REVERSE, BC, BO),)  # noqa: RUF005
     j = tl.arange(0, BT)
     o = tl.arange(0, BO)
     if HAS_BIAS:
