@@ -317,9 +317,7 @@ def line(result: dict) -> str:
 
 def summary(results: Sequence[dict]) -> Table:
     """What was chosen, against stock and against the fastest."""
-    table = Table(
-        box=box.SIMPLE_HEAD, caption="×: times faster than nnx.Conv's pad and convolution"
-    )
+    table = Table(box=box.SIMPLE_HEAD, caption="×: times faster than what nnx.Conv runs")
     for column in ("case", "operation", "chosen", "×", "fastest", "×"):
         table.add_column(column)
     for result in results:

@@ -126,9 +126,9 @@ def forward(
     programs = N * G * phases.phases * triton.cdiv(J, config.rows) * triton.cdiv(o, config.columns)
     y = jax.ShapeDtypeStruct((N, spec.out_time, O), out_dtype)
     stays = (
-        config.resident and G == phases.phases == 1 and tma_x and x.dtype == w.dtype
-        and C <= config.depth and O <= config.columns and dtype.itemsize == 2
-        and dtype.itemsize * K * C * O <= triton_resident.SHARED_BYTES
+        config.resident and G == spec.stride == spec.input_dilation == 1 and tma_x
+        and x.dtype == w.dtype and dtype.itemsize == 2 and C <= config.depth
+        and O <= config.columns and triton_resident.fits(config, K)
     )  # fmt: skip
     if stays:
         programs = min(programs, PROCESSORS * config.resident)
@@ -187,7 +187,10 @@ def kernel_grad(
     tma_x = tma and phases.row_step == 1 and _tileable(x, c if G > 1 else 0)
     tma_g = tma and activation is None and _tileable(gy, o if G > 1 else 0)
     # Whether some tap's last tile holds steps of x that it does not meet.
-    tail = tma_x and U % config.depth != 0 and T > U - spec.padding[0]
+    tail = (
+        tma_x and U % config.depth != 0
+        and (spec.input_dilation > 1 or T > U - spec.padding[0])
+    )  # fmt: skip
     blocks = N * (J // config.depth if tail else triton.cdiv(J, config.depth))
     tiles_c = triton.cdiv(c, config.rows)
     tiles = (K * tiles_c + bias) * G * triton.cdiv(o, config.columns)
@@ -198,9 +201,9 @@ def kernel_grad(
     tile = lambda a, block: triton_compat.Tile(a, (1, *block), rounded and a.dtype == np.float32)  # noqa: E731
     narrow = splits == 1 and not bias
     stays = (
-        config.resident and G == phases.phases == 1 and tma_x and tma_g and not tail
-        and x.dtype == gy.dtype and dtype.itemsize == 2 and c <= config.rows and o <= config.columns
-        and triton_resident.sums_of_a_thread(config, K, bias) <= triton_resident.REGISTERS
+        config.resident and G == spec.stride == spec.input_dilation == 1 and tma_x and tma_g
+        and not tail and x.dtype == gy.dtype and dtype.itemsize == 2 and c <= config.rows
+        and o <= config.columns and triton_resident.sums_fit(config, K, bias)
     )  # fmt: skip
     if stays:
         splits = min(blocks, PROCESSORS * config.resident)

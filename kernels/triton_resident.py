@@ -21,14 +21,22 @@ from conv_pallas.kernels.triton_activation import activate
 from conv_pallas.kernels.triton_common import offsets
 from conv_pallas.kernels.triton_config import Config
 
-SHARED_BYTES = 96 * 2**10  # for the kernel: as much is left for tiles of x
+# A Hopper program may have 227 KiB of shared memory, and its result takes some on the way out.
+SHARED_BYTES = (227 - 16) * 2**10
 REGISTERS = 200  # of a thread's 255 for sums; with 224 they spilled
 
 
-def sums_of_a_thread(config: Config, taps: int, bias: bool) -> int:
-    """How many float32 sums a thread of `conv_resident_kernel_grad` keeps."""
+def fits(config: Config, taps: int) -> bool:
+    """Whether the kernel and, for each stage, what is fetched of x fit into shared memory."""
+    columns = config.columns + config.stages * config.rows
+    return 2 * taps * config.depth * columns <= SHARED_BYTES
+
+
+def sums_fit(config: Config, taps: int, bias: bool) -> bool:
+    """Whether the kernel gradient's sums fit into registers, and its tiles into shared memory."""
     sums = taps * config.rows * config.columns + bias * config.depth * config.columns
-    return sums // (32 * config.warps)
+    tiles = config.stages * config.depth * (taps * config.rows + config.columns)
+    return sums <= REGISTERS * 32 * config.warps and 2 * tiles <= SHARED_BYTES
 
 
 @triton.jit

@@ -115,8 +115,8 @@ def _cpu_forward(problem: Problem) -> str:
     N16 T4096 C64 O64 K7 D4 bfloat16     scatter 2.4  im2col 2.0    scatter 2.3  im2col 1.6
     ===================================  =========================  ========================
 
-    On a CPU with AVX2 alone bfloat16 was as far ahead, but for depthwise: own_pads 71, scatter 53,
-    matmuls 94 (K=4 C=512), and of the input gradient 20, 14 and 89.
+    Of bfloat16 depthwise takes "matmuls" all the same: on a CPU with AVX2 alone they were ahead, in
+    the input gradient by far.
     """
     spec = problem.spec
     # nnx.Conv writes CAUSAL zeros first. Where nothing is faster, be the same program.
@@ -146,7 +146,7 @@ def _cpu_forward(problem: Problem) -> str:
         if _scatters(problem, spec, c, o):
             return "scatter"
         return "im2col" if _held("im2col", problem) <= MOST else stock
-    if o == 1 and K <= 32:
+    if o == 1 and K <= 32 and _held("scatter", problem) <= 4 * MOST:
         return "scatter"
     if problem.N * spec.time * K * c <= 2**16:
         return "im2col"
@@ -164,13 +164,18 @@ def _cpu_grouped(problem: Problem, K: int, c: int, o: int, every_step: bool) -> 
         if o == 1 and K <= 8 and (K > 4 or N == 1 or G < 256):
             return "scatter"
         return "own_pads" if K <= 4 else "matmuls"
-    if _bfloat16(problem) and c <= 16 and K <= 8 and every_step:
+    if _bfloat16(problem) and c <= 16 and o > 1 and K <= 8 and every_step and _little(problem):
         return "im2col"
     if c <= 8 and K * c <= 64:
         return "shifts"
     if K <= 4 and every_step and (max(c, o) <= 16 or G > 32 or (N == 1 and max(c, o) <= 64)):
         return "scatter"
     return "split" if 2 < G <= 32 or (G == 2 and c <= 32) else None
+
+
+def _little(problem: Problem) -> bool:
+    """Whether "im2col" of groups, which is not taken in pieces, holds no more than 64 MiB."""
+    return problem.N * problem.spec.groups * _held("im2col", problem) <= 2**26
 
 
 def _few_channels(problem: Problem, spec: ConvSpec, c: int, o: int) -> bool:
@@ -266,7 +271,7 @@ def _grouped_kernel_grad(problem: Problem, K: int, G: int, c: int) -> str:
     steps = problem.N * problem.spec.out_time
     if c == 1:
         return "shifts" if steps * problem.O <= 2**16 else "tree"
-    if K <= 8 and (problem.spec.stride > 1 or _bfloat16(problem)):
+    if K <= 8 and (problem.spec.stride > 1 or (_bfloat16(problem) and _little(problem))):
         return "im2col"
     if G > 32:
         return "tree" if K * c <= 20 else "im2col" if K <= 8 else "matmuls"
@@ -278,7 +283,7 @@ def _bfloat16(problem: Problem) -> bool:
 
 
 # What a piece may hold for a moment; what needs no pieces yet; and what one sequence may hold,
-# beyond which it is as slow as all at once. Bytes. Some 50 µs are lost with each piece.
+# beyond which it is as slow as all at once. Bytes. Each piece costs some time by itself.
 PIECE = {"scatter": 5 * 2**20, "im2col": 5 * 2**19}
 WHOLE, MOST = 9 * 2**20, 2**23
 

@@ -108,6 +108,7 @@ def test_machine_code_is_as_promised(chip, name):
         (64, 3, (128, 64, 64, 4, 3, 1), True, False),  # too many sums for registers
         (128, 2, (64, 128, 128, 4, 2, 1), True, False),  # not all channels in a tile
         (128, 2, (128, 128, 64, 8, 3, 1), False, True),
+        (64, 7, (64, 64, 64, 4, 3, 2), False, False),  # nor do so many taps fit
     ],
 )
 def test_programs_that_stay_fetch_once(C, K, tile, kernel_stays, sums_stay):

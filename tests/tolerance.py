@@ -75,7 +75,9 @@ def bound(
         products = UNIT[FACTORS[platform][str(precision or "default").lower()]]
     farther = max(1.0, np.log(np.size(value) or 1) / np.log(ELEMENTS))
     relative = farther * CONFIDENCE * (products + np.sqrt(terms) * sums)
-    return UNIT[out] * np.abs(value) + relative * (1 + UNIT[out]) * magnitude
+    # Below the normal numbers of float16 its neighbours stay as far apart as there.
+    smallest = 2.0**-25 if out == "float16" else 0.0
+    return smallest + UNIT[out] * np.abs(value) + relative * (1 + UNIT[out]) * magnitude
 
 
 def check(

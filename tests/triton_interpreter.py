@@ -207,7 +207,7 @@ def run_case(case: Case, operation: str, capability: int) -> None:
     with _as_named(case.name):
         out = np.asarray(kernel.run(problem, lhs, rhs))
     # The engine fetches their tiles; and a kernel gradient's may not end in the midst of time.
-    stays = "resident" in case.name and capability >= 90
+    stays = "resident" in case.name and capability >= 90 and case.S == 1
     stays &= operation != "conv1d_kernel_grad" or case.name != "resident_ragged"
     assert _ran[0].startswith("conv_resident") == stays, _ran
     check(
@@ -227,8 +227,11 @@ def run_fused(name: str, capability: int) -> None:
     problem = fused.problem()
     kernel = dispatch.select(problem, ("triton",))
     assert kernel.decline_fused(problem) is None
+    _ran.clear()
     with _as_named(fused.name):
         _run_fused(fused, kernel, problem, (x, w, bias, gy, saved))
+    if "resident" in fused.name and capability >= 90:
+        assert set(_ran) == {"conv_resident", "conv_resident_kernel_grad"}, _ran
 
 
 def _run_fused(fused, kernel, problem, arrays) -> None:
