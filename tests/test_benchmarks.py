@@ -11,6 +11,7 @@ import textwrap
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -358,3 +359,25 @@ def test_bad_files(tmp_path, text, message, capsys):
 
 def test_passes():
     assert command._passes("training") == (STEP,) and command._passes(None) == PASSES
+
+
+def test_a_stack_may_part_with_stock_for_one_input_but_not_far():
+    stack = layers.STACKS[3]
+    timed, g = jnp.arange(8.0).reshape(1, 4, 2), jnp.ones((1, 4, 2))
+
+    def verify(*variants):
+        check = harness._verifier_of_stack(stack, "training step", ({}, timed, g))
+        for name, factor in zip(("stock", "ours"), variants, strict=False):
+            check(name, None, lambda state, x, g, factor=factor: (0.0, {"dw": factor(x) * x}))
+
+    once = lambda far: lambda x: 1.0 + (far if bool((x == timed).all()) else 0.0)  # noqa: E731
+    right = lambda x: 1.0  # noqa: E731
+    verify(right, right)
+    verify(right, once(5e-3))  # a ReLU whose sign was in doubt
+    for wrong in (lambda x: 1.001, once(6.0), once(float("nan"))):
+        with pytest.raises(WrongResultError, match="off from stock"):
+            verify(right, wrong)
+    with pytest.raises(WrongResultError, match="is not finite"):
+        verify(once(float("nan")))
+    with pytest.raises(baselines.NotApplicableError, match="no stock"):
+        harness._verifier_of_stack(stack, "training step", ({}, timed, g))("ours", None, None)
