@@ -24,15 +24,9 @@ def goals(log: Log, dry: bool) -> None:
     Ours alone, beside the device's ceilings: what a goal asks for is known after a minute, however
     long cuDNN takes to choose among its algorithms. That is left to `against`.
     """
-    copy, results = _ceilings(log, dry), {}
+    results = {}
     try:
-        for layer, operation, arguments in _operations(log, dry):
-            programs = {"ours": _program("ours", layer, operation, dry)}
-            seconds, errors = _timed(programs, arguments, dry)
-            extra = _reached(layer, operation, arguments, seconds, copy)
-            if extra:
-                results[layer.name, operation] = extra
-            _write(log, seconds, errors, layer=layer.name, operation=operation, **extra)
+        _compared(log, dry, ("ours",), results)
     finally:
         for verdict in verdicts(results):
             log.write(**verdict)
@@ -40,44 +34,40 @@ def goals(log: Log, dry: bool) -> None:
 
 def against(log: Log, dry: bool) -> None:
     """The same operations, ours, our best for XLA and every baseline taking turns."""
+    _compared(log, dry, ("ours", "xla", *BASELINES), {})
+
+
+def _compared(log: Log, dry: bool, names: tuple[str, ...], results: dict) -> None:
+    """Times programs of those names; adds to results what ours reached, by layer and operation."""
     copy = _ceilings(log, dry)
-    for layer, operation, arguments in _operations(log, dry):
-        programs = {
-            name: _program(name, layer, operation, dry) for name in ("ours", "xla", *BASELINES)
-        }
-        seconds, errors = _timed(programs, arguments, dry)
-        extra = _reached(layer, operation, arguments, seconds, copy)
-        _write(log, seconds, errors, layer=layer.name, operation=operation, **extra)
-
-
-def _operations(log: Log, dry: bool):
-    """Layer, operation and arguments of all that goals are set for, while there is time."""
     for layer in device_layers.goals(dry):
         arguments = device_layers.arrays(layer)
         for operation in device_layers.operations(layer):
             if log.out_of_time(layer.name):
                 return
-            yield layer, operation, arguments
-
-
-def _program(name: str, layer, operation: str, dry: bool) -> Callable:
-    return lambda: device_layers.operation(operation, device_layers.forward(name, layer, dry))
-
-
-def _reached(layer, operation: str, arguments, seconds: dict, copy: float) -> dict[str, float]:
-    """``tflops``, and ``of_copy``: the rate at which ours moves what it must, over a copy's."""
-    if "ours" not in seconds:
-        return {}
-    ours = seconds["ours"].median
-    moved = device_layers.passes(operation) * arguments[0].nbytes
-    return dict(tflops=2 * layer.products / ours / 1e12, of_copy=moved / ours / 1e12 / copy)
+            programs = {
+                name: (lambda name=name, operation=operation, layer=layer: device_layers.operation(
+                    operation, device_layers.forward(name, layer, dry)
+                ))
+                for name in names
+            }  # fmt: skip
+            seconds, errors = _timed(programs, arguments, dry)
+            moved = device_layers.passes(operation) * arguments[0].nbytes
+            extra = {}
+            if "ours" in seconds:
+                ours = seconds["ours"].median
+                extra = dict(tflops=2 * layer.products / ours / 1e12,
+                             of_copy=moved / ours / 1e12 / copy)  # fmt: skip
+                results[layer.name, operation] = extra
+            _write(log, seconds, errors, layer=layer.name, operation=operation, **extra)
 
 
 def verdicts(results: dict[tuple[str, str], dict[str, float]]) -> list[dict]:
     """Each goal, what was reached, and whether that is enough; None where it was not measured.
 
     Args:
-      results: for a layer's name and an operation what `_reached` says.
+      results: for a layer's name and an operation, ``tflops``, and ``of_copy``: the rate at
+        which it moves what it must, over that of a copy.
     """
 
     def worst(what, layers, operations):

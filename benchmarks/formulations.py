@@ -205,8 +205,8 @@ def sweep(quick: bool = False) -> Iterator[Case]:
 
 
 def published(text: str) -> list[Case]:
-    """Of the layers that the benchmarks time, those whose name has text in it, each size once."""
-    chosen = (layer for layer in layers.ALL if isinstance(layer, Layer) and text in layer.name)
+    """Of the layers that the benchmarks time those that `stored.select` finds, each size once."""
+    chosen = (layer for layer in stored.select(text) if isinstance(layer, Layer))
     platform = jax.default_backend()
     return list(dict.fromkeys(Case.of(layers.fit(layer, platform)) for layer in chosen))
 
@@ -275,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--only", default="", metavar="TEXT", help="cases whose name has this in it"
     )
     parser.add_argument(
-        "--layers", metavar="TEXT", help="instead those of the benchmarks' layers whose name has it"
+        "--layers", metavar="TEXT", help="instead the benchmarks' layers with such a word: a,b,c"
     )
     parser.add_argument("--json", type=Path, metavar="PATH", help="where to write the results")
     options = parser.parse_args(argv)

@@ -1,11 +1,15 @@
 """Dense convolutions of few channels, by programs that stay, in Triton.
 
-A program of `triton_matmul.conv_dense` makes one tile of y, and fetches the whole kernel for it
+    y[n, u, o]  = sum over k, c of  x[n, u + k*D - low, c] * w[k, c, o]
+    dx          = the same of g, with taps reversed and channels in and out exchanged
+    dw[k, c, o] = sum over n, u of  x[n, u + k*D - low, c] * g[n, u, o]
+
+Operations: ``2 N T' K C O`` each. Bytes: from and to memory x, w and y once, as in `triton_dense`.
+But a program of `triton_matmul.conv_dense` makes one tile of y, and fetches the whole kernel for it
 from the L2 cache. With few channels that is much: for C = O = 64, K = 3 in bf16 and 128 steps, 24
-KiB beside 3 times 16 of x, where 16 come from memory and 16 go there. A chip whose L2 gives less
-than twice what its memory does has to wait for it. Here a program stays on its processor. It loads
-the kernel once, keeps it in shared memory and goes from tile to tile; while one is multiplied and
-stored, the copy engine fetches the next.
+KiB beside 3 times 16 of x, where 16 come from memory and 16 go there. Here a program stays on its
+processor. It loads the kernel once, keeps it in shared memory and goes from tile to tile; while one
+is multiplied and stored, the copy engine fetches the next.
 
 In the kernel gradient a program keeps the sums of all K taps in registers, and so fetches a tile of
 g once where `conv_dense_kernel_grad`, with a program for each tap, does it K times.

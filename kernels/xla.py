@@ -126,11 +126,10 @@ def _cpu_forward(problem: Problem) -> str:
         spec = spec.transposed()
     K, G, (c, o) = spec.kernel_size, spec.groups, _channels(problem)
     every_step = spec.stride == spec.input_dilation == 1
-    own_pads_or_shifts = "own_pads" if c == 1 and K <= 6 else "shifts"
     if K > UNROLLED:
         return stock
     if G > 1:
-        return _cpu_grouped(problem, K, c, o, every_step) or stock
+        return _cpu_grouped(problem) or stock
     if K == 1:
         return "matmuls" if every_step and _bfloat16(problem) else stock
     if spec.input_dilation > 1:
@@ -141,7 +140,7 @@ def _cpu_forward(problem: Problem) -> str:
         few = "matmuls" if c == 1 else "shifts"
         return few if c <= 2 and K * c <= 16 else stock
     if c <= 8 and c * o <= 64 and K * c <= 24:
-        return own_pads_or_shifts
+        return "own_pads" if c == 1 and K <= 6 else "shifts"
     if _bfloat16(problem) and K <= FEW:
         if _scatters(problem, spec, c, o):
             return "scatter"
@@ -155,11 +154,13 @@ def _cpu_forward(problem: Problem) -> str:
     return "scatter" if _few_channels(problem, spec, c, o) else stock
 
 
-def _cpu_grouped(problem: Problem, K: int, c: int, o: int, every_step: bool) -> str | None:
+def _cpu_grouped(problem: Problem) -> str | None:
     """Of more than one group; None where nothing is faster than stock."""
-    N, G, narrow = problem.N, problem.spec.groups, problem.out_dtype.itemsize < 4
+    spec, (c, o) = problem.spec, _channels(problem)
+    N, G, K = problem.N, spec.groups, spec.kernel_size
+    every_step = spec.stride == spec.input_dilation == 1
     if c == 1:
-        if narrow:
+        if problem.out_dtype.itemsize < 4:
             return "matmuls"
         if o == 1 and K <= 8 and (K > 4 or N == 1 or G < 256):
             return "scatter"
@@ -251,7 +252,7 @@ def _cpu_kernel_grad(problem: Problem) -> str:
     if K > UNROLLED:
         return "split" if 1 < G <= 32 else "padded" if causal else "canonical"
     if G > 1:
-        return _grouped_kernel_grad(problem, K, G, c)
+        return _grouped_kernel_grad(problem)
     if K == 1 and spec.stride == spec.input_dilation == 1:
         return "matmuls"
     steps = problem.N * spec.out_time
@@ -267,11 +268,12 @@ def _cpu_kernel_grad(problem: Problem) -> str:
     return "padded" if spec.input_dilation == 1 and pays else "canonical"
 
 
-def _grouped_kernel_grad(problem: Problem, K: int, G: int, c: int) -> str:
-    steps = problem.N * problem.spec.out_time
+def _grouped_kernel_grad(problem: Problem) -> str:
+    spec, (c, _) = problem.spec, _channels(problem)
+    K, G, steps = spec.kernel_size, spec.groups, problem.N * spec.out_time
     if c == 1:
         return "shifts" if steps * problem.O <= 2**16 else "tree"
-    if K <= 8 and (problem.spec.stride > 1 or (_bfloat16(problem) and _little(problem))):
+    if K <= 8 and (spec.stride > 1 or (_bfloat16(problem) and _little(problem))):
         return "im2col"
     if G > 32:
         return "tree" if K * c <= 20 else "im2col" if K <= 8 else "matmuls"

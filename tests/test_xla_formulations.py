@@ -157,7 +157,7 @@ def test_the_rules_show_what_was_measured():
     file = Path(__file__).parents[1] / "benchmarks/results/cpu/formulations.json"
     found = {}
     for row in json.loads(file.read_text(encoding="utf-8"))["results"]:
-        name = row["case"].replace(" float32", "").replace(" float16", " half")
+        name = row["case"].replace(" float32", "")
         speedups = {n: f["speedup"] for n, f in row["formulations"].items()}
         found.setdefault(name, {})[row["operation"]] = speedups
     shown = 0
