@@ -31,6 +31,7 @@ from jax._src.interpreters import partial_eval as pe
 from jax._src.lax import utils as lax_utils
 
 from conv_pallas import dispatch, fused_sharding, primitives
+from conv_pallas.halo import UNSPLIT
 from conv_pallas.spec import ConvSpec, Epilogue, Problem
 
 FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -121,14 +122,19 @@ def _place_of_y(x, w, bias, spec):
     return place if place.mesh.explicit_axes else None
 
 
-def _backward(*operands, activation, has_bias, wanted, **conv):
+def _backward(*operands, activation, has_bias, wanted, time=UNSPLIT, **conv):
     x, w, bias, saved, (gy,) = _split(operands, activation, has_bias)
     gz = times_derivative(gy, saved, activation)
     grads = []
+    spec = conv.pop("spec")
     if wanted[0]:
-        grads.append(primitives.conv1d_input_grad(gz, w, **(conv | _type_of(x))))
+        around, local = time.surround("conv1d_input_grad", gz, spec)
+        dx = primitives.conv1d_input_grad(around, w, spec=local, **(conv | _type_of(x)))
+        grads.append(dx)
     if wanted[1]:
-        grads.append(primitives.conv1d_kernel_grad(x, gz, **(conv | _type_of(w))))
+        around, local = time.surround("conv1d_kernel_grad", x, spec)
+        dw = primitives.conv1d_kernel_grad(around, gz, spec=local, **(conv | _type_of(w)))
+        grads.append(dw)
     if wanted[2]:
         db = jnp.sum(gz, axis=tuple(range(gz.ndim - 1))).astype(bias.dtype)
         place = _place(jax.typeof(bias))
@@ -166,8 +172,11 @@ def _empty(problem: Problem) -> bool:
     return 0 in (*problem.x_shape, *problem.w_shape, *problem.y_shape)
 
 
-def _forward_local(x, w, bias=None, *, platform, activation, has_bias, keep, psum=(), **conv):
+def _forward_local(
+    x, w, bias=None, *, platform, activation, has_bias, keep, time=UNSPLIT, psum=(), **conv
+):
     """``psum`` are the mesh axes over which z is a sum, but for its bias."""
+    x, conv["spec"] = time.surround("conv1d", x, conv["spec"])
 
     def composed():
         return _forward(x, w, bias, activation=activation, has_bias=has_bias, keep=keep, **conv)
@@ -205,16 +214,20 @@ def _forward_local(x, w, bias=None, *, platform, activation, has_bias, keep, psu
     return [activate(z, activation), z]
 
 
-def _backward_local(*operands, platform, activation, has_bias, wanted, whole=True, **conv):
+def _backward_local(
+    *operands, platform, activation, has_bias, wanted, time=UNSPLIT, whole=True, **conv
+):
     """``whole`` says whether x has all channels that z is a sum over."""
     x, w, bias, saved, (gy,) = _split(operands, activation, has_bias)
     problem = _problem(x, w, conv["spec"], conv["out_dtype"], conv["precision"], platform)
     epilogue = Epilogue(has_bias, activation)
     found = None
-    if whole and not _empty(problem):
+    # A kernel takes x and gy of one geometry; split over time each needs its own halo.
+    if whole and time == UNSPLIT and not _empty(problem):
         found = dispatch.backward(problem, epilogue, conv["implementation"], wanted)
     if found is None:
-        return _backward(*operands, activation=activation, has_bias=has_bias, wanted=wanted, **conv)
+        these = dict(activation=activation, has_bias=has_bias, wanted=wanted, time=time)
+        return _backward(*operands, **these, **conv)
     kernel, problem = found
     saved = None if saved is None else _rows(saved)
     dx, dw, db = kernel.backward(problem, _rows(x), w, bias, saved, _rows(gy), wanted)

@@ -6,7 +6,6 @@ are split can no kernel add bias and activation, for z itself is a sum over devi
 """
 
 import dataclasses
-import math
 
 from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
@@ -38,7 +37,7 @@ class Split:
     def of(
         cls, ndim: int, *, spec: ConvSpec, has_bias, activation, wanted=None, keep=None, **_
     ) -> "Split":
-        axes = Axes.of("conv1d", spec.groups, ndim, 0)
+        axes = Axes.of("conv1d", spec, ndim, 0)
         x, w, y = axes.arrays
         bias = y[-1:]
         operands = [x, w, *([bias] if has_bias else [])]
@@ -48,35 +47,34 @@ class Split:
         if Epilogue(has_bias, activation).saved:
             operands.append(y)
         operands.append(y)
-        over_batch = x[:-2]
-        each = ((x, ("out",)), (w, over_batch), (bias, over_batch))
+        over_steps = x[:-1]
+        each = ((x, ("out",)), (w, over_steps), (bias, over_steps))
         results = [r for r, there in zip(each, wanted, strict=True) if there]
         return cls(
             axes, operands, [r for r, _ in results], [s for _, s in results], len(operands) - 1
         )
 
-    def place(self, mesh, groups: int, operands, result) -> Placement:
+    def place(self, mesh, operands, result) -> Placement:
         """Of the shape and the `PartitionSpec` of each operand and of the first result."""
         y = result if self.gy is None else operands[self.gy]
-        return self.axes.place(mesh, groups, *operands[:2], y)
+        return self.axes.place(mesh, *operands[:2], y)
 
     def specs(self, placed: Placement) -> tuple[list[P], list[P]]:
         """The `PartitionSpec` of each operand and each result."""
         of = lambda arrays: [self.axes.partition_spec(a, placed) for a in arrays]  # noqa: E731
         return of(self.operands), of(self.results)
 
-    def share(self, local, mesh, placed: Placement, *, spec: ConvSpec, **params):
+    def share(self, local, mesh, placed: Placement, **params):
         """How one device computes its share, of its shares of the operands."""
-        shards = math.prod(mesh.shape[name] for name in placed.get("group", ()))
-        spec = dataclasses.replace(spec, groups=spec.groups // shards)
+        params["spec"], time = self.axes.local(mesh, placed)
         names = [tuple(n for s in labels for n in placed.get(s, ())) for labels in self.summed]
         if "keep" in params:
-            return lambda *operands: local(*operands, spec=spec, psum=names[0], **params)
+            return lambda *operands: local(*operands, time=time, psum=names[0], **params)
 
         def backward(*operands):
             # gz is whole wherever y is, so that dx, dw and dbias are; z is not where channels in
             # are split, and no kernel may compute it anew.
-            outs = local(*operands, spec=spec, whole="in" not in placed, **params)
+            outs = local(*operands, time=time, whole="in" not in placed, **params)
             return [lax.psum(o, n) if n else o for o, n in zip(outs, names, strict=True)]
 
         return backward
@@ -84,21 +82,19 @@ class Split:
 
 def by_xla(local, avals_in, avals_out, **params):
     """For meshes with automatic axes: a call that XLA's partitioner asks how to split."""
-    spec: ConvSpec = params["spec"]
     split = Split.of(avals_in[0].ndim, **params)
 
     def partition(mesh, operands, results):
         operands, results = (
             [(a.shape, a.sharding.spec) for a in arrays] for arrays in (operands, results)
         )
-        placed = split.place(mesh, spec.groups, operands, results[0])
+        placed = split.place(mesh, operands, results[0])
         ins, outs = ([NamedSharding(mesh, s) for s in specs] for specs in split.specs(placed))
         return mesh, split.share(local, mesh, placed, **params), outs, tuple(ins)
 
     w = avals_in[1]
-    rule, sizes, whole = split.axes.shardy_rule(
-        spec.groups, w.shape[-2], w.shape[-1] // spec.groups, split.operands, split.results
-    )
+    outer = w.shape[-1] // params["spec"].groups
+    rule, sizes, whole = split.axes.shardy_rule(w.shape[-2], outer, split.operands, split.results)
     call = custom_partitioning(lambda *operands: local(*operands, **params))
     call.def_partition(partition, sharding_rule=rule, need_replication_factors=whole, **sizes)
     return call
@@ -111,7 +107,7 @@ def by_types(local, avals_in, avals_out, **params):
     operands, results = (
         [(a.shape, a.sharding.spec) for a in avals] for avals in (avals_in, avals_out)
     )
-    placed = split.place(mesh, params["spec"].groups, operands, results[0])
+    placed = split.place(mesh, operands, results[0])
     ins, outs = split.specs(placed)
     share = split.share(local, mesh, placed, **params)
     return shard_by_types(share, mesh, ins, outs, [a.sharding.spec for a in avals_out])
@@ -128,12 +124,12 @@ def of_y(x, w, bias=None, *, spec: ConvSpec) -> NamedSharding:
     """How y lies where x, w and bias lie as their types say: split as each of them suggests."""
     placed = [a for a in (x, w, bias) if a is not None and not a.sharding.mesh.empty]
     mesh = (placed or [x])[0].sharding.mesh
-    axes = Axes.of("conv1d", spec.groups, x.ndim, 0)
+    axes = Axes.of("conv1d", spec, x.ndim, 0)
     hint = ((), None)
     if bias is not None:
         hint = (
             (1,) * (x.ndim - 1) + bias.shape,
             (None,) * (x.ndim - 1) + tuple(bias.sharding.spec),
         )
-    placed = axes.place(mesh, spec.groups, *((a.shape, a.sharding.spec) for a in (x, w)), hint)
+    placed = axes.place(mesh, *((a.shape, a.sharding.spec) for a in (x, w)), hint)
     return NamedSharding(mesh, axes.partition_specs(placed)[2])

@@ -63,9 +63,9 @@ def _sharding_rule(lhs, rhs, *, operation, spec, kernel_batch, out_sharding, **p
     if out_sharding is not None:
         return out_sharding
     mesh = (rhs if lhs.sharding.mesh.empty else lhs).sharding.mesh
-    axes = sharding.Axes.of(operation, spec.groups, lhs.ndim, kernel_batch)
+    axes = sharding.Axes.of(operation, spec, lhs.ndim, kernel_batch)
     operands = [(a.shape, a.sharding.spec) for a in (lhs, rhs)]
-    placed = axes.place(mesh, spec.groups, *operands, ((), None))
+    placed = axes.place(mesh, *operands, ((), None))
     return NamedSharding(mesh, axes.partition_specs(placed)[2])
 
 
@@ -116,19 +116,19 @@ def _run_as_groups(problem: Problem, kernels: int, lhs, rhs, implementation):
     return jnp.moveaxis(out.reshape(*out.shape[:-1], kernels, -1), -2, 0)
 
 
-def _shares(compute, mesh, axes, arrays, *, spec, **params):
+def _shares(compute, mesh, axes, arrays, *, operation, **params):
     """How one device's share is computed once every array is split as `axes` says.
 
     Returns:
       The function of the operands' shares, and the `PartitionSpec` of lhs, rhs and result.
     """
-    placed = axes.place(mesh, spec.groups, *arrays)
-    shards = math.prod(mesh.shape[name] for name in placed.get("group", ()))
-    spec = dataclasses.replace(spec, groups=spec.groups // shards)
+    placed = axes.place(mesh, *arrays)
     contracted = axes.contracted(placed)
+    spec, time = axes.local(mesh, placed)
 
     def share(lhs, rhs):
-        out = compute(lhs, rhs, spec=spec, **params)
+        lhs, local = time.surround(operation, lhs, spec)
+        out = compute(lhs, rhs, operation=operation, spec=local, **params)
         return lax.psum(out, contracted) if contracted else out
 
     return share, axes.partition_specs(placed)
@@ -137,17 +137,17 @@ def _shares(compute, mesh, axes, arrays, *, spec, **params):
 def _partitioned_by_types(compute, lhs, rhs, result, *, operation, spec, kernel_batch, **params):
     """For meshes with explicit axes: the operands' types say how they are split."""
     mesh = result.sharding.mesh
-    axes = sharding.Axes.of(operation, spec.groups, lhs.ndim, kernel_batch)
+    axes = sharding.Axes.of(operation, spec, lhs.ndim, kernel_batch)
     arrays = [(a.shape, a.sharding.spec) for a in (lhs, rhs, result)]
-    params |= dict(operation=operation, spec=spec, kernel_batch=kernel_batch)
+    params |= dict(operation=operation, kernel_batch=kernel_batch)
     share, (*operands, out) = _shares(compute, mesh, axes, arrays, **params)
     return sharding.shard_by_types(share, mesh, operands, out, result.sharding.spec)
 
 
 def _partitioned_by_xla(compute, lhs, rhs, *, operation, spec, kernel_batch, **params):
     """For meshes with automatic axes: a call that XLA's partitioner asks how to split."""
-    axes = sharding.Axes.of(operation, spec.groups, lhs.ndim, kernel_batch)
-    params |= dict(operation=operation, spec=spec, kernel_batch=kernel_batch)
+    axes = sharding.Axes.of(operation, spec, lhs.ndim, kernel_batch)
+    params |= dict(operation=operation, kernel_batch=kernel_batch)
 
     def partition(mesh, operands, result):
         arrays = [(a.shape, a.sharding.spec) for a in (*operands, result)]
@@ -156,8 +156,8 @@ def _partitioned_by_xla(compute, lhs, rhs, *, operation, spec, kernel_batch, **p
         return mesh, share, result, tuple(operands)
 
     inner, outer = _group_shape(lhs, rhs, operation, spec.groups)
-    rule, sizes, whole = axes.shardy_rule(spec.groups, inner, outer)
-    call = custom_partitioning(lambda lhs, rhs: compute(lhs, rhs, **params))
+    rule, sizes, whole = axes.shardy_rule(inner, outer)
+    call = custom_partitioning(lambda lhs, rhs: compute(lhs, rhs, spec=spec, **params))
     call.def_partition(partition, sharding_rule=rule, need_replication_factors=whole, **sizes)
     return call
 

@@ -1,22 +1,27 @@
 """How the three operations split over a mesh.
 
 Every dimension of every array has a label; a mesh axis is placed on a label, and so on that
-dimension of all three arrays at once. Batches, kernels, channels and groups can be split;
-time and taps can't, and are gathered where somebody split them. Where the label is summed
-over, as channels in are by the forward convolution, each device's share is a partial sum,
-and one all-reduce follows.
+dimension of all three arrays at once. Batches, kernels, channels and groups can be split, and
+time where y has as many steps as x, or a fixed ratio of them: see `halo`. Taps can't, and are
+gathered where somebody split them, as other time is. Where the label is summed over, as channels
+in are by the forward convolution, each device's share is a partial sum, and one all-reduce
+follows.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Sequence
 
 import jax
 from jax.sharding import PartitionSpec as P
 
-from conv_pallas.spec import Operation
+from conv_pallas import halo
+from conv_pallas.spec import ConvSpec, Operation
 
-WHOLE = ("time", "outtime", "tap", "inner")  # labels that are never split
+WHOLE = ("tap", "inner")  # labels that are never split
+# Labels of dimensions that are split as another is, but have their own number of channels or steps.
+AS = {"outgroup": "group", "outtime": "time"}
 
 Placement = dict[str, tuple[str, ...]]  # from a label to the mesh axes that split it
 
@@ -29,37 +34,39 @@ class Axes:
       arrays: for lhs, rhs and the result, a label per dimension.
       order: which of the three says first where mesh axes go. Activations come before
         kernels, so that where both want a mesh axis the small array is the one to move.
+      spec: the geometry.
     """
 
     arrays: tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
     order: tuple[int, int, int]
+    spec: ConvSpec
 
     @classmethod
-    def of(cls, operation: Operation, groups: int, lhs_ndim: int, kernel_batch: int) -> "Axes":
+    def of(cls, operation: Operation, spec: ConvSpec, lhs_ndim: int, kernel_batch: int) -> "Axes":
         V = tuple(f"v{i}" for i in range(kernel_batch))
         B = tuple(f"n{i}" for i in range(lhs_ndim - kernel_batch - 2))
         # Groups keep to themselves: split, they take their share of every channel axis.
-        C, inner, O = ("group",) * 3 if groups > 1 else ("in", "in", "out")
-        inner = "inner" if groups > 1 else inner
+        grouped = ("group", "inner", "outgroup")
+        C, inner, O = grouped if spec.groups > 1 else ("in", "in", "out")
         x = (*V, *B, "time", C)
         w = (*V, "tap", inner, O)
         y = (*V, *B, "outtime", O)
         if operation == "conv1d":
-            return cls((x, w, y), (0, 2, 1))
+            return cls((x, w, y), (0, 2, 1), spec)
         if operation == "conv1d_input_grad":
-            return cls((y, w, x), (0, 2, 1))
-        return cls((x, y, w), (0, 1, 2))
+            return cls((y, w, x), (0, 2, 1), spec)
+        return cls((x, y, w), (0, 1, 2), spec)
 
-    def place(self, mesh, groups: int, *arrays: tuple[Sequence[int], Sequence | None]) -> Placement:
+    def place(self, mesh, *arrays: tuple[Sequence[int], Sequence | None]) -> Placement:
         """Places mesh axes on labels as the arrays' own shardings suggest.
 
         Args:
           mesh: for the sizes of its axes.
-          groups: ``G``; what splits groups must divide it.
           *arrays: for lhs, rhs and result, the shape and the `PartitionSpec` or None.
         """
         placed: Placement = {}
         taken: set[str] = set()
+        parts = {"group": self.spec.groups, "time": halo.divisor(self.spec)}
         for i in self.order:
             shape, spec = arrays[i]
             entries = spec or ()  # trailing dimensions that are not split may be left out
@@ -67,11 +74,10 @@ class Axes:
                 if entry is None or entry is P.UNCONSTRAINED:
                     continue
                 names = entry if isinstance(entry, tuple) else (entry,)
-                shards = 1
-                for name in names:
-                    shards *= mesh.shape[name]
+                shards = _size(mesh, names)
+                label = _same(label)
                 whole = label in WHOLE or label in placed or not taken.isdisjoint(names)
-                if not whole and (groups if label == "group" else size) % shards == 0:
+                if not whole and parts.get(label, size) % shards == 0:
                     placed[label] = tuple(names)
                     taken.update(names)
         return placed
@@ -83,47 +89,64 @@ class Axes:
     @staticmethod
     def partition_spec(labels: tuple[str, ...], placed: Placement) -> P:
         """The `PartitionSpec` of an array with these labels."""
-        return P(*(_unwrap(placed.get(label)) for label in labels))
+        return P(*(_unwrap(placed.get(_same(label))) for label in labels))
 
     def contracted(self, placed: Placement) -> tuple[str, ...]:
         """The mesh axes over which the result is a sum of each device's share."""
-        *operands, result = self.arrays
-        summed = {label for labels in operands for label in labels if label not in result}
-        return tuple(n for label in sorted(summed) for n in placed.get(label, ()))
+        lhs, rhs, result = ({_same(a) for a in labels} for labels in self.arrays)
+        return tuple(n for label in sorted((lhs | rhs) - result) for n in placed.get(label, ()))
+
+    def local(self, mesh, placed: Placement) -> tuple[ConvSpec, halo.TimeSplit]:
+        """The geometry of one device's groups, and how time is split."""
+        names = placed.get("time", ())
+        groups = self.spec.groups // _size(mesh, placed.get("group", ()))
+        spec = dataclasses.replace(self.spec, groups=groups)
+        return spec, halo.TimeSplit(names, _size(mesh, names))
 
     def shardy_rule(
-        self, groups: int, inner: int, outer: int, operands=None, results=None
+        self, inner: int, outer: int, operands=None, results=None
     ) -> tuple[str, dict[str, int], tuple[str, ...]]:
         """The rule for Shardy's propagation: how dimensions of the arrays correspond.
 
         Args:
-          groups, inner, outer: ``G``, ``C // G`` and ``O // G``.
+          inner, outer: ``C // G`` and ``O // G``.
           operands, results: the labels of each; None: lhs and rhs, and the result.
 
         Returns:
           An einsum-like string, the sizes of the factors that occur in products only, and
           the factors that must not be split.
         """
-        # A grouped channel axis is (group, channel of the group), without factors of one.
-        x = "(group inner)" if inner > 1 else "group"
-        y = "(group outer)" if outer > 1 else "group"
+        time = halo.divisor(self.spec)
+        # What is split of a dimension, and the rest of it: a channel of the group, a step.
+        halves = {
+            "group": (self.spec.groups, "inner", inner),
+            "outgroup": (self.spec.groups, "outer", outer),
+        }
+        if time > 1:
+            halves |= {
+                "time": (time, "instep", self.spec.time // time),
+                "outtime": (time, "outstep", self.spec.out_time // time),
+            }
+        products: dict[str, int] = {}
+        alone = set()
 
-        def dimension(labels, i):
-            if labels[i] != "group":
-                return labels[i]
-            return x if "time" in labels else y
+        def dimension(label):
+            first = _same(label) if label in halves else label
+            size, rest, count = halves.get(label, (0, "", 1))
+            if count == 1:
+                alone.add(first)
+                return first
+            products.update({first: size, rest: count})
+            return f"({first} {rest})"
 
         def text(arrays):
-            return ", ".join(" ".join(dimension(a, i) for i in range(len(a))) for a in arrays)
+            return ", ".join(" ".join(map(dimension, labels)) for labels in arrays)
 
         rule = f"{text(operands or self.arrays[:2])} -> {text(results or self.arrays[2:])}"
-        sizes = {}
-        if groups > 1:
-            sizes = {"outer": outer} if outer > 1 else {}
-            if inner > 1 and outer > 1:
-                sizes["group"] = groups
+        whole = {*WHOLE, "instep", "outstep"} | (set() if time > 1 else {"time", "outtime"})
         factors = dict.fromkeys(re.findall(r"\w+", rule))  # Shardy wants them in this order
-        return rule, sizes, tuple(f for f in factors if f in WHOLE)
+        sizes = {name: size for name, size in products.items() if name not in alone}
+        return rule, sizes, tuple(f for f in factors if f in whole)
 
 
 def shard_by_types(share: Callable, mesh, operands, results, wanted) -> Callable:
@@ -149,6 +172,15 @@ def shard_by_types(share: Callable, mesh, operands, results, wanted) -> Callable
             return jax.sharding.reshard(outcome, wanted)
 
     return call
+
+
+def _same(label: str) -> str:
+    return AS.get(label, label)
+
+
+def _size(mesh, names: tuple[str, ...]) -> int:
+    """How many parts these mesh axes make."""
+    return math.prod(mesh.shape[name] for name in names)
 
 
 def _unwrap(names: tuple[str, ...] | None):

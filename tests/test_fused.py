@@ -310,6 +310,23 @@ def test_on_a_mesh_each_device_fuses_its_share(axis_type, monkeypatch):
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto], ids=str)
+def test_on_a_mesh_that_splits_time(axis_type, monkeypatch):
+    """The forward pass fuses; x and gz each need their own halo, which no backward kernel has."""
+    toy = Toy(monkeypatch)
+    case = dataclasses.replace(CASE, T=24)
+    x, w, b, _ = _arrays(case)
+    mesh = jax.make_mesh((2,), ("t",), axis_types=(axis_type,))
+    split = jax.device_put(x, NamedSharding(mesh, P(None, "t")))
+    with jax.set_mesh(mesh):
+        grads = jax.jit(jax.grad(_loss("tanh", "toy", case), (0, 1, 2)))(split, w, b)
+    want = jax.grad(_by_jax("tanh", case), (0, 1, 2))(x, w, b)
+    for actual, expected in zip(grads, want, strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+    assert ("fused", "tanh") in toy.calls
+    assert {"conv1d_input_grad", "conv1d_kernel_grad"} <= set(toy.calls)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto], ids=str)
 def test_no_device_computes_z_anew_of_some_channels(axis_type, monkeypatch):
     """Where channels in are split each device has a part of z only."""
     toy = Toy(monkeypatch, recomputes=True)

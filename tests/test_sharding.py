@@ -3,11 +3,13 @@
 import dataclasses
 import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -22,6 +24,7 @@ class Layout:
     """Shapes, and how x and the kernel lie on a mesh of 4 by 2 devices.
 
     Attributes:
+      geometry: further arguments of `conv1d`.
       forward: the collectives of the forward pass.
     """
 
@@ -30,7 +33,19 @@ class Layout:
     x_spec: P
     w_spec: P
     G: int = 1
+    geometry: tuple[tuple[str, Any], ...] = ()
     forward: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def time(self):
+        """The mesh axes that split time, None where there are none."""
+        entries = (*self.x_spec, None, None)
+        return entries[len(self.x) - 2]
+
+    @property
+    def moves(self) -> set[str]:
+        """The collectives that are needed where nothing is gathered."""
+        return {"all-reduce", *(["collective-permute"] if self.time else [])}
 
     def arrays(self, seed=0):
         rng = np.random.default_rng(seed)
@@ -45,7 +60,9 @@ class Layout:
 
 
 X, W = (16, 17, 8), (3, 8, 6)
-ONE_SUM = (("all-reduce", 1),)
+LONG = (16, 24, 8)
+ONE_SUM, HALO = (("all-reduce", 1),), (("collective-permute", 1),)
+TWO_HALOS = (("collective-permute", 2),)
 
 # What needs no gathering: no device ever sees more of x, y or g than its share.
 LAYOUTS = {
@@ -62,6 +79,33 @@ LAYOUTS = {
         X, (3, 1, 8), P(None, None, ("a", "b")), P(None, None, ("a", "b")), G=8
     ),
     "multiplier": Layout(X, (3, 1, 16), P("a", None, "b"), P(None, None, "b"), G=8),
+    "time": Layout(LONG, W, P(None, "a"), P(), forward=HALO),
+    "batch_and_time": Layout(LONG, W, P("b", "a"), P(), forward=HALO),
+    "time_over_both": Layout(LONG, W, P(None, ("a", "b")), P(), forward=TWO_HALOS),
+    "time_and_channels_in": Layout(
+        LONG, W, P(None, "a", "b"), P(None, "b"), forward=ONE_SUM + HALO
+    ),
+    "time_and_channels_out": Layout(LONG, W, P(None, "a"), P(None, None, "b"), forward=HALO),
+    "time_depthwise": Layout(
+        LONG, (3, 1, 8), P(None, "a", "b"), P(None, None, "b"), G=8, forward=HALO
+    ),
+    "time_multiplier": Layout(LONG, (3, 1, 16), P(None, "a"), P(), G=8, forward=HALO),
+    "time_same": Layout(
+        LONG, W, P(None, "a"), P(), geometry=(("padding", "SAME"),),
+        forward=TWO_HALOS,
+    ),
+    "time_shorter_than_halo": Layout(
+        LONG, W, P(None, "a"), P(), geometry=(("kernel_dilation", 7),),
+        forward=(("collective-permute", 3),),
+    ),
+    "time_stride": Layout(
+        LONG, W, P(None, "a"), P(), geometry=(("strides", 3),), forward=HALO
+    ),
+    "time_input_dilation": Layout(
+        LONG, W, P(None, "b"), P(), geometry=(("input_dilation", 3), ("padding", [(4, 2)])),
+        forward=HALO,
+    ),
+    "time_pointwise": Layout(LONG, (1, 8, 6), P(None, "a"), P()),
 }  # fmt: skip
 
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
@@ -73,8 +117,9 @@ def _mesh(axis_type):
 
 
 def _function(layout: Layout, implementation=None):
+    geometry = dict(kernel_dilation=2) | dict(layout.geometry)
     return functools.partial(
-        conv1d, kernel_dilation=2, feature_group_count=layout.G, implementation=implementation
+        conv1d, feature_group_count=layout.G, implementation=implementation, **geometry
     )
 
 
@@ -105,7 +150,7 @@ def test_nothing_is_gathered_and_all_is_right(layout, axis_type):
     for transform in (_value, _gradient, _hvp):
         compiled, out = _compiled(transform(f), mesh, *operands)
         found = collectives(compiled)
-        assert set(found) <= {"all-reduce"}
+        assert set(found) <= layout.moves
         if transform is _value:
             assert found == dict(layout.forward)
         tree_close(out, jax.jit(transform(stock))(*layout.arrays()), rtol=1e-4)
@@ -120,22 +165,42 @@ def test_the_result_is_split_as_the_operands_are(layout):
         dx, dw = jax.jit(_gradient(_function(layout)))(x, w)
     batch = tuple(layout.x_spec)[: len(layout.x) - 2]
     channels = layout.w_spec[2] if len(layout.w_spec) == 3 else None
-    assert y.sharding.spec == P(*batch, *[None] * (len(layout.x) - 2 - len(batch)), None, channels)
+    batch = (*batch, *[None] * (len(layout.x) - 2 - len(batch)))
+    assert y.sharding.spec == P(*batch, layout.time, channels)
     assert dx.sharding.is_equivalent_to(x.sharding, x.ndim)
     assert dw.sharding.is_equivalent_to(w.sharding, w.ndim)
 
 
 @pytest.mark.parametrize("x_spec", [P(None, "a"), P("b", "a")], ids=str)
 @each_mesh
-def test_time_is_gathered(x_spec, axis_type):
+def test_time_is_gathered_where_y_has_another_number_of_steps(x_spec, axis_type):
     """Right, if slow; and the proof that the check above sees an all-gather where one is."""
-    layout = Layout((16, 24, 8), W, x_spec, P())
+    layout = Layout(LONG, W, x_spec, P(), geometry=(("padding", "VALID"),))
     mesh = _mesh(axis_type)
     for transform in (_value, _gradient):
         compiled, out = _compiled(transform(_function(layout)), mesh, *layout.place(mesh))
         assert collectives(compiled).get("all-gather", 0) >= 1
         want = jax.jit(transform(_function(layout, "xla_native")))(*layout.arrays())
         tree_close(out, want, rtol=1e-4)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@each_mesh
+def test_a_training_step_of_a_network_on_split_time(masked, axis_type):
+    mesh = _mesh(axis_type)
+    model = model_of(norm="weight", dilations=(1, 16))
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    x, mask = numbers(4, 64, 3), np.arange(64) < np.array([[64], [50], [9], [0]])
+
+    def loss(params, x, mask):
+        y = nnx.merge(graph, params, rest)(x, mask=mask if masked else None)
+        return jnp.mean(jnp.sin(y))
+
+    place = NamedSharding(mesh, P("b", "a"))
+    operands = params, jax.device_put(x, place), jax.device_put(mask, place)
+    compiled, out = _compiled(jax.value_and_grad(loss), mesh, *operands)
+    assert set(collectives(compiled)) == {"collective-permute", "all-reduce"}
+    tree_close(out, jax.jit(jax.value_and_grad(loss))(params, x, mask), rtol=1e-4)
 
 
 @each_mesh
@@ -280,7 +345,7 @@ def test_a_layer_with_bias_and_activation_on_a_mesh(layout, axis_type):
         return y, vjp(y)
 
     compiled, out = _compiled(grads, mesh, x, w, bias)
-    assert set(collectives(compiled)) <= {"all-reduce"}
+    assert set(collectives(compiled)) <= layout.moves
     stock = functools.partial(grads, implementation="xla_native")
     tree_close(out, jax.jit(stock)(*layout.arrays(), b), rtol=1e-4)
 
