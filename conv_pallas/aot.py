@@ -108,7 +108,8 @@ def compile_for(chip: str, f: Callable, *structs: Any) -> jax.stages.Compiled:
     Args:
       chip: one of `CHIPS`.
       f: a function of arrays. What it calls sees the chip's platform while lowering.
-      structs: its arguments, pytrees of arrays or `jax.ShapeDtypeStruct`.
+      structs: its arguments, pytrees of arrays or `jax.ShapeDtypeStruct`; for several chips, each
+        with a sharding on a mesh of `devices`.
 
     Returns:
       What ``jax.jit(f).lower(...).compile()`` returns on that chip. It can't be called here;
@@ -122,26 +123,34 @@ def compile_for(chip: str, f: Callable, *structs: Any) -> jax.stages.Compiled:
     lowered, options = lower_for(chip, f, *structs), {}
     if chip in _GPUS:
         options["xla_gpu_cuda_data_dir"] = _toolkit()
-    return lowered.compile(compiler_options=options)
+    with _as_on(chip):  # what is split over chips is lowered only then
+        return lowered.compile(compiler_options=options)
 
 
 def lower_for(chip: str, f: Callable, *structs: Any) -> jax.stages.Lowered:
     """The first half of `compile_for`: StableHLO, with custom calls still to be compiled."""
-    device = _device(chip)
+    (device,) = devices(chip, 1)
+    alone = SingleDeviceSharding(device)
+
+    def placed(s):
+        given = s.sharding if isinstance(s, jax.ShapeDtypeStruct) else None
+        return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=given or alone)
+
+    structs = jax.tree.map(placed, structs)
     platform = "cuda" if chip in _GPUS else "tpu"
-    sharding = SingleDeviceSharding(device)
-    structs = jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), structs
-    )
-    # Without an abstract device Pallas asks the default backend's, and finds a CPU.
-    cores = None if platform == "cuda" else device.num_cores
+    with _as_on(chip):
+        return jax.jit(f).trace(*structs).lower(lowering_platforms=(platform,))
+
+
+def _as_on(chip: str):
+    """Without an abstract device Pallas asks the default backend's, and finds a CPU."""
+    (device,) = devices(chip, 1)
     kind = AbstractDevice(
         device_kind=device.device_kind,
-        num_cores=cores,
-        platform="gpu" if platform == "cuda" else "tpu",
+        num_cores=None if chip in _GPUS else device.num_cores,
+        platform="gpu" if chip in _GPUS else "tpu",
     )
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=kind)):
-        return jax.jit(f).trace(*structs).lower(lowering_platforms=(platform,))
+    return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=kind))
 
 
 def conv_windows(compiled: jax.stages.Compiled) -> list[str]:
@@ -159,13 +168,19 @@ def conv_windows(compiled: jax.stages.Compiled) -> list[str]:
 
 
 @functools.cache
-def _device(chip: str):
+def devices(chip: str, count: int) -> tuple[Any, ...]:
+    """So many chips of a kind that need not be here, to make a `jax.sharding.Mesh` of.
+
+    Raises:
+      ValueError: ``chip`` is unknown, or there are fewer of a kind of TPU in one host.
+      MissingWheelError: a wheel of the extra ``aot`` is missing.
+    """
     if chip in _GPUS:
         _require("jax-cuda13-plugin", "jax-cuda13-pjrt")
         # The plugin looks for NVIDIA's libraries, which compiling does not need.
         os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
         topology = topologies.get_topology_desc(
-            chip, platform="cuda", topology="1x1x1", target_config=_GPUS[chip]
+            chip, platform="cuda", topology=f"1x1x{count}", target_config=_GPUS[chip]
         )
     elif chip in _TPUS:
         _require("libtpu")
@@ -174,7 +189,9 @@ def _device(chip: str):
         topology = topologies.get_topology_desc(platform="tpu", topology_name=_TPUS[chip])
     else:
         raise ValueError(f"chip must be one of {', '.join(CHIPS)}, got {chip!r}")
-    return topology.devices[0]
+    if count > len(topology.devices):
+        raise ValueError(f"a host has {len(topology.devices)} of {chip}, got count={count}")
+    return tuple(topology.devices[:count])
 
 
 @functools.cache

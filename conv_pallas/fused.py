@@ -30,7 +30,7 @@ from jax._src.interpreters import ad, batching, mlir
 from jax._src.interpreters import partial_eval as pe
 from jax._src.lax import utils as lax_utils
 
-from conv_pallas import dispatch, fused_sharding, primitives
+from conv_pallas import dispatch, fused_sharding, halo, primitives
 from conv_pallas.halo import UNSPLIT
 from conv_pallas.spec import ConvSpec, Epilogue, Problem
 
@@ -128,18 +128,26 @@ def _backward(*operands, activation, has_bias, wanted, time=UNSPLIT, **conv):
     grads = []
     spec = conv.pop("spec")
     if wanted[0]:
-        around, local = time.surround("conv1d_input_grad", gz, spec)
-        dx = primitives.conv1d_input_grad(around, w, spec=local, **(conv | _type_of(x)))
-        grads.append(dx)
+        grads.append(time.run("conv1d_input_grad", _input_grad(x, conv), gz, w, spec))
     if wanted[1]:
-        around, local = time.surround("conv1d_kernel_grad", x, spec)
-        dw = primitives.conv1d_kernel_grad(around, gz, spec=local, **(conv | _type_of(w)))
-        grads.append(dw)
+        grads.append(time.run("conv1d_kernel_grad", _kernel_grad(w, conv), x, gz, spec))
     if wanted[2]:
         db = jnp.sum(gz, axis=tuple(range(gz.ndim - 1))).astype(bias.dtype)
         place = _place(jax.typeof(bias))
         grads.append(db if place is None else jax.sharding.reshard(db, place))
     return grads
+
+
+def _input_grad(x, conv):
+    """``(g, w, spec) -> dx``."""
+    more = conv | _type_of(x)
+    return lambda g, w, spec: primitives.conv1d_input_grad(g, w, spec=spec, **more)
+
+
+def _kernel_grad(w, conv):
+    """``(x, g, spec) -> dw``."""
+    more = conv | _type_of(w)
+    return lambda x, g, spec: primitives.conv1d_kernel_grad(x, g, spec=spec, **more)
 
 
 def _type_of(a):
@@ -172,20 +180,29 @@ def _empty(problem: Problem) -> bool:
     return 0 in (*problem.x_shape, *problem.w_shape, *problem.y_shape)
 
 
-def _forward_local(
-    x, w, bias=None, *, platform, activation, has_bias, keep, time=UNSPLIT, psum=(), **conv
-):
-    """``psum`` are the mesh axes over which z is a sum, but for its bias."""
-    x, conv["spec"] = time.surround("conv1d", x, conv["spec"])
+def _forward_local(x, w, bias=None, *, spec, time=UNSPLIT, psum=(), **params):
+    """A device's share where time is split as ``time`` says.
 
+    ``psum`` are the mesh axes over which z is a sum, but for its bias.
+    """
+    if psum:
+        return _forward_of_sum(x, w, bias, spec=spec, time=time, psum=psum, **params)
+    compute = lambda x, w, spec: _forward_alone(x, w, bias, spec=spec, **params)  # noqa: E731
+    return time.run("conv1d", compute, x, w, spec)
+
+
+def _forward_of_sum(x, w, bias, *, platform, activation, has_bias, keep, spec, time, psum, **conv):
+    compute = lambda x, w, spec: primitives.conv1d(x, w, spec=spec, **conv)  # noqa: E731
+    z = lax.psum(time.run("conv1d", compute, x, w, spec), psum)
+    z = add_bias(z, None if bias is None else bias.astype(z.dtype))
+    y = activate(z, activation)
+    return [y, z] if keep else [y]
+
+
+def _forward_alone(x, w, bias, *, platform, activation, has_bias, keep, **conv):
     def composed():
         return _forward(x, w, bias, activation=activation, has_bias=has_bias, keep=keep, **conv)
 
-    if psum:
-        z = lax.psum(primitives.conv1d(x, w, **conv), psum)
-        z = add_bias(z, None if bias is None else bias.astype(z.dtype))
-        y = activate(z, activation)
-        return [y, z] if keep else [y]
     problem = _problem(x, w, conv["spec"], conv["out_dtype"], conv["precision"], platform)
     if _empty(problem):
         return composed()
@@ -215,28 +232,37 @@ def _forward_local(
 
 
 def _backward_local(
-    *operands, platform, activation, has_bias, wanted, time=UNSPLIT, whole=True, **conv
+    *operands, platform, activation, has_bias, wanted, spec, time=UNSPLIT, whole=True, **conv
 ):
     """``whole`` says whether x has all channels that z is a sum over."""
     x, w, bias, saved, (gy,) = _split(operands, activation, has_bias)
-    problem = _problem(x, w, conv["spec"], conv["out_dtype"], conv["precision"], platform)
-    epilogue = Epilogue(has_bias, activation)
-    found = None
-    # A kernel takes x and gy of one geometry; split over time each needs its own halo.
-    if whole and time == UNSPLIT and not _empty(problem):
-        found = dispatch.backward(problem, epilogue, conv["implementation"], wanted)
-    if found is None:
+    found, own = None, time.own(spec)
+    if whole and own is not None:
+        problem = _problem(x, w, own, conv["out_dtype"], conv["precision"], platform)
+        epilogue = Epilogue(has_bias, activation)
+        if not _empty(problem):
+            found = dispatch.backward(problem, epilogue, conv["implementation"], wanted)
+    # What a kernel would compute anew of z is wrong where x ends and the sequence does not.
+    if found is None or (time != UNSPLIT and found[0].recomputes(found[1])):
         these = dict(activation=activation, has_bias=has_bias, wanted=wanted, time=time)
-        return _backward(*operands, **these, **conv)
+        return _backward(*operands, spec=spec, **these, **conv)
     kernel, problem = found
-    saved = None if saved is None else _rows(saved)
-    dx, dw, db = kernel.backward(problem, _rows(x), w, bias, saved, _rows(gy), wanted)
-    grads = [
-        dx.reshape(x.shape) if wanted[0] else None,
-        dw.reshape(w.shape) if wanted[1] else None,
-        db.astype(bias.dtype) if wanted[2] else None,
-    ]
-    return [g for g in grads if g is not None]
+    saved_rows = None if saved is None else _rows(saved)
+    dx, dw, db = kernel.backward(problem, _rows(x), w, bias, saved_rows, _rows(gy), wanted)
+    grads = []
+    derivative = functools.partial(times_derivative, activation=activation)
+    gz = halo.steps(gy, saved, of=derivative)
+    if wanted[0]:
+        dx = dx.reshape(x.shape)
+        dx = time.mend("conv1d_input_grad", _input_grad(x, conv), dx, gz, w, own)
+        grads.append(dx)
+    if wanted[1]:
+        dw = dw.reshape(w.shape)
+        dw = time.mend("conv1d_kernel_grad", _kernel_grad(w, conv), dw, halo.steps(x), gz, own)
+        grads.append(dw)
+    if wanted[2]:
+        grads.append(db.astype(bias.dtype))
+    return grads
 
 
 def _lowering(ctx, *operands, platform, local, composed, **params):

@@ -8,17 +8,28 @@ where ``S = E = 1``. What comes from beyond the ends is zeros, as x is there.
 
 With its halo around x a device's part is a convolution like any other, and so are the gradients':
 dx sees g as y sees x in the transposed convolution, and dw is a sum over devices, each with its
-part of g and the same x. No device sends more than its halo, however many there are.
+part of g and the same x. But putting a halo around x copies x, and all waits for what travels.
+So where the halo is short beside the part, a device convolves what it has as if that were the
+whole sequence, and then mends what was wrong: the few outputs that see the halo are computed once
+more, from as few steps, and what the halo adds to dw is added.
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from conv_pallas.spec import ConvSpec, Operation
+
+# An estimate, not a measurement: what is computed again is at most one in so many outputs, which
+# costs less than to copy x as long as memory bounds the convolution within that factor.
+AGAIN = 8
+
+Compute = Callable[[jax.Array, jax.Array, ConvSpec], jax.Array | list[jax.Array]]
 
 
 def divisor(spec: ConvSpec) -> int:
@@ -41,35 +52,83 @@ class TimeSplit:
     names: tuple[str, ...]
     shards: int
 
-    def surround(
-        self, operation: Operation, lhs: jax.Array, spec: ConvSpec
-    ) -> tuple[jax.Array, ConvSpec]:
-        """One device's part of lhs ``(..., T / n, channels)`` with its halo around it.
+    def run(self, operation: Operation, compute: Compute, lhs, rhs, spec: ConvSpec):
+        """One device's share of an operation, but for the sum over devices of a kernel gradient.
 
         Args:
+          compute: takes lhs, rhs and their geometry; gives one array or several, all of the
+            result's shape.
+          lhs, rhs: this device's parts.
           spec: of the whole.
+        """
+        own = self.own(spec)
+        if own is None:
+            left, right, around = share(operation, spec, self.shards)
+            return compute(self._surround(lhs, left, right), rhs, around)
+        g = steps(rhs) if operation == "conv1d_kernel_grad" else rhs
+        return self.mend(operation, compute, compute(lhs, rhs, own), steps(lhs), g, own)
 
-        Returns:
-          lhs, and the geometry of this device's share of the operation.
+    def own(self, spec: ConvSpec) -> ConvSpec | None:
+        """The geometry of a device's part as if that were the whole; None: don't, surround it."""
+        if self.shards == 1:
+            return spec
+        if spec.stride != 1 or spec.input_dilation != 1 or min(spec.padding) < 0:
+            return None
+        L = spec.time // self.shards
+        return dataclasses.replace(spec, time=L) if AGAIN * (spec.span - 1) <= L else None
+
+    def mend(self, operation: Operation, compute: Compute, result, lhs, rhs, own: ConvSpec):
+        """The share, of what ``compute`` made of a device's own steps alone.
+
+        Args:
+          lhs: a function that gives steps from the first to the last, this one not counted; so
+            is rhs, if it is g.
+          own: what `own` returned.
         """
         if self.shards == 1:
-            return lhs, spec
-        left, right, local = share(operation, spec, self.shards)
-        return self._exchange(lhs, left, right), local
+            return result
+        (left, right), L, field = own.padding, own.time, own.span - 1
+        if operation == "conv1d_input_grad":
+            left, right = right, left
+        # The neighbour before, and the one after; how far its halo reaches; where that matters.
+        for neighbour, count, start in ((-1, left, 0), (1, right, L - right)):
+            if count == 0:
+                continue
+            first = neighbour < 0
+            halo = self._from(neighbour, lhs(L - count, L) if first else lhs(0, count))
+            if operation == "conv1d_kernel_grad":
+                padding = (0, field) if first else (field, 0)
+                geometry = dataclasses.replace(own, time=count, padding=padding)
+                more = compute(halo, rhs(start, start + count), geometry)
+                result = jax.tree.map(jnp.add, result, more)
+                continue
+            seen = [halo, lhs(0, field)] if first else [lhs(L - field, L), halo]
+            if operation == "conv1d":
+                geometry = dataclasses.replace(own, time=count + field, padding=(0, 0))
+            else:
+                geometry = dataclasses.replace(own, time=count, padding=(field, field))
+            again = compute(jnp.concatenate(seen, -2), rhs, geometry)
+            # XLA for GPUs fuses a kernel with the update that follows it. Of these two kernels it
+            # has to take the second, which then writes straight into the first's result; given
+            # both, it takes the first and fails ("DUS target must be a fusion parameter").
+            result = lax.optimization_barrier(result)
+            put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=-2)
+            result = jax.tree.map(put, result, again)
+        return result
 
-    def _exchange(self, x, left: int, right: int):
+    def _from(self, distance: int, x):
+        """The x of the device so many places after this one, or before; zeros beyond the ends."""
+        n = self.shards
+        there = [(i, i - distance) for i in range(n) if 0 <= i - distance < n]
+        return lax.ppermute(x, self.names, there)
+
+    def _surround(self, x, left: int, right: int):
         """x, ``left`` steps of the devices before it, and ``right`` of those after."""
-        n, L = self.shards, x.shape[-2]
-        axis = x.ndim - 2
-
-        def of_distance(j, start, stop):
-            there = [(i, i + j) for i in range(n) if 0 <= i + j < n]
-            return lax.ppermute(lax.slice_in_dim(x, start, stop, axis=axis), self.names, there)
-
-        hops = lambda steps: range(1, -(-steps // L) + 1)  # noqa: E731
-        before = [of_distance(j, max(0, j * L - left), L) for j in hops(left)]
-        after = [of_distance(-j, 0, min(L, right - (j - 1) * L)) for j in hops(right)]
-        return jnp.concatenate([*reversed(before), x, *after], axis)
+        part, L = steps(x), x.shape[-2]
+        hops = lambda count: range(1, -(-count // L) + 1)  # noqa: E731
+        before = [self._from(-j, part(max(0, j * L - left), L)) for j in hops(left)]
+        after = [self._from(j, part(0, min(L, right - (j - 1) * L))) for j in hops(right)]
+        return jnp.concatenate([*reversed(before), x, *after], -2)
 
 
 UNSPLIT = TimeSplit((), 1)
@@ -89,3 +148,13 @@ def share(operation: Operation, spec: ConvSpec, shards: int) -> tuple[int, int, 
     local = dataclasses.replace(spec, time=left + L + right, padding=(low - left * E, 0))
     high = (M - 1) * S + spec.span - local.dilated_time - local.padding[0]
     return left, right, dataclasses.replace(local, padding=(local.padding[0], high))
+
+
+def steps(*arrays: jax.Array | None, of: Callable = lambda a: a) -> Callable[[int, int], jax.Array]:
+    """``(start, stop)`` to those steps of the arrays, or of what ``of`` makes of them."""
+
+    def part(start, stop):
+        cut = lambda a: lax.slice_in_dim(a, start, stop, axis=a.ndim - 2)  # noqa: E731
+        return of(*(None if a is None else cut(a) for a in arrays))
+
+    return part

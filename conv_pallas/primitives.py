@@ -126,9 +126,11 @@ def _shares(compute, mesh, axes, arrays, *, operation, **params):
     contracted = axes.contracted(placed)
     spec, time = axes.local(mesh, placed)
 
+    def here(lhs, rhs, spec):
+        return compute(lhs, rhs, operation=operation, spec=spec, **params)
+
     def share(lhs, rhs):
-        lhs, local = time.surround(operation, lhs, spec)
-        out = compute(lhs, rhs, operation=operation, spec=local, **params)
+        out = time.run(operation, here, lhs, rhs, spec)
         return lax.psum(out, contracted) if contracted else out
 
     return share, axes.partition_specs(placed)

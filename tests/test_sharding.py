@@ -60,7 +60,7 @@ class Layout:
 
 
 X, W = (16, 17, 8), (3, 8, 6)
-LONG = (16, 24, 8)
+SHORT, LONG = (4, 24, 8), (4, 160, 8)
 ONE_SUM, HALO = (("all-reduce", 1),), (("collective-permute", 1),)
 TWO_HALOS = (("collective-permute", 2),)
 
@@ -81,29 +81,31 @@ LAYOUTS = {
     "multiplier": Layout(X, (3, 1, 16), P("a", None, "b"), P(None, None, "b"), G=8),
     "time": Layout(LONG, W, P(None, "a"), P(), forward=HALO),
     "batch_and_time": Layout(LONG, W, P("b", "a"), P(), forward=HALO),
-    "time_over_both": Layout(LONG, W, P(None, ("a", "b")), P(), forward=TWO_HALOS),
+    "time_over_both": Layout(SHORT, W, P(None, ("a", "b")), P(), forward=TWO_HALOS),
     "time_and_channels_in": Layout(
         LONG, W, P(None, "a", "b"), P(None, "b"), forward=ONE_SUM + HALO
     ),
-    "time_and_channels_out": Layout(LONG, W, P(None, "a"), P(None, None, "b"), forward=HALO),
     "time_depthwise": Layout(
         LONG, (3, 1, 8), P(None, "a", "b"), P(None, None, "b"), G=8, forward=HALO
     ),
-    "time_multiplier": Layout(LONG, (3, 1, 16), P(None, "a"), P(), G=8, forward=HALO),
     "time_same": Layout(
         LONG, W, P(None, "a"), P(), geometry=(("padding", "SAME"),),
         forward=TWO_HALOS,
     ),
     "time_shorter_than_halo": Layout(
-        LONG, W, P(None, "a"), P(), geometry=(("kernel_dilation", 7),),
+        SHORT, W, P(None, "a"), P(), geometry=(("kernel_dilation", 7),),
         forward=(("collective-permute", 3),),
     ),
     "time_stride": Layout(
-        LONG, W, P(None, "a"), P(), geometry=(("strides", 3),), forward=HALO
+        SHORT, W, P(None, "a"), P(), geometry=(("strides", 3),), forward=HALO
     ),
     "time_input_dilation": Layout(
-        LONG, W, P(None, "b"), P(), geometry=(("input_dilation", 3), ("padding", [(4, 2)])),
+        SHORT, W, P(None, "b"), P(), geometry=(("input_dilation", 3), ("padding", [(4, 2)])),
         forward=HALO,
+    ),
+    "short_time_same": Layout(
+        SHORT, (3, 1, 8), P("b", "a"), P(), G=8, geometry=(("padding", "SAME"),),
+        forward=TWO_HALOS,
     ),
     "time_pointwise": Layout(LONG, (1, 8, 6), P(None, "a"), P()),
 }  # fmt: skip
@@ -136,8 +138,10 @@ def _hvp(f):
 
 
 def _compiled(f, mesh, *operands):
+    # Every case compiles anew, and none runs for long.
+    quickly = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     with jax.set_mesh(mesh):
-        compiled = jax.jit(f).lower(*operands).compile()
+        compiled = jax.jit(f).lower(*operands).compile(compiler_options=quickly)
         return compiled, jax.tree.map(np.asarray, compiled(*operands))
 
 
@@ -175,7 +179,7 @@ def test_the_result_is_split_as_the_operands_are(layout):
 @each_mesh
 def test_time_is_gathered_where_y_has_another_number_of_steps(x_spec, axis_type):
     """Right, if slow; and the proof that the check above sees an all-gather where one is."""
-    layout = Layout(LONG, W, x_spec, P(), geometry=(("padding", "VALID"),))
+    layout = Layout((16, 24, 8), W, x_spec, P(), geometry=(("padding", "VALID"),))
     mesh = _mesh(axis_type)
     for transform in (_value, _gradient):
         compiled, out = _compiled(transform(_function(layout)), mesh, *layout.place(mesh))
@@ -184,16 +188,15 @@ def test_time_is_gathered_where_y_has_another_number_of_steps(x_spec, axis_type)
         tree_close(out, want, rtol=1e-4)
 
 
-@pytest.mark.parametrize("masked", [False, True])
 @each_mesh
-def test_a_training_step_of_a_network_on_split_time(masked, axis_type):
+def test_a_training_step_of_a_network_on_split_time(axis_type):
     mesh = _mesh(axis_type)
     model = model_of(norm="weight", dilations=(1, 16))
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     x, mask = numbers(4, 64, 3), np.arange(64) < np.array([[64], [50], [9], [0]])
 
     def loss(params, x, mask):
-        y = nnx.merge(graph, params, rest)(x, mask=mask if masked else None)
+        y = nnx.merge(graph, params, rest)(x, mask=mask)
         return jnp.mean(jnp.sin(y))
 
     place = NamedSharding(mesh, P("b", "a"))
