@@ -23,8 +23,9 @@ CASE = dataclasses.replace(cases.named("ragged"), T=11, C=4, O=3)
 class Toy:
     """A kernel for CPUs that carries everything, and writes down what it was asked for."""
 
-    def __init__(self, monkeypatch, *, recomputes=False, declines=False, keeps=False):
+    def __init__(self, monkeypatch, *, recomputes=False, declines=False, keeps=False, part=False):
         self.calls = []
+        self.part = part  # of the steps: z is not what x alone gives
         self.mark = lambda z: z
         self.kernel = Kernel(
             implementation="toy",
@@ -65,7 +66,9 @@ class Toy:
         epilogue = problem.epilogue
         z = xla.run(problem, x, w)
         z = z if bias is None else z + bias[None, None]
-        if not self.recomputed and epilogue.saved:
+        if not self.recomputed and self.part:
+            z = saved
+        elif not self.recomputed and epilogue.saved:
             want = z if epilogue.saved == "z" else fused.activate(z, epilogue.activation)
             # Were it anything else than what is promised, the gradients would be wrong.
             z = jnp.where(jnp.abs(saved - want) < 1e-4, z, jnp.nan)
@@ -309,20 +312,23 @@ def test_on_a_mesh_each_device_fuses_its_share(axis_type, monkeypatch):
     assert not [c for c in toy.calls if isinstance(c, str)]
 
 
+@pytest.mark.parametrize("T, recomputes", [(24, False), (192, False), (192, True)])
 @pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto], ids=str)
-def test_on_a_mesh_that_splits_time(axis_type, monkeypatch):
-    """The forward pass fuses; x and gz each need their own halo, which no backward kernel has."""
-    toy = Toy(monkeypatch)
-    case = dataclasses.replace(CASE, T=24)
+def test_on_a_mesh_that_splits_time(axis_type, T, recomputes, monkeypatch):
+    """A backward kernel runs where a device's part needs mending only, and z is right there."""
+    toy = Toy(monkeypatch, recomputes=recomputes, part=True)
+    case = dataclasses.replace(CASE, T=T)
     x, w, b, _ = _arrays(case)
     mesh = jax.make_mesh((2,), ("t",), axis_types=(axis_type,))
     split = jax.device_put(x, NamedSharding(mesh, P(None, "t")))
     with jax.set_mesh(mesh):
-        grads = jax.jit(jax.grad(_loss("tanh", "toy", case), (0, 1, 2)))(split, w, b)
-    want = jax.grad(_by_jax("tanh", case), (0, 1, 2))(x, w, b)
+        grads = jax.jit(jax.grad(_loss("silu", "toy", case), (0, 1, 2)))(split, w, b)
+    want = jax.grad(_by_jax("silu", case), (0, 1, 2))(x, w, b)
     for actual, expected in zip(grads, want, strict=True):
         np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
-    assert ("fused", "tanh") in toy.calls
+    # What is traced to split it: the call that XLA never takes is of the whole.
+    own = (*case.out_shape[:1], T // 2, case.O)
+    assert (("backward", (True, True, True), own) in toy.calls) == (T == 192 and not recomputes)
     assert {"conv1d_input_grad", "conv1d_kernel_grad"} <= set(toy.calls)
 
 
