@@ -21,7 +21,8 @@ import sys
 import time
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 
 # Name, seconds of ten minutes, and how many processes share the work. Only what is timed needs the
 # device to itself.

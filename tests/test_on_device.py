@@ -1,6 +1,9 @@
 """`python -m benchmarks.on_device`, as far as it goes without a GPU."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -96,3 +99,23 @@ def test_some_steps_leave_the_results_of_others(tmp_path, capsys):
 
 def test_all_steps_fit_into_ten_minutes():
     assert on_device.MINUTES + 20 / 60 < 10  # a step that hangs is stopped 20 s after its end
+
+
+def test_nothing_has_to_be_installed_but_what_it_imports(tmp_path):
+    """Nor may a package that left its tests in site-packages stand before ours."""
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "__init__.py").write_text("")
+    script = """if True:
+        import sys
+        sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in f.__module__]
+        from benchmarks import device_checks, device_timing
+        from conv_pallas import kernels
+        print(*kernels.discover()[0])
+    """
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment,
+        cwd=on_device.ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "xla_native" in done.stdout

@@ -1,0 +1,1 @@
+"""A package by name, or an installed one called `tests` would be taken for these."""
