@@ -2,16 +2,16 @@
 
 import contextlib
 import importlib.metadata
+import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 
 from benchmarks import device_layers, stored
-from benchmarks.on_device import Log
+from benchmarks.on_device import Log, kill
 from conv_pallas import _measure, conv1d
 from tests import cases, triton_cases, triton_epilogue
 from tests.cases import Case
@@ -32,14 +32,15 @@ def versions(log: Log, dry: bool) -> None:
         query = "--query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.max.mem"
         smi = subprocess.run(["nvidia-smi", query, "--format=csv"], capture_output=True, text=True)
         log.write(nvidia_smi=smi.stdout.strip())
-    _check_operations(log, Case("first_call", C=64, O=64, T=64, dtype="bfloat16"), dry)
+    log.write(ptxas=shutil.which("ptxas"), compute_sanitizer=_compute_sanitizer())
+    _check_operations(log, Case("first_call", C=64, O=64, T=64, dtype="bfloat16"), dry, must=True)
 
 
 def negative_start(log: Log, dry: bool) -> None:
     """What all TMA tiles rely on: a tile that starts before time 0 reads zeros there."""
     for T, D in ((64, 5), (7, 64), (300, 1), (300, 200)):
         case = Case("negative_start", batch=(2,), T=T, C=64, O=64, D=D, dtype="bfloat16")
-        _check_operations(log, case, dry)
+        _check_operations(log, case, dry, must=True)
 
 
 def correctness(log: Log, dry: bool, shard: int = 0, shards: int = 1, only: str = "") -> None:
@@ -47,9 +48,8 @@ def correctness(log: Log, dry: bool, shard: int = 0, shards: int = 1, only: str 
     every = [*triton_cases.EXTRA, *triton_epilogue.FUSED, *cases.CASES]
     if only:
         every = [case for case in every if case.name in only.split(",")]
-    for case in every[shard :: shards * (20 if dry else 1)]:
-        if log.out_of_time(case.name):
-            return
+    mine = every[shard :: shards * (20 if dry else 1)]
+    for case in log.each(mine, lambda case: case.name):
         with contextlib.nullcontext() if dry else triton_cases.own_tile(case.name):
             if isinstance(case, Fused):
                 _check_fused(log, case, dry)
@@ -57,8 +57,8 @@ def correctness(log: Log, dry: bool, shard: int = 0, shards: int = 1, only: str 
                 _check_operations(log, case, dry)
 
 
-def _check_operations(log: Log, case: Case, dry: bool) -> None:
-    """One line for each operation of a case."""
+def _check_operations(log: Log, case: Case, dry: bool, must: bool = False) -> None:
+    """One line for each operation of a case, which may be declined unless it ``must`` run."""
     x, w, g = case.arrays()
     x, g = rows(padded(x, case)), rows(g)
     for operation, (lhs, rhs) in {
@@ -76,7 +76,7 @@ def _check_operations(log: Log, case: Case, dry: bool) -> None:
                 precision=case.precision, platform=device_layers.platform(),
             )  # fmt: skip
 
-        _told(log, run, case=case.name, T=case.T, D=case.D, operation=operation)
+        _told(log, run, must, case=case.name, T=case.T, D=case.D, operation=operation)
 
 
 def _check_fused(log: Log, fused: Fused, dry: bool) -> None:
@@ -117,12 +117,12 @@ def _check_fused(log: Log, fused: Fused, dry: bool) -> None:
     _told(log, backward, case=fused.name, operation="backward")
 
 
-def _told(log: Log, run, **what) -> None:
+def _told(log: Log, run, must: bool = False, **what) -> None:
     try:
         run()
         log.write(**what, ok=True)
     except NotImplementedError as e:
-        log.write(**what, declined=str(e))
+        log.write(**what, declined=str(e), ok=False if must else None)
     except Exception as e:  # a file of failures is what this is for
         log.write(**what, ok=False, error=f"{type(e).__name__}: {e}"[:1500])
 
@@ -136,17 +136,15 @@ def repeatability(log: Log, dry: bool) -> None:
         return jax.numpy.array([(bits(a) == bits(b)).all() for a, b in pairs]).all()
 
     same = jax.jit(same)
-    for layer in device_layers.goals(dry)[:3]:
+    chosen = device_layers.with_operations(device_layers.goals(dry)[:3])
+    for layer, operation in log.each(chosen, lambda item: item[0].name):
         arrays = device_layers.arrays(layer)
         f = device_layers.forward("ours", layer, dry)
-        for operation in device_layers.operations(layer):
-            if log.out_of_time(layer.name):
-                return
-            run = jax.jit(device_layers.operation(operation, f))
-            first, repeats = run(*arrays), 3 if dry else 100
-            equal = sum(bool(same(run(*arrays), first)) for _ in range(repeats))
-            log.write(layer=layer.name, operation=operation, of=repeats, equal=equal,
-                      ok=equal == repeats)  # fmt: skip
+        run = jax.jit(device_layers.operation(operation, f))
+        first, repeats = run(*arrays), 3 if dry else 100
+        equal = sum(bool(same(run(*arrays), first)) for _ in range(repeats))
+        log.write(layer=layer.name, operation=operation, of=repeats, equal=equal,
+                  ok=equal == repeats)  # fmt: skip
 
 
 SANITIZED = (
@@ -155,21 +153,50 @@ SANITIZED = (
 )  # fmt: skip
 
 
+def _compute_sanitizer() -> str | None:
+    return shutil.which("compute-sanitizer") or shutil.which(
+        "compute-sanitizer", path="/usr/local/cuda/bin"
+    )
+
+
 def sanitizer(log: Log, dry: bool) -> None:
     """Reads and writes out of bounds, and races, as compute-sanitizer sees them."""
-    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    if dry or not Path(tool).exists():
+    tool = _compute_sanitizer()
+    if dry or tool is None:
         return log.write(skipped="there is no compute-sanitizer here")
+    # An allocation for each array, or what is beyond its end would be the allocator's own.
+    environment = os.environ | {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}
+    running = {}
     for which in ("memcheck", "racecheck"):
+        folder = log.path.parent / which
+        folder.mkdir(exist_ok=True)
         command = [
-            tool, "--tool", which, "--error-exitcode", "9", sys.executable, "-m",
-            "benchmarks.on_device", "--step", "correctness", "--only", ",".join(SANITIZED),
-            "--out", str(log.path.parent / which),
+            # Our kernels, none of XLA's, and no calls that JAX knows may fail.
+            tool, "--tool", which, "--kernel-name", "kns=conv_", "--report-api-errors", "no",
+            "--error-exitcode", "9", sys.executable, "-m", "benchmarks.on_device",
+            "--step", "correctness", "--only", ",".join(SANITIZED), "--out", str(folder),
+            "--seconds", str(max(10, log.left() - 10)),
         ]  # fmt: skip
-        share = log.left() / (2 if which == "memcheck" else 1)
+        with (folder / "told.txt").open("w", encoding="utf-8") as told:
+            running[which] = subprocess.Popen(
+                command, stdout=told, stderr=subprocess.STDOUT, env=environment, process_group=0
+            )
+    for which, process in running.items():
+        folder = log.path.parent / which
         try:
-            run = subprocess.run(command, capture_output=True, text=True, timeout=max(10, share))
+            code = process.wait(max(1, log.left()))
         except subprocess.TimeoutExpired:
-            log.write(tool=which, cut_short=True)
-            continue
-        log.write(tool=which, ok=run.returncode == 0, tail=run.stdout[-600:] + run.stderr[-600:])
+            code = None
+            kill(process)
+        told = (folder / "told.txt").read_text(encoding="utf-8", errors="replace")
+        lines = folder / "correctness.jsonl"
+        checked = len(lines.read_text(encoding="utf-8").splitlines()) if lines.exists() else 0
+        found = [line for line in told.splitlines() if line.startswith("=========")]
+        # Whoever looks for errors first looks at the first, and at the sum, which is last.
+        found = found if len(found) < 16 else [*found[:12], "...", *found[-3:]]
+        what = dict(tool=which, checked=checked, exit=code, found=found)
+        if code is None:
+            wrong = any("Invalid" in line or "Race reported" in line for line in found)
+            log.write(**what, cut_short=which, ok=False if wrong else None)
+        else:
+            log.write(**what, ok=code == 0 and checked > 0)

@@ -1,6 +1,8 @@
 """The layers that the project has set itself goals for, and what to compute of them."""
 
 import dataclasses
+import functools
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -35,8 +37,9 @@ def smaller(layer: Layer) -> Layer:
     )
 
 
+@functools.lru_cache(maxsize=1)
 def arrays(layer: Layer) -> list[jax.Array]:
-    """x, kernel, bias and g, random, on the device."""
+    """x, kernel, bias and g, random, on the device; those of the last layer are kept."""
     spec = baselines.spec_of(layer)
     shapes = (
         (layer.N, layer.T, layer.C), baselines.kernel_shape(layer), (layer.O,),
@@ -57,6 +60,11 @@ def forward(name: str, layer: Layer, dry: bool) -> baselines.Forward:
 
 def operations(layer: Layer) -> tuple[str, ...]:
     return ("forward", "backward") if layer.G > 1 else ("forward", "input_grad", "kernel_grad")
+
+
+def with_operations(layers: Iterable[Layer]) -> list[tuple[Layer, str]]:
+    """Each layer with each of its operations."""
+    return [(layer, operation) for layer in layers for operation in operations(layer)]
 
 
 def operation(name: str, f: baselines.Forward):

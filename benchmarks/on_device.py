@@ -6,19 +6,24 @@
 
 Steps run one after the other, what matters most first, each in a process of its own, so that a
 crash or a hang of one costs the others nothing. Each appends a line to ``<step>.jsonl`` as soon
-as it knows something: a run that is cut short leaves what it has measured. A step exits with 1
-where something is wrong, and so does the whole.
+as it knows something: a run that is cut short leaves what it has measured. Where the process of a
+step dies, another goes on after the item that killed it. A step exits with 1 where something is
+wrong, and so does the whole; what was wrong, and the goals, are told once more at the end.
 
 What the steps do is in `benchmarks.device_checks` and `benchmarks.device_timing`.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -31,27 +36,36 @@ STEPS = {
     "negative_start": (30, 1),
     "correctness": (110, 6),
     "goals": (75, 1),
-    "repeatability": (35, 1),
-    "sanitizer": (45, 1),
+    "repeatability": (30, 1),
+    "sanitizer": (80, 1),
     "tuning": (70, 1),
-    "against": (80, 1),
-    "layers": (70, 1),
-    "pytorch": (35, 1),
+    "against": (60, 1),
+    "layers": (50, 1),
+    "pytorch": (30, 1),
 }
 
 
 MINUTES = 9.0  # for all of them, unless told otherwise
+GRACE = 20  # seconds after its end at which a step is stopped
+DIED = 3  # exit status of a process that another may take over from; so are those of signals
 
 
 class Log:
-    """Lines of JSON, each on the disk before the next is measured."""
+    """Lines of JSON, each on the disk before the next is measured.
 
-    def __init__(self, folder: Path, step: str, seconds: float, shard: int = 0):
+    Args:
+      first: the first item of `each` that is still to do: others were begun by a process that
+        has died, whose lines stay.
+    """
+
+    def __init__(self, folder: Path, step: str, seconds: float, shard: int = 0, first: int = 0):
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / (f"{step}.jsonl" if shard == 0 else f"{step}.{shard}.jsonl")
-        self.path.unlink(missing_ok=True)
+        if not first:
+            self.path.unlink(missing_ok=True)
         self.end = time.monotonic() + seconds
         self.failures = 0
+        self.first = first
 
     def write(self, ok: bool | None = None, **fields) -> None:
         """Adds a line. ``ok`` False makes the step, and so the whole, exit with 1."""
@@ -62,6 +76,22 @@ class Log:
             file.write(json.dumps(fields, default=str) + "\n")
         told = " ".join(f"{k}={_short(v)}" for k, v in fields.items())
         print(f"  {told}", flush=True)
+
+    def each[T](self, items: Iterable[T], name: Callable[[T], str] = str) -> Iterator[T]:
+        """The items, while there is time; after a failure only if the device still answers.
+
+        How far it is stands beside the lines, for a process that takes over.
+        """
+        for i, item in enumerate(items):
+            if i < self.first:
+                continue
+            if self.out_of_time(name(item)):
+                return
+            _reached(self.path).write_text(str(i + 1), encoding="utf-8")
+            before = self.failures
+            yield item
+            if self.failures > before:
+                _ask_device()
 
     def left(self) -> float:
         """Seconds until the step has to end."""
@@ -75,6 +105,17 @@ class Log:
         return True
 
 
+def _reached(path: Path) -> Path:
+    return path.with_suffix(".reached")
+
+
+def _ask_device() -> None:
+    """Raises where an error, such as a read out of bounds, has ended all work of this process."""
+    import jax
+
+    jax.block_until_ready(jax.numpy.zeros(()) + 1)
+
+
 def _short(value) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)[:300]
 
@@ -83,22 +124,31 @@ def run_step(args) -> int:
     """One step, in this process."""
     from benchmarks import device_checks, device_timing
 
-    log = Log(args.out, args.step, args.seconds or STEPS[args.step][0], args.shard)
-    if args.step == "correctness":
-        device_checks.correctness(log, args.dry_run, args.shard, args.shards, args.only)
-    else:
-        module = device_checks if hasattr(device_checks, args.step) else device_timing
-        getattr(module, args.step)(log, args.dry_run)
+    log = Log(args.out, args.step, args.seconds or STEPS[args.step][0], args.shard, args.first)
+    try:
+        if args.step == "correctness":
+            device_checks.correctness(log, args.dry_run, args.shard, args.shards, args.only)
+        else:
+            module = device_checks if hasattr(device_checks, args.step) else device_timing
+            getattr(module, args.step)(log, args.dry_run)
+    except Exception as e:
+        traceback.print_exc()
+        log.write(ok=False, died=f"{type(e).__name__}: {e}"[:1500])
+        return DIED
     return min(1, log.failures)
 
 
 def run_all(args) -> int:
     """Every step that is asked for, each in a process or several."""
-    out = args.out or RESULTS / _device_folder(args.dry_run)
+    kind = "dry-run"
+    if not args.dry_run:
+        kind, missing = _machine()
+        if missing:
+            print(f"on_device can't run here: {missing}", file=sys.stderr)
+            return 2
+    out = args.out or RESULTS / re.sub("[^a-z0-9]+", "-", kind.lower()).strip("-")
     out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * args.minutes
-    # Several processes share the device, and nobody's must find its memory taken.
-    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     worst, report, waiting = 0, out / "summary.json", list(args.steps)
     summary = json.loads(report.read_text(encoding="utf-8")) if report.exists() else {}
     while waiting:
@@ -108,30 +158,78 @@ def run_all(args) -> int:
         step = waiting.pop(0)
         seconds, processes = STEPS[step][0] * share, 1 if args.dry_run else STEPS[step][1]
         start = time.monotonic()
-        for stale in out.glob(f"{step}.*jsonl"):
+        for stale in [*out.glob(f"{step}.*jsonl"), *out.glob(f"{step}.*reached")]:
             stale.unlink()
         if left < 10:
             summary[step] = "no time left"
             report.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
             continue
         print(f"{step} (at most {seconds:.0f} s)", flush=True)
-        command = [
-            sys.executable, "-m", "benchmarks.on_device", "--step", step, "--out", str(out),
-            "--seconds", str(seconds), *(["--dry-run"] if args.dry_run else []),
-        ]  # fmt: skip
-        running = [
-            subprocess.Popen(
-                [*command, "--shard", str(i), "--shards", str(processes)], env=environment
-            )
-            for i in range(processes)
-        ]
-        codes = [_wait(process, start + seconds + 20) for process in running]
+        codes = _run_processes(out, step, seconds, processes, args.dry_run)
         _join_shards(out, step)
         summary[step] = {"exit": max(codes, key=abs), "seconds": round(time.monotonic() - start, 1)}
         worst = max(worst, *map(abs, codes))
         report.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(summary, indent=1))
+    print("\n".join(_conclusions(out, args.steps, summary)))
     return min(1, worst)
+
+
+def _run_processes(out: Path, step: str, seconds: float, processes: int, dry: bool) -> list[int]:
+    """The exit statuses of a step's processes, those included that took over from others."""
+    end = time.monotonic() + seconds
+
+    def start(shard: int, first: int) -> subprocess.Popen:
+        command = [
+            sys.executable, "-m", "benchmarks.on_device", "--step", step, "--out", str(out),
+            "--seconds", str(end - time.monotonic()), "--first", str(first),
+            "--shard", str(shard), "--shards", str(processes), *(["--dry-run"] if dry else []),
+        ]  # fmt: skip
+        return subprocess.Popen(command, env=_environment(), process_group=0)
+
+    running = {shard: (start(shard, 0), 0) for shard in range(processes)}
+    codes = []
+    try:
+        while running:
+            time.sleep(0.05)
+            for shard, (process, first) in list(running.items()):
+                code = process.poll()
+                if code is None and time.monotonic() > end + GRACE:
+                    kill(process)
+                    code = 124
+                if code is None:
+                    continue
+                codes.append(code)
+                del running[shard]
+                name = f"{step}.jsonl" if shard == 0 else f"{step}.{shard}.jsonl"
+                reached = _reached(out / name)
+                begun = int(reached.read_text(encoding="utf-8")) if reached.exists() else 0
+                # One that died before it came any further would only die again.
+                if (code == DIED or code < 0) and begun > first and time.monotonic() < end - 5:
+                    running[shard] = (start(shard, begun), begun)
+    finally:
+        for process, _ in running.values():
+            kill(process)
+    return codes
+
+
+def _environment() -> dict[str, str]:
+    # Several processes share the device, and nobody's must find its memory taken.
+    found = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    triton = importlib.util.find_spec("triton")
+    if triton is not None:
+        # JAX looks for a ptxas to assemble Triton's code with. Any toolkit's goes first.
+        ptxas = Path(triton.origin).parent / "backends/nvidia/bin"
+        found["PATH"] = os.pathsep.join([found.get("PATH", os.defpath), str(ptxas)])
+    return found
+
+
+def kill(process: subprocess.Popen) -> None:
+    """The process and what it has started: whatever goes on would disturb the next step."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
 
 
 def _join_shards(out: Path, step: str) -> None:
@@ -140,26 +238,54 @@ def _join_shards(out: Path, step: str) -> None:
         with (out / f"{step}.jsonl").open("a", encoding="utf-8") as whole:
             whole.write(shard.read_text(encoding="utf-8"))
         shard.unlink()
+    for reached in out.glob(f"{step}.*reached"):
+        reached.unlink()
 
 
-def _wait(process: subprocess.Popen, deadline: float) -> int:
-    try:
-        return process.wait(max(1, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-        return 124
+def _conclusions(out: Path, steps: Iterable[str], summary: dict) -> Iterator[str]:
+    """What a reader of the last lines alone has to know."""
+    for step in steps:
+        file = out / f"{step}.jsonl"
+        text = file.read_text(encoding="utf-8") if file.exists() else ""
+        lines = [json.loads(line) for line in text.splitlines()]
+        counts = {
+            "right": sum(line.get("ok") is True for line in lines),
+            "wrong": sum(line.get("ok") is False for line in lines),
+            "declined": sum("declined" in line for line in lines),
+            "cut short": sum("cut_short" in line for line in lines),
+        }
+        told = ", ".join(f"{n} {what}" for what, n in counts.items() if n)
+        yield f"{step}: {json.dumps(summary.get(step))} {len(lines)} lines{told and ': '}{told}"
+        wrong = [line for line in lines if line.get("ok") is False]
+        yield from (f"  {json.dumps(line)[:300]}" for line in wrong[:8])
+        goals = {line["goal"]: line for line in lines if "goal" in line}
+        yield from (f"  {json.dumps(line)}" for line in goals.values())
 
 
-def _device_folder(dry: bool) -> str:
-    """As ``nvidia-h200``. Asked of a process of its own, so that this one leaves the GPU alone."""
-    if dry:
-        return "dry-run"
-    ask = "import jax; print(jax.devices()[0].device_kind)"
-    kind = subprocess.run(
-        [sys.executable, "-c", ask], capture_output=True, text=True, check=True
-    ).stdout  # fmt: skip
-    return re.sub("[^a-z0-9]+", "-", kind.lower()).strip("-")
+_ASK = """
+import json, jax, benchmarks
+missing = None
+try:
+    from conv_pallas.kernels import triton_compat
+except ModuleNotFoundError as e:
+    missing = e.name
+print(json.dumps([jax.default_backend(), jax.devices()[0].device_kind, missing]))
+"""
+
+
+def _machine() -> tuple[str, str | None]:
+    """The device's name, and what is missing; told by a process of its own.
+
+    So this one leaves the GPU alone.
+    """
+    done = subprocess.run([sys.executable, "-c", _ASK], capture_output=True, text=True)
+    last = next(iter(done.stderr.strip().splitlines()[-1:]), "")
+    if done.returncode:
+        return "", f"JAX or the package fails to start: {last}"
+    backend, kind, missing = json.loads(done.stdout.splitlines()[-1])
+    if backend != "gpu":
+        return kind, f"JAX runs on {backend}, and sees no NVIDIA GPU. {last}".rstrip()
+    return kind, missing and f"the package {missing} is not installed"
 
 
 def _steps(names: str) -> list[str]:
@@ -184,6 +310,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="names of cases for the step correctness")
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--shard", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--shards", type=int, default=1, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.step and not args.out:
