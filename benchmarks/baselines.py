@@ -18,6 +18,7 @@ A layer is ``activation(conv(x, kernel) + bias)``, the whole of it in each varia
     call, result = torch_program(layer, FORWARD, arguments(layer))   # PyTorch has no jit
 """
 
+import dataclasses
 import importlib.util
 import math
 from collections.abc import Callable
@@ -253,9 +254,16 @@ _BUILDERS: dict[str, Callable[[Layer], Forward]] = {
 # --- PyTorch -------------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True)
+class _Queued:
+    """What `jax.block_until_ready` asks to wait."""
+
+    block_until_ready: Callable[[], None]
+
+
 def torch_program(
     layer: Layer, which: str, arrays: tuple[np.ndarray, ...], compiled: bool = False
-) -> tuple[Callable[[], None], Callable[[], tuple[np.ndarray, ...]]]:
+) -> tuple[Callable[[], _Queued | None], Callable[[], tuple[np.ndarray, ...]]]:
     """A pass of the layer in PyTorch, on the GPU where PyTorch sees one.
 
     Its conv1d in its own layout, cudnn.benchmark on, TF32 allowed for float32 as it is in JAX.
@@ -266,8 +274,9 @@ def torch_program(
       compiled: with ``torch.compile`` around the layer.
 
     Returns:
-      A call that has run when it returns, and a function that gives its result: ``(y,)`` or
-      ``(dx, dkernel, dbias)``, in our layouts.
+      A call, of which `jax.block_until_ready` awaits the result, so that calls queue up as JAX's
+      do; and a function that gives its result: ``(y,)`` or ``(dx, dkernel, dbias)``, in our
+      layouts.
 
     Raises:
       NotApplicableError: PyTorch is not installed, or has no such layer.
@@ -319,8 +328,7 @@ def torch_program(
                 latest.append(forward(x, kernel, bias))
         else:
             latest.extend(torch.autograd.grad(forward(*leaves), leaves, g))
-        if device == "cuda":
-            torch.cuda.synchronize()
+        return _Queued(torch.cuda.synchronize) if device == "cuda" else None
 
     leaves = [a.requires_grad_(which != FORWARD) for a in (x, kernel, bias)]
 

@@ -5,7 +5,10 @@ tensor cores of this device give, measured in the same process, stands beside.
 """
 
 import dataclasses
+import functools
+import json
 import shutil
+import time
 from collections.abc import Callable
 
 import jax
@@ -13,9 +16,14 @@ import jax.numpy as jnp
 
 from benchmarks import baselines, device_layers
 from benchmarks.on_device import Log
-from conv_pallas import _layers, _measure
+from conv_pallas import _measure
+from conv_pallas._layers import Layer
 
 BASELINES = (baselines.STOCK, baselines.BARRIER, baselines.SYMMETRIC, baselines.MATMULS)
+# What two bfloat16 results may differ by, of the largest element; as `_measure.tolerance`.
+TOLERANCE = 3e-2
+HOPELESS = 0.5  # seconds of a call after which a baseline is not called again
+OPERATION_TUNED = 25  # seconds that tuning takes for an operation of a layer
 
 
 def goals(log: Log, dry: bool) -> None:
@@ -24,42 +32,51 @@ def goals(log: Log, dry: bool) -> None:
     Ours alone, beside the device's ceilings: what a goal asks for is known after a minute, however
     long cuDNN takes to choose among its algorithms. That is left to `against`.
     """
-    results = {}
-    try:
-        _compared(log, dry, ("ours",), results)
-    finally:
-        for verdict in verdicts(results):
-            log.write(**verdict)
+    every = device_layers.with_operations(device_layers.goals(dry))
+    _compared(log, dry, [(*item, ("ours",)) for item in every])
 
 
 def against(log: Log, dry: bool) -> None:
-    """The same operations, ours, our best for XLA and every baseline taking turns."""
-    _compared(log, dry, ("ours", "xla", *BASELINES), {})
+    """The same operations, ours, our best for XLA and every baseline taking turns.
+
+    With the tiles that were tuned, if any. XLA's own depthwise convolutions come last, and once
+    more with ours: compiling one may take longer than there is time.
+    """
+    every = device_layers.with_operations(device_layers.goals(dry))
+    names = ("ours", "xla", *BASELINES)
+    plain = ("ours", "xla", baselines.MATMULS)
+    plan = [(layer, operation, names) for layer, operation in every if layer.G == 1]
+    deep = [(layer, operation) for layer, operation in every if layer.G > 1]
+    plan[6:6] = [(*item, plain) for item in deep]
+    rest = tuple(name for name in names if name not in plain[1:])
+    _compared(log, dry, [*plan, *((*item, rest) for item in deep)])
 
 
-def _compared(log: Log, dry: bool, names: tuple[str, ...], results: dict) -> None:
-    """Times programs of those names; adds to results what ours reached, by layer and operation."""
-    copy = _ceilings(log, dry)
-    for layer in device_layers.goals(dry):
-        arguments = device_layers.arrays(layer)
-        for operation in device_layers.operations(layer):
-            if log.out_of_time(layer.name):
-                return
+def _compared(log: Log, dry: bool, plan: list[tuple[Layer, str, tuple[str, ...]]]) -> None:
+    """Times an operation of a layer by programs of those names; the goals' verdicts come last."""
+    try:
+        copy = _ceilings(log, dry)
+        for layer, operation, names in log.each(plan, lambda item: item[0].name):
             programs = {
                 name: (lambda name=name, operation=operation, layer=layer: device_layers.operation(
                     operation, device_layers.forward(name, layer, dry)
                 ))
                 for name in names
             }  # fmt: skip
-            seconds, errors = _timed(programs, arguments, dry)
-            moved = device_layers.passes(operation) * arguments[0].nbytes
-            extra = {}
+            seconds, errors, off = _timed(programs, layer, dry)
+            moved = device_layers.passes(operation) * device_layers.arrays(layer)[0].nbytes
+            extra = {} if off is None else dict(off_from_xla=off, ok=off <= TOLERANCE)
             if "ours" in seconds:
                 ours = seconds["ours"].median
-                extra = dict(tflops=2 * layer.products / ours / 1e12,
-                             of_copy=moved / ours / 1e12 / copy)  # fmt: skip
-                results[layer.name, operation] = extra
+                extra |= dict(tflops=2 * layer.products / ours / 1e12,
+                              of_copy=moved / ours / 1e12 / copy)  # fmt: skip
             _write(log, seconds, errors, layer=layer.name, operation=operation, **extra)
+    finally:
+        text = log.path.read_text(encoding="utf-8") if log.path.exists() else ""
+        lines = [json.loads(line) for line in text.splitlines()]
+        reached = {(r["layer"], r["operation"]): r for r in lines if "tflops" in r}
+        for verdict in verdicts(reached):
+            log.write(**verdict)
 
 
 def verdicts(results: dict[tuple[str, str], dict[str, float]]) -> list[dict]:
@@ -98,39 +115,38 @@ def layers(log: Log, dry: bool) -> None:
     from benchmarks.layers import quick
 
     _ceilings(log, dry)
-    chosen = [subject for subject in quick() if isinstance(subject, _layers.Layer)]
-    for layer in [device_layers.smaller(chosen[0])] if dry else chosen:
-        layer = _layers.fit(layer, device_layers.platform())
-        arguments = device_layers.arrays(layer)
-        for which in _measure.PASSES:
-            if log.out_of_time(layer.name):
-                return
-            programs = {}
-            for name in ("ours", "xla", *BASELINES):
+    chosen = [subject for subject in quick() if isinstance(subject, Layer)]
+    chosen = [device_layers.smaller(chosen[0])] if dry else chosen
+    plan = [(layer, which) for layer in chosen for which in _measure.PASSES]
+    for layer, which in log.each(plan, lambda item: item[0].name):
+        programs = {}
+        for name in ("ours", "xla", *BASELINES):
 
-                def program(name=name, which=which, layer=layer):
-                    f = device_layers.forward(name, layer, dry)
-                    if which == _measure.FORWARD:
-                        return lambda x, w, b, g: f(x, w, b)
-                    return baselines.step_of(f)
+            def program(name=name, which=which, layer=layer):
+                f = device_layers.forward(name, layer, dry)
+                if which == _measure.FORWARD:
+                    return lambda x, w, b, g: f(x, w, b)
+                return baselines.step_of(f)
 
-                programs[name] = program
-            seconds, errors = _timed(programs, arguments, dry)
-            _write(log, seconds, errors, layer=layer.name, which=which)
+            programs[name] = program
+        seconds, errors, _ = _timed(programs, layer, dry)
+        _write(log, seconds, errors, layer=layer.name, which=which)
 
 
 def pytorch(log: Log, dry: bool) -> None:
     """PyTorch's convolution, with cudnn.benchmark, of the goals' layers."""
-    for layer in device_layers.goals(dry):
-        for which in _measure.PASSES:
-            if log.out_of_time(layer.name):
-                return
-            try:
-                call, _ = baselines.torch_program(layer, which, baselines.arguments(layer))
-            except baselines.NotApplicableError as e:
-                return log.write(skipped=str(e))
-            times = _measure.interleaved({"torch": call}, _measure.QUICK)["torch"]
-            log.write(layer=layer.name, which=which, **_told(_measure.Spread.of(times)))
+    # The host makes these arrays: the largest last.
+    chosen = sorted(device_layers.goals(dry), key=lambda layer: layer.N * layer.T * layer.C)
+    arguments = functools.lru_cache(maxsize=1)(baselines.arguments)
+    plan = [(layer, which) for layer in chosen for which in _measure.PASSES]
+    for layer, which in log.each(plan, lambda item: item[0].name):
+        try:
+            call, _ = baselines.torch_program(layer, which, arguments(layer))
+        except baselines.NotApplicableError as e:
+            return log.write(skipped=str(e))
+        jax.block_until_ready(call())  # cuDNN tries its algorithms
+        times = _measure.interleaved({"torch": call}, _settings(dry))["torch"]
+        log.write(layer=layer.name, which=which, **_told(_measure.Spread.of(times)))
 
 
 def tuning(log: Log, dry: bool) -> None:
@@ -141,17 +157,19 @@ def tuning(log: Log, dry: bool) -> None:
     from conv_pallas.tuning import tune
 
     file = triton_tuned.file_of(triton_compat.device_kind())
-    for layer in device_layers.goals(dry)[:3]:
-        if log.out_of_time(layer.name):
-            return
+
+    def told(line: str) -> None:
+        log.write(tried=line)
+        if file.exists():
+            shutil.copy(file, log.path.with_name(file.name))
+
+    for layer in log.each(device_layers.goals(dry)[:3], lambda layer: layer.name):
         x, w, _, _ = device_layers.arrays(layer)
         found = tune(
-            x, w, seconds=log.left(), report=lambda line: log.write(tried=line),
+            x, w, seconds=max(0, log.left() - OPERATION_TUNED), report=told,
             kernel_dilation=layer.D, feature_group_count=layer.G,
         )  # fmt: skip
         log.write(layer=layer.name, tiles=found)
-        if file.exists():
-            shutil.copy(file, log.path.with_name(file.name))
 
 
 def _ceilings(log: Log, dry: bool) -> float:
@@ -159,32 +177,66 @@ def _ceilings(log: Log, dry: bool) -> float:
     x = jnp.ones((1 << (20 if dry else 30),), jnp.bfloat16)
     n = 256 if dry else 8192
     a, b = (jax.random.normal(jax.random.key(i), (n, n), jnp.bfloat16) for i in range(2))
-    programs = {"copy": lambda: lambda x, a, b: -x, "matmul": lambda: lambda x, a, b: a @ b}
-    seconds, _ = _timed(programs, (x, a, b), dry)
-    copy = 2 * x.nbytes / seconds["copy"].median / 1e12
-    log.write(copy_terabytes_per_second=copy,
-              matmul_tflops=2 * n**3 / seconds["matmul"].median / 1e12)  # fmt: skip
+    made = {"copy": lambda x, a, b: -x, "matmul": lambda x, a, b: a @ b}
+    compiled = {name: jax.jit(f).lower(x, a, b).compile() for name, f in made.items()}
+    calls = {name: (lambda f=f: f(x, a, b)) for name, f in compiled.items()}
+    _warm(calls["matmul"], dry)
+    times = _measure.interleaved(calls, _settings(dry))
+    seconds = {name: _measure.Spread.of(t).median for name, t in times.items()}
+    copy = 2 * x.nbytes / seconds["copy"] / 1e12
+    log.write(copy_terabytes_per_second=copy, matmul_tflops=2 * n**3 / seconds["matmul"] / 1e12,
+              device=jax.devices()[0].device_kind)  # fmt: skip
     return copy
 
 
-def _timed(programs: dict[str, Callable], arguments, dry: bool) -> tuple[dict, dict]:
+def _settings(dry: bool) -> _measure.Settings:
+    return _measure.Settings(0, (2, 2)) if dry else _measure.DEVICE
+
+
+def _warm(call: Callable, dry: bool) -> None:
+    """Keeps the device at work until its clock has settled."""
+    end = time.perf_counter() + (0 if dry else 0.2)
+    while time.perf_counter() < end:
+        jax.block_until_ready(call())
+
+
+def _timed(
+    programs: dict[str, Callable], layer: Layer, dry: bool
+) -> tuple[dict, dict, float | None]:
     """A `Spread` of seconds for each program that can run, and why the others can't.
 
-    The device queues calls, so that the host's part in them is hidden.
+    And how far ours is off from XLA's, where both are there. One call runs a program several
+    times, each on other x and g, and calls queue up: so neither the host's part in them nor the
+    L2 cache counts.
+
+    Args:
+      programs: makers of functions of x, kernel, bias and g.
     """
-    calls, errors = {}, {}
+    x, w, b, g = device_layers.arrays(layer)
+    runs = 2 if dry else _measure.runs_in_a_call(2 * layer.products, x.nbytes + g.nbytes)
+    arguments = (_measure.rolled(x, runs), [w] * runs, [b] * runs, _measure.rolled(g, runs))
+    calls, times, errors, off = {}, {}, {}, None
     for name, make in programs.items():
         try:
-            compiled = jax.jit(make()).lower(*arguments).compile()
+            compiled = jax.jit(_measure.several(make())).lower(*arguments).compile()
             jax.block_until_ready(compiled(*arguments))
-            calls[name] = lambda compiled=compiled: compiled(*arguments)
+            start = time.perf_counter()
+            jax.block_until_ready(compiled(*arguments))
+            if name in BASELINES and (took := time.perf_counter() - start) > HOPELESS:
+                times[name] = (took,)
+            else:
+                calls[name] = lambda compiled=compiled: compiled(*arguments)
         except baselines.NotApplicableError as e:
             errors[name] = str(e)
         except Exception as e:  # cuDNN has no algorithm for some of the baselines; it is told
             errors[name] = f"{type(e).__name__}: {e}"[:300]
-    settings = _measure.Settings(0, (2, 2)) if dry else _measure.QUICK
-    times = _measure.interleaved(calls, settings) if calls else {}
-    return {name: _measure.Spread.of(t) for name, t in times.items()}, errors
+    if calls.keys() >= {"ours", "xla"}:
+        off = float(_measure.difference_there(calls["xla"](), calls["ours"]()))
+    if calls:
+        _warm(next(iter(calls.values())), dry)
+        times |= _measure.interleaved(calls, _settings(dry))
+    spreads = {name: _measure.Spread.of([s / runs for s in t]) for name, t in times.items()}
+    return spreads, errors, off
 
 
 def _write(log: Log, seconds: dict, errors: dict, **what) -> None:

@@ -85,6 +85,8 @@ class Settings:
 
 
 QUICK = Settings(least=0.005, rounds=(5, 9), settled=0.03, limit=1.0)
+# Of a GPU: long enough for its clock to be what it is in the long run.
+DEVICE = Settings(least=0.02, rounds=(5, 9), settled=0.03, limit=1.5, hopeless=4.0)
 
 
 def interleaved(
@@ -149,6 +151,53 @@ def ratio(base, other) -> Spread:
     Of two that took part in different numbers of rounds those count that both were in.
     """
     return Spread.of(b / o for b, o in zip(base, other, strict=False))
+
+
+# --- short calls ----------------------------------------------------------------------------------
+
+# A call that lasts longer hides the host's part in the next: some 50 µs with JAX.
+LONG = 4e-4
+# Below what any layer can take: operations and bytes a second of the fastest GPU at hand.
+OPERATIONS, BYTES = 1e15, 5e12
+
+
+def runs_in_a_call(operations: float, bytes_: float) -> int:
+    """How many runs of a program belong into one call, for the device alone to be timed."""
+    return max(1, min(16, math.ceil(LONG / max(operations / OPERATIONS, bytes_ / BYTES))))
+
+
+def several(function: Callable) -> Callable:
+    """Runs a function on each of several arguments, one after the other, as one program.
+
+    Each parameter becomes a list, of as many arrays as there are to be runs.
+    """
+
+    def run(*lists):
+        outs = []
+        for arguments in zip(*lists, strict=True):
+            if outs:  # else XLA might run them side by side, or take two for the same
+                arguments, outs[-1] = jax.lax.optimization_barrier((arguments, outs[-1]))
+            outs.append(function(*arguments))
+        return outs
+
+    return run
+
+
+def rolled(a: jax.Array, count: int) -> list[jax.Array]:
+    """An array and others with its values at other steps: no run finds its own in a cache."""
+    return [a, *(jnp.roll(a, i, axis=-2) for i in range(1, count))]
+
+
+@jax.jit
+def difference_there(expected, actual) -> jax.Array:
+    """As `difference`, computed in float32 where the arrays are."""
+
+    def off(a, b):
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+        return jnp.abs(a - b).max() / jnp.maximum(jnp.abs(a).max(), jnp.finfo(jnp.float32).tiny)
+
+    pairs = zip(jax.tree.leaves(expected), jax.tree.leaves(actual), strict=True)
+    return jnp.stack([off(a, b) for a, b in pairs]).max()
 
 
 # --- a layer -------------------------------------------------------------------------------------

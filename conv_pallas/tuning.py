@@ -84,9 +84,10 @@ def tune(
         if len(calls) < 2:
             report(f"{name}: has no tiles to choose from")
             continue
+        runs = len(arguments[0])
         medians = {
-            tile: _measure.Spread.of(times).median
-            for tile, times in _measure.interleaved(calls, _measure.QUICK).items()
+            tile: _measure.Spread.of(times).median / runs
+            for tile, times in _measure.interleaved(calls, _measure.DEVICE).items()
         }
         for tile, median in medians.items():
             report(f"{name} {tile or 'heuristic'}: {1e6 * median:.1f} us")
@@ -100,7 +101,7 @@ def tune(
 
 
 def _programs(x, kernel, geometry):
-    """Name, function and arguments of each operation of the layer."""
+    """Name, function and arguments of each operation of the layer, in lists of several runs."""
     shape = jax.eval_shape(lambda x, w: conv1d(x, w, **geometry), _struct(x), _struct(kernel))
     keys = jax.random.split(jax.random.key(0), 3)
     arrays = [
@@ -108,6 +109,10 @@ def _programs(x, kernel, geometry):
         for key, a in zip(keys, (x, kernel, shape), strict=True)
     ]
     depthwise = geometry.get("feature_group_count", 1) == x.shape[-1] > 1
+    operations = 2 * math.prod(shape.shape[:-1]) * math.prod(kernel.shape)
+    runs = _measure.runs_in_a_call(operations, sum(a.nbytes for a in arrays))
+    x, w, g = arrays
+    arrays = [_measure.rolled(x, runs), [w] * runs, _measure.rolled(g, runs)]
 
     def layer(x, w, activation=None):
         return conv1d(x, w, **geometry, activation=activation, implementation="triton")
@@ -133,7 +138,7 @@ def _candidates(name, program, arguments, report):
     def compiled(tile):
         # A function of its own, or JAX would take what it compiled with the tile before.
         with triton_tuned.trial(tile) as keys:
-            return _compiled(lambda *arguments: program(*arguments), arguments), keys
+            return _compiled(_measure.several(lambda *a: program(*a)), arguments), keys
 
     heuristic, keys = compiled(None)
     calls = {None: heuristic}
@@ -145,7 +150,7 @@ def _candidates(name, program, arguments, report):
             call, asked = compiled(tile)
             if key not in asked:
                 raise RuntimeError(f"nobody asked for {key}")
-            off = _measure.difference(expected, call())
+            off = float(_measure.difference_there(expected, call()))
         except Exception as e:  # too large for this chip, say; what it was is reported
             report(f"{name} {tile}: {type(e).__name__}: {str(e).strip().splitlines()[:1]}")
             continue

@@ -208,6 +208,32 @@ def test_a_stack_is_the_network_that_its_costs_count():
     assert sorted(k.shape for k in kernels_) == sorted((la.K, la.C, la.O) for la in stack.layers())
 
 
+def test_runs_of_one_call_are_not_taken_for_one():
+    """Though nothing differs between them: else a call would seem to be that much faster."""
+    x, w = jnp.ones((4, 8, 16)), jnp.ones((16, 16))
+    run = jax.jit(lambda x, w: _measure.several(lambda x, w: x @ w)([x] * 3, [w] * 3))
+    assert run.lower(x, w).compile().as_text().count(" dot(") == 3
+    xs = _measure.rolled(jnp.arange(12.0).reshape(1, 4, 3), 3)
+    outs = jax.jit(_measure.several(lambda x: 2 * x))(xs)
+    for i, out in enumerate(outs):
+        assert (out == 2 * jnp.roll(xs[0], i, axis=1)).all()
+
+
+def test_a_call_has_runs_enough_to_hide_the_next():
+    for operations, bytes_ in ((1, 1), (5e10, 6.7e7), (1e9, 8e8), (1e15, 1e12)):
+        runs = _measure.runs_in_a_call(operations, bytes_)
+        least = max(operations / _measure.OPERATIONS, bytes_ / _measure.BYTES)
+        assert runs == 16 or runs * least >= _measure.LONG
+        assert runs == 1 or (runs - 1) * least < _measure.LONG
+
+
+def test_differences_are_the_same_wherever_they_are_computed():
+    a = jnp.asarray([1.0, -8, 3], jnp.bfloat16), jnp.asarray([[2.0]])
+    b = jnp.asarray([1.5, -8, 3], jnp.bfloat16), jnp.asarray([[2.5]])
+    assert float(_measure.difference_there(a, b)) == _measure.difference(a, b) == 0.25
+    assert jnp.isnan(_measure.difference_there(a, (a[0], a[1] * jnp.nan)))
+
+
 def test_slow_variants_take_few_rounds():
     calls = {"fast": lambda: None, "slow": lambda: time.sleep(0.02), "other": lambda: None}
     settings = Settings(least=0, rounds=(5, 5), limit=0.01, hopeless=2)
