@@ -56,6 +56,11 @@ _GPUS = {
         bandwidth=2_039_000_000_000, memory=85_100_068_864, l2=41_943_040,
         shared=167_936, shared_optin=166_912,
     ),
+    "h100": _NVIDIA.format(
+        name="NVIDIA H100 80GB HBM3", major=9, features=_ACCELERATED, cores=132, fpus=128,
+        clock=1.98, bandwidth=3_350_000_000_000, memory=85_520_809_984, l2=52_428_800,
+        shared=233_472, shared_optin=232_448,
+    ),
     "h200": _NVIDIA.format(
         name="NVIDIA H200", major=9, features=_ACCELERATED, cores=132, fpus=128, clock=1.98,
         bandwidth=4_800_000_000_000, memory=151_397_597_184, l2=52_428_800,
@@ -95,6 +100,11 @@ _TPU_ENVIRONMENT = {
 
 class MissingWheelError(ImportError):
     """A wheel of the extra ``aot`` is not installed, or doesn't go with this jax."""
+
+
+def gpu_of(kind: str) -> str | None:
+    """The chip of `GPUS` that JAX names so, as "NVIDIA H200"; None where it is another."""
+    return next((chip for chip, config in _GPUS.items() if f'name: "{kind}"' in config), None)
 
 
 def struct(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:

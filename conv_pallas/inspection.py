@@ -30,6 +30,7 @@ KERNELS = {"cuda": ("triton", "xla"), "tpu": ("pallas_tpu", "xla")}
 # Of the data sheets: bytes/s, and dense operations/s of the tensor cores.
 _GPU_LIMITS = {
     "a100": (2.039e12, {"bfloat16": 312e12, "float16": 312e12, "float32": 156e12}),
+    "h100": (3.35e12, {"bfloat16": 989e12, "float16": 989e12, "float32": 494e12}),
     "h200": (4.8e12, {"bfloat16": 989e12, "float16": 989e12, "float32": 494e12}),
     "b200": (8.0e12, {"bfloat16": 2250e12, "float16": 2250e12, "float32": 1125e12}),
 }

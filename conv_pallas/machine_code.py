@@ -19,9 +19,9 @@ from conv_pallas import aot
 from conv_pallas.kernels import triton_tuned
 
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
-ARCHITECTURES = {"a100": "sm_80", "h200": "sm_90a", "b200": "sm_100a"}
+ARCHITECTURES = {"a100": "sm_80", "h100": "sm_90a", "h200": "sm_90a", "b200": "sm_100a"}
 # Of one multiprocessor: NVIDIA's table of technical specifications per compute capability.
-SHARED_BYTES = {"a100": 164 * 1024, "h200": 228 * 1024, "b200": 228 * 1024}
+SHARED_BYTES = {chip: (164 if chip == "a100" else 228) * 1024 for chip in ARCHITECTURES}
 REGISTERS, THREADS, BLOCKS = 65536, 2048, 32
 RESERVED = 1024  # bytes of shared memory that every block costs on top of its own
 

@@ -224,7 +224,9 @@ def test_a_training_step_of_a_tcn_moves_no_activation():
     _check_no_activation_is_moved(hlo, 3 * (2 * 3 + 1) - 1, N * T * C)
 
 
-@pytest.mark.parametrize("chip, capability", [("a100", 80), ("h200", 90), ("b200", 100)])
+@pytest.mark.parametrize(
+    "chip, capability", [("a100", 80), ("h100", 90), ("h200", 90), ("b200", 100)]
+)
 def test_a_kernel_knows_the_chip_it_is_compiled_for(chip, capability, monkeypatch):
     seen, call = [], triton_compat.call
 

@@ -118,7 +118,7 @@ def test_tpus(chip, operation):
 
 
 def test_unknown_chip():
-    with pytest.raises(ValueError, match=r"chip must be one of a100, h200, .*got 'h20'"):
+    with pytest.raises(ValueError, match=r"chip must be one of a100, h100, h200, .*got 'h20'"):
         aot.compile_for("h20", jnp.sin, aot.struct((3,), "float32"))
 
 

@@ -53,7 +53,7 @@ def test_bad_options_are_one_line():
     done = run("inspect", *SHAPE, "--chip", "p100")
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert "--chip must be one of a100, h200" in line and "got 'p100'" in line
+    assert "--chip must be one of a100, h100, h200" in line and "got 'p100'" in line
 
 
 def test_explain():
@@ -93,10 +93,12 @@ def test_vmem_counts_pipelined_windows_twice():
 
 
 @pytest.mark.aot
-def test_inspect_a_gpu(tmp_path):
-    done = run("inspect", *SHAPE, "--chip", "h200", "--dump", tmp_path / "dump")
+@pytest.mark.parametrize("chip, most", [("h100", "3.35 TB/s"), ("h200", "4.8 TB/s")])
+def test_inspect_a_gpu(chip, most, tmp_path):
+    done = run("inspect", *SHAPE, "--chip", chip, "--dump", tmp_path / "dump")
     assert done.returncode == 0, done.stderr
     told = done.stdout
+    assert f"at {most} (data sheet)" in told
     assert "conv1d: triton" in told and "without an order" in told
     assert re.search(r"BT=\d+ BO=\d+ BC=\d+ warps=\d stages=\d", told)
     assert re.search(r"\d+ registers, \S+ KiB shared, \d+ threads, 0 spills, \d+ blocks", told)

@@ -54,6 +54,14 @@ def test_time_that_is_up_is_told(tmp_path):
     assert {line["met"] for line in lines if "goal" in line} == {None}
 
 
+def test_ceilings_are_judged_by_the_chip_at_hand():
+    found = device_timing._of_data_sheet("NVIDIA H100 80GB HBM3", 3.0, 790)
+    assert found == dict(copy_of_data_sheet=3 / 3.35, matmul_of_data_sheet=790 / 989)
+    found = device_timing._of_data_sheet("NVIDIA H200", 3.0, 790)
+    assert found == dict(copy_of_data_sheet=3 / 4.8, matmul_of_data_sheet=790 / 989)
+    assert device_timing._of_data_sheet("cpu", 3.0, 790) == {}
+
+
 def test_goals_are_judged_by_the_worst():
     dense = {
         (f"dense-512/D{D}", op): dict(tflops=650.0 - D / 10)

@@ -12,7 +12,8 @@ from conv_pallas.machine_code import ARCHITECTURES, BIN, Code, codes
 
 __all__ = ["ARCHITECTURES", "BIN", "SHARED_BYTES", "Code", "amd_codes", "codes"]
 
-SHARED_BYTES = {"a100": 163 * 1024, "h200": 227 * 1024, "b200": 227 * 1024}  # of one program
+# Of one program.
+SHARED_BYTES = {chip: (163 if chip == "a100" else 227) * 1024 for chip in ARCHITECTURES}
 
 
 def amd_codes(f, *structs) -> list[tuple[str, str, bytes]]:
