@@ -169,7 +169,6 @@ def sanitizer(log: Log, dry: bool) -> None:
     running = {}
     for which in ("memcheck", "racecheck"):
         folder = log.path.parent / which
-        folder.mkdir(exist_ok=True)
         command = [
             # Our kernels, none of XLA's, and no calls that JAX knows may fail.
             tool, "--tool", which, "--kernel-name", "kns=conv_", "--report-api-errors", "no",
@@ -177,7 +176,7 @@ def sanitizer(log: Log, dry: bool) -> None:
             "--step", "correctness", "--only", ",".join(SANITIZED), "--out", str(folder),
             "--seconds", str(max(10, log.left() - 10)),
         ]  # fmt: skip
-        with (folder / "told.txt").open("w", encoding="utf-8") as told:
+        with folder.with_suffix(".txt").open("w", encoding="utf-8") as told:
             running[which] = subprocess.Popen(
                 command, stdout=told, stderr=subprocess.STDOUT, env=environment, process_group=0
             )
@@ -188,9 +187,10 @@ def sanitizer(log: Log, dry: bool) -> None:
         except subprocess.TimeoutExpired:
             code = None
             kill(process)
-        told = (folder / "told.txt").read_text(encoding="utf-8", errors="replace")
+        told = folder.with_suffix(".txt").read_text(encoding="utf-8", errors="replace")
         lines = folder / "correctness.jsonl"
         checked = len(lines.read_text(encoding="utf-8").splitlines()) if lines.exists() else 0
+        shutil.rmtree(folder, ignore_errors=True)  # its lines are told as well
         found = [line for line in told.splitlines() if line.startswith("=========")]
         # Whoever looks for errors first looks at the first, and at the sum, which is last.
         found = found if len(found) < 16 else [*found[:12], "...", *found[-3:]]

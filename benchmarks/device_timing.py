@@ -23,7 +23,7 @@ BASELINES = (baselines.STOCK, baselines.BARRIER, baselines.SYMMETRIC, baselines.
 # What two bfloat16 results may differ by, of the largest element; as `_measure.tolerance`.
 TOLERANCE = 3e-2
 HOPELESS = 0.5  # seconds of a call after which a baseline is not called again
-OPERATION_TUNED = 25  # seconds that tuning takes for an operation of a layer
+OPERATION_TUNED = 30  # seconds that tuning takes for an operation of a layer
 
 
 def goals(log: Log, dry: bool) -> None:

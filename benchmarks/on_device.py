@@ -135,6 +135,7 @@ def run_step(args) -> int:
         traceback.print_exc()
         log.write(ok=False, died=f"{type(e).__name__}: {e}"[:1500])
         return DIED
+    _reached(log.path).unlink(missing_ok=True)
     return min(1, log.failures)
 
 

@@ -207,6 +207,7 @@ print("========= Invalid __global__ read of size 2 bytes", flush=True)
 if "racecheck" in sys.argv:
     time.sleep(100)
 out = Path(sys.argv[sys.argv.index("--out") + 1])
+out.mkdir()
 (out / "correctness.jsonl").write_text('{{"ok": true}}\\n')
 print("========= ERROR SUMMARY: 1 error")
 sys.exit(9)
@@ -219,6 +220,7 @@ sys.exit(9)
     assert memory["exit"] == 9 and not memory["ok"] and memory["checked"] == 1
     assert len(memory["found"]) == 2 and "ERROR SUMMARY" in memory["found"][1]
     assert races["cut_short"] == "racecheck" and not races["ok"] and not races["checked"]
+    assert "Invalid" in (tmp_path / "racecheck.txt").read_text()
 
 
 def test_a_step_that_crashes_costs_the_others_nothing(tmp_path, monkeypatch):
