@@ -23,6 +23,7 @@ BASELINES = (baselines.STOCK, baselines.BARRIER, baselines.SYMMETRIC, baselines.
 # What two bfloat16 results may differ by, of the largest element; as `_measure.tolerance`.
 TOLERANCE = 3e-2
 HOPELESS = 0.5  # seconds of a call after which a baseline is not called again
+MOST_TAPS = 128  # in one program: of a matmul for each XLA compiles no more in seconds
 OPERATION_TUNED = 30  # seconds that tuning takes for an operation of a layer
 
 
@@ -226,6 +227,7 @@ def _timed(
     """
     x, w, b, g = device_layers.arrays(layer)
     runs = 2 if dry else _measure.runs_in_a_call(2 * layer.products, x.nbytes + g.nbytes)
+    runs = max(1, min(runs, MOST_TAPS // layer.K))
     arguments = (_measure.rolled(x, runs), [w] * runs, [b] * runs, _measure.rolled(g, runs))
     calls, times, errors, off = {}, {}, {}, None
     for name, make in programs.items():

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,14 @@ def _python_that_runs(source: str, tmp_path, monkeypatch) -> None:
     )
     stub.chmod(0o755)
     monkeypatch.setattr(on_device.sys, "executable", str(stub))
+
+
+def test_tritons_assembler_is_found_where_there_is_no_toolkit(monkeypatch):
+    triton = types.SimpleNamespace(origin="/site/triton/__init__.py")
+    monkeypatch.setattr(on_device.importlib.util, "find_spec", lambda name: triton)
+    monkeypatch.setenv("PATH", "/usr/bin")
+    path = on_device._environment()["PATH"]
+    assert path == "/usr/bin:/site/triton/backends/nvidia/bin"
 
 
 def test_after_a_crash_another_process_goes_on(tmp_path, monkeypatch):
