@@ -162,8 +162,11 @@ OPERATIONS, BYTES = 1e15, 5e12
 
 
 def runs_in_a_call(operations: float, bytes_: float) -> int:
-    """How many runs of a program belong into one call, for the device alone to be timed."""
-    return max(1, min(16, math.ceil(LONG / max(operations / OPERATIONS, bytes_ / BYTES))))
+    """How many runs of a program belong into one call, for the device alone to be timed.
+
+    No more than 8: each is compiled, which for some gradients takes seconds.
+    """
+    return max(1, min(8, math.ceil(LONG / max(operations / OPERATIONS, bytes_ / BYTES))))
 
 
 def several(function: Callable) -> Callable:

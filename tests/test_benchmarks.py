@@ -223,7 +223,7 @@ def test_a_call_has_runs_enough_to_hide_the_next():
     for operations, bytes_ in ((1, 1), (5e10, 6.7e7), (1e9, 8e8), (1e15, 1e12)):
         runs = _measure.runs_in_a_call(operations, bytes_)
         least = max(operations / _measure.OPERATIONS, bytes_ / _measure.BYTES)
-        assert runs == 16 or runs * least >= _measure.LONG
+        assert runs == 8 or runs * least >= _measure.LONG
         assert runs == 1 or (runs - 1) * least < _measure.LONG
 
 
