@@ -82,7 +82,8 @@ def conv1d(
 
     Returns:
       ``(*batch, T', O)`` of `preferred_element_type`, or of the dtype that x, kernel and
-      bias promote to (integers and booleans to float32).
+      bias promote to (integers and booleans to float32). A bias of bfloat16 with a preferred
+      float16, or the other way round, gives float32, as in `flax.nnx.Conv`.
 
     Raises:
       ValueError: a shape, stride, group count, padding, activation or implementation is
@@ -156,7 +157,10 @@ def convolve(
     )
     named = activation if isinstance(activation, str) else None
     ours = not (is_stock(chain) or lax_reason(x.dtype, 1))
-    can_fuse = ours and (bias is None or bias.dtype == x.dtype) and out_sharding is None
+    # Of bfloat16 and float16 neither holds the other, and the bias then widens what it is added to.
+    out = result_dtype(x.dtype, preferred_element_type) if ours else x.dtype
+    holds = out == x.dtype or out.itemsize > x.dtype.itemsize
+    can_fuse = ours and (bias is None or (bias.dtype == x.dtype and holds)) and out_sharding is None
     if can_fuse and jnp.issubdtype(x.dtype, jnp.floating):
         y = convolution(bias=bias, activation=named)
     else:

@@ -236,6 +236,25 @@ def test_mutated_attributes_take_effect():
         layer.padding, layer.kernel_dilation, layer.strides = "CAUSAL", 2, 2
         layer.kernel[...] = layer.kernel[...] * 2
     _assert_close(ours(x), stock(x), x.dtype)
+    for layer in (stock, ours):
+        layer.use_bias = False
+    _assert_close(ours(x), stock(x), x.dtype)
+    assert ours.explain(x).epilogue is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "preferred"), [(jnp.float16, jnp.bfloat16), (jnp.bfloat16, jnp.float16)]
+)
+def test_a_bias_widens_what_does_not_hold_it(dtype, preferred):
+    x = jax.random.normal(jax.random.key(0), (2, 9, 4))
+    options = dict(dtype=dtype, preferred_element_type=preferred, bias_init=_numpy_init)
+    ours, stock = (cls(4, 4, 3, **options, rngs=nnx.Rngs(0)) for cls in (Conv, nnx.Conv))
+    assert stock(x).dtype == jnp.float32
+    assert ours(x).dtype == ours(x, activation="relu").dtype == jnp.float32
+    _assert_close(ours(x), stock(x), jnp.bfloat16)
+    ours.bias = stock.bias = None
+    ours.use_bias = stock.use_bias = False
+    assert ours(x).dtype == stock(x).dtype == preferred
 
 
 def test_promotion_is_the_layers_own():

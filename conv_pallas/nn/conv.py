@@ -249,7 +249,8 @@ class Conv(nnx.Conv):
         if self.mask is not None:
             kernel = kernel * self.mask
         bias = self.bias[...] if self.bias is not None else None
-        return self.promote_dtype((inputs, kernel, bias), dtype=self.dtype)
+        inputs, kernel, bias = self.promote_dtype((inputs, kernel, bias), dtype=self.dtype)
+        return inputs, kernel, bias if self.use_bias else None  # it may have been turned off
 
     def explain(self, inputs, *, platform: str | None = None) -> explanation.Explanation:
         """What would run for these inputs; see `conv_pallas.explain`."""
@@ -258,7 +259,8 @@ class Conv(nnx.Conv):
             return explanation.Explanation(platform or explanation.default_platform(), {}, {}, note)
         params = inputs, self.kernel[...], None if self.bias is None else self.bias[...]
         promote = functools.partial(self.promote_dtype, dtype=self.dtype)
-        operands = jax.eval_shape(promote, params)
+        inputs, kernel, bias = jax.eval_shape(promote, params)
+        operands = inputs, kernel, bias if self.use_bias else None
         return explanation.explain(*operands, platform=platform, **self._arguments())
 
     def _left_to_flax(self) -> bool:
