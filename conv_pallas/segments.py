@@ -59,6 +59,14 @@ def check_ids(segment_ids, shape: tuple[int, ...]) -> jax.Array:
     return ids.astype(jnp.int32)
 
 
+def numbered(shape: tuple[int, ...]) -> jax.Array:
+    """The number of each step, ``(*batch, T)`` int32.
+
+    Of that shape, and not ``(T,)``: a user may forbid `jax.numpy_rank_promotion`.
+    """
+    return jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
+
+
 def ages(segment_ids: jax.Array, age: jax.Array, before: jax.Array) -> jax.Array:
     """The age of each step, ``(*batch, T)``.
 
@@ -68,7 +76,7 @@ def ages(segment_ids: jax.Array, age: jax.Array, before: jax.Array) -> jax.Array
         before it.
       before: ``(*batch,)``, the id of the step before the first.
     """
-    t = jnp.arange(segment_ids.shape[-1], dtype=jnp.int32)
+    t = numbered(segment_ids.shape)
     earlier = jnp.concatenate([before[..., None], segment_ids[..., :-1]], -1)
     starts = jnp.where(segment_ids != earlier, t, -1)
     start = jax.lax.cummax(starts, axis=starts.ndim - 1)

@@ -36,7 +36,7 @@ def clock(batch: tuple[int, ...]) -> State:
 def tick(state: State, steps: int, mask=None, segment_ids=None) -> tuple[jax.Array, State]:
     """The ages ``(*batch, steps)``, -1 where the mask is False, and the clock after them."""
     if segment_ids is None:
-        t = jnp.arange(steps, dtype=jnp.int32)
+        t = segments.numbered((*state["age"].shape, steps))
         age = jnp.minimum(state["age"][..., None] + t, segments.OLDEST)
         segment = state["segment"]
     else:
@@ -183,8 +183,9 @@ def convolve_chunk(
         # So long a chunk that to sort the ring costs no more than to read its taps. What runs
         # is then the convolution of the whole sequence.
         history = _read(past, index, rows)
-        start = jnp.max(age - jnp.arange(T), -1)  # the age at the chunk's start, if it is one's own
-        seen = jnp.arange(rows, 0, -1) <= start[..., None]
+        # The age at the chunk's start, if it is one's own.
+        start = jnp.max(age - segments.numbered(age.shape), -1, keepdims=True)
+        seen = rows - segments.numbered((*age.shape[:-1], rows)) <= start
         history = jnp.where(seen[..., None], history, jnp.zeros((), past.dtype))
         whole = jnp.concatenate([history, x], -2)
         y = convolve(whole, kernel, **(segments.POINTWISE | {"kernel_dilation": dilation}))

@@ -61,6 +61,28 @@ def test_conditions_segments_and_masks(mode, lookahead):
     check(model, hidden, chunks, condition=condition, segment_ids=ids, mask=mask)
 
 
+@pytest.mark.parametrize("options", [
+    dict(norm="weight", conditioning=2), dict(norm="layer", lookahead=5),
+    dict(norm="batch", skip_connections=True, conditioning=2, conditioning_mode="concat"),
+], ids=str)  # fmt: skip
+def test_no_ranks_are_promoted(options):
+    """Some users have JAX raise where they are, for all that they run."""
+    model = model_of(**options)
+    fixed = {"condition": numbers(2, 2)} if "conditioning" in options else {}
+    x, packed = numbers(2, 18, 3), dict(
+        mask=jnp.ones((2, 18), bool), segment_ids=jnp.zeros((2, 18), jnp.int32)
+    )  # fmt: skip
+    state = model.init_state(2)
+    with jax.numpy_rank_promotion("raise"):
+        for sequences in ({}, packed):
+            jax.eval_shape(lambda x, **given: model(x, **fixed, **given), x, **sequences)
+            for steps in (1, 18):
+                part = {name: a[:, :steps] for name, a in sequences.items()}
+                step = lambda x, state, **given: model.step(x, state, **fixed, **given)  # noqa: E731
+                jax.eval_shape(step, x[:, :steps], state, **part)
+        model.reset(state, jnp.asarray([True, False]))
+
+
 # Integers are exact in float32: in whatever order they are added, equal terms give equal bits.
 def whole_numbers(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).integers(-2, 3, shape), jnp.float32)

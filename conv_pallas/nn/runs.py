@@ -30,7 +30,7 @@ class WeightNorm(nnx.WeightNorm):
         (scale,) = self.scales.values()
         kernel = self.layer_instance.kernel[...]
         squares = jnp.sum(kernel * kernel, (0, 1), keepdims=True)
-        return kernel * jax.lax.rsqrt(squares + self.epsilon) * scale[...]
+        return kernel * jax.lax.rsqrt(squares + self.epsilon) * scale[...].reshape(1, 1, -1)
 
     def _advance(self, x, age, state, **kwargs):
         return self.layer_instance._advance(x, age, state, kernel=self._kernel(), **kwargs)
