@@ -49,6 +49,7 @@ def parse_layer(words: Sequence[str], layers: tuple[Layer, ...] = PUBLISHED) -> 
     Raises:
       ValueError: there is no such layer, or the shape is none.
     """
+    words = " ".join(words).split()  # a shape may have been quoted
     if len(words) == 1 and "=" not in words[0]:
         return find(words[0], layers)
     fields: dict[str, str | int] = {}

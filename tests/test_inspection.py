@@ -26,6 +26,7 @@ def run(*arguments):
 def test_layer_by_name_and_by_shape():
     assert inspection.parse_layer(["wavenet/D512"]) == find("wavenet/D512")
     layer = inspection.parse_layer(SHAPE)
+    assert inspection.parse_layer([" ".join(SHAPE)]) == layer
     sizes = (layer.N, layer.T, layer.C, layer.O, layer.K, layer.D, layer.S, layer.G)
     assert sizes == (2, 200, 32, 32, 3, 4, 1, 1)
     assert (layer.padding, layer.activation, layer.dtype) == ("CAUSAL", "relu", "bfloat16")
