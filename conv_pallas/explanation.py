@@ -45,7 +45,7 @@ class Explanation:
         lines = []
         for operation, answers in self.candidates.items():
             lines.append(f"{operation} on {self.platform}: {self.chosen[operation]}")
-            for c in answers:
+            for c in dict.fromkeys(answers):  # of two kernels that say the same, once
                 told = c.how or f"declines: {c.reason}"
                 if c.by_name is not None:
                     told += f" ({c.by_name})"
@@ -90,10 +90,10 @@ def explain(
     """
     if hasattr(x, "explain"):
         return x.explain(kernel, platform=platform)
-    if not (hasattr(x, "dtype") and hasattr(kernel, "dtype")):
+    if not all(hasattr(a, "shape") and hasattr(a, "dtype") for a in (x, kernel)):
         raise TypeError(
             f"explain takes x and kernel, or a conv_pallas.nn.Conv and its input, "
-            f"got {type(x).__name__} and {type(kernel).__name__}"
+            f"got {type(x).__module__}.{type(x).__name__} and {type(kernel).__name__}"
         )
     del mask  # zeros of x change nothing
     activation_function(activation)

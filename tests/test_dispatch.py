@@ -84,6 +84,17 @@ def test_explain_of_a_layer_is_of_its_arguments():
     assert explain(depthwise, X) != explain(X, W)
 
 
+def test_explain_wants_one_of_ours():
+    stock = nnx.Conv(8, 8, 3, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match=r"^explain takes .* got flax\.nnx.*Conv and"):
+        explain(stock, X)
+
+
+def test_explain_says_nothing_twice():
+    lines = str(explain(X, W)).split("conv1d_input_grad")[0].splitlines()
+    assert len(lines) == len(set(lines))
+
+
 def test_explain_wants_a_known_platform():
     with pytest.raises(ValueError, match=r"platform must be None or one of cpu, .* got 'gpu'"):
         explain(X, W, platform="gpu")
