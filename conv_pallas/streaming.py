@@ -54,8 +54,9 @@ def restart(state: State, members) -> State:
       members: ``(*batch,)`` bool, True for those to restart; a bool restarts all or none.
 
     Raises:
-      ValueError: ``members`` has not the shape of the batch.
+      ValueError: ``members`` has not the shape of the batch, or ``state`` is none.
     """
+    check_state(state)
     members = jnp.asarray(members)
     batch = state["age"].shape
     if members.dtype != bool or members.shape not in ((), batch):
@@ -227,14 +228,23 @@ def batch_axes(batch_size: int | Sequence[int]) -> tuple[int, ...]:
     return axes
 
 
+def check_state(state) -> None:
+    """Complains of what is no state at all.
+
+    Raises:
+      ValueError: it has no clock.
+    """
+    if not (isinstance(state, dict) and "age" in state):
+        raise ValueError("state must be what init_state or the last step returned")
+
+
 def check_chunk(x, channels: int, state: State) -> None:
     """Complains, in one line, of a chunk that is no continuation of a stream.
 
     Raises:
       ValueError: x is not ``(*batch, T, channels)``, or not of the state's batch.
     """
-    if not (isinstance(state, dict) and "age" in state):
-        raise ValueError("state must be what init_state or the last step returned")
+    check_state(state)
     batch = state["age"].shape
     if x.ndim < 2 or x.shape[-1] != channels or x.shape[-2] < 1:
         raise ValueError(
@@ -244,6 +254,32 @@ def check_chunk(x, channels: int, state: State) -> None:
         )
     if x.shape[:-2] != batch:
         raise ValueError(f"state is of batch {batch}, but x has batch {x.shape[:-2]}")
+
+
+def part(state: State, name: str) -> State:
+    """The state of one part of a model.
+
+    Raises:
+      ValueError: it has none of that name.
+    """
+    if not isinstance(state.get(name), dict):
+        raise ValueError(f"state must be of this model, from its init_state; it has no {name!r}")
+    return state[name]
+
+
+def check_ring(state: State, rows: int, channels: int, *, ages: bool) -> None:
+    """Complains of another layer's state, whose rows would be read as if they were one's own.
+
+    Raises:
+      ValueError: it is no `ring` of these.
+    """
+    past = state["past"].shape[-2:] if "past" in state else (0, channels)
+    if past != (rows, channels) or (rows > 0 and ages != ("ages" in state)):
+        raise ValueError(
+            f"state must be of this layer, from its init_state: of {rows} rows of {channels} "
+            f"channels{' with ages' if ages else ''}, got {past[0]} of {past[1]}"
+            f"{' with ages' if 'ages' in state else ''}"
+        )
 
 
 def check_dtype(x, dtype) -> None:

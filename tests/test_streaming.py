@@ -256,6 +256,10 @@ def test_blocks_layers_and_dtypes(implementation):
     narrow.step(x, narrow.init_state(2, jnp.float32))
 
 
+def layer(taps):
+    return Conv(3, 3, taps, padding="CAUSAL", rngs=nnx.Rngs(0))
+
+
 def training(**options):
     model = model_of(**options)
     model.train()
@@ -269,6 +273,19 @@ def training(**options):
         (lambda m, s: m.step(jnp.ones((2, 0, 3)), s), "x must be a chunk of shape (2, steps, 3)"),
         (lambda m, s: m.step(jnp.ones((3, 4, 3)), s), "state is of batch (2,), but x has batch (3"),
         (lambda m, s: m.step(jnp.ones((2, 4, 3)), None), "state must be what init_state or the"),
+        (lambda m, s: m.reset({}, True), "state must be what init_state or the"),
+        (lambda m, s: model_of(widths=(4,)).step(jnp.ones((2, 4, 3)), layer(3).init_state(2)),
+         "state must be of this model, from its init_state; it has no 'block0'"),
+        (lambda m, s: m.step(jnp.ones((2, 4, 3)), model_of(widths=(4,)).init_state(2)),
+         "state must be of this model, from its init_state; it has no 'block1'"),
+        (lambda m, s: model_of(lookahead=1).step(jnp.ones((2, 4, 3)), s),
+         "state must be of this layer, from its init_state: of 2 rows of 3 channels with ages"),
+        (lambda m, s: layer(3).step(jnp.ones((2, 4, 3)), layer(5).init_state(2)),
+         "state must be of this layer, from its init_state: of 2 rows of 3 channels, got 4 of 3"),
+        (lambda m, s: layer(3).step(jnp.ones((2, 4, 3)), layer(1).init_state(2)),
+         "state must be of this layer, from its init_state: of 2 rows of 3 channels, got 0 of 3"),
+        (lambda m, s: compiled_step(nnx.Conv(3, 3, 3, rngs=nnx.Rngs(0))),
+         "only a Conv, TemporalBlock or TCN of conv_pallas.nn can stream, got flax.nnx.nn.linear"),
         (lambda m, s: m.init_state(0), "batch_size must be an int of 1 or more or a tuple"),
         (lambda m, s: m.reset(s, jnp.ones(3, bool)), "members must be bool of shape (2,)"),
         (lambda m, s: model_of(causal=False).init_state(2), "only a causal model can stream"),

@@ -370,3 +370,10 @@ def test_bad_arguments_of_a_block(changes, message):
     )
     with pytest.raises(ValueError, match=f"^{message}"):
         TemporalBlock(**good | changes)
+
+
+def test_no_last_step():
+    model = network(return_sequences=False)
+    for sequences in ({}, {"mask": jnp.ones((2, 0), bool)}):
+        with pytest.raises(ValueError, match=r"^x must have a last step"):
+            model(jnp.ones((2, 0, 3)), **sequences)

@@ -197,6 +197,8 @@ class Conv(nnx.Conv):
         D, lookahead = self._check_streams()
         x, kernel, bias = self._operands(x, kernel)
         ring = {name: state[name] for name in ("past", "index", "ages") if name in state}
+        rows = (self.kernel_size[0] - 1) * D
+        streaming.check_ring(ring, rows, self.in_features, ages=lookahead > 0)
         if ring:
             streaming.check_dtype(x, ring["past"].dtype)
         arguments = self._arguments()

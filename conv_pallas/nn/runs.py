@@ -100,14 +100,18 @@ class Chunk:
 
     def conv(self, name: str, layer: nnx.Module, x: jax.Array, activation=None) -> jax.Array:
         y, self.age, self.after[name] = layer._advance(
-            self.hide(x), self.age, self.before[name], packed=self.packed, act=activation
+            self.hide(x),
+            self.age,
+            streaming.part(self.before, name),
+            packed=self.packed,
+            act=activation,
         )
         return y
 
     def late(self, name: str, x: jax.Array, steps: int) -> jax.Array:
         if steps == 0:
             return x
-        late, self.after[name] = streaming.delay(self.before[name], x, steps)
+        late, self.after[name] = streaming.delay(streaming.part(self.before, name), x, steps)
         return late
 
     def hide(self, x: jax.Array) -> jax.Array:
@@ -121,6 +125,8 @@ class Chunk:
 def last_real(x: jax.Array, mask: jax.Array | None) -> jax.Array:
     """The last real step of x ``(*batch, T, C)``, ``(*batch, 1, C)``."""
     T = x.shape[-2]
+    if T == 0:
+        raise ValueError(f"x must have a last step for return_sequences=False, got {x.shape}")
     if mask is None:
         return jax.lax.slice_in_dim(x, T - 1, T, axis=x.ndim - 2)
     last = T - 1 - jnp.argmax(mask[..., ::-1], -1)
@@ -141,8 +147,13 @@ def compiled_step(model: nnx.Module):
       A function ``(x, state, **keywords) -> (y, state)``.
 
     Raises:
-      ValueError: the model has dropout that is on.
+      ValueError: the model has dropout that is on, or can't stream at all.
     """
+    if not hasattr(model, "step"):
+        raise ValueError(
+            f"only a Conv, TemporalBlock or TCN of conv_pallas.nn can stream, got "
+            f"{type(model).__module__}.{type(model).__name__}; see replace_convs"
+        )
     for _, module in nnx.iter_modules(model):
         if isinstance(module, nnx.Dropout) and module.rate and not module.deterministic:
             raise ValueError("the model has dropout, and is in training: call model.eval() first")

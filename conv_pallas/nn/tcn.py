@@ -277,7 +277,8 @@ class TCN(nnx.Module):
                 given = chunk.late(f"condition{level}", given, self.lookahead - self.left[level])
             elif condition is not None:
                 given = condition[..., 0, :]
-            inside = Chunk(state[f"block{level}"], chunk.age, packed=chunk.packed, gaps=chunk.gaps)
+            before = streaming.part(state, f"block{level}")
+            inside = Chunk(before, chunk.age, packed=chunk.packed, gaps=chunk.gaps)
             x, added = block.run(x, given, inside)
             chunk.after[f"block{level}"], chunk.age = inside.after, inside.age
             late = (
