@@ -254,6 +254,11 @@ def test_blocks_layers_and_dtypes(implementation):
     with pytest.raises(TypeError, match=r"^x is computed with in float32, .* dtype=float32\)$"):
         narrow.step(x, narrow.init_state(2))
     narrow.step(x, narrow.init_state(2, jnp.float32))
+    # Flax's WeightNorm has scales of float32 around a kernel of any dtype.
+    model = TCN(3, [4, 4], 2, norm="weight", param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    model.eval()
+    for dtype in (jnp.bfloat16, jnp.float32):
+        jax.eval_shape(model.step, x.astype(dtype), model.init_state(2))
 
 
 def layer(taps):

@@ -238,9 +238,12 @@ class Conv(nnx.Conv):
             self.kernel_dilation,
         )
 
-    def _state_dtype(self, dtype):
-        """What the layer computes in, for inputs of ``dtype``."""
-        kernel = jax.ShapeDtypeStruct((1,), self.kernel[...].dtype)
+    def _state_dtype(self, dtype, kernel=None):
+        """What the layer computes in, for inputs of ``dtype``, and another kernel's dtype if given.
+
+        Inputs of None have the kernel's.
+        """
+        kernel = jax.ShapeDtypeStruct((1,), kernel or self.kernel[...].dtype)
         x = kernel if dtype is None else jax.ShapeDtypeStruct((1,), dtype)
         promote = functools.partial(self.promote_dtype, dtype=self.dtype)
         return jax.eval_shape(lambda x, k: promote((x, k, None)), x, kernel)[0].dtype

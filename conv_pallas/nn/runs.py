@@ -39,7 +39,8 @@ class WeightNorm(nnx.WeightNorm):
         return self.layer_instance._ring(batch, dtype)
 
     def _state_dtype(self, dtype):
-        return self.layer_instance._state_dtype(dtype)
+        kernel = jax.eval_shape(self._kernel).dtype  # of its own scale too
+        return self.layer_instance._state_dtype(dtype, kernel)
 
 
 def is_ours(layer: nnx.Module) -> bool:
