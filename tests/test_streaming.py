@@ -13,7 +13,7 @@ from flax import nnx
 
 from conv_pallas import streaming
 from conv_pallas.nn import TCN, Conv, TemporalBlock, compiled_step
-from tests.streams import check, functions, model_of, numbers, stream
+from tests.streams import check, functions, model_of, numbers, stream, with_tail
 
 # Every pair of norm, activation, dilations, lookahead, chunks and batch is in one of the rows,
 # or close to one: dilations smaller and larger than a chunk, chunks longer than the ring.
@@ -59,6 +59,20 @@ def test_conditions_segments_and_masks(mode, lookahead):
     check(model, x, chunks, condition=condition)
     hidden = jnp.where(mask[..., None], x, jnp.nan)
     check(model, hidden, chunks, condition=condition, segment_ids=ids, mask=mask)
+
+
+@pytest.mark.parametrize("lookahead", [0, 3])
+def test_a_layer_of_padding_too(lookahead):
+    """What a call of a layer gives where the mask is False, its stream gives in any chunks."""
+    one = Conv(3, 4, 3, padding=((4 - lookahead, lookahead),), kernel_dilation=2, rngs=nnx.Rngs(0))
+    x, mask = numbers(1, 18, 3), jnp.arange(18)[None] % 7 % 4 != 2
+    whole, step = functions(one)
+    expected = np.asarray(whole(x, mask=mask))
+    longer, cut = with_tail(lookahead, x, mask=mask)
+    for chunks in ([1] * 18, [7, 11], [2] * 9):
+        last = [lookahead] if lookahead else []
+        got, _ = stream(step, one.init_state(1), longer, chunks + last, **cut)
+        np.testing.assert_allclose(got[:, lookahead:], expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("options", [

@@ -184,7 +184,8 @@ class Conv(nnx.Conv):
             segment_ids = segments.check_ids(segment_ids, x.shape[:-1])
         if mask is not None:
             x = segments.hide(x, mask)
-        age, clock = streaming.tick(state, x.shape[-2], mask, segment_ids)
+        # Padding has the age that a real step would have: its output is that of a call, too.
+        age, clock = streaming.tick(state, x.shape[-2], None, segment_ids)
         y, _, ring = self._advance(x, age, state, packed=segment_ids is not None, act=activation)
         return y, clock | ring
 
