@@ -67,9 +67,10 @@ def conv1d(
         is within 2e-7 of its value, and so 0 far below zero.
       mask: ``(*batch, T)`` bool, False for padding, which then counts as zeros: no other
         output and no gradient depends on what it holds, NaN included.
-      segment_ids: ``(*batch, T)`` integers; where they change a new sequence begins, and no
-        output sees another sequence than its own. Only where there is one output for each
-        step (stride 1, padding CAUSAL, SAME or as many zeros); takes K times the memory of x.
+      segment_ids: ``(*batch, T)`` integers, of which the low 32 bits count; where they change a
+        new sequence begins, and no output sees another sequence than its own. Only where there is
+        one output for each step (stride 1, padding CAUSAL, SAME or as many zeros); takes K times
+        the memory of x.
       precision: as in `jax.lax.conv_general_dilated`.
       preferred_element_type: dtype of the convolution's result, not narrower than the
         operands'; bias and activation are applied to it.
