@@ -122,8 +122,13 @@ def test_unknown_chip():
         aot.compile_for("h20", jnp.sin, aot.struct((3,), "float32"))
 
 
+def test_more_chips_than_a_host_has():
+    with pytest.raises(ValueError, match="has 4 of v5e, got count=5"):
+        aot.devices("v5e", 5)
+
+
 def test_missing_wheel(monkeypatch):
-    monkeypatch.setattr(aot, "_device", aot._device.__wrapped__)
+    monkeypatch.setattr(aot, "devices", aot.devices.__wrapped__)
     missing = importlib.metadata.PackageNotFoundError("libtpu")
     monkeypatch.setattr(importlib.metadata, "version", lambda wheel: raise_(missing))
     with pytest.raises(aot.MissingWheelError, match=r"needs the wheel libtpu.*aot"):
