@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from conv_pallas import conv1d
-from conv_pallas.kernels import xla
+from conv_pallas.kernels import xla, xla_formulations
 from conv_pallas.kernels.xla_formulations import FORWARD, KERNEL_GRAD, flip
 from conv_pallas.spec import OPERATIONS
 from tests.cases import CASES, Case, named
@@ -88,8 +88,9 @@ def test_float64(operation):
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("loop", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_in_pieces(operation, dtype, monkeypatch):
+def test_in_pieces(operation, dtype, loop, monkeypatch):
     """As exact as all at once, and one by one less is held at any moment."""
     case = Case("pieces", batch=(6,), T=128, C=16, O=8, K=5, D=3, dtype=dtype)
     problem = case.problem(operation)
@@ -110,11 +111,13 @@ def test_in_pieces(operation, dtype, monkeypatch):
             monkeypatch.setattr(xla, "WHOLE", 1)
             monkeypatch.setattr(xla, "PIECE", dict.fromkeys(xla.PIECE, piece))
             monkeypatch.setattr(xla, "MOST", 1)
+            monkeypatch.setattr(xla_formulations, "PIECES", 1 if loop else 16)
             assert xla._sequences_at_once(name, problem) == at_once
             program = compiled(name)
             check(np.asarray(program(lhs, rhs)), operation, lhs, rhs, case.spec,
                   out_dtype=problem.out_dtype, precision=None, platform="cpu")  # fmt: skip
             if at_once == 1:
+                assert (" while(" in program.as_text()) == loop
                 assert program.memory_analysis().temp_size_in_bytes < 0.8 * whole
         monkeypatch.undo()
         assert xla._sequences_at_once(name, problem) == 6
