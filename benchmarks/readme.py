@@ -3,6 +3,7 @@
 python -m benchmarks.readme
 """
 
+import argparse
 import json
 import math
 import re
@@ -82,5 +83,6 @@ def with_figures(readme: str, table: str) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     table = figures(json.loads(RESULT.read_text(encoding="utf-8")))
     README.write_text(with_figures(README.read_text(encoding="utf-8"), table), encoding="utf-8")

@@ -148,7 +148,7 @@ def assemble(chip: str, result, ttir: str, meta: dict[str, int], tuned: bool) ->
     with tempfile.TemporaryDirectory() as folder:
         ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         ptx.write_text(result.binary)
-        _run("ptxas", f"-arch={ARCHITECTURES[chip]}", "-o", cubin, ptx)
+        _run(_assembler(chip), f"-arch={ARCHITECTURES[chip]}", "-o", cubin, ptx)
         usage = _run("cuobjdump", "-res-usage", cubin)
         sass = _run("nvdisasm", cubin)
     registers, stack, local = (
@@ -174,6 +174,12 @@ def opcodes_of(sass: str) -> tuple[str, ...]:
     """The opcodes of nvdisasm's listing."""
     instruction = r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)"
     return tuple(re.findall(instruction, sass, re.M))
+
+
+def _assembler(chip: str) -> str:
+    """Triton's wheel has a newer ptxas for what the other may not know."""
+    newer = "ptxas-blackwell"
+    return newer if chip == "b200" and (BIN / newer).exists() else "ptxas"
 
 
 def _run(tool: str, *arguments) -> str:

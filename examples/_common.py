@@ -36,6 +36,14 @@ def parser(description: str, *, steps: int, batch: int, learning_rate: float):
     return result
 
 
+def existing_file(text: str) -> Path:
+    """For ``type=`` of an argument."""
+    path = Path(text)
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {text}")
+    return path
+
+
 def conv_class(options: argparse.Namespace) -> type[nnx.Conv]:
     """Ours, or flax's own to compare the speed with."""
     return nnx.Conv if options.stock else Conv

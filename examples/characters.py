@@ -14,13 +14,12 @@ character on the Penn Treebank and 1.45 on text8.
 
 import math
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _common import conv_class, optimizer, parser, plot, train
+from _common import conv_class, existing_file, optimizer, parser, plot, train
 from flax import nnx
 
 from conv_pallas.nn import TCN, compiled_step, replace_convs
@@ -61,7 +60,7 @@ def write(model, start, length, temperature, seed):
 
 def main(arguments=None):
     options = parser(__doc__, steps=400, batch=16, learning_rate=4e-3)
-    options.add_argument("--text", type=Path, required=True, help="a text file")
+    options.add_argument("--text", type=existing_file, required=True, help="a text file")
     options.add_argument("--time", type=int, default=256, help="characters of a sequence")
     options.add_argument("--hidden", type=int, default=96, help="channels")
     options.add_argument("--levels", type=int, default=5, help="blocks")

@@ -14,7 +14,7 @@ work). The paper: 8.10.
 
 import numpy as np
 import optax
-from _common import conv_class, optimizer, parser, plot, train
+from _common import conv_class, existing_file, optimizer, parser, plot, train
 from flax import nnx
 from scipy.io import loadmat
 
@@ -59,7 +59,9 @@ def evaluate(model, x, real):
 
 def main(arguments=None):
     options = parser(__doc__, steps=1500, batch=8, learning_rate=2e-3)
-    options.add_argument("--data", required=True, help="a .mat file, such as JSB_Chorales.mat")
+    options.add_argument(
+        "--data", type=existing_file, required=True, help="a .mat file, such as JSB_Chorales.mat"
+    )
     options.add_argument("--hidden", type=int, default=220, help="channels")
     options.add_argument("--levels", type=int, default=2, help="blocks")
     options.add_argument("--taps", type=int, default=3, help="kernel size")

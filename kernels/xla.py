@@ -78,42 +78,42 @@ def _cpu_forward(problem: Problem) -> str:
     does not; the stored result has these and more. Other tenants of a machine move a figure by 10
     to 20 %, and the rules leave to stock what is closer than that.
 
-    ===================================  =========================  ========================
-                                         forward                    input gradient
-    ===================================  =========================  ========================
-    N4 T1024 C512 O512 K4 G512           own_pads 108  scatter 101  scatter 117  own_pads 86
-    N1 T2000 C512 O512 K4 G512           scatter 120  own_pads 107  scatter 101  own_pads 92
-    N8 T1000 C64 O64 K7 G64              scatter 124  own_pads 114  scatter 107  matmuls 78
-    N4 T1000 C64 O64 K16 G64             shifts 23  matmuls 21      matmuls 20  shifts 18
-    N4 T512 C64 O256 K4 D2 G64           own_pads 36  scatter 33    shifts 25  own_pads 16
-    N4 T1024 C512 O512 K4 G512 bfloat16  own_pads 76  scatter 72    own_pads 82  scatter 78
-    N4 T500 C128 O128 K5 G32             shifts 9.4  scatter 6.3    shifts 10  scatter 4.0
-    N2 T512 C1024 O1024 K3 G64           scatter 1.5  matmuls 1.2   scatter 1.2  matmuls 1.0
-    N4 T1024 C256 O256 K3 D4 G8          split 2.1  matmuls 1.5     split 2.3  matmuls 1.6
-    N1 T1024 C256 O256 K3 D4 G4          scatter 1.1  matmuls 1.0   scatter 1.1  split 0.9
-    N4 T512 C128 O128 K3 D4 G8 bfloat16  matmuls 2.1  im2col 2.1    matmuls 2.1  im2col 1.9
-    N4 T1000 C1 O25 K7                   own_pads 2.7  matmuls 2.7  scatter 1.9  matmuls 1.2
-    N4 T2000 C64 O1 K3                   scatter 3.1  matmuls 0.6   own_pads 2.9  shifts 2.8
-    N4 T4000 C2 O2 K3                    shifts 7.7  own_pads 5.0   shifts 6.3  own_pads 5.8
-    N4 T2000 C8 O8 K3                    shifts 1.9  im2col 1.5     shifts 1.8  scatter 1.5
-    N4 T4000 C1 O32 K8 S2                shifts 2.0  matmuls 2.0    scatter 1.6
-    N4 T1000 C128 O128 K3 S2             native 0.9  im2col 0.5     scatter 1.2  matmuls 0.5
-    N4 T500 C25 O25 K5 S2                scatter 0.7  im2col 0.6    scatter 1.2  im2col 0.7
-    N8 T64 C16 O16 K3                    scatter 1.6  im2col 1.5    scatter 1.2  im2col 1.2
-    N32 T1020 C10 O10 K8 D32             im2col 1.4  scatter 1.3    scatter 1.4  im2col 1.4
-    N32 T400 C16 O16 K3                  scatter 1.2  im2col 1.0    scatter 1.2  im2col 0.9
-    N8 T400 C20 O20 K5 D8                scatter 1.2  fold 0.8      scatter 1.4  fold 1.0
-    N32 T784 C25 O25 K7 D16              scatter 1.2  im2col 0.8    scatter 1.3  im2col 0.8
-    N32 T784 C25 O25 K7                  scatter 0.7  matmuls 0.3   scatter 0.8  im2col 0.6
-    N32 T400 C30 O30 K7 D16              scatter 0.9  fold 0.8      scatter 0.9  fold 0.8
-    N8 T1000 C64 O64 K3 D16              scatter 1.0  im2col 0.9    scatter 1.0  im2col 0.9
-    N1 T80 C600 O600 K3 D4               im2col 1.0  matmuls 1.0    matmuls 1.2  im2col 1.2
-    N4 T1000 C64 O128 K1 bfloat16        im2col 1.6  matmuls 1.5    im2col 1.8  matmuls 1.8
-    N16 T4096 C16 O16 K3 D4 bfloat16     im2col 2.0  matmuls 1.2    im2col 1.9  matmuls 1.2
-    N16 T4096 C25 O25 K7 D4 bfloat16     scatter 1.4  im2col 0.9    scatter 1.5  im2col 1.0
-    N4 T1000 C128 O128 K3 D8 bfloat16    im2col 1.7  scatter 1.5    im2col 1.6  scatter 1.5
-    N16 T4096 C64 O64 K7 D4 bfloat16     scatter 2.4  im2col 2.0    scatter 2.3  im2col 1.6
-    ===================================  =========================  ========================
+    ===================================  ==========================  ==========================
+                                         forward                     input gradient
+    ===================================  ==========================  ==========================
+    N4 T1024 C512 O512 K4 G512           own_pads 92  scatter 82     own_pads 88  scatter 88
+    N1 T2000 C512 O512 K4 G512           scatter 123  own_pads 116   own_pads 122  scatter 121
+    N8 T1000 C64 O64 K7 G64              scatter 94  own_pads 87     scatter 98  matmuls 68
+    N4 T1000 C64 O64 K16 G64             matmuls 29  shifts 24       shifts 24  matmuls 23
+    N4 T512 C64 O256 K4 D2 G64           scatter 36  own_pads 34     shifts 28  own_pads 20
+    N4 T1024 C512 O512 K4 G512 bfloat16  own_pads 100  scatter 78    own_pads 76  scatter 64
+    N4 T500 C128 O128 K5 G32             shifts 9.8  scatter 5.5     shifts 8.3  scatter 4.2
+    N2 T512 C1024 O1024 K3 G64           scatter 1.2  matmuls 1.1    scatter 1.4  matmuls 1.1
+    N4 T1024 C256 O256 K3 D4 G8          split 1.9  matmuls 1.1      split 2.1  matmuls 1.3
+    N1 T1024 C256 O256 K3 D4 G4          scatter 1.1  matmuls 1.1    scatter 1.2  split 1.0
+    N4 T512 C128 O128 K3 D4 G8 bfloat16  im2col 1.7  matmuls 1.7     im2col 1.8  matmuls 1.7
+    N4 T1000 C1 O25 K7                   own_pads 2.8  matmuls 2.6   scatter 2.1  matmuls 1.4
+    N4 T2000 C64 O1 K3                   scatter 3.1  matmuls 0.8    own_pads 2.8  shifts 2.8
+    N4 T4000 C2 O2 K3                    shifts 7.3  own_pads 5.1    shifts 8.8  own_pads 7.6
+    N4 T2000 C8 O8 K3                    shifts 1.8  im2col 1.3      shifts 2.2  scatter 1.7
+    N4 T4000 C1 O32 K8 S2                matmuls 2.0  shifts 2.0     scatter 1.9
+    N4 T1000 C128 O128 K3 S2             native 1.0  im2col 0.8      scatter 1.1  matmuls 0.5
+    N4 T500 C25 O25 K5 S2                scatter 0.7  im2col 0.6     scatter 1.3  im2col 0.7
+    N8 T64 C16 O16 K3                    scatter 1.3  im2col 1.3     scatter 1.5  im2col 1.5
+    N32 T1020 C10 O10 K8 D32             scatter 1.8  im2col 1.6     im2col 1.7  scatter 1.6
+    N32 T400 C16 O16 K3                  scatter 1.1  im2col 0.8     im2col 0.9  scatter 0.9
+    N8 T400 C20 O20 K5 D8                scatter 1.4  fold 0.8       scatter 1.4  fold 0.8
+    N32 T784 C25 O25 K7 D16              scatter 1.3  im2col 0.9     scatter 1.2  im2col 0.9
+    N32 T784 C25 O25 K7                  scatter 1.1  matmuls 0.5    scatter 0.9  im2col 0.6
+    N32 T400 C30 O30 K7 D16              fold 0.7  scatter 0.5       scatter 1.1  fold 0.8
+    N8 T1000 C64 O64 K3 D16              scatter 1.0  im2col 0.7     im2col 0.8  scatter 0.8
+    N1 T80 C600 O600 K3 D4               matmuls 0.9  im2col 0.9     matmuls 1.1  im2col 1.1
+    N4 T1000 C64 O128 K1 bfloat16        scatter 1.5  im2col 1.4     im2col 2.3  matmuls 2.1
+    N16 T4096 C16 O16 K3 D4 bfloat16     im2col 1.9  matmuls 1.2     im2col 1.9  matmuls 0.9
+    N16 T4096 C25 O25 K7 D4 bfloat16     scatter 2.0  im2col 1.2     scatter 1.8  im2col 1.2
+    N4 T1000 C128 O128 K3 D8 bfloat16    im2col 1.7  scatter 1.4     im2col 1.7  scatter 1.7
+    N16 T4096 C64 O64 K7 D4 bfloat16     scatter 2.2  im2col 1.5     scatter 2.6  im2col 2.0
+    ===================================  ==========================  ==========================
 
     Of bfloat16 depthwise takes "matmuls" all the same: on a CPU with AVX2 alone they were ahead, in
     the input gradient by far.
@@ -211,37 +211,37 @@ def _cpu_kernel_grad(problem: Problem) -> str:
     """Kernel gradient; measured as in `_cpu_forward`.
 
     ===================================  ==================================================
-    N4 T1024 C512 O512 K4 G512           tree 26  shifts 11  matmuls 2.0  im2col 2.0
-    N4 T64 C32 O32 K3 D2 G32             shifts 2.8  matmuls 1.9  im2col 1.4  tree 1.3
-    N4 T512 C64 O256 K4 D2 G64           tree 82  im2col 63  shifts 53  dense 21
-    N4 T512 C32 O32 K3 G2                im2col 2073  split 2024  dense 2007  matmuls 1937
-    N1 T1024 C256 O256 K3 D4 G4          im2col 16  matmuls 15  split 11  dense 5.1
-    N4 T1024 C256 O256 K3 D4 G32         split 51  tree 49  im2col 34  matmuls 34
-    N4 T500 C128 O128 K5 G32             split 46  tree 37  matmuls 31  im2col 23
-    N2 T512 C1024 O1024 K3 G64           im2col 114  matmuls 67  tree 60  shifts 30
-    N2 T1000 C512 O512 K3 D2 G128        tree 236  shifts 174  matmuls 115  im2col 108
-    N4 T1000 C128 O128 K5 S2 G8          im2col 17  matmuls 11  dense 4.7  split 4.2
-    N4 T512 C128 O128 K3 D4 G8 bfloat16  im2col 18  matmuls 13  split 13  dense 6.5
+    N4 T1024 C512 O512 K4 G512           tree 28  shifts 11  matmuls 2.2  im2col 2.1
+    N4 T64 C32 O32 K3 D2 G32             shifts 2.9  matmuls 1.9  im2col 1.6  tree 1.3
+    N4 T512 C64 O256 K4 D2 G64           tree 71  im2col 55  shifts 49  dense 21
+    N4 T512 C32 O32 K3 G2                im2col 2662  split 2269  dense 2242  matmuls 2119
+    N1 T1024 C256 O256 K3 D4 G4          matmuls 16  im2col 15  split 10  dense 4.9
+    N4 T1024 C256 O256 K3 D4 G32         split 50  matmuls 43  tree 40  im2col 39
+    N4 T500 C128 O128 K5 G32             split 50  tree 44  im2col 37  matmuls 31
+    N2 T512 C1024 O1024 K3 G64           im2col 129  matmuls 81  tree 73  shifts 36
+    N2 T1000 C512 O512 K3 D2 G128        tree 344  shifts 197  matmuls 127  im2col 121
+    N4 T1000 C128 O128 K5 S2 G8          im2col 14  matmuls 11  dense 4.4  split 3.6
+    N4 T512 C128 O128 K3 D4 G8 bfloat16  im2col 18  matmuls 13  split 12  dense 7.0
     N4 T1000 C1 O25 K7                   im2col 1.3  matmuls 1.1  padded 1.0  canonical 1.0
-    N4 T1000 C64 O128 K1                 matmuls 1.1  im2col 1.1  padded 1.0  canonical 1.0
+    N4 T1000 C64 O128 K1                 im2col 1.1  matmuls 1.1  canonical 1.0  padded 1.0
     N4 T128 C32 O32 K3                   im2col 1.7  matmuls 1.5  padded 1.0  canonical 1.0
-    N4 T1000 C128 O128 K3 S2             matmuls 1.9  im2col 1.7  canonical 1.3  padded 1.0
-    N1 T64 C512 O512 K3 D4               im2col 1.1  matmuls 1.0  padded 1.0  canonical 0.7
-    N1 T100 C450 O450 K3 D4              im2col 1.4  matmuls 1.0  padded 1.0  canonical 0.8
-    N1 T1024 C128 O128 K7 D3 SAME        padded 1.5  im2col 1.2  matmuls 1.2  canonical 1.0
-    N1 T3750 C32 O32 K21 D10 SAME        padded 1.6  canonical 1.0  matmuls 0.9  im2col 0.8
+    N4 T1000 C128 O128 K3 S2             im2col 1.8  matmuls 1.5  canonical 1.2  padded 1.0
+    N1 T64 C512 O512 K3 D4               im2col 1.3  matmuls 1.0  padded 1.0  canonical 0.7
+    N1 T100 C450 O450 K3 D4              im2col 1.4  padded 1.0  matmuls 1.0  canonical 0.8
+    N1 T1024 C128 O128 K7 D3 SAME        padded 1.6  matmuls 1.2  im2col 1.2  canonical 1.0
+    N1 T3750 C32 O32 K21 D10 SAME        padded 1.6  canonical 1.0  matmuls 0.9  im2col 0.7
     N1 T5000 C64 O64 K3 D16 SAME         canonical 1.1  padded 1.0  im2col 1.0  matmuls 0.8
-    N2 T256 C256 O256 K3 D3 SAME         im2col 1.3  padded 1.2  matmuls 1.1  canonical 1.0
-    N2 T4096 C64 O64 K3 D3 SAME          canonical 1.0  im2col 0.9  padded 0.9  matmuls 0.7
-    N4 T8192 C32 O32 K3 D3 SAME          canonical 1.0  padded 0.8  im2col 0.8  matmuls 0.6
-    N1 T5000 C32 O32 K3 D512             padded 1.0  im2col 0.9  matmuls 0.7  canonical 0.7
-    N8 T1000 C64 O64 K3 D16              canonical 1.2  im2col 1.1  padded 1.0  matmuls 0.7
-    N32 T784 C25 O25 K7 D16              canonical 1.1  padded 1.0  im2col 0.8  matmuls 0.7
-    N4 T2000 C32 O32 K21                 padded 1.0  canonical 1.0  im2col 0.6  matmuls 0.5
+    N2 T256 C256 O256 K3 D3 SAME         im2col 1.3  padded 1.1  matmuls 1.1  canonical 1.0
+    N2 T4096 C64 O64 K3 D3 SAME          canonical 1.0  im2col 0.9  padded 0.9  matmuls 0.6
+    N4 T8192 C32 O32 K3 D3 SAME          canonical 1.0  padded 0.8  im2col 0.7  matmuls 0.6
+    N1 T5000 C32 O32 K3 D512             padded 1.0  im2col 0.9  matmuls 0.8  canonical 0.7
+    N8 T1000 C64 O64 K3 D16              canonical 1.3  im2col 1.0  padded 1.0  matmuls 0.7
+    N32 T784 C25 O25 K7 D16              canonical 1.0  padded 1.0  im2col 0.7  matmuls 0.7
+    N4 T2000 C32 O32 K21                 padded 1.0  canonical 1.0  im2col 0.5  matmuls 0.5
     N4 T1000 C128 O128 K3 D8 bfloat16    im2col 2.0  matmuls 1.5  canonical 1.0  padded 1.0
-    N16 T4096 C64 O64 K7 D4 bfloat16     im2col 1.6  canonical 1.1  padded 1.0  matmuls 0.6
-    N16 T4096 C25 O25 K7 D4 bfloat16     canonical 1.1  padded 1.0  im2col 0.8  matmuls 0.7
-    N4 T2000 C64 O1 K3 bfloat16          canonical 1.3  padded 1.0  im2col 0.9  matmuls 0.5
+    N16 T4096 C64 O64 K7 D4 bfloat16     im2col 1.5  padded 1.0  canonical 0.7  matmuls 0.6
+    N16 T4096 C25 O25 K7 D4 bfloat16     canonical 1.1  padded 1.0  im2col 0.9  matmuls 0.6
+    N4 T2000 C64 O1 K3 bfloat16          canonical 1.2  padded 1.0  im2col 0.8  matmuls 0.4
     ===================================  ==================================================
 
     "native" is the same program as "canonical" outside of loops.

@@ -46,3 +46,14 @@ def test_runs(name, more, tmp_path, monkeypatch, capsys):
     assert np.isfinite(result).all()
     assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert "step 2: loss" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "option"), [("polyphonic_music", "--data"), ("characters", "--text")]
+)
+def test_a_file_that_is_not_there(name, option, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.delitem(sys.modules, "_common", raising=False)
+    with pytest.raises(SystemExit):
+        importlib.import_module(name).main([option, str(tmp_path / "nothing")])
+    assert capsys.readouterr().err.strip().endswith(f"there is no file {tmp_path / 'nothing'}")
