@@ -377,3 +377,18 @@ def test_no_last_step():
     for sequences in ({}, {"mask": jnp.ones((2, 0), bool)}):
         with pytest.raises(ValueError, match=r"^x must have a last step"):
             model(jnp.ones((2, 0, 3)), **sequences)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_no_block_computes_those_before_it_anew(training):
+    """The program grows as the network does, not as its square."""
+
+    def activations(blocks):
+        model = TCN(4, [8] * blocks, 4, 3, 0.0, nnx.Rngs(0))
+        graph, params, rest = nnx.split(model, nnx.Param, ...)
+        forward = lambda params, x: jnp.sum(nnx.merge(graph, params, rest)(x) ** 2)  # noqa: E731
+        f = jax.grad(forward) if training else forward
+        compiled = jax.jit(f).lower(params, jnp.zeros((4, 256, 4))).compile()
+        return compiled.as_text().count(" maximum(")
+
+    assert activations(6) <= 2 * activations(3)

@@ -183,3 +183,14 @@ def test_the_rules_show_what_was_measured():
                     assert abs(measured - float(value)) <= digit / 2 + 1e-3, (name, figure)
                     shown += 1
     assert shown > 200
+
+
+def test_what_a_gradient_reads_is_computed_once():
+    """Not anew in whatever cuts, pads or transposes it for the gradient."""
+
+    def loss(x, w):
+        return jnp.sum(conv1d(jnp.maximum(2 * x, 0.5), w, kernel_dilation=2) ** 2)
+
+    arrays = jnp.zeros((4, 1000, 64)), jnp.zeros((3, 64, 64))
+    hlo = jax.jit(jax.grad(loss, (0, 1))).lower(*arrays).compile().as_text()
+    assert hlo.count(" maximum(") == 1

@@ -164,7 +164,10 @@ class TemporalBlock(nnx.Module):
     def run(self, x, condition, run: Whole | Chunk) -> tuple[jax.Array, jax.Array]:
         """The block's output, and what it adds to the residual."""
         condition, changing = check_condition(condition, x, self.conditioning)
-        x = run.hide(x)
+        # It is read twice, by a convolution and by the residual. On a CPU XLA would compute it
+        # anew for the second, and with it all blocks before, whose convolutions it keeps for that:
+        # tcn-mnist takes 72 ms and 18 MiB with this, 96 ms and 51 MiB without.
+        x = jax.lax.optimization_barrier(run.hide(x))
         h, added = x, None
         if condition is not None:
             condition = run.hide(condition) if changing else condition
