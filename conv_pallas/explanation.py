@@ -16,6 +16,7 @@ from conv_pallas.ops import (
     problem_of,
     promoted_dtype,
     result_dtype,
+    unfused_reason,
 )
 from conv_pallas.spec import OPERATIONS, Epilogue, Problem, make_spec
 
@@ -135,15 +136,17 @@ def explain(
     if bias is not None or named:
         problem = problem_of("conv1d", x, w, spec, precision, out_dtype, platform)
         epilogue = Epilogue(bias is not None, named)
-        epilogue = _explain_epilogue(problem, epilogue, chain, out_sharding is not None)
+        promoted = bias if bias is None else jax.ShapeDtypeStruct(bias.shape, dtype)
+        outside = unfused_reason(dtype, out_dtype, promoted, out_sharding)
+        epilogue = _explain_epilogue(problem, epilogue, chain, outside)
     return Explanation(platform, chosen, answers, epilogue=epilogue)
 
 
-def _explain_epilogue(problem: Problem, epilogue: Epilogue, chain, placed: bool) -> str:
+def _explain_epilogue(problem: Problem, epilogue: Epilogue, chain, outside: str | None) -> str:
     """Who computes bias and activation, and their gradients."""
     parts = [*(["bias"] if epilogue.bias else []), *filter(None, [epilogue.activation])]
-    if placed:
-        return f"{' and '.join(parts)}: by XLA, as are their gradients, for out_sharding is given"
+    if outside:
+        return f"{' and '.join(parts)}: by XLA, as are their gradients, for {outside}"
     kernel = dispatch.select(problem, chain)
     whole = dataclasses.replace(problem, epilogue=epilogue)
     if kernel.fused is None:

@@ -158,16 +158,32 @@ def convolve(
     )
     named = activation if isinstance(activation, str) else None
     ours = not (is_stock(chain) or lax_reason(x.dtype, 1))
-    # Of bfloat16 and float16 neither holds the other, and the bias then widens what it is added to.
     out = result_dtype(x.dtype, preferred_element_type) if ours else x.dtype
-    holds = out == x.dtype or out.itemsize > x.dtype.itemsize
-    can_fuse = ours and (bias is None or (bias.dtype == x.dtype and holds)) and out_sharding is None
-    if can_fuse and jnp.issubdtype(x.dtype, jnp.floating):
+    if ours and unfused_reason(x.dtype, out, bias, out_sharding) is None:
         y = convolution(bias=bias, activation=named)
     else:
         y = convolution()
         y = fused.activate(fused.add_bias(y, bias), named)
     return activation(y) if callable(activation) else y
+
+
+def unfused_reason(dtype, out_dtype, bias, out_sharding) -> str | None:
+    """Why bias and activation stand outside of the operation; None where they need not.
+
+    Args:
+      dtype, out_dtype: of x and the kernel, and of the convolution's result.
+      bias: None, or what has a dtype.
+    """
+    if out_sharding is not None:
+        return "out_sharding is given"
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return f"x is of {np.dtype(dtype).name}"
+    if bias is not None and bias.dtype != dtype:
+        return f"the bias is of {bias.dtype.name}, x of {np.dtype(dtype).name}"
+    if bias is not None and out_dtype != dtype and out_dtype.itemsize <= dtype.itemsize:
+        # Of bfloat16 and float16 neither holds the other: the bias widens what it is added to.
+        return f"{out_dtype.name} does not hold a bias of {np.dtype(dtype).name}"
+    return None
 
 
 def conv_general_dilated(

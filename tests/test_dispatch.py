@@ -288,3 +288,10 @@ def test_kernels_say_what_they_are():
         assert set(kernel.platforms) <= set(dispatch.PLATFORMS)
         assert {f.name for f in dataclasses.fields(kernel)} >= {"run", "decline", "describe"}
     assert all("package" in reason for reason in missing.values())
+
+
+def test_explain_says_that_a_dtype_which_does_not_hold_the_bias_keeps_it_outside():
+    x, w, b = (jax.ShapeDtypeStruct(s, "bfloat16") for s in ((2, 9, 4), (3, 4, 5), (5,)))
+    told = explain(x, w, b, preferred_element_type=jnp.float16)
+    assert told.epilogue.endswith("for float16 does not hold a bias of bfloat16")
+    assert "does not hold" not in explain(x, w, b, preferred_element_type=jnp.float32).epilogue
