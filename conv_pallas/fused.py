@@ -29,6 +29,7 @@ from jax._src import dispatch as jax_dispatch
 from jax._src.interpreters import ad, batching, mlir
 from jax._src.interpreters import partial_eval as pe
 from jax._src.lax import utils as lax_utils
+from jax.sharding import PartitionSpec as P
 
 from conv_pallas import dispatch, fused_sharding, halo, primitives
 from conv_pallas.halo import UNSPLIT
@@ -83,8 +84,14 @@ def _split(operands, activation, has_bias):
 
 
 def add_bias(y: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """``y + bias`` along the last axis."""
-    return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
+    """``y + bias`` along the last axis, split as y is."""
+    if bias is None:
+        return y
+    place = _place(jax.typeof(y))
+    if place is not None:  # where the bias lies may be where y has its time or its batch
+        channels = (*place.spec, *[None] * (y.ndim - len(place.spec)))[-1]
+        bias = jax.sharding.reshard(bias, place.update(spec=P(channels)))
+    return y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
 
 
 def _forward(x, w, bias=None, *, activation, has_bias, keep, **conv):
@@ -227,7 +234,7 @@ def _forward_alone(x, w, bias, *, platform, activation, has_bias, keep, **conv):
     if z is None:
         return composed()
     if recomputed and (y := run(activation)) is not None:
-        return [y, z]  # nobody reads z, and XLA drops what makes it
+        return [y, z]  # unless time is split nobody reads z, and XLA drops what makes it
     return [activate(z, activation), z]
 
 
@@ -243,7 +250,7 @@ def _backward_local(
         if not _empty(problem):
             found = dispatch.backward(problem, epilogue, conv["implementation"], wanted)
     # What a kernel would compute anew of z is wrong where x ends and the sequence does not.
-    if found is None or (time != UNSPLIT and found[0].recomputes(found[1])):
+    if found is None or (time.shards > 1 and found[0].recomputes(found[1])):
         these = dict(activation=activation, has_bias=has_bias, wanted=wanted, time=time)
         return _backward(*operands, spec=spec, **these, **conv)
     kernel, problem = found

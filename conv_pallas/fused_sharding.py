@@ -12,7 +12,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from conv_pallas.sharding import Axes, Placement, shard_by_types
+from conv_pallas.sharding import Axes, Placement, shard_by_types, spec_of
 from conv_pallas.spec import ConvSpec, Epilogue
 
 
@@ -86,7 +86,7 @@ def by_xla(local, avals_in, avals_out, **params):
 
     def partition(mesh, operands, results):
         operands, results = (
-            [(a.shape, a.sharding.spec) for a in arrays] for arrays in (operands, results)
+            [(a.shape, spec_of(a.sharding, mesh)) for a in arrays] for arrays in (operands, results)
         )
         placed = split.place(mesh, operands, results[0])
         ins, outs = ([NamedSharding(mesh, s) for s in specs] for specs in split.specs(placed))
@@ -96,7 +96,10 @@ def by_xla(local, avals_in, avals_out, **params):
     outer = w.shape[-1] // params["spec"].groups
     rule, sizes, whole = split.axes.shardy_rule(w.shape[-2], outer, split.operands, split.results)
     call = custom_partitioning(lambda *operands: local(*operands, **params))
-    call.def_partition(partition, sharding_rule=rule, need_replication_factors=whole, **sizes)
+    call.def_partition(
+        partition, decode_shardings=False, sharding_rule=rule, need_replication_factors=whole,
+        **sizes,
+    )  # fmt: skip
     return call
 
 

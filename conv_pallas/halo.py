@@ -21,6 +21,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from conv_pallas.spec import ConvSpec, Operation
@@ -38,7 +39,7 @@ def divisor(spec: ConvSpec) -> int:
     T, out = spec.time, spec.out_time
     if not (isinstance(T, int) and isinstance(out, int)):  # symbols, of an export
         return 1
-    return math.gcd(T, out) if T * spec.input_dilation == out * spec.stride else 1
+    return max(1, math.gcd(T, out)) if T * spec.input_dilation == out * spec.stride else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +47,23 @@ class TimeSplit:
     """How time lies on a mesh.
 
     Attributes:
-      names: the mesh axes that split it.
+      names: the mesh axes that split it, in the mesh's order.
       shards: the product of their sizes, 1 where there are none.
+      at: for each part of time, from the first to the last, which device along ``names`` has it.
     """
 
     names: tuple[str, ...]
     shards: int
+    at: tuple[int, ...]
+
+    @classmethod
+    def of(cls, mesh, names: tuple[str, ...]) -> "TimeSplit":
+        """Of mesh axes in the order in which they split time, which need not be the mesh's."""
+        ordered = tuple(name for name in mesh.axis_names if name in names)
+        sizes = [mesh.shape[name] for name in ordered]
+        devices = np.arange(math.prod(sizes)).reshape(sizes)
+        at = devices.transpose([ordered.index(name) for name in names]).ravel()
+        return cls(ordered, at.size, tuple(at.tolist()))
 
     def run(self, operation: Operation, compute: Compute, lhs, rhs, spec: ConvSpec):
         """One device's share of an operation, but for the sum over devices of a kernel gradient.
@@ -119,8 +131,8 @@ class TimeSplit:
 
     def _from(self, distance: int, x):
         """The x of the device so many places after this one, or before; zeros beyond the ends."""
-        n = self.shards
-        there = [(i, i - distance) for i in range(n) if 0 <= i - distance < n]
+        parts = [(i, i - distance) for i in range(self.shards) if 0 <= i - distance < self.shards]
+        there = [(self.at[i], self.at[j]) for i, j in parts]
         return lax.ppermute(x, self.names, there)
 
     def _surround(self, x, left: int, right: int):
@@ -132,7 +144,7 @@ class TimeSplit:
         return jnp.concatenate([*reversed(before), x, *after], -2)
 
 
-UNSPLIT = TimeSplit((), 1)
+UNSPLIT = TimeSplit((), 1, (0,))
 
 
 def share(operation: Operation, spec: ConvSpec, shards: int) -> tuple[int, int, ConvSpec]:

@@ -152,7 +152,7 @@ def _partitioned_by_xla(compute, lhs, rhs, *, operation, spec, kernel_batch, **p
     params |= dict(operation=operation, kernel_batch=kernel_batch)
 
     def partition(mesh, operands, result):
-        arrays = [(a.shape, a.sharding.spec) for a in (*operands, result)]
+        arrays = [(a.shape, sharding.spec_of(a.sharding, mesh)) for a in (*operands, result)]
         share, specs = _shares(compute, mesh, axes, arrays, **params)
         *operands, result = (NamedSharding(mesh, s) for s in specs)
         return mesh, share, result, tuple(operands)
@@ -160,7 +160,10 @@ def _partitioned_by_xla(compute, lhs, rhs, *, operation, spec, kernel_batch, **p
     inner, outer = _group_shape(lhs, rhs, operation, spec.groups)
     rule, sizes, whole = axes.shardy_rule(inner, outer)
     call = custom_partitioning(lambda lhs, rhs: compute(lhs, rhs, spec=spec, **params))
-    call.def_partition(partition, sharding_rule=rule, need_replication_factors=whole, **sizes)
+    call.def_partition(
+        partition, decode_shardings=False, sharding_rule=rule, need_replication_factors=whole,
+        **sizes,
+    )  # fmt: skip
     return call
 
 

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Sequence
 
 import jax
+from jax._src.sharding_impls import parse_flatten_op_sharding
 from jax.sharding import PartitionSpec as P
 
 from conv_pallas import halo
@@ -98,10 +99,9 @@ class Axes:
 
     def local(self, mesh, placed: Placement) -> tuple[ConvSpec, halo.TimeSplit]:
         """The geometry of one device's groups, and how time is split."""
-        names = placed.get("time", ())
         groups = self.spec.groups // _size(mesh, placed.get("group", ()))
         spec = dataclasses.replace(self.spec, groups=groups)
-        return spec, halo.TimeSplit(names, _size(mesh, names))
+        return spec, halo.TimeSplit.of(mesh, placed.get("time", ()))
 
     def shardy_rule(
         self, inner: int, outer: int, operands=None, results=None
@@ -172,6 +172,18 @@ def shard_by_types(share: Callable, mesh, operands, results, wanted) -> Callable
             return jax.sharding.reshard(outcome, wanted)
 
     return call
+
+
+def spec_of(sharding, mesh) -> P | None:
+    """The `PartitionSpec` of what XLA's partitioner tells a `custom_partitioning`.
+
+    None where there is none: Shardy may have split a mesh axis in two, to fit the first factor of
+    a dimension with another size, and no `PartitionSpec` can say that.
+    """
+    try:
+        return parse_flatten_op_sharding(sharding._hlo_sharding, mesh)[0]
+    except (ValueError, AssertionError, KeyError, StopIteration, NotImplementedError):
+        return None  # all are ways in which it gives up
 
 
 def _same(label: str) -> str:

@@ -106,9 +106,10 @@ def columns(x: jax.Array, spec: ConvSpec) -> jax.Array:
     return lax.concatenate(grouped, 3).reshape(N, U, spec.kernel_size * C)
 
 
-# Pieces that are written out one by one. Each is compiled by itself, so that what has many gets a
-# loop instead: slower by 5 to 40 %, for a loop's outputs are zeros first, which XLA copies once
-# for each loop that starts with them, and go to their place by another copy.
+# Pieces that are written out one by one. Each is compiled by itself, and for a moment their results
+# are there twice, so that what has many gets a loop instead: in whole networks slower by 5 to 40 %,
+# for a loop's outputs are zeros first, which XLA copies once for each loop that starts with them,
+# and go to their place by another copy.
 PIECES = 16
 
 
