@@ -20,8 +20,6 @@ from conv_pallas import _measure, aot, inspection
 from conv_pallas._layers import Layer
 
 BASELINES = (baselines.STOCK, baselines.BARRIER, baselines.SYMMETRIC, baselines.MATMULS)
-# What two bfloat16 results may differ by, of the largest element; as `_measure.tolerance`.
-TOLERANCE = 3e-2
 HOPELESS = 0.5  # seconds of a call after which a baseline is not called again
 MOST_TAPS = 128  # in one program: of a matmul for each XLA compiles no more in seconds
 OPERATION_TUNED = 30  # seconds that tuning takes for an operation of a layer
@@ -66,7 +64,9 @@ def _compared(log: Log, dry: bool, plan: list[tuple[Layer, str, tuple[str, ...]]
             }  # fmt: skip
             seconds, errors, off = _timed(programs, layer, dry)
             moved = device_layers.passes(operation) * device_layers.arrays(layer)[0].nbytes
-            extra = {} if off is None else dict(off_from_xla=off, ok=off <= TOLERANCE)
+            extra = (
+                {} if off is None else dict(off_from_xla=off, ok=off <= _measure.tolerance(layer))
+            )
             if "ours" in seconds:
                 ours = seconds["ours"].median
                 extra |= dict(tflops=2 * layer.products / ours / 1e12,

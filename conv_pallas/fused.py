@@ -32,7 +32,6 @@ from jax._src.lax import utils as lax_utils
 from jax.sharding import PartitionSpec as P
 
 from conv_pallas import dispatch, fused_sharding, halo, primitives
-from conv_pallas.halo import UNSPLIT
 from conv_pallas.spec import ConvSpec, Epilogue, Problem
 
 FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -96,6 +95,11 @@ def add_bias(y: jax.Array, bias: jax.Array | None) -> jax.Array:
 
 def _forward(x, w, bias=None, *, activation, has_bias, keep, **conv):
     z = primitives.conv1d(x, w, **conv, out_sharding=_place_of_y(x, w, bias, conv["spec"]))
+    return _finish(z, bias, activation, keep)
+
+
+def _finish(z, bias, activation, keep):
+    """What follows the sum over taps and channels."""
     z = add_bias(z, None if bias is None else bias.astype(z.dtype))
     y = activate(z, activation)
     return [y, z] if keep else [y]
@@ -129,7 +133,7 @@ def _place_of_y(x, w, bias, spec):
     return place if place.mesh.explicit_axes else None
 
 
-def _backward(*operands, activation, has_bias, wanted, time=UNSPLIT, **conv):
+def _backward(*operands, activation, has_bias, wanted, time=halo.UNSPLIT, **conv):
     x, w, bias, saved, (gy,) = _split(operands, activation, has_bias)
     gz = times_derivative(gy, saved, activation)
     grads = []
@@ -187,7 +191,7 @@ def _empty(problem: Problem) -> bool:
     return 0 in (*problem.x_shape, *problem.w_shape, *problem.y_shape)
 
 
-def _forward_local(x, w, bias=None, *, spec, time=UNSPLIT, psum=(), **params):
+def _forward_local(x, w, bias=None, *, spec, time=halo.UNSPLIT, psum=(), **params):
     """A device's share where time is split as ``time`` says.
 
     ``psum`` are the mesh axes over which z is a sum, but for its bias.
@@ -201,9 +205,7 @@ def _forward_local(x, w, bias=None, *, spec, time=UNSPLIT, psum=(), **params):
 def _forward_of_sum(x, w, bias, *, platform, activation, has_bias, keep, spec, time, psum, **conv):
     compute = lambda x, w, spec: primitives.conv1d(x, w, spec=spec, **conv)  # noqa: E731
     z = lax.psum(time.run("conv1d", compute, x, w, spec), psum)
-    z = add_bias(z, None if bias is None else bias.astype(z.dtype))
-    y = activate(z, activation)
-    return [y, z] if keep else [y]
+    return _finish(z, bias, activation, keep)
 
 
 def _forward_alone(x, w, bias, *, platform, activation, has_bias, keep, **conv):
@@ -239,7 +241,7 @@ def _forward_alone(x, w, bias, *, platform, activation, has_bias, keep, **conv):
 
 
 def _backward_local(
-    *operands, platform, activation, has_bias, wanted, spec, time=UNSPLIT, whole=True, **conv
+    *operands, platform, activation, has_bias, wanted, spec, time=halo.UNSPLIT, whole=True, **conv
 ):
     """``whole`` says whether x has all channels that z is a sum over."""
     x, w, bias, saved, (gy,) = _split(operands, activation, has_bias)
