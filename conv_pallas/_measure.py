@@ -155,7 +155,7 @@ def ratio(base, other) -> Spread:
 
 # --- short calls ----------------------------------------------------------------------------------
 
-# A call that lasts longer hides the host's part in the next: some 50 µs with JAX.
+# Seconds. A call that lasts longer hides the part of the host in the next, as an estimate.
 LONG = 4e-4
 # Below what any layer can take: operations and bytes a second of the fastest GPU at hand.
 OPERATIONS, BYTES = 1e15, 5e12
