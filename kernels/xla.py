@@ -13,13 +13,17 @@ benchmarks.formulations`` repeats. On other platforms they come from what XLA co
 without the device; nothing was timed there.
 """
 
+import dataclasses
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from conv_pallas.kernels import Kernel
-from conv_pallas.kernels.xla_formulations import FORWARD, KERNEL_GRAD, Numbers, flip, in_pieces
+from conv_pallas.kernels.xla_formulations import FORWARD, KERNEL_GRAD, Numbers, flip, some_taps
+from conv_pallas.kernels.xla_pieces import in_pieces, in_steps, in_taps
 from conv_pallas.spec import ConvSpec, Problem
 
 DESCRIPTIONS = {
@@ -33,6 +37,7 @@ DESCRIPTIONS = {
     "matmuls": "one matmul for each tap",
     "im2col": "one matmul of all taps side by side",
     "scatter": "one matmul whose products for all taps are shifted and added",
+    "blocks": "one matmul of taps in blocks, whose products are shifted and added",
     "fold": "the dilation as an axis of its own",
     "dense": "one dense convolution with zeros between the groups",
     "split": "one lax.conv_general_dilated for each group",
@@ -126,10 +131,12 @@ def _cpu_forward(problem: Problem) -> str:
         spec = spec.transposed()
     K, G, (c, o) = spec.kernel_size, spec.groups, _channels(problem)
     every_step = spec.stride == spec.input_dilation == 1
-    if K > UNROLLED:
-        return stock
     if G > 1:
         return _cpu_grouped(problem) or stock
+    if K > 12 and every_step and _in_blocks(problem, spec, c, o):
+        return "blocks"
+    if K > UNROLLED:
+        return stock
     if K == 1:
         return "matmuls" if every_step and _bfloat16(problem) else stock
     if spec.input_dilation > 1:
@@ -144,7 +151,8 @@ def _cpu_forward(problem: Problem) -> str:
     if _bfloat16(problem) and K <= FEW:
         if _scatters(problem, spec, c, o):
             return "scatter"
-        return "im2col" if _held("im2col", problem) <= MOST else stock
+        name = "im2col" if K <= 8 else "blocks"
+        return name if _pieces_hold("im2col", problem, spec) else stock
     if o == 1 and K <= 32 and _held("scatter", problem) <= 4 * MOST:
         return "scatter"
     if problem.N * spec.time * K * c <= 2**16:
@@ -160,15 +168,20 @@ def _cpu_grouped(problem: Problem) -> str | None:
     N, G, K = problem.N, spec.groups, spec.kernel_size
     every_step = spec.stride == spec.input_dilation == 1
     if c == 1:
-        if problem.out_dtype.itemsize < 4:
+        narrow = problem.out_dtype.itemsize < 4
+        if K > UNROLLED or (K > 8 and every_step and not (narrow and o > 1)):
+            return "own_pads"
+        if narrow or K > 8:
             return "matmuls"
         if o == 1 and K <= 8 and (K > 4 or N == 1 or G < 256):
             return "scatter"
         return "own_pads" if K <= 4 else "matmuls"
-    if _bfloat16(problem) and c <= 16 and o > 1 and K <= 8 and every_step and _little(problem):
-        return "im2col"
+    if _bfloat16(problem) and c <= 16 and o > 1 and every_step and _little(problem):
+        return "im2col" if K <= 4 else "blocks"
     if c <= 8 and K * c <= 64:
         return "shifts"
+    if c <= 8 and K > FEW and every_step and _little(problem):
+        return "blocks"
     if K <= 4 and every_step and (max(c, o) <= 16 or G > 32 or (N == 1 and max(c, o) <= 64)):
         return "scatter"
     return "split" if 2 < G <= 32 or (G == 2 and c <= 32) else None
@@ -177,6 +190,23 @@ def _cpu_grouped(problem: Problem) -> str | None:
 def _little(problem: Problem) -> bool:
     """Whether "im2col" of groups, which is not taken in pieces, holds no more than 64 MiB."""
     return problem.N * problem.spec.groups * _held("im2col", problem) <= 2**26
+
+
+def _in_blocks(problem: Problem, spec: ConvSpec, c: int, o: int) -> bool:
+    """Whether "blocks" is faster than the convolution with many taps."""
+    if 2 * spec.span > spec.time or not _pieces_hold("blocks", problem, spec):
+        return False
+    if _bfloat16(problem):
+        return not _scatters(problem, spec, c, o)
+    few = max(c, o) < 28 if min(c, o) >= 4 else max(c, o) <= 2
+    into_few = 1 < o <= 8 and c <= 64
+    without_dilation = spec.kernel_dilation > 1 or max(c, o) <= 12 or into_few
+    return (few or into_few) and without_dilation
+
+
+def _pieces_hold(name: str, problem: Problem, spec: ConvSpec) -> bool:
+    """Whether a formulation can be taken in pieces that are much longer than a window."""
+    return 2 * spec.span <= _steps_at_once(name, problem) or _held(name, problem) <= MOST
 
 
 def _few_channels(problem: Problem, spec: ConvSpec, c: int, o: int) -> bool:
@@ -249,18 +279,20 @@ def _cpu_kernel_grad(problem: Problem) -> str:
     spec, (c, _) = problem.spec, _channels(problem)
     K, G = spec.kernel_size, spec.groups
     causal = spec.input_dilation == 1 and spec.padding == (spec.span - 1, 0)
-    if K > UNROLLED:
-        return "split" if 1 < G <= 32 else "padded" if causal else "canonical"
     if G > 1:
+        if K > UNROLLED:
+            problem = dataclasses.replace(problem, spec=some_taps(spec, 0, TAPS["tree"]))
         return _grouped_kernel_grad(problem)
+    if K > UNROLLED:
+        return "padded" if causal else "canonical"
     if K == 1 and spec.stride == spec.input_dilation == 1:
         return "matmuls"
     steps = problem.N * spec.out_time
     columns = steps * K * c  # what im2col holds
-    if columns <= 2**17 or (K <= 8 and (steps <= 128 or c == 1 or spec.stride > 1)):
+    if columns <= 2**17 or (K <= 8 and (steps <= 128 or c == 1)) or (K <= FEW and spec.stride > 1):
         return "im2col"
     wide = max(problem.C, problem.O) >= 32 and min(problem.C, problem.O) >= 16
-    if _bfloat16(problem) and K <= 8 and wide and _held("im2col", problem) <= MOST:
+    if _bfloat16(problem) and K <= 8 and wide and _pieces_hold("im2col", problem, spec):
         return "im2col"
     # Padded, no product has to be looked at. It pays for few steps, or for many taps.
     few = 5 * 2**10 if problem.N == 1 else 2**11 if problem.N <= 4 else 0
@@ -272,7 +304,7 @@ def _grouped_kernel_grad(problem: Problem) -> str:
     spec, (c, _) = problem.spec, _channels(problem)
     K, G, steps = spec.kernel_size, spec.groups, problem.N * spec.out_time
     if c == 1:
-        return "shifts" if steps * problem.O <= 2**16 else "tree"
+        return "tree"
     if K <= 8 and (spec.stride > 1 or (_bfloat16(problem) and _little(problem))):
         return "im2col"
     if G > 32:
@@ -286,25 +318,44 @@ def _bfloat16(problem: Problem) -> bool:
 
 # What a piece may hold for a moment; what needs no pieces yet; and what one sequence may hold,
 # beyond which it is as slow as all at once. Bytes. Each piece costs some time by itself.
-PIECE = {"scatter": 5 * 2**20, "im2col": 5 * 2**19}
+PIECE = {"scatter": 5 * 2**20, "im2col": 5 * 2**19, "blocks": 5 * 2**20}
 WHOLE, MOST = 9 * 2**20, 2**23
 
 
 def _held(name: str, problem: Problem) -> int:
-    """Bytes that "scatter" or "im2col" hold for one sequence beside x and y."""
+    """Bytes that a formulation of `PIECE` holds for one sequence beside x and y."""
     operand, numbers = numbers_of(problem)
     spec, (c, o) = problem.spec, _channels(problem)
     if problem.operation == "conv1d_input_grad":
         spec = spec.transposed()
+    if name == "blocks":
+        a = math.isqrt(spec.kernel_size)
+        b = spec.kernel_size // a
+        sizes = np.dtype(operand).itemsize * a * c + np.dtype(numbers.acc).itemsize * b * o
+        return spec.out_time * sizes
     if name == "scatter":
         return spec.time * spec.kernel_size * o * np.dtype(numbers.acc).itemsize
     return spec.out_time * spec.kernel_size * c * np.dtype(operand).itemsize
 
 
+def _steps_at_once(name: str, problem: Problem) -> int:
+    """How many of the outputs of one sequence; of a kernel gradient how many of gy."""
+    spec = problem.spec
+    if problem.operation == "conv1d_input_grad":
+        spec = spec.transposed()
+    every_step = spec.stride == spec.input_dilation == 1
+    if problem.platform != "cpu" or problem.spec.groups > 1 or not every_step:
+        return spec.out_time
+    held = _held(name, problem) if name in ("im2col", "blocks") else 0
+    if held <= MOST:
+        return spec.out_time
+    return max(1, PIECE[name] * spec.out_time // held)
+
+
 def _sequences_at_once(name: str, problem: Problem) -> int:
     """How many of N, which they divide."""
     N = problem.N
-    if problem.platform != "cpu" or problem.spec.groups > 1 or name not in ("scatter", "im2col"):
+    if problem.platform != "cpu" or problem.spec.groups > 1 or name not in PIECE:
         return N
     each = _held(name, problem)
     if N * each <= WHOLE:
@@ -313,6 +364,21 @@ def _sequences_at_once(name: str, problem: Problem) -> int:
     at_once = max(n for n in range(1, min(fitting, N) + 1) if N % n == 0)
     # A prime number of short sequences: so many small pieces cost more than they save.
     return N if 2 * at_once < min(fitting, N) and N * each <= 2 * MOST else at_once
+
+
+# Taps in one loop of depthwise multiply-adds; in one piece of a sum or of a convolution that has
+# too many of them to be written out at once.
+TAPS = {"own_pads": 4, "shifts": 4, "tree": 8}
+
+
+def _taps_at_once(name: str, problem: Problem) -> int:
+    """How many of K."""
+    K = problem.spec.kernel_size
+    if problem.platform != "cpu" or problem.spec.groups == 1:
+        return K
+    if name in ("own_pads", "shifts") and problem.depthwise and K > 8:
+        return TAPS[name]
+    return K if K <= UNROLLED or name in ("native", "padded") else TAPS["tree"]
 
 
 # --- GPU ---
@@ -363,6 +429,12 @@ def run_as(name: str, problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.A
     formulation = (KERNEL_GRAD if sums else FORWARD)[name]
     if problem.operation == "conv1d_input_grad":
         rhs, spec = flip(rhs, spec.groups), spec.transposed()
+    taps = _taps_at_once(name, problem)
+    if taps < spec.kernel_size:
+        formulation = in_taps(formulation, taps, sums)
+    steps = _steps_at_once(name, problem)
+    if steps < spec.out_time:
+        formulation = in_steps(formulation, steps, sums)
     at_once = _sequences_at_once(name, problem)
     if at_once != problem.N:
         formulation = in_pieces(formulation, at_once, sums)

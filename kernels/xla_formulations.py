@@ -10,6 +10,7 @@ whatever sums here does so in ``numbers.acc``, and the caller rounds once.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -50,6 +51,22 @@ def pad(x: jax.Array, spec: ConvSpec) -> jax.Array:
         jnp.zeros((), x.dtype),
         ((0, 0, 0), (*spec.padding, spec.input_dilation - 1), (0, 0, 0)),
     )
+
+
+def some_taps(spec: ConvSpec, first: int, count: int) -> ConvSpec:
+    """The same outputs, of which ``count`` taps from the ``first`` on make a part."""
+    D, (low, high) = spec.kernel_dilation, spec.padding
+    after = spec.kernel_size - first - count
+    return dataclasses.replace(
+        spec, kernel_size=count, padding=(low - first * D, high - after * D)
+    )
+
+
+def some_steps(spec: ConvSpec, first: int, count: int) -> ConvSpec:
+    """The convolution whose outputs are ``count`` of this one's, from the ``first`` on."""
+    low = spec.padding[0] - first * spec.stride
+    reach = (count - 1) * spec.stride + spec.span
+    return dataclasses.replace(spec, padding=(low, reach - spec.dilated_time - low))
 
 
 def taps(x: jax.Array, spec: ConvSpec) -> list[jax.Array]:
@@ -104,65 +121,6 @@ def columns(x: jax.Array, spec: ConvSpec) -> jax.Array:
         return lax.concatenate(taps(x, spec), 2)
     grouped = [tap.reshape(N, U, G, C // G) for tap in taps(x, spec)]
     return lax.concatenate(grouped, 3).reshape(N, U, spec.kernel_size * C)
-
-
-# Pieces that are written out one by one. Each is compiled by itself, and for a moment their results
-# are there twice, so that what has many gets a loop instead: in whole networks slower by 5 to 40 %,
-# for a loop's outputs are zeros first, which XLA copies once for each loop that starts with them,
-# and go to their place by another copy.
-PIECES = 16
-
-
-def in_pieces(formulation: Formulation, n: int, sums: bool) -> Formulation:
-    """A formulation that takes ``n`` sequences at a time, one piece after the other.
-
-    So what it holds for a moment, K times x or y, fits in the caches, and memory that is written
-    for the first time does not have to be found for all of it in every call.
-
-    Args:
-      n: divides N.
-      sums: over sequences, as a kernel gradient does; in the order of pieces.
-    """
-
-    def of_pieces(xs, other, spec, numbers):
-        ys = []
-        for x in xs:
-            if ys:  # else XLA runs all of them at once
-                x, ys[-1] = lax.optimization_barrier((x, ys[-1]))
-            ys.append(formulation(x, other, spec, numbers).astype(numbers.out))
-        return lax.concatenate(ys, 0)
-
-    def sum_of_pieces(pairs, spec, numbers):
-        total = None
-        for x, g in pairs:
-            if total is not None:
-                x, total = lax.optimization_barrier((x, total))
-            term = formulation(x, g, spec, numbers).astype(numbers.acc)
-            total = term if total is None else total + term
-        return total
-
-    def run(x, other, spec, numbers):
-        count = len(x) // n
-        pieces = lambda a: a.reshape(count, n, *a.shape[1:])  # noqa: E731
-        exact = numbers._replace(out=numbers.acc)
-        if count <= PIECES:
-            cut = lambda a: jnp.split(a, count)  # noqa: E731
-            if sums:
-                return sum_of_pieces(zip(cut(x), cut(other), strict=True), spec, exact)
-            return of_pieces(cut(x), other, spec, numbers)
-        if not sums:
-            each = lambda a: formulation(a, other, spec, numbers).astype(numbers.out)  # noqa: E731
-            y = lax.map(each, pieces(x))
-            return y.reshape(-1, *y.shape[2:])
-        xs, gs = pieces(x), pieces(other)
-
-        def term(i):
-            x, g = (lax.dynamic_index_in_dim(a, i, keepdims=False) for a in (xs, gs))
-            return formulation(x, g, spec, exact).astype(numbers.acc)
-
-        return lax.fori_loop(1, count, lambda i, total: total + term(i), term(0))
-
-    return run
 
 
 # Forward, and by the flipped kernel the input gradient.
@@ -250,6 +208,33 @@ def scatter(x, w, spec, numbers):
     return y
 
 
+def blocks(x, w, spec, numbers):
+    """"im2col" of a few taps at a time, whose products are shifted and added as in "scatter".
+
+    Of K taps some sqrt(K) lie side by side, and one matmul has the products of as many such
+    blocks: it holds sqrt(K) copies of x and of y, where the other two hold K of one of them, and
+    is better shaped for few channels. Taps that fill no block have a matmul of their own; a block
+    filled up with zeros would multiply them with steps that no output sees, NaN perhaps.
+    """
+    (K, c, O), G, D = w.shape, spec.groups, spec.kernel_dilation
+    a = math.isqrt(K)
+    b = K // a
+    rest = K - a * b
+    first = dataclasses.replace(some_taps(spec, 0, a * b), kernel_size=a, stride=1)
+    many = w[: a * b].reshape(b, a, c, G, O // G).transpose(1, 2, 3, 0, 4)
+    products = im2col(x, many.reshape(a, c, G * b * (O // G)), first, numbers)
+    N, T, _ = products.shape
+    products = products.reshape(N, T, G, b, O // G)
+    length = (spec.out_time - 1) * spec.stride + 1
+    y = im2col(x, w[a * b :], some_taps(spec, a * b, rest), numbers) if rest else None
+    for j in range(b):
+        product = products[:, :, :, j].reshape(N, T, O)
+        start = j * a * D
+        product = lax.slice_in_dim(product, start, start + length, spec.stride, axis=1)
+        y = product if y is None else y + product
+    return y
+
+
 def fold(x, w, spec, numbers):
     """Views time as ``(T/D, D)``: inside one residue class of D the taps are neighbours."""
     U, S, D = spec.out_time, spec.stride, spec.kernel_dilation
@@ -306,6 +291,7 @@ FORWARD: dict[str, Formulation] = {
         matmuls,
         im2col,
         scatter,
+        blocks,
         fold,
         dense,
         split,
@@ -380,17 +366,18 @@ def tree_kernel_grad(x, g, spec, numbers, ways=16):
     """Shifted multiply-reductions, ``ways`` blocks of time added as whole arrays, then again.
 
     XLA:CPU sums over rows one column at a time, a cache line for each number; additions of
-    arrays it does in the order of memory.
+    arrays it does in the order of memory. Barriers keep it from computing a level of the sum
+    anew for each number of the next: some shapes took 15 times as long, and 40 s to compile.
     """
     (_, U, O), G = g.shape, spec.groups
     c, m = x.shape[2] // G, O // G
-    ways = min(ways, U)
-    more = -U % ways  # steps that make the blocks equal: zeros in both, for 0 * NaN is not 0
+    count = min(ways, U)
+    more = -U % count  # steps that make the blocks equal: zeros in both, for 0 * NaN is not 0
     longer = ((0, 0), (0, more), (0, 0))
     g = jnp.pad(g, longer).astype(numbers.acc)
 
     def block(a, b):
-        return lax.slice_in_dim(a, b * (U + more) // ways, (b + 1) * (U + more) // ways, axis=1)
+        return lax.slice_in_dim(a, b * (U + more) // count, (b + 1) * (U + more) // count, axis=1)
 
     def product(tap, i, b):
         tap, gb = block(tap, b).astype(numbers.acc), block(g, b)
@@ -400,13 +387,14 @@ def tree_kernel_grad(x, g, spec, numbers, ways=16):
         return (tap * gb.reshape(*gb.shape[:2], G, m)).reshape(gb.shape)
 
     def total(rows):
+        rows = lax.optimization_barrier(rows)
         while len(rows) > ways:
             rows = jnp.pad(rows, ((0, -len(rows) % ways), (0, 0)))
-            rows = sum(jnp.split(rows, ways))
+            rows = lax.optimization_barrier(sum(jnp.split(rows, ways)))
         return jnp.sum(rows, 0)
 
     sums = [
-        total(sum(product(tap, i, b) for b in range(ways)).reshape(-1, O))
+        total(sum(product(tap, i, b) for b in range(count)).reshape(-1, O))
         for tap in (jnp.pad(tap, longer) for tap in taps(x, spec))
         for i in range(c)
     ]

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from conv_pallas import conv1d
-from conv_pallas.kernels import xla, xla_formulations
+from conv_pallas.kernels import xla, xla_pieces
 from conv_pallas.kernels.xla_formulations import FORWARD, KERNEL_GRAD, flip
-from conv_pallas.spec import OPERATIONS
+from conv_pallas.kernels.xla_pieces import in_steps, in_taps
+from conv_pallas.spec import OPERATIONS, ConvSpec, Problem
 from tests.cases import CASES, Case, named
 from tests.support import padded, rows
 from tests.tolerance import check
@@ -111,7 +112,8 @@ def test_in_pieces(operation, dtype, loop, monkeypatch):
             monkeypatch.setattr(xla, "WHOLE", 1)
             monkeypatch.setattr(xla, "PIECE", dict.fromkeys(xla.PIECE, piece))
             monkeypatch.setattr(xla, "MOST", 1)
-            monkeypatch.setattr(xla_formulations, "PIECES", 1 if loop else 16)
+            monkeypatch.setattr(xla, "_steps_at_once", lambda *_: case.T)
+            monkeypatch.setattr(xla_pieces, "PIECES", 1 if loop else 16)
             assert xla._sequences_at_once(name, problem) == at_once
             program = compiled(name)
             check(np.asarray(program(lhs, rhs)), operation, lhs, rhs, case.spec,
@@ -123,6 +125,61 @@ def test_in_pieces(operation, dtype, loop, monkeypatch):
         assert xla._sequences_at_once(name, problem) == 6
     prime = dataclasses.replace(problem, N=127)
     assert xla._sequences_at_once(names[0], prime) in (1, 127)
+
+
+@pytest.mark.parametrize("pieces", [in_steps, in_taps])
+@pytest.mark.parametrize("loop", [False, True])
+@pytest.mark.parametrize("case, operation", TESTS[:: len(OPERATIONS) + 1] + TESTS[-2:], ids=str)
+def test_in_steps_and_in_taps(case, operation, loop, pieces, monkeypatch):
+    monkeypatch.setattr(xla_pieces, "PIECES", 1 if loop else 16)
+    problem = case.problem(operation)
+    lhs, rhs = operands(case, operation)
+    operand, numbers = xla.numbers_of(problem)
+    sums, spec, w = operation == "conv1d_kernel_grad", problem.spec, rhs.astype(operand)
+    if operation == "conv1d_input_grad":
+        w, spec = flip(w, spec.groups), spec.transposed()
+    of = spec.out_time if pieces is in_steps else spec.kernel_size
+    for name in ("im2col", "tree") if sums else ("blocks", "own_pads"):
+        for n in {1, (of + 1) // 2, max(1, of - 1)}:
+            run = pieces((KERNEL_GRAD if sums else FORWARD)[name], n, sums)
+            run = jax.jit(lambda x, w, run=run: run(x, w, spec, numbers).astype(problem.out_dtype))
+            compiled = run.lower(lhs.astype(operand), w).compile(
+                {"xla_backend_optimization_level": 0}
+            )
+            actual = compiled(lhs.astype(operand), w)
+            check(actual, operation, lhs, rhs, case.spec, out_dtype=problem.out_dtype)
+
+
+@pytest.mark.parametrize(
+    "sizes, chosen",
+    [
+        ((2, 200, 12, 12, 23, 4), "blocks"),
+        ((1, 9000, 8, 8, 200, 2), "blocks"),
+        ((2, 200, 16, 16, 23, 4, 1, 16), "own_pads"),
+        ((1, 400, 4, 4, 150, 1, 1, 4), "own_pads"),
+    ],
+)
+def test_no_output_sees_what_is_after_it(sizes, chosen):
+    """Not even times zero, in a block of taps that is not full: that would be NaN."""
+    N, T, C, O, K, D, _, G = (*sizes, 1, 1)[:8]
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal((N, T, C)), rng.standard_normal((K, C // G, O))
+    x[:, T // 2 :] = np.nan
+    x, w = jnp.asarray(x, jnp.float32), jnp.asarray(w, jnp.float32)
+    spec = ConvSpec(T, K, padding=((K - 1) * D, 0), kernel_dilation=D, groups=G)
+    problem = Problem("conv1d", spec, N, C, O, x.dtype, w.dtype, x.dtype, None, "cpu")
+    assert xla.choose(problem) == chosen
+    y = conv1d(x, w, kernel_dilation=D, feature_group_count=G)
+    assert np.isfinite(y[:, : T // 2]).all() and np.isnan(y[:, T // 2]).all()
+
+
+def test_a_sum_is_computed_once():
+    """Level by level; anew for what reads it, the program was ten times as long, and as slow."""
+    x, w = jnp.zeros((2, 1000, 512)), jnp.zeros((8, 1, 512))
+    step = jax.grad(lambda w: jnp.sum(conv1d(x, w, feature_group_count=512)))
+    hlo = jax.jit(step).lower(w).compile().as_text()
+    assert "f32[126,512]" in hlo  # the first level, 16 blocks of both sequences added
+    assert hlo.count(" fusion(") < 80
 
 
 def test_a_kernel_gradient_is_no_slower_in_a_loop():

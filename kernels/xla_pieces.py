@@ -1,0 +1,184 @@
+"""XLA formulations taken piece by piece: some sequences at a time, some steps, or some taps.
+
+What a formulation holds for a moment then fits in the caches, and what is fused into one loop stays
+small enough to be compiled well. Each wraps any formulation of `xla_formulations`; where it pays
+`xla.py` decides.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from conv_pallas.kernels.xla_formulations import Formulation, pad, some_steps, some_taps
+
+# Pieces that are written out one by one. Each is compiled by itself, and for a moment their results
+# are there twice, so that what has many gets a loop instead: in whole networks slower by 5 to 40 %,
+# for a loop's outputs are zeros first, which XLA copies once for each loop that starts with them,
+# and go to their place by another copy.
+PIECES = 16
+
+
+def in_pieces(formulation: Formulation, n: int, sums: bool) -> Formulation:
+    """A formulation that takes ``n`` sequences at a time, one piece after the other.
+
+    So what it holds for a moment, K times x or y, fits in the caches, and memory that is written
+    for the first time does not have to be found for all of it in every call.
+
+    Args:
+      n: divides N.
+      sums: over sequences, as a kernel gradient does; in the order of pieces.
+    """
+
+    def of_pieces(xs, other, spec, numbers):
+        ys = []
+        for x in xs:
+            if ys:  # else XLA runs all of them at once
+                x, ys[-1] = lax.optimization_barrier((x, ys[-1]))
+            ys.append(formulation(x, other, spec, numbers).astype(numbers.out))
+        return lax.concatenate(ys, 0)
+
+    def sum_of_pieces(pairs, spec, numbers):
+        total = None
+        for x, g in pairs:
+            if total is not None:
+                x, total = lax.optimization_barrier((x, total))
+            term = formulation(x, g, spec, numbers).astype(numbers.acc)
+            total = term if total is None else total + term
+        return total
+
+    def run(x, other, spec, numbers):
+        count = len(x) // n
+        pieces = lambda a: a.reshape(count, n, *a.shape[1:])  # noqa: E731
+        exact = numbers._replace(out=numbers.acc)
+        if count <= PIECES:
+            cut = lambda a: jnp.split(a, count)  # noqa: E731
+            if sums:
+                return sum_of_pieces(zip(cut(x), cut(other), strict=True), spec, exact)
+            return of_pieces(cut(x), other, spec, numbers)
+        if not sums:
+            each = lambda a: formulation(a, other, spec, numbers).astype(numbers.out)  # noqa: E731
+            y = lax.map(each, pieces(x))
+            return y.reshape(-1, *y.shape[2:])
+        xs, gs = pieces(x), pieces(other)
+
+        def term(i):
+            x, g = (lax.dynamic_index_in_dim(a, i, keepdims=False) for a in (xs, gs))
+            return formulation(x, g, spec, exact).astype(numbers.acc)
+
+        return lax.fori_loop(1, count, lambda i, total: total + term(i), term(0))
+
+    return run
+
+
+def in_steps(formulation: Formulation, n: int, sums: bool) -> Formulation:
+    """A formulation that makes ``n`` steps of the output at a time, one piece after the other.
+
+    Args:
+      n: at most the number of steps.
+      sums: over steps, as a kernel gradient does; in the order of time.
+    """
+
+    def piece(x, other, spec, numbers, first, count):
+        if sums:
+            other = lax.slice_in_dim(other, first, first + count, axis=1)
+        y = formulation(x, other, some_steps(spec, first, count), numbers)
+        return y.astype(numbers.acc if sums else numbers.out)
+
+    def written_out(x, other, spec, numbers):
+        ys = []
+        for first in range(0, spec.out_time, n):
+            if ys:  # else XLA runs all of them at once
+                x, ys[-1] = lax.optimization_barrier((x, ys[-1]))
+            y = piece(x, other, spec, numbers, first, min(n, spec.out_time - first))
+            ys = [ys[-1] + y] if sums and ys else [*ys, y]
+        return ys[0] if sums else lax.concatenate(ys, 1)
+
+    def looped(x, other, spec, numbers):
+        count, rest = divmod(spec.out_time, n)
+        reach = (n - 1) * spec.stride + spec.span
+        one = dataclasses.replace(spec, time=reach, padding=(0, 0), input_dilation=1)
+        padded = pad(x, spec)
+        tail = piece(x, other, spec, numbers, count * n, rest) if rest else None
+
+        def part(i):
+            seen = lax.dynamic_slice_in_dim(padded, i * (n * spec.stride), reach, axis=1)
+            g = lax.dynamic_slice_in_dim(other, i * n, n, axis=1) if sums else other
+            return formulation(seen, g, one, numbers).astype(numbers.acc if sums else numbers.out)
+
+        if sums:
+            first = part(0) if tail is None else part(0) + tail
+            return lax.fori_loop(1, count, lambda i, total: total + part(i), first)
+        y = jnp.moveaxis(lax.map(part, jnp.arange(count)), 0, 1)
+        y = y.reshape(y.shape[0], count * n, y.shape[3])
+        return y if tail is None else lax.concatenate([y, tail], 1)
+
+    def run(x, other, spec, numbers):
+        few = -(-spec.out_time // n) <= PIECES
+        exact = numbers._replace(out=numbers.acc) if sums else numbers
+        return (written_out if few else looped)(x, other, spec, exact)
+
+    return run
+
+
+def in_taps(formulation: Formulation, n: int, sums: bool) -> Formulation:
+    """A formulation that takes ``n`` taps at a time, and adds up what they give.
+
+    XLA:CPU makes one loop of all taps that are written out. Beyond some ten of them LLVM no longer
+    keeps what the loop reads in registers, and beyond a hundred compiling takes longer than that
+    saves.
+
+    Args:
+      n: at most the number of taps.
+      sums: over time, as a kernel gradient does: its taps are put together, not added.
+    """
+
+    def written_out(x, other, spec, numbers):
+        K = spec.kernel_size
+        parts, y = [], None
+        for k in range(0, K, n):
+            count = min(n, K - k)
+            if k:  # else XLA makes one loop of all of them
+                x, y = lax.optimization_barrier((x, y))
+            w = other if sums else other[k : k + count]
+            part = formulation(x, w, some_taps(spec, k, count), numbers).astype(numbers.acc)
+            y = part if sums or y is None else y + part
+            parts.append(y)
+        return lax.concatenate(parts, 0) if sums else y
+
+    def looped(x, other, spec, numbers):
+        K, D = spec.kernel_size, spec.kernel_dilation
+        count, rest = divmod(K, n)
+        padded = pad(x, spec)
+        reach = (n - 1) * D + (spec.out_time - 1) * spec.stride + 1
+        one = dataclasses.replace(
+            spec, time=reach, kernel_size=n, padding=(0, 0), input_dilation=1
+        )
+        last = some_taps(spec, K - rest, rest) if rest else None
+        seen = lambda j: lax.dynamic_slice_in_dim(padded, j * (n * D), reach, axis=1)  # noqa: E731
+        if sums:
+            each = lambda j: formulation(seen(j), other, one, numbers).astype(numbers.acc)  # noqa: E731
+            dw = lax.map(each, jnp.arange(count))
+            dw = dw.reshape(count * n, *dw.shape[2:])
+            if rest:
+                tail = formulation(x, other, last, numbers).astype(numbers.acc)
+                dw = lax.concatenate([dw, tail], 0)
+            return dw
+
+        def add(j, y):
+            w = lax.dynamic_slice_in_dim(other, j * n, n)
+            return y + formulation(seen(j), w, one, numbers).astype(numbers.acc)
+
+        if rest:
+            y = formulation(x, other[K - rest :], last, numbers).astype(numbers.acc)
+        else:
+            y = jnp.zeros((x.shape[0], spec.out_time, other.shape[2]), numbers.acc)
+        return lax.fori_loop(0, count, add, y)
+
+    def run(x, other, spec, numbers):
+        few = -(-spec.kernel_size // n) <= PIECES
+        exact = numbers._replace(out=numbers.acc)
+        return (written_out if few else looped)(x, other, spec, exact)
+
+    return run
