@@ -320,9 +320,8 @@ def _transpose_of_composition(composed):
             return composed(*given, **params)
 
         types = [operands[i].aval for i in asked]
-        structs = [jax.ShapeDtypeStruct(t.shape, t.dtype, sharding=_place(t)) for t in types]
         cts = [ad.instantiate_zeros(ct) for ct in cts]
-        grads = dict(zip(asked, jax.linear_transpose(f, *structs)(cts), strict=True))
+        grads = dict(zip(asked, jax.linear_transpose(f, *types)(cts), strict=True))
         return [grads.get(i) for i in range(len(operands))]
 
     return rule

@@ -313,6 +313,22 @@ def test_gradient_inside_shard_map(epilogue):
     tree_close(jax.jit(f)(*layout.arrays()), jax.jit(grad)(*layout.arrays()), rtol=1e-4)
 
 
+def test_transpose_inside_shard_map():
+    """Of an affine layer by itself, as solvers of linear systems ask for it."""
+    layout, mesh = LAYOUTS["batch"], _mesh(AxisType.Auto)
+    x, w = layout.arrays()
+    b = np.linspace(-1, 1, W[-1], dtype=np.float32)
+
+    def transposed(x, w, b):
+        w, b = (lax.pcast(a, "a", to="varying") for a in (w, b))
+        f = lambda x: conv1d(x, w, b, kernel_dilation=2)  # noqa: E731
+        return jax.linear_transpose(f, x)(f(x))[0]
+
+    mapped = jax.shard_map(transposed, mesh=mesh, in_specs=(P("a"), P(), P()), out_specs=P("a"))
+    f = lambda x: conv1d(x, w, b, kernel_dilation=2)  # noqa: E731
+    tree_close(jax.jit(mapped)(x, w, b), jax.linear_transpose(f, x)(f(x))[0], rtol=1e-4)
+
+
 def test_manual_over_one_axis():
     """Manual over the batch, automatic over the channels."""
     layout, mesh = LAYOUTS["batch_and_channels_out"], _mesh(AxisType.Auto)
