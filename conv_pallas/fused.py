@@ -384,7 +384,7 @@ def _backward_dce(used, *rest):
 def _batching(p, composed, shared, axis_data, args, dims, **params):
     """What is shared by the whole batch stays; an axis of anything else is one more batch axis."""
     if all(d is None for d in dims):
-        outs = p.bind(*args, **params)
+        outs = _bind(p, *args, **params)
         return outs, [None] * len(outs)
     once = shared(len(args), **params)
     if all(dims[i] is None for i in once) and axis_data.explicit_mesh_axis is None:
@@ -392,7 +392,7 @@ def _batching(p, composed, shared, axis_data, args, dims, **params):
             a if i in once else batching.bdim_at_front(a, d, axis_data.size)
             for i, (a, d) in enumerate(zip(args, dims, strict=True))
         ]
-        outs = p.bind(*args, **params)
+        outs = _bind(p, *args, **params)
     else:
         mapped = jax.vmap(
             functools.partial(composed, **params), in_axes=tuple(dims), axis_size=axis_data.size,

@@ -226,7 +226,7 @@ def lower_locally(ctx, call, operands, *, multiple_results: bool):
 def _batching_rule(axis_data, args, dims, *, kernel_batch, out_sharding, operation, **params):
     """One more batch axis, one more axis of kernels, or wider channels: never a loop."""
     (lhs, rhs), (lhs_dim, rhs_dim), V = args, dims, kernel_batch
-    bind = functools.partial(_PRIMITIVES[operation].bind, **params)
+    bind = functools.partial(_bind, operation, **params)
     mesh_axis = axis_data.explicit_mesh_axis
     if lhs_dim is None and rhs_dim is None:
         return bind(lhs, rhs, kernel_batch=V, out_sharding=out_sharding), None
@@ -289,10 +289,8 @@ def _unfold(a, axis: int, size: int, groups: int):
 def _to(aval, operation: Operation, lhs, rhs, **params):
     """An operation whose result is the cotangent of a value of type `aval`."""
     out_sharding = aval.sharding if aval.sharding.mesh.explicit_axes else None
-    return _PRIMITIVES[operation].bind(
-        *jax_core.auto_insert_reshard(lhs, rhs),
-        **(params | dict(out_dtype=aval.dtype, out_sharding=out_sharding)),
-    )
+    result = dict(out_dtype=aval.dtype, out_sharding=out_sharding)
+    return _bind(operation, lhs, rhs, **(params | result))
 
 
 _TRANSPOSES = {
@@ -335,14 +333,15 @@ _PRIMITIVES = {operation: _make(operation) for operation in OPERATIONS}
 conv1d_p, conv1d_input_grad_p, conv1d_kernel_grad_p = _PRIMITIVES.values()
 
 
-def _bind(operation: Operation, lhs, rhs, *, out_dtype, out_sharding=None, **params):
-    return _PRIMITIVES[operation].bind(
-        *jax_core.auto_insert_reshard(lhs, rhs),
-        kernel_batch=0,
-        out_dtype=np.dtype(out_dtype),
-        out_sharding=out_sharding,
-        **params,
-    )
+def _bind(operation: Operation, lhs, rhs, **params):
+    # In a shard_map operands have to vary along the same mesh axes; in a rule, too, one may have
+    # come to vary where the other did not.
+    operands = jax_core.auto_insert_reshard(lhs, rhs)
+    return _PRIMITIVES[operation].bind(*operands, **params)
+
+
+def _apply(operation: Operation, lhs, rhs, *, out_dtype, **params):
+    return _bind(operation, lhs, rhs, kernel_batch=0, out_dtype=np.dtype(out_dtype), **params)
 
 
 def conv1d(x, w, *, spec: ConvSpec, precision, out_dtype, implementation, out_sharding=None):
@@ -359,7 +358,7 @@ def conv1d(x, w, *, spec: ConvSpec, precision, out_dtype, implementation, out_sh
       y ``(*batch, T', O)``.
     """
     params = dict(spec=spec, precision=precision, implementation=implementation)
-    return _bind("conv1d", x, w, out_dtype=out_dtype, out_sharding=out_sharding, **params)
+    return _apply("conv1d", x, w, out_dtype=out_dtype, out_sharding=out_sharding, **params)
 
 
 def conv1d_input_grad(
@@ -367,7 +366,7 @@ def conv1d_input_grad(
 ):
     """dx ``(*batch, T, C)`` of g ``(*batch, T', O)`` and w ``(K, C // G, O)``; see `conv1d`."""
     params = dict(spec=spec, precision=precision, implementation=implementation)
-    return _bind(
+    return _apply(
         "conv1d_input_grad", g, w, out_dtype=out_dtype, out_sharding=out_sharding, **params
     )
 
@@ -377,7 +376,7 @@ def conv1d_kernel_grad(
 ):
     """dw ``(K, C // G, O)`` of x ``(*batch, T, C)`` and g ``(*batch, T', O)``; see `conv1d`."""
     params = dict(spec=spec, precision=precision, implementation=implementation)
-    return _bind(
+    return _apply(
         "conv1d_kernel_grad", x, g, out_dtype=out_dtype, out_sharding=out_sharding, **params
     )
 

@@ -313,6 +313,24 @@ def test_gradient_inside_shard_map(epilogue):
     tree_close(jax.jit(f)(*layout.arrays()), jax.jit(grad)(*layout.arrays()), rtol=1e-4)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_vmap_of_a_shard_map_over_the_mesh(bias):
+    """The batch comes to vary along the mesh within the rule that batches, the kernel does not."""
+    layout, mesh = LAYOUTS["batch"], _mesh(AxisType.Auto)
+    x, w = layout.arrays()
+    b = np.linspace(-1, 1, W[-1], dtype=np.float32) if bias else None
+
+    def loss(x, w):
+        y = conv1d(x, w, b, kernel_dilation=2)
+        return jnp.sum(jnp.sin(y), (-2, -1))
+
+    each = jax.grad(lambda x, w: jnp.sum(loss(x, w)), argnums=(0, 1))
+    for f, out_specs in ((loss, P()), (each, (P(), P()))):
+        mapped = jax.shard_map(f, mesh=mesh, in_specs=(P(), P()), out_specs=out_specs)
+        run = jax.jit(jax.vmap(mapped, in_axes=(0, None), spmd_axis_name="a"))
+        tree_close(run(x, w), jax.vmap(f, in_axes=(0, None))(x, w), rtol=1e-4)
+
+
 def test_transpose_inside_shard_map():
     """Of an affine layer by itself, as solvers of linear systems ask for it."""
     layout, mesh = LAYOUTS["batch"], _mesh(AxisType.Auto)
