@@ -292,6 +292,17 @@ def test_conditions():
             model(x)
 
 
+def test_a_condition_beside_integers_is_not_rounded():
+    """Counts or one-hot codes as x: their dtype is not the condition's."""
+    model = network(conditioning=2, conditioning_mode="concat")
+    x, condition = jnp.arange(2 * 9 * 3).reshape(2, 9, 3) % 2, inputs(2, 2)
+    y = model(x, condition=condition)
+    np.testing.assert_array_equal(y, model(x.astype(jnp.float32), condition=condition))
+    state = model.init_state(2)
+    streamed, _ = model.step(x, state, condition=condition)
+    np.testing.assert_allclose(streamed, y, rtol=1e-5, atol=1e-6)
+
+
 def test_norms_dtypes_initializers_and_dropout():
     ones = nnx.initializers.ones
     model = network(

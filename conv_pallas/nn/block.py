@@ -172,8 +172,10 @@ class TemporalBlock(nnx.Module):
         if condition is not None:
             condition = run.hide(condition) if changing else condition
             if self.condition is None:
-                wide = (*x.shape[:-1], condition.shape[-1])
-                h = jnp.concatenate([x, jnp.broadcast_to(condition, wide).astype(x.dtype)], -1)
+                if not jnp.issubdtype(x.dtype, jnp.inexact):  # no integer holds a condition
+                    h = x.astype(ops.promoted_dtype(x, condition))
+                wide = jnp.broadcast_to(condition, (*x.shape[:-1], condition.shape[-1]))
+                h = jnp.concatenate([h, wide.astype(h.dtype)], -1)
             else:
                 added = self.condition(condition)
                 added = run.late("condition", added, self.first_lookahead) if changing else added
