@@ -206,6 +206,14 @@ def test_the_state_under_transforms():
                 np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("activation", ["tanh", jnp.tanh, None])
+def test_a_compiled_step_of_a_layer_takes_its_activation(activation):
+    layer = Conv(3, 4, 3, padding="CAUSAL", rngs=nnx.Rngs(0))
+    x = numbers(2, 6, 3)
+    y, _ = compiled_step(layer)(x, layer.init_state(2), activation=activation)
+    np.testing.assert_allclose(y, layer(x, activation=activation), rtol=1e-5, atol=1e-6)
+
+
 def test_export_and_checkpoint_in_the_middle_of_a_stream(tmp_path):
     model = model_of(norm="weight", lookahead=2)
     x = numbers(2, 12, 3)

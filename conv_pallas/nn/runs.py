@@ -145,7 +145,8 @@ def compiled_step(model: nnx.Module):
         are now.
 
     Returns:
-      A function ``(x, state, **keywords) -> (y, state)``.
+      A function ``(x, state, **keywords) -> (y, state)``. It compiles once for each `activation`
+      too, where the model is a `Conv`.
 
     Raises:
       ValueError: the model has dropout that is on, or can't stream at all.
@@ -161,8 +162,14 @@ def compiled_step(model: nnx.Module):
     graph, variables = nnx.split(model)
     leaves, tree = jax.tree.flatten(variables)
 
-    def advance(leaves, x, state, keywords):
-        return nnx.merge(graph, jax.tree.unflatten(tree, leaves)).step(x, state, **keywords)
+    def advance(leaves, x, state, arrays, static):
+        model = nnx.merge(graph, jax.tree.unflatten(tree, leaves))
+        return model.step(x, state, **arrays, **dict(static))
 
-    compiled = jax.jit(advance, donate_argnums=2)
-    return lambda x, state, **keywords: compiled(leaves, x, state, keywords)
+    compiled = jax.jit(advance, donate_argnums=2, static_argnums=4)
+
+    def step(x, state, **keywords):
+        static = tuple((name, keywords.pop(name)) for name in ("activation",) if name in keywords)
+        return compiled(leaves, x, state, keywords, static)
+
+    return step
