@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax._src import checkify
 from jax._src import core as jax_core
 from jax._src import dispatch as jax_dispatch
 from jax._src.interpreters import ad, batching, mlir
@@ -468,6 +469,7 @@ def _make(name, results, composed, local, shared):
         rule = functools.partial(_lowering, platform=platform, local=local, composed=composed)
         mlir.register_lowering(p, rule, platform=platform)
     jax_dispatch.prim_requires_devices_during_lowering.add(p)
+    checkify.error_checks[p] = functools.partial(checkify.nan_error_check, p)
     return p
 
 

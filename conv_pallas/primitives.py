@@ -24,10 +24,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax._src import checkify, sharding_impls
 from jax._src import core as jax_core
 from jax._src import dispatch as jax_dispatch
 from jax._src import mesh as mesh_lib
-from jax._src import sharding_impls
 from jax._src.interpreters import ad, batching, mlir
 from jax._src.lax import utils as lax_utils
 from jax.experimental.custom_partitioning import custom_partitioning
@@ -326,6 +326,7 @@ def _make(operation: Operation):
     for platform in dispatch.PLATFORMS:
         mlir.register_lowering(p, rule(_lowering, platform=platform), platform=platform)
     jax_dispatch.prim_requires_devices_during_lowering.add(p)
+    checkify.error_checks[p] = functools.partial(checkify.nan_error_check, p)
     return p
 
 
