@@ -98,12 +98,13 @@ def _compute(
     lhs = lhs.reshape(kernels, N, *lhs.shape[-2:])
     rhs = rhs.reshape(kernels, rhs_rows, *rhs.shape[-2:])
     kernel = dispatch.select(problem, implementation)
-    if kernels == 1:
-        out = kernel.run(problem, lhs[0], rhs[0])
-    elif kernel.vmappable:
-        out = jax.vmap(functools.partial(kernel.run, problem))(lhs, rhs)
-    else:
-        out = _run_as_groups(problem, kernels, lhs, rhs, implementation)
+    with jax.named_scope(operation):  # so that a profile says what its matmuls and pads belong to
+        if kernels == 1:
+            out = kernel.run(problem, lhs[0], rhs[0])
+        elif kernel.vmappable:
+            out = jax.vmap(functools.partial(kernel.run, problem))(lhs, rhs)
+        else:
+            out = _run_as_groups(problem, kernels, lhs, rhs, implementation)
     return out.reshape(out_shape)
 
 

@@ -1,6 +1,7 @@
 """Every transform of JAX on `conv1d`: what it gives, and what it makes of the primitives."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -155,6 +156,23 @@ def test_remat_computes_again_what_is_not_saved():
 
     assert count(jax.checkpoint_policies.nothing_saveable) == 2
     assert count(jax.checkpoint_policies.everything_saveable) == 1
+
+
+def test_a_profile_names_the_operations():
+    """Each HLO operation tells which of the three it is a part of, and in whose scope."""
+    ours, _, x, w, _ = _setup("dense")
+
+    def loss(x, w):
+        with jax.named_scope("encoder"):
+            return jnp.sum(jnp.sin(ours(x, w)))
+
+    hlo = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(x, w).compile().as_text()
+    for name in (
+        r"jvp\(encoder\)/conv1d/",
+        r"transpose\(jvp\(encoder\)\)/conv1d_input_grad/",
+        r"transpose\(jvp\(encoder\)\)/conv1d_kernel_grad/",
+    ):
+        assert re.search(rf'op_name="[^"]*{name}', hlo), name
 
 
 def test_control_flow():
