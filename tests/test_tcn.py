@@ -277,6 +277,18 @@ def test_remat_changes_nothing_but_memory():
     assert [name for name in names if "remat" in name or "checkpoint" in name] != []
 
 
+def test_remat_of_a_model_in_a_closure():
+    """JAX's own transforms of a function that holds the model, as to evaluate or to export it."""
+    x = inputs(2, 9, 3)
+    for norm in (None, "batch"):
+        model = network(remat=True, norm=norm, dropout=0.5)
+        model.eval()
+        y = model(x)
+        call = lambda x, model=model: model(x)  # noqa: E731
+        for transform in (jax.jit, jax.vmap):
+            np.testing.assert_allclose(transform(call)(x), y, rtol=1e-5, atol=1e-6)
+
+
 def test_conditions():
     x, vector = inputs(2, 9, 3), inputs(2, 2)
     for mode in ("add", "concat"):

@@ -309,7 +309,7 @@ class TCN(nnx.Module):
         def forward(block, x, condition, mask, segment_ids):
             return block.run(x, condition, Whole(mask, segment_ids))
 
-        forward = nnx.remat(forward) if self.remat else forward
+        forward = nnx.remat(forward, graph_updates=False) if self.remat else forward
         return forward(block, x, condition, mask, segment_ids)
 
     def _skip(self, total, level, added, late=None):
