@@ -27,7 +27,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -64,6 +63,7 @@ from conv_pallas.kernels.tpu_window import (
     cleared,
     compiler_params,
     cost,
+    decline_any,
     round_up,
     rows_of,
     rows_that_fit,
@@ -404,20 +404,12 @@ backward = functools.partial(tpu_epilogue.backward, launch)
 
 # --- What it declines ---
 
-OPERANDS = (np.dtype(jnp.bfloat16), np.dtype(np.float32))
-
 
 def decline(problem: Problem) -> str | None:
-    spec = problem.spec
-    if spec.groups != 1:
+    if problem.spec.groups != 1:
         return "is for one group of channels"
-    if spec.stride != 1 or spec.input_dilation != 1:
-        return "takes neither strides nor input dilation"
-    if not isinstance(spec.time, int) or not isinstance(problem.N, int):
-        return "needs a time and a batch size that are known when it is compiled"
-    for dtype in (problem.lhs_dtype, problem.rhs_dtype, problem.out_dtype):
-        if dtype not in OPERANDS:
-            return f"takes bfloat16 and float32, not {dtype}"
+    if reason := decline_any(problem):
+        return reason
     if passes_of(problem) is None:
         return f"knows the precisions DEFAULT, HIGH and HIGHEST, not {problem.precision}"
     if not sees_nothing(problem) and _plan_of(problem, Chip.current()) is None:

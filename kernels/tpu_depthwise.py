@@ -25,7 +25,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -41,6 +40,7 @@ from conv_pallas.kernels.tpu_window import (
     cleared,
     compiler_params,
     cost,
+    decline_any,
     round_up,
     rows_of,
     rows_that_fit,
@@ -295,20 +295,12 @@ backward = functools.partial(tpu_epilogue.backward, launch)
 
 # --- What it declines ---
 
-OPERANDS = (np.dtype(jnp.bfloat16), np.dtype(np.float32))
-
 
 def decline(problem: Problem) -> str | None:
-    spec = problem.spec
     if not problem.depthwise:
         return "is for one channel a group"
-    if spec.stride != 1 or spec.input_dilation != 1:
-        return "takes neither strides nor input dilation"
-    if not isinstance(spec.time, int) or not isinstance(problem.N, int):
-        return "needs a time and a batch size that are known when it is compiled"
-    for dtype in (problem.lhs_dtype, problem.rhs_dtype, problem.out_dtype):
-        if dtype not in OPERANDS:
-            return f"takes bfloat16 and float32, not {dtype}"
+    if reason := decline_any(problem):
+        return reason
     if not sees_nothing(problem) and _plan_of(problem, Chip.current()) is None:
         return "the halo does not fit in VMEM"
     return None

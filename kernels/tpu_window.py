@@ -16,6 +16,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -248,6 +249,26 @@ class Chip:
 def sees_nothing(problem: Problem) -> bool:
     """Whether there is nothing but padding under every tap, or nothing at all to compute."""
     return 0 in problem.out_shape or Walk.of(problem.spec, LANES).taps == 0
+
+
+OPERANDS = (np.dtype(jnp.bfloat16), np.dtype(np.float32))
+
+
+def decline_any(problem: Problem) -> str | None:
+    """What no kernel here takes, dense or depthwise."""
+    spec = problem.spec
+    if spec.stride != 1 or spec.input_dilation != 1:
+        return "takes neither strides nor input dilation"
+    if not isinstance(spec.time, int) or not isinstance(problem.N, int):
+        return "needs a time and a batch size that are known when it is compiled"
+    for dtype in (problem.lhs_dtype, problem.rhs_dtype, problem.out_dtype):
+        if dtype not in OPERANDS:
+            return f"takes bfloat16 and float32, not {dtype}"
+    if jax.config.jax_enable_x64:
+        # The index of a loop is int64 then, whatever its bounds are, and Mosaic makes it an int32:
+        # "'arith.muli' op requires the same type for all operands".
+        return "does not compile where jax_enable_x64 is on"
+    return None
 
 
 def gradient_problem(problem: Problem, operation: Operation) -> Problem:

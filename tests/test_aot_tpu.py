@@ -95,6 +95,19 @@ def test_fused_layers_compile(chip, model, activation):
     assert _kernels(compiled) == 3
 
 
+def test_what_a_kernel_declines_with_64_bits_goes_to_xla():
+    """Pallas's loops do not compile where jax_enable_x64 is on, also of float32 and bfloat16."""
+    layer = LAST["bfloat16"]
+    bias = aot.struct((layer.O,), layer.dtype)
+    step = _all_three(layer, implementation=None, activation="gelu")
+    assert _kernels(aot.compile_for("v6e", step, *_structs(layer), bias)) > 0  # the default
+    with jax.enable_x64(True):
+        assert _kernels(aot.compile_for("v6e", step, *_structs(layer), bias)) == 0
+        ordered = _all_three(layer)
+        with pytest.raises(NotImplementedError, match="where jax_enable_x64 is on"):
+            aot.lower_for("v6e", ordered, *_structs(layer))
+
+
 @pytest.mark.parametrize("chip", ["v4", "v6e"])
 def test_a_model_exported_on_a_cpu_compiles_on_a_tpu(chip):
     """The host that exports knows no chip; what it saves suits the least of them."""

@@ -1,6 +1,7 @@
 """Which kernel runs, how a user asks for one, and what `explain` says about it."""
 
 import dataclasses
+import functools
 import sys
 import textwrap
 
@@ -110,6 +111,14 @@ def test_what_is_explained_is_what_is_selected(name):
     for operation in OPERATIONS:
         kernel = dispatch.select(case.problem(operation), None)
         assert told.chosen[operation] == kernel.implementation
+
+
+def test_kernels_for_tpus_decline_where_loops_count_in_64_bits():
+    ask = functools.partial(explain, X, W, platform="tpu")
+    declined = "pallas_tpu  declines: does not compile where jax_enable_x64 is on"
+    assert declined not in str(ask())
+    with jax.enable_x64(True):
+        assert declined in str(ask())
 
 
 # --- Asking for one ---
