@@ -112,9 +112,11 @@ def most_programs(problem: Problem) -> int:
     return G * max(problem.N * steps * max(c, o), 512 * spec.kernel_size * c * o)
 
 
-def dot_precision(problem: Problem) -> str:
-    """How `tl.dot` multiplies float32; nothing else has a choice."""
+def dot_precision(problem: Problem) -> str | None:
+    """How `tl.dot` multiplies float32; nothing else has a choice. None: there is no way."""
     asked = problem.precision if isinstance(problem.precision, tuple) else (problem.precision,)
+    if not all(isinstance(p, jax.lax.Precision | None) for p in asked):
+        return None  # a `jax.lax.DotAlgorithmPreset`
     highest = max((jax.lax.Precision(p or 0).value for p in asked), default=0)
     return ("tf32", "tf32x3", "ieee")[highest]
 

@@ -242,7 +242,7 @@ def _added(partial: jax.Array, shape: tuple[int, int, int], out_dtype, bias: boo
     return total[:rows].reshape(shape).astype(out_dtype), total[rows] if bias else None
 
 
-def _precision(problem: Problem) -> str:
+def _precision(problem: Problem) -> str | None:
     # Two kinds of 16 bits meet in float32, without a pass over memory: see WIDEN.
     return dot_precision(problem) if operand_dtype(problem) == np.float32 else "tf32"
 
@@ -335,7 +335,11 @@ def backward(problem: Problem, x, w, bias, saved, gy, wanted):
 def decline(problem: Problem) -> str | None:
     if problem.depthwise:
         return "one channel in each group is for triton_depthwise"
-    return decline_any(problem)
+    if reason := decline_any(problem):
+        return reason
+    if _precision(problem) is None:
+        return f"knows the precisions DEFAULT, HIGH and HIGHEST, not {problem.precision}"
+    return None
 
 
 def describe(problem: Problem) -> str:

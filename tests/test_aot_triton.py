@@ -239,3 +239,13 @@ def test_a_kernel_knows_the_chip_it_is_compiled_for(chip, capability, monkeypatc
     f = lambda x, w: conv1d(x, w, **case.kwargs, implementation="triton")  # noqa: E731
     aot.lower_for(chip, f, *_structs(case)[:2])
     assert seen == [capability]
+
+
+def test_a_precision_that_names_an_algorithm_is_declined():
+    """A chain goes on to the next, and an order says why it can't be followed."""
+    x, w = aot.struct((2, 64, 32), "float32"), aot.struct((3, 32, 32), "float32")
+    with jax.default_matmul_precision("BF16_BF16_F32"):
+        chain = functools.partial(conv1d, implementation=("triton", "xla"))
+        assert "triton" not in aot.lower_for("h200", chain, x, w).as_text()
+        with pytest.raises(NotImplementedError, match="not BF16_BF16_F32"):
+            aot.lower_for("h200", functools.partial(conv1d, implementation="triton"), x, w)
