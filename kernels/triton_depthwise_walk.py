@@ -117,11 +117,9 @@ def conv_walk(
         ahead = _steps_ahead(x, px, t, end, real, D, step, AHEAD, BR, BC)
         for i in tl.static_range(AHEAD):
             xs = xs + (now[i].to(tl.float32),)
-            z = xs[0] * taps[0]
+            z = xs[0] * taps[0] + b if HAS_BIAS else xs[0] * taps[0]
             for k in tl.static_range(1, K):
                 z += xs[k] * taps[k]
-            if HAS_BIAS:
-                z += b
             z = activate(z, ACTIVATION)
             inside = real & (u + i * D < U)[:, None]
             tl.store(py + i * step, z.to(y.dtype.element_ty), inside)
@@ -195,11 +193,9 @@ def conv_walk_backward(
                 xs = xs + (x_now[i].to(tl.float32),)
                 g = g_now[i].to(tl.float32)
                 if ACTIVATION is not None:
-                    z = xs[0] * taps[0]
+                    z = xs[0] * taps[0] + b if HAS_BIAS else xs[0] * taps[0]
                     for k in tl.static_range(1, K):
                         z += xs[k] * taps[k]
-                    if HAS_BIAS:
-                        z += b
                     # Steps of x that no output has may be NaN, times which no zero is zero.
                     g = tl.where(met, activate_grad_of_z(g, z, ACTIVATION), 0.0)
                 if INPUT:
