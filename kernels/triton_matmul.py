@@ -45,6 +45,8 @@ def conv_dense(
     c = tl.arange(0, BC)
     k0 = first_tap(a, D, LOW, K, S, E, TAP_STEP)
     taps = tl.cdiv(K - k0, TAP_STEP)
+    if HAS_BIAS:  # on its way while the tiles are; no compiler moves it up past the loop's barriers
+        b = tl.load(bias + g * O + o, o < O, 0.0)
     acc = tl.zeros((BT, BO), tl.float32)
     for i in tl.range(taps * TILES_C):
         k = k0 + i // TILES_C * TAP_STEP
@@ -89,7 +91,7 @@ def conv_dense(
             wb = to_tf32(wb)
         acc = tl.dot(xb, wb, acc, input_precision=PRECISION)
     if HAS_BIAS:
-        acc += tl.load(bias + g * O + o, o < O, 0.0).to(tl.float32)[None, :]
+        acc += b.to(tl.float32)[None, :]
     u = a + (j0 + j) * PHASES
     # Added to a pointer before a tile of offsets is: that tile may then be of 32 bits.
     start = (n.to(tl.int64) * U + a + j0 * PHASES) * (G * O) + (g * O + o0)
