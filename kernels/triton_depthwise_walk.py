@@ -19,11 +19,12 @@ forward pass a fifth. Mamba's causal_conv1d (Dao and Gu, github.com/Dao-AILab/ca
 computes its gradient in one such kernel too, for D = 1 and SiLU, with atomic adds where partial
 sums stand here, one for each program, added afterwards in a fixed order.
 
-By estimate: a piece of R steps reads ``R + 2K - 2`` steps of x and ``R + K - 1`` of gy, so that
-for K = 4 and R = 32 the halo is 9 % of the three passes, less what of it the L2 still has. With
-SiLU it is some 45 instructions an element in sm_90 machine code, and an H200 has time for 47 while
-it moves the 6 bytes; were gz computed anew for each tap that needs it, as a kernel that tiles time
-has to, there were some 100. So the walk is what makes backward a matter of bytes alone.
+By estimate: a piece of R steps reads ``R + 2K - 2`` steps of x and ``R + K - 1`` of gy, so that for
+K = 4 and R = 64 the halo is 5 % of the three passes, less what of it the L2 still has; for as much
+the instructions grow. With SiLU they are some 36 an element in sm_90 machine code, and an H200 has
+time for 47 while it moves the 6 bytes; were gz computed anew for each tap that needs it, as a
+kernel that tiles time has to, there were some 100. So the walk is what makes backward a matter of
+bytes alone.
 """
 
 import math
@@ -257,10 +258,10 @@ def _tile(kernel: str, N: int, T: int, spec: ConvSpec, C: int, dtype, per_thread
         warps = 4
         columns = min(128, max(16, triton.next_power_of_2(C)))
         rows = max(1, 32 * warps * per_thread // columns)
-        steps = 32
+        steps = 64
         # Pieces enough for every processor: rather shorter ones, and more halo.
         tiles = lambda steps: N * triton.cdiv(C, columns) * (T / (steps * rows))  # noqa: E731
-        while steps > 8 and tiles(steps) < 8 * PROCESSORS:
+        while steps > 8 and tiles(steps) < (16 if steps > 32 else 8) * PROCESSORS:
             steps //= 2
     return rows, columns, max(1, min(steps, triton.cdiv(T, D))), warps
 
