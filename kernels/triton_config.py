@@ -31,7 +31,7 @@ class Config:
 
 def configure(
     kernel: str, rows: int, columns: int, depth: int, *, count: int, dtype: np.dtype,
-    precision: str, tma: bool,
+    precision: str, tma: bool, untuned: Config | None = None,
 ) -> Config:  # fmt: skip
     """A tuned tile, or a heuristic: as large as registers and shared memory allow.
 
@@ -39,10 +39,13 @@ def configure(
       rows, columns, depth: sizes of one group's matmul.
       count: how many matmuls of that size there are.
       dtype: of a factor.
+      untuned: what to take instead of the heuristic.
     """
     tile = tuned.lookup(tuned.key(kernel, rows, columns, depth, dtype.name, precision))
     if tile is not None:
         return Config(*tile)
+    if untuned is not None:
+        return untuned
     itemsize = dtype.itemsize
     if itemsize == 4 and precision == "ieee":
         # No tensor cores: each thread keeps its share of both tiles in registers.

@@ -21,7 +21,7 @@ work at one time walk along some 5 pieces of time, and the same reckoning gives 
 times, which a layer of that many channels can still hide behind its matmul.
 
 That is for many channels. With few, what the programs fetch from the L2 is several times what
-memory moves; `triton_resident` has programs that fetch less, for `tuning` to try.
+memory moves; `triton_resident` has programs that fetch less.
 
 Kernel grad has few outputs and a long sum. The sum over (n, u) is split among as many programs
 as keep the chip busy; each writes a partial result in float32, and those are added in a fixed
@@ -49,9 +49,13 @@ from conv_pallas.kernels.triton_common import (
     operand_dtype,
 )
 from conv_pallas.kernels.triton_common import decline as decline_any
-from conv_pallas.kernels.triton_config import choose_splits, configure
+from conv_pallas.kernels.triton_config import Config, choose_splits, configure
 from conv_pallas.kernels.triton_matmul import conv_dense, conv_dense_kernel_grad
 from conv_pallas.spec import ConvSpec, Problem
+
+# Of few channels and many steps; two such programs share a processor, so that one multiplies while
+# the other stores.
+FEW = Config(rows=64, columns=64, depth=64, warps=4, stages=3, resident=2)
 
 # --- Launchers ---
 
@@ -65,13 +69,27 @@ def _tileable(array: jax.Array, offset: int) -> bool:
     return array.shape[-1] * size % 16 == 0 and offset * size % 16 == 0
 
 
-def _config(N: int, spec: ConvSpec, C: int, O: int, dtype: np.dtype, precision: str):
-    """The tiles of `forward`."""
+def _may_stay(spec: ConvSpec, dtype: np.dtype) -> bool:
+    """Whether `triton_resident` takes such a convolution, given tiles that fit."""
+    return spec.groups == spec.stride == spec.input_dilation == 1 and dtype.itemsize == 2
+
+
+def _config(
+    N: int, spec: ConvSpec, C: int, O: int, dtype: np.dtype, precision: str, tma_x: bool = False
+):  # fmt: skip
+    """The tiles of `forward`, where x would be fetched by TMA if ``tma_x``."""
     G, phases = spec.groups, Phases.of(spec).phases
+    stays = (
+        tma_x and _may_stay(spec, dtype)
+        and FEW.depth // 2 < C <= FEW.depth and FEW.columns // 2 < O <= FEW.columns
+        and N * triton.cdiv(spec.out_time, FEW.rows) >= 4 * FEW.resident * PROCESSORS
+        and triton_resident.fits(FEW, spec.kernel_size)
+    )  # fmt: skip
     return configure(
         "conv_dense", triton.cdiv(spec.out_time, phases), O // G, C // G, count=N * G * phases,
         dtype=dtype, precision=precision,
         tma=triton_compat.has_tma(triton_compat.compute_capability()),
+        untuned=FEW if stays else None,
     )  # fmt: skip
 
 
@@ -100,7 +118,10 @@ def forward(
     J = triton.cdiv(spec.out_time, phases.phases)
     dtype = np.dtype(jnp.promote_types(x.dtype, w.dtype))
     tma = triton_compat.has_tma(triton_compat.compute_capability())
-    config = _config(N, spec, C, O, dtype, precision)
+    tma_x = (
+        tma and phases.row_step == 1 and grad_of is None and _tileable(x, c if G > 1 else 0)
+    )  # fmt: skip
+    config = _config(N, spec, C, O, dtype, precision, tma_x and x.dtype == w.dtype)
     # The last axis of w is that of the sum in a transposed kernel. For float32 the tensor
     # cores of Hopper take nothing else, and transposing the kernel is cheap.
     contract_last, reverse = transposed, transposed
@@ -115,10 +136,7 @@ def forward(
     # What a tile holds past a group's end only feeds results that are not stored, but for what
     # is summed over: there the next group begins, and the engine has no mask.
     whole = G == 1 or c % config.depth == 0
-    tma_x = (
-        tma and whole and phases.row_step == 1 and grad_of is None
-        and _tileable(x, c if G > 1 else 0)
-    )  # fmt: skip
+    tma_x = tma_x and whole
     tma_w = tma and whole and _tileable(w, w_col if G > 1 else 0)
     block = (config.columns, config.depth) if contract_last else (config.depth, config.columns)
     rounded = precision == "tf32"
@@ -126,9 +144,8 @@ def forward(
     programs = N * G * phases.phases * triton.cdiv(J, config.rows) * triton.cdiv(o, config.columns)
     y = jax.ShapeDtypeStruct((N, spec.out_time, O), out_dtype)
     stays = (
-        config.resident and G == spec.stride == spec.input_dilation == 1 and tma_x
-        and x.dtype == w.dtype and dtype.itemsize == 2 and C <= config.depth
-        and O <= config.columns and triton_resident.fits(config, K)
+        config.resident and _may_stay(spec, dtype) and tma_x and x.dtype == w.dtype
+        and C <= config.depth and O <= config.columns and triton_resident.fits(config, K)
     )  # fmt: skip
     if stays:
         programs = min(programs, PROCESSORS * config.resident)
@@ -201,8 +218,8 @@ def kernel_grad(
     tile = lambda a, block: triton_compat.Tile(a, (1, *block), rounded and a.dtype == np.float32)  # noqa: E731
     narrow = splits == 1 and not bias
     stays = (
-        config.resident and G == spec.stride == spec.input_dilation == 1 and tma_x and tma_g
-        and not tail and x.dtype == gy.dtype and dtype.itemsize == 2 and c <= config.rows
+        config.resident and _may_stay(spec, dtype) and tma_x and tma_g and not tail
+        and x.dtype == gy.dtype and c <= config.rows
         and o <= config.columns and triton_resident.sums_fit(config, K, bias)
     )  # fmt: skip
     if stays:

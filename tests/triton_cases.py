@@ -25,7 +25,7 @@ EXTRA = (
     Case("resident_long", T=4096, C=16, O=24, D=64, batch=(8,), dtype="bfloat16"),
 )
 
-# No heuristic picks programs that stay.
+# The heuristic picks programs that stay for more steps than the interpreter has time for.
 RESIDENT = (64, 64, 64, 4, 3, 1)
 
 NAMES = (
