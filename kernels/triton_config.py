@@ -6,8 +6,12 @@ import math
 import numpy as np
 import triton
 
+from conv_pallas.kernels import triton_compat
 from conv_pallas.kernels import triton_tuned as tuned
 from conv_pallas.kernels.triton_common import PROCESSORS
+
+# Of a processor of Hopper or data-centre Blackwell; each program costs 1 KiB on top of its own.
+SHARED_BYTES = 228 * 2**10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +51,17 @@ def configure(
     if untuned is not None:
         return untuned
     itemsize = dtype.itemsize
+    hopper = (triton_compat.compute_capability() or 90) < 100  # a B200 spills in some larger tiles
     if itemsize == 4 and precision == "ieee":
         # No tensor cores: each thread keeps its share of both tiles in registers.
         limit = Config(64, 64, 16, 8, 2)
     elif itemsize == 4 and precision == "tf32x3":
         limit = Config(128 if tma else 64, 64, 32, 8, 2)
+    elif itemsize == 4 and tma and hopper and kernel == "conv_dense":
+        limit = Config(128, 256, 32, 8, 4)
     elif itemsize == 4:
+        # The kernel gradient's operands go through registers, as tensor cores take float32 only
+        # with the sum's axis last: a second program on a processor multiplies meanwhile.
         limit = Config(128, 128, 32, 8, 3)
     elif tma:
         limit = Config(128, 256, 64, 8, 4)
@@ -62,13 +71,21 @@ def configure(
     fit = lambda size, limit: min(limit, max(floor, triton.next_power_of_2(size)))  # noqa: E731
     bt, bo = fit(rows, limit.rows), fit(columns, limit.columns)
     bc = fit(depth, limit.depth)
-    # Fewer tiles than processors leave some idle: rather smaller tiles.
-    while bo > 64 and count * triton.cdiv(rows, bt) * triton.cdiv(columns, bo) < PROCESSORS:
+    # Two tiles of half the size take a processor as long, and fetch more. So smaller ones only
+    # where each of them gets a processor of its own.
+    tiles = lambda bt, bo: count * triton.cdiv(rows, bt) * triton.cdiv(columns, bo)  # noqa: E731
+    while bo > 64 and 2 * tiles(bt, bo) <= PROCESSORS:
         bo //= 2
-    while bt > 64 and count * triton.cdiv(rows, bt) * triton.cdiv(columns, bo) < PROCESSORS:
+    while bt > 64 and 2 * tiles(bt, bo) <= PROCESSORS:
         bt //= 2
     warps = 8 if bt * bo >= 128 * 128 else 4
-    return Config(bt, bo, bc, warps, limit.stages)
+    stages = limit.stages
+    if stages > 3 and kernel == "conv_dense":
+        # A stage less where that makes room for one more program, whose loads count as well and
+        # which multiplies while another begins or stores, and where there are tiles for it.
+        room = lambda stages: SHARED_BYTES // (stages * itemsize * bc * (bt + bo) + 1024)  # noqa: E731
+        stages -= room(stages - 1) > room(stages) and tiles(bt, bo) > room(stages) * PROCESSORS
+    return Config(bt, bo, bc, warps, stages)
 
 
 def choose_splits(tiles: int, blocks: int, outputs: int, config: Config, itemsize: int) -> int:
