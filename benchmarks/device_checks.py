@@ -48,7 +48,7 @@ def correctness(log: Log, dry: bool, shard: int = 0, shards: int = 1, only: str 
     every = [*triton_cases.EXTRA, *triton_epilogue.FUSED, *cases.CASES]
     if only:
         every = [case for case in every if case.name in only.split(",")]
-    mine = every[shard :: shards * (20 if dry else 1)]
+    mine = every[shard :: shards * (21 if dry else 1)]
     for case in log.each(mine, lambda case: case.name):
         with contextlib.nullcontext() if dry else triton_cases.own_tile(case.name):
             if isinstance(case, Fused):

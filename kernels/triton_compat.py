@@ -127,6 +127,12 @@ def compute_capability() -> int | None:
     return version and int(_gpu_info.get_gpu_info_from_version(version).compute_capability)
 
 
+def processors() -> int:
+    """Of the chip that is compiled for, if it is here; else of an H100 or H200 (SXM)."""
+    device = _device_here()
+    return device.core_count if device is not None and device.device_kind == device_kind() else 132
+
+
 @functools.cache
 def _device_here():
     try:

@@ -148,12 +148,29 @@ def forward(
         and C <= config.depth and O <= config.columns and triton_resident.fits(config, K)
     )  # fmt: skip
     if stays:
-        programs = min(programs, PROCESSORS * config.resident)
+        programs = min(programs, triton_compat.processors() * config.resident)
         return triton_compat.call(
             triton_resident.conv_resident,
             tile(x, (config.rows, config.depth)), w, x if bias is None else bias,
             spec.out_time, spec.kernel_dilation, spec.padding[0],
             N * triton.cdiv(J, config.rows), programs, out=(y, y) if keep else y,
+            programs=programs, warps=config.warps, stages=config.stages, C=C, O=O, K=K,
+            CONTRACT_LAST=contract_last, REVERSE=reverse, PRECISION=precision,
+            HAS_BIAS=bias is not None, ACTIVATION=activation,
+            BT=config.rows, BO=config.columns, BC=config.depth, **({} if keep else {"z": None}),
+        )  # fmt: skip
+    goes_on = (
+        config.resident and _may_stay(spec, dtype) and tma_x and tma_w and x.dtype == w.dtype
+        # What a tile of 32 bits takes on its way out is not free while the next is fetched.
+        and np.dtype(out_dtype).itemsize == 2
+    )  # fmt: skip
+    if goes_on:
+        tiles, programs = programs, min(programs, triton_compat.processors() * config.resident)
+        return triton_compat.call(
+            triton_resident.conv_onward,
+            tile(x, (config.rows, config.depth)), tile(w, block), x if bias is None else bias,
+            spec.out_time, spec.kernel_dilation, spec.padding[0], tiles, programs,
+            out=(y, y) if keep else y,
             programs=programs, warps=config.warps, stages=config.stages, C=C, O=O, K=K,
             CONTRACT_LAST=contract_last, REVERSE=reverse, PRECISION=precision,
             HAS_BIAS=bias is not None, ACTIVATION=activation,
@@ -223,7 +240,7 @@ def kernel_grad(
         and o <= config.columns and triton_resident.sums_fit(config, K, bias)
     )  # fmt: skip
     if stays:
-        splits = min(blocks, PROCESSORS * config.resident)
+        splits = min(blocks, triton_compat.processors() * config.resident)
         partial = triton_compat.call(
             triton_resident.conv_resident_kernel_grad,
             tile(x, (config.depth, config.rows)), tile(gy, (config.depth, config.columns)),

@@ -1,4 +1,4 @@
-"""Dense convolutions of few channels, by programs that stay, in Triton.
+"""Dense convolutions by programs that stay, in Triton; most of all of few channels.
 
     y[n, u, o]  = sum over k, c of  x[n, u + k*D - low, c] * w[k, c, o]
     dx          = the same of g, with taps reversed and channels in and out exchanged
@@ -94,6 +94,53 @@ def conv_resident(
             acc = tl.dot(xb, taps[k], acc, input_precision=PRECISION)
         if HAS_BIAS:
             acc += b
+        where = (n.to(tl.int64) * U + u0) * O + offsets(j, O, BT)[:, None] + o[None, :]
+        inside = (u0 + j < U)[:, None] & (o < O)[None, :]
+        if z is not None:
+            tl.store(z + where, acc.to(z.dtype.element_ty), inside)
+        acc = activate(acc, ACTIVATION)
+        tl.store(y + where, acc.to(y.dtype.element_ty), inside)
+
+
+@triton.jit
+def conv_onward(
+    x, w, bias, U, D, LOW, TILES, STEP, y, z,
+    C: tl.constexpr, O: tl.constexpr, K: tl.constexpr, CONTRACT_LAST: tl.constexpr,
+    REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    BT: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Every STEP-th of TILES tiles ``(BT, BO)`` of y, of one group and any number of channels.
+
+    x and w are `Tile`s; z is None, or takes what the activation is applied to. Over `conv_dense`
+    it gains the start of a program, and a tile's first loads, which are under way while the tile
+    before is stored. It takes more registers, so that some activations spill beside 128x256 sums,
+    and waits for the bias there: by estimate 5 % of 512 channels, for `conv_pallas.tuning.tune` to
+    find out.
+    """
+    TILES_O: tl.constexpr = (O + BO - 1) // BO
+    TILES_C: tl.constexpr = (C + BC - 1) // BC
+    j = tl.arange(0, BT)
+    per_sample = tl.cdiv(U, BT)
+    for tile in tl.range(tl.program_id(0), TILES, STEP, flatten=True):
+        o0 = tile % TILES_O * BO
+        row = tile // TILES_O
+        n = row // per_sample
+        u0 = row % per_sample * BT
+        acc = tl.zeros((BT, BO), tl.float32)
+        for i in tl.range(K * TILES_C):
+            k = i // TILES_C
+            c0 = i % TILES_C * BC
+            xb = x.load([n, u0 + k * D - LOW, c0]).reshape(BT, BC)
+            kw = K - 1 - k if REVERSE else k
+            if CONTRACT_LAST:
+                wb = w.load([kw, o0, c0]).reshape(BO, BC).T
+            else:
+                wb = w.load([kw, c0, o0]).reshape(BC, BO)
+            acc = tl.dot(xb, wb, acc, input_precision=PRECISION)
+        o = o0 + tl.arange(0, BO)
+        if HAS_BIAS:  # here, as in front of the loop it would take registers, which spill
+            acc += tl.load(bias + o, o < O, 0.0).to(tl.float32)[None, :]
         where = (n.to(tl.int64) * U + u0) * O + offsets(j, O, BT)[:, None] + o[None, :]
         inside = (u0 + j < U)[:, None] & (o < O)[None, :]
         if z is not None:

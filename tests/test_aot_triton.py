@@ -102,6 +102,18 @@ def test_machine_code_is_as_promised(chip, name):
         assert all(code.listing.count(wait) < code.opcodes["HGMMA"] for code in made), made
 
 
+def test_programs_go_on_to_the_next_tile_of_many_channels():
+    case, tile = _case("layer", 512), (128, 256, 64, 8, 4, 1)
+    with triton_tuned.trial(tile):
+        made = codes("h200", functools.partial(_layer, case, None), *_structs(case))
+    assert [c.name for c in made] == ["conv_onward"] * 2 + ["conv_dense_kernel_grad"]
+    for code in made[:2]:
+        assert code.spills == 0 and code.shared <= SHARED_BYTES["h200"], code
+        # One loop over all tiles: the loads in it are ahead of a tile's end, not only of its start.
+        assert code.opcodes["UTMALDG"] == 2 * tile[4], code
+        assert code.opcodes["HGMMA"] == 4 > code.listing.count("WARPGROUP.DEPBAR.LE"), code
+
+
 def test_programs_stay_where_channels_are_few_and_steps_many():
     case = _case("layer", 64, T=2**14)
     made = codes("h200", functools.partial(_layer, case, None), *_structs(case))
@@ -129,7 +141,7 @@ def test_programs_that_stay_fetch_once(C, K, tile, kernel_stays, sums_stay):
     for code in made:
         assert code.spills == 0 < code.opcodes["HGMMA"], code
         assert code.shared <= SHARED_BYTES["h200"], code
-    assert {c.name for c in forward} == {"conv_resident" if kernel_stays else "conv_dense"}
+    assert {c.name for c in forward} == {"conv_resident" if kernel_stays else "conv_onward"}
     assert sums.name == ("conv_resident_kernel_grad" if sums_stay else "conv_dense_kernel_grad")
     # In the loop and ahead of it K tiles of x for each stage, and none of the kernel.
     loads = {code.opcodes["UTMALDG"] for code in forward}

@@ -21,6 +21,7 @@ EXTRA = (
     Case("resident", T=192, C=40, O=24, D=7, batch=(3,), dtype="bfloat16"),
     Case("resident_ragged", T=150, C=64, O=64, K=2, D=33, batch=(2,), dtype="float16"),
     Case("resident_end", T=150, C=24, O=40, D=5, padding=[(0, 10)], batch=(2,), dtype="bfloat16"),
+    Case("resident_wide", T=150, C=72, O=136, D=7, batch=(3,), dtype="bfloat16"),
     Case("resident_strided", T=64, C=16, O=16, S=2, E=2, padding=[(2, 0)], dtype="bfloat16"),
     Case("resident_long", T=4096, C=16, O=24, D=64, batch=(8,), dtype="bfloat16"),
 )
