@@ -172,12 +172,15 @@ def conv_dense_kernel_grad(
     start = out + split.to(tl.int64) * ROWS * (G * O) + (g * O + o0)
 
     if BIAS:
+        # Triton fetches ahead for products alone, unless it is told to; without it this sum, a
+        # load at a time, takes longer than the products.
+        STAGES: tl.constexpr = 4 if TMA_G else 1
         per_sample = tl.cdiv(J, BU)
         share = tl.cdiv(N * per_sample, SPLITS)
         last = tl.minimum((split + 1) * share, N * per_sample)
         last = tl.where(item == K * TILES_C, last, split * share)
         total = tl.zeros((BU, BO), tl.float32)
-        for i in tl.range(split * share, last):
+        for i in tl.range(split * share, last, num_stages=STAGES):
             gb = _gradient_tile(
                 gy, saved, i // per_sample, i % per_sample * BU, (g, o0), U,
                 O, G, PHASES, TMA_G, False, GRAD_OF, BU, BO,
