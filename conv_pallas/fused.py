@@ -95,7 +95,7 @@ def add_bias(y: jax.Array, bias: jax.Array | None) -> jax.Array:
 
 
 def _forward(x, w, bias=None, *, activation, has_bias, keep, **conv):
-    z = primitives.conv1d(x, w, **conv, out_sharding=_place_of_y(x, w, bias, conv["spec"]))
+    z = primitives.conv1d(x, w, **conv, out_sharding=place_of_y(x, w, bias, conv["spec"]))
     return _finish(z, bias, activation, keep)
 
 
@@ -108,7 +108,7 @@ def _finish(z, bias, activation, keep):
 
 def _tangent(*operands, activation, has_bias, wanted, **conv):
     x, w, bias, saved, tangents = _split(operands, activation, has_bias)
-    place = _place_of_y(x, w, bias, conv["spec"])
+    place = place_of_y(x, w, bias, conv["spec"])
     tangents = iter(tangents)
     terms = []
     if wanted[0]:
@@ -127,7 +127,7 @@ def _tangent(*operands, activation, has_bias, wanted, **conv):
     return [times_derivative(dz, saved, activation)]
 
 
-def _place_of_y(x, w, bias, spec):
+def place_of_y(x, w, bias, spec):
     """The sharding of y on a mesh with explicit axes, else None."""
     types = [jax.typeof(a) for a in (x, w, bias) if a is not None]
     place = fused_sharding.of_y(*types, spec=spec)

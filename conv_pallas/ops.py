@@ -142,8 +142,9 @@ def convolve(
         spec, mode = make_spec(
             x.shape, kernel.shape, padding=padding, feature_group_count=spec.groups
         )
+    place = None
     if mode is not None:
-        x = _pad_in_memory(x, mode, spec.span)
+        x, place = _pad_in_memory(x, kernel, bias, mode, spec)
     chain = dispatch.canonicalize(implementation)
     convolution = functools.partial(
         _convolve,
@@ -164,6 +165,8 @@ def convolve(
     else:
         y = convolution()
         y = fused.activate(fused.add_bias(y, bias), named)
+    if place is not None and out_sharding is None:
+        y = jax.sharding.reshard(y, place)
     return activation(y) if callable(activation) else y
 
 
@@ -362,10 +365,22 @@ def _stock(x, w, spec: ConvSpec, precision, preferred_element_type, out_sharding
     return y.reshape(*batch, *y.shape[1:]) if len(batch) != 1 else y
 
 
-def _pad_in_memory(x, mode: str, span: int):
+def _pad_in_memory(x, kernel, bias, mode: str, spec: ConvSpec):
+    """The padded x, and on a mesh with explicit axes how y lies: as it would with zeros around x.
+
+    No type splits the padded steps over devices, so that each has them all.
+    """
+    span = spec.span
     pads = [(0, 0)] * x.ndim
     pads[-2] = ((span - 1) // 2, span // 2)
-    return jnp.pad(x, pads, mode={"CIRCULAR": "wrap", "REFLECT": "reflect"}[mode])
+    zeros = dataclasses.replace(spec, time=x.shape[-2], padding=pads[-2])
+    place = fused.place_of_y(x, kernel, bias, zeros)
+    own = jax.typeof(x).sharding
+    if own.mesh.explicit_axes:
+        entries = [*own.spec, *[None] * (x.ndim - len(own.spec))]
+        entries[-2] = None
+        x = jax.sharding.reshard(x, own.update(spec=P(*entries)))
+    return jnp.pad(x, pads, mode={"CIRCULAR": "wrap", "REFLECT": "reflect"}[mode]), place
 
 
 def promoted_dtype(*arrays):

@@ -8,10 +8,14 @@ sequence, that is where
     t - p <= age[t]  for p <= t,        p - t <= age[p]  for p > t.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
+from conv_pallas.sharding import shard_by_xla
 from conv_pallas.spec import ConvSpec, scalar
 
 # Ages stop here: far beyond any kernel, and far from the end of an int32.
@@ -98,7 +102,8 @@ def columns(taps: list[jax.Array], groups: int) -> jax.Array:
 
 def pointwise(kernel: jax.Array) -> jax.Array:
     """The kernel ``(1, K * C // G, O)`` that takes `columns` to what ``kernel`` computes."""
-    return kernel.reshape(1, -1, kernel.shape[-1])
+    flat = lambda w: w.reshape(1, -1, w.shape[-1])  # noqa: E731
+    return shard_by_xla(flat, lambda spec: P(None, *spec[1:]), kernel)
 
 
 # What a convolution over `columns` is told of its geometry.
@@ -122,10 +127,14 @@ def separate(x: jax.Array, segment_ids, spec: ConvSpec, mode: str | None = None)
             f"CAUSAL, SAME or that many zeros; got strides={spec.stride}, "
             f"input_dilation={spec.input_dilation}, padding={mode or spec.padding}"
         )
+    return shard_by_xla(functools.partial(_separate, spec=spec), lambda spec: spec, x, ids)
+
+
+def _separate(x: jax.Array, ids: jax.Array, spec: ConvSpec) -> jax.Array:
     none = jnp.zeros(ids.shape[:-1], jnp.int32)
     age = ages(ids, none, none)
     taps = []
-    for offset in np.arange(spec.kernel_size) * spec.kernel_dilation - low:
+    for offset in np.arange(spec.kernel_size) * spec.kernel_dilation - spec.padding[0]:
         seen = visible(int(offset), age, _shift(age[..., None], int(offset))[..., 0])
         taps.append(jnp.where(seen[..., None], _shift(x, int(offset)), jnp.zeros((), x.dtype)))
     return columns(taps, spec.groups)

@@ -174,6 +174,24 @@ def shard_by_types(share: Callable, mesh, operands, results, wanted) -> Callable
     return call
 
 
+def shard_by_xla(f: Callable, spec: Callable[[P], P], *arrays: jax.Array) -> jax.Array:
+    """``f(*arrays)``, which cuts or joins a dimension that may be split over explicit axes.
+
+    A type can't say how the parts of such a dimension lie where their number of steps is not a
+    multiple of the devices', and JAX refuses. XLA's partitioner pads them, and moves what has to.
+
+    Args:
+      spec: of the first array's `PartitionSpec` the result's, which has to fit again.
+    """
+    place = jax.typeof(arrays[0]).sharding
+    mesh = next((m for m in (jax.typeof(a).sharding.mesh for a in arrays) if m.explicit_axes), None)
+    if mesh is None:
+        return f(*arrays)
+    with jax.sharding.use_abstract_mesh(mesh):
+        out = spec(P(*place.spec, *[None] * (arrays[0].ndim - len(place.spec))))
+        return jax.sharding.auto_axes(f, axes=mesh.explicit_axes, out_sharding=out)(*arrays)
+
+
 def spec_of(sharding, mesh) -> P | None:
     """The `PartitionSpec` of what XLA's partitioner tells a `custom_partitioning`.
 

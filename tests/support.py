@@ -86,6 +86,30 @@ def collectives(compiled) -> dict[str, int]:
     return {kind: found.count(kind) for kind in sorted(set(found))}
 
 
+def sent(compiled) -> int:
+    """How many elements a device gets by all collective-permutes."""
+    results = re.findall(r"= ([^=\n]*?) collective-permute(?:-start)?\(", compiled.as_text())
+    shapes = re.findall(r"\w+\[([\d,]+)\]", " ".join(results))
+    return sum(math.prod(int(d) for d in shape.split(",")) for shape in shapes)
+
+
+def gathered_sizes(compiled) -> list[int]:
+    """How many elements each all-gather gives."""
+    shapes = re.findall(r"= \(?\w+\[([\d,]*)\][^=]*? all-gather(?:-start)?\(", compiled.as_text())
+    return [math.prod(int(d) for d in shape.split(",")) for shape in shapes]
+
+
+def compiled_quickly(f, mesh, *operands):
+    """What ``jax.jit(f)`` compiles to for the operands on a mesh, and what that gives.
+
+    Every case compiles anew, and none runs for long.
+    """
+    quickly = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(f).lower(*operands).compile(compiler_options=quickly)
+        return compiled, jax.tree.map(np.asarray, compiled(*operands))
+
+
 def primitives_of(jaxpr) -> list[str]:
     """The names of all primitives of a jaxpr, those of inner jaxprs too."""
     names = []

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import re
 from typing import Any
 
 import jax
@@ -17,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from conv_pallas import conv1d
 from tests.streams import functions, model_of, numbers, stream
-from tests.support import collectives, tree_close
+from tests.support import collectives, compiled_quickly, gathered_sizes, sent, tree_close
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,14 +150,6 @@ def _hvp(f):
     return lambda x, w: jax.jvp(_gradient(f), (x, w), (x, w))[1]
 
 
-def _compiled(f, mesh, *operands):
-    # Every case compiles anew, and none runs for long.
-    quickly = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    with jax.set_mesh(mesh):
-        compiled = jax.jit(f).lower(*operands).compile(compiler_options=quickly)
-        return compiled, jax.tree.map(np.asarray, compiled(*operands))
-
-
 @each_layout
 @each_mesh
 def test_nothing_is_gathered_and_all_is_right(layout, axis_type):
@@ -166,7 +157,7 @@ def test_nothing_is_gathered_and_all_is_right(layout, axis_type):
     operands = layout.place(mesh)
     f, stock = _function(layout), _function(layout, "xla_native")
     for transform in (_value, _gradient, _hvp):
-        compiled, out = _compiled(transform(f), mesh, *operands)
+        compiled, out = compiled_quickly(transform(f), mesh, *operands)
         found = collectives(compiled)
         assert set(found) <= layout.moves
         if transform is _value:
@@ -174,8 +165,8 @@ def test_nothing_is_gathered_and_all_is_right(layout, axis_type):
         if transform in (_value, _gradient):
             # A halo of x forward; another and one of g for the gradients.
             halos = 1 if transform is _value else 3
-            assert _sent(compiled) <= halos * layout.halo(mesh)
-            assert (_sent(compiled) > 0) == ("collective-permute" in found)
+            assert sent(compiled) <= halos * layout.halo(mesh)
+            assert (sent(compiled) > 0) == ("collective-permute" in found)
         tree_close(out, jax.jit(transform(stock))(*layout.arrays()), rtol=1e-4)
 
 
@@ -201,7 +192,7 @@ def test_time_is_gathered_where_y_has_another_number_of_steps(x_spec, axis_type)
     layout = Layout((16, 24, 8), W, x_spec, P(), geometry=(("padding", "VALID"),))
     mesh = _mesh(axis_type)
     for transform in (_value, _gradient):
-        compiled, out = _compiled(transform(_function(layout)), mesh, *layout.place(mesh))
+        compiled, out = compiled_quickly(transform(_function(layout)), mesh, *layout.place(mesh))
         assert collectives(compiled).get("all-gather", 0) >= 1
         want = jax.jit(transform(_function(layout, "xla_native")))(*layout.arrays())
         tree_close(out, want, rtol=1e-4)
@@ -220,7 +211,7 @@ def test_a_training_step_of_a_network_on_split_time(axis_type):
 
     place = NamedSharding(mesh, P("b", "a"))
     operands = params, jax.device_put(x, place), jax.device_put(mask, place)
-    compiled, out = _compiled(jax.value_and_grad(loss), mesh, *operands)
+    compiled, out = compiled_quickly(jax.value_and_grad(loss), mesh, *operands)
     assert set(collectives(compiled)) == {"collective-permute", "all-reduce"}
     tree_close(out, jax.jit(jax.value_and_grad(loss))(params, x, mask), rtol=1e-4)
 
@@ -241,9 +232,9 @@ def test_what_four_devices_can_not_share(layout, activation, axis_type):
     if activation and axis_type == AxisType.Explicit and 0 in layout.x:
         # XLA refuses a part of the program that reads nothing; once it does not, this falls.
         with pytest.raises(jax.errors.JaxRuntimeError, match="expected at least one operand"):
-            _compiled(_gradient(f), _mesh(axis_type), *layout.place(_mesh(axis_type)))
+            compiled_quickly(_gradient(f), _mesh(axis_type), *layout.place(_mesh(axis_type)))
         return
-    _, out = _compiled(_gradient(f), _mesh(axis_type), *layout.place(_mesh(axis_type)))
+    _, out = compiled_quickly(_gradient(f), _mesh(axis_type), *layout.place(_mesh(axis_type)))
     tree_close(out, jax.jit(_gradient(f))(*layout.arrays()), rtol=1e-4)
 
 
@@ -255,28 +246,15 @@ def test_fully_sharded_kernel(axis_type):
     operands = layout.place(mesh)
     gathers = [1, 2, 8]
     for transform, at_most in zip((_value, _gradient, _hvp), gathers, strict=True):
-        compiled, out = _compiled(transform(_function(layout)), mesh, *operands)
+        compiled, out = compiled_quickly(transform(_function(layout)), mesh, *operands)
         assert set(collectives(compiled)) <= {
             "all-gather", "all-reduce", "reduce-scatter", "all-to-all"
         }  # fmt: skip
-        gathered = _gathered_sizes(compiled)
+        gathered = gathered_sizes(compiled)
         assert 1 <= len(gathered) <= at_most
         assert set(gathered) == {3 * 8 * 8}  # the kernel, or its tangent or gradient
         want = jax.jit(transform(_function(layout, "xla_native")))(*layout.arrays())
         tree_close(out, want, rtol=1e-4)
-
-
-def _sent(compiled) -> int:
-    """How many elements a device gets by all collective-permutes."""
-    results = re.findall(r"= ([^=\n]*?) collective-permute(?:-start)?\(", compiled.as_text())
-    shapes = re.findall(r"\w+\[([\d,]+)\]", " ".join(results))
-    return sum(int(np.prod([int(d) for d in shape.split(",")])) for shape in shapes)
-
-
-def _gathered_sizes(compiled) -> list[int]:
-    """How many elements each all-gather gives."""
-    shapes = re.findall(r"= \(?\w+\[([\d,]*)\][^=]*? all-gather(?:-start)?\(", compiled.as_text())
-    return [int(np.prod([int(d) for d in s.split(",")])) for s in shapes]
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
@@ -354,7 +332,7 @@ def test_manual_over_one_axis():
         _function(layout), mesh=mesh, in_specs=(P("a"), P()), out_specs=P("a"), axis_names={"a"}
     )
     for transform in (_value, _gradient):
-        _, out = _compiled(transform(f), mesh, *layout.place(mesh))
+        _, out = compiled_quickly(transform(f), mesh, *layout.place(mesh))
         want = jax.jit(transform(_function(layout, "xla_native")))(*layout.arrays())
         tree_close(out, want, rtol=1e-4)
 
@@ -391,7 +369,7 @@ def test_vmap_over_a_sharded_axis(in_axes, axis_type):
         placed.append(jax.device_put(array, NamedSharding(mesh, spec)))
     for transform in (_value, _gradient):
         f = jax.vmap(transform(_function(layout)), in_axes)
-        compiled, out = _compiled(f, mesh, *placed)
+        compiled, out = compiled_quickly(f, mesh, *placed)
         assert "all-gather" not in collectives(compiled)
         want = jax.jit(jax.vmap(transform(_function(layout, "xla_native")), in_axes))(*arrays)
         tree_close(out, want, rtol=1e-4)
@@ -429,7 +407,7 @@ def test_a_layer_with_bias_and_activation_on_a_mesh(layout, axis_type):
         y, vjp = jax.vjp(f, x, w, b)
         return y, vjp(y)
 
-    compiled, out = _compiled(grads, mesh, x, w, bias)
+    compiled, out = compiled_quickly(grads, mesh, x, w, bias)
     assert set(collectives(compiled)) <= layout.moves
     stock = functools.partial(grads, implementation="xla_native")
     tree_close(out, jax.jit(stock)(*layout.arrays(), b), rtol=1e-4)
@@ -451,7 +429,7 @@ def test_second_order_of_a_layer_whose_bias_lies_elsewhere(layout, bias_spec, ax
         grads = lambda *a: jax.grad(loss, (0, 1, 2))(*a)  # noqa: E731
         return jax.jvp(grads, (x, w, b), (x, w, b))[1]
 
-    _, out = _compiled(hvp, mesh, *layout.place(mesh), bias)
+    _, out = compiled_quickly(hvp, mesh, *layout.place(mesh), bias)
     tree_close(out, jax.jit(hvp)(*layout.arrays(), b), rtol=1e-4)
 
 
