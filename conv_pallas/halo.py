@@ -4,7 +4,8 @@ Of n devices the i-th holds steps ``[i L, (i + 1) L)`` of x and ``[i M, (i + 1) 
 where both run at the same rate, ``M S = L E``: CAUSAL, SAME and whatever else gives ``T E / S``
 outputs. To compute its part of y a device needs, beside its part of x, the last steps of those
 before it and the first steps of those after it, the *halo*: ``low`` and ``(K - 1) D - low`` steps
-where ``S = E = 1``. What comes from beyond the ends is zeros, as x is there.
+where ``S = E = 1``. What comes from beyond the ends is zeros, as x is there. Where ``D >= L`` most
+of that reach lies between what two taps see, so that each tap gets its own ``L`` steps instead.
 
 With its halo around x a device's part is a convolution like any other, and so are the gradients':
 dx sees g as y sees x in the transposed convolution, and dw is a sum over devices, each with its
@@ -76,6 +77,10 @@ class TimeSplit:
         """
         own = self.own(spec)
         if own is None:
+            if spec.stride == spec.input_dilation == 1 and spec.kernel_dilation >= lhs.shape[-2]:
+                offsets, local = apart(operation, spec, self.shards)
+                seen = [self._shift(lhs, offset) for offset in offsets]
+                return compute(jnp.concatenate(seen, -2), rhs, local)
             left, right, around = share(operation, spec, self.shards)
             return compute(self._surround(lhs, left, right), rhs, around)
         g = steps(rhs) if operation == "conv1d_kernel_grad" else rhs
@@ -131,6 +136,10 @@ class TimeSplit:
 
     def _from(self, distance: int, x):
         """The x of the device so many places after this one, or before; zeros beyond the ends."""
+        if distance == 0:
+            return x
+        if abs(distance) >= self.shards:
+            return jnp.zeros_like(x)
         parts = [(i, i - distance) for i in range(self.shards) if 0 <= i - distance < self.shards]
         there = [(self.at[i], self.at[j]) for i, j in parts]
         return lax.ppermute(x, self.names, there)
@@ -142,6 +151,15 @@ class TimeSplit:
         before = [self._from(-j, part(max(0, j * L - left), L)) for j in hops(left)]
         after = [self._from(j, part(0, min(L, right - (j - 1) * L))) for j in hops(right)]
         return jnp.concatenate([*reversed(before), x, *after], -2)
+
+    def _shift(self, x, offset: int):
+        """As many steps as x has, ``offset`` after them: of two devices, or of one."""
+        away, first = divmod(offset, x.shape[-2])
+        part = steps(x)
+        parts = [self._from(away, part(first, x.shape[-2]))]
+        if first:
+            parts.append(self._from(away + 1, part(0, first)))
+        return jnp.concatenate(parts, -2)
 
 
 UNSPLIT = TimeSplit((), 1, (0,))
@@ -161,6 +179,21 @@ def share(operation: Operation, spec: ConvSpec, shards: int) -> tuple[int, int, 
     local = dataclasses.replace(spec, time=left + L + right, padding=(low - left * E, 0))
     high = (M - 1) * S + spec.span - local.dilated_time - local.padding[0]
     return left, right, dataclasses.replace(local, padding=(local.padding[0], high))
+
+
+def apart(operation: Operation, spec: ConvSpec, shards: int) -> tuple[list[int], ConvSpec]:
+    """One device's part where ``S = E = 1``, from what each tap sees, one after the other.
+
+    Returns:
+      For each tap how far after the device's own steps those of lhs lie that it sees; and the
+      geometry of all of them in a row, in which there is one part from tap to tap.
+    """
+    if operation == "conv1d_input_grad":
+        offsets, local = apart("conv1d", spec.transposed(), shards)
+        return offsets, local.transposed()
+    K, L = spec.kernel_size, spec.time // shards
+    offsets = [k * spec.kernel_dilation - spec.padding[0] for k in range(K)]
+    return offsets, dataclasses.replace(spec, time=K * L, padding=(0, 0), kernel_dilation=L)
 
 
 def steps(*arrays: jax.Array | None, of: Callable = lambda a: a) -> Callable[[int, int], jax.Array]:

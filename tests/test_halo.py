@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from conv_pallas.halo import divisor, share
+from conv_pallas.halo import apart, divisor, share
 from conv_pallas.spec import ConvSpec
 from tests.tolerance import REFERENCES
 
@@ -27,8 +27,9 @@ def _specs(S: int, E: int):
 
 def _piece(a, start, stop):
     """``a[:, start:stop]`` with zeros beyond the ends."""
-    before, after = max(0, -start), max(0, stop - a.shape[1])
-    return np.pad(a, ((0, 0), (before, after), (0, 0)))[:, start + before : stop + before]
+    steps = np.arange(start, stop)
+    there = (steps >= 0) & (steps < a.shape[1])
+    return np.where(there[:, None], a[:, np.clip(steps, 0, a.shape[1] - 1)], 0)
 
 
 @pytest.mark.parametrize("rate", RATES, ids=str)
@@ -41,17 +42,23 @@ def test_the_shares_make_the_whole(rate):
         for operation, (lhs, rhs) in dict(
             conv1d=(x, w), conv1d_input_grad=(g, w), conv1d_kernel_grad=(x, g)
         ).items():
-            left, right, local = share(operation, spec, shards)
             length = lhs.shape[1] // shards
-            parts = []
-            for i in range(shards):
-                around = _piece(lhs, i * length - left, (i + 1) * length + right)
-                part = g[:, i * spec.out_time // shards : (i + 1) * spec.out_time // shards]
-                its = part if operation == "conv1d_kernel_grad" else rhs
-                parts.append(REFERENCES[operation](around, its, local))
-            whole = sum(parts) if operation == "conv1d_kernel_grad" else np.concatenate(parts, 1)
+            left, right, local = share(operation, spec, shards)
+            ways = {local: [(-left, length + right)]}
+            if rate == (1, 1):
+                offsets, local = apart(operation, spec, shards)
+                ways[local] = [(offset, offset + length) for offset in offsets]
             want = REFERENCES[operation](lhs, rhs, spec)
-            np.testing.assert_allclose(whole, want, atol=1e-12, err_msg=f"{spec} {operation}")
+            for local, pieces in ways.items():
+                parts = []
+                for i in range(shards):
+                    seen = [_piece(lhs, i * length + a, i * length + b) for a, b in pieces]
+                    part = g[:, i * spec.out_time // shards : (i + 1) * spec.out_time // shards]
+                    its = part if operation == "conv1d_kernel_grad" else rhs
+                    parts.append(REFERENCES[operation](np.concatenate(seen, 1), its, local))
+                summed = operation == "conv1d_kernel_grad"
+                whole = sum(parts) if summed else np.concatenate(parts, 1)
+                np.testing.assert_allclose(whole, want, atol=1e-12, err_msg=f"{spec} {operation}")
 
 
 def test_a_halo_is_what_the_field_reaches_and_no_more():

@@ -49,7 +49,10 @@ class Layout:
         *batch, _, channels = (*self.x_spec, *[None] * (len(self.x) - len(self.x_spec)))
         split = lambda entry: 1 if entry is None else mesh.shape[entry]  # noqa: E731
         rows = math.prod(n // split(e) for n, e in zip(self.x, batch, strict=False))
-        reach = (self.w[0] - 1) * dict(self.geometry).get("kernel_dilation", 2)
+        names = self.time if isinstance(self.time, tuple) else (self.time,)
+        part = self.x[-2] // math.prod(split(name) for name in names)
+        # No tap sees more steps than a device has.
+        reach = (self.w[0] - 1) * min(part, dict(self.geometry).get("kernel_dilation", 2))
         return rows * reach * max(self.x[-1] // split(channels), self.w[-1])
 
     @property
@@ -107,7 +110,19 @@ LAYOUTS = {
     ),
     "time_shorter_than_halo": Layout(
         SHORT, W, P(None, "a"), P(), geometry=(("kernel_dilation", 7),),
-        forward=(("collective-permute", 3),),
+        forward=(("collective-permute", 4),),
+    ),
+    "time_far": Layout(
+        SHORT, W, P(None, ("a", "b")), P(), geometry=(("kernel_dilation", 7),),
+        forward=(("collective-permute", 4),),
+    ),
+    "time_far_same": Layout(
+        SHORT, W, P("b", "a"), P(), geometry=(("kernel_dilation", 6), ("padding", "SAME")),
+        forward=TWO_HALOS,
+    ),
+    "time_beyond": Layout(
+        SHORT, W, P(None, "a"), P(), geometry=(("kernel_dilation", 20),), forward=HALO
+
     ),
     "time_stride": Layout(
         SHORT, W, P(None, "a"), P(), geometry=(("strides", 3),), forward=HALO
