@@ -66,6 +66,28 @@ class TimeSplit:
         at = devices.transpose([ordered.index(name) for name in names]).ravel()
         return cls(ordered, at.size, tuple(at.tolist()))
 
+    @classmethod
+    def inside(cls, axis_name: str | tuple[str, ...]) -> "TimeSplit":
+        """Of the axes of that name, or those names, of the `jax.shard_map` that this runs in.
+
+        Raises:
+          ValueError: it is over no such axis.
+        """
+        mesh = jax.sharding.get_abstract_mesh()
+        names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+        if not names or len(set(names)) < len(names) or not set(names) <= set(mesh.manual_axes):
+            raise ValueError(
+                "axis_name must be an axis of the surrounding jax.shard_map, or several: "
+                f"{', '.join(mesh.manual_axes) or 'there are none here'}; got {axis_name!r}"
+            )
+        return cls.of(mesh, names)
+
+    def whole(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of all devices' parts ``(*batch, L, C)`` together."""
+        if self.shards == 1 or len(shape) < 2:
+            return shape
+        return (*shape[:-2], shape[-2] * self.shards, shape[-1])
+
     def run(self, operation: Operation, compute: Compute, lhs, rhs, spec: ConvSpec):
         """One device's share of an operation, but for the sum over devices of a kernel gradient.
 
@@ -82,7 +104,7 @@ class TimeSplit:
                 seen = [self._shift(lhs, offset) for offset in offsets]
                 return compute(jnp.concatenate(seen, -2), rhs, local)
             left, right, around = share(operation, spec, self.shards)
-            return compute(self._surround(lhs, left, right), rhs, around)
+            return compute(self.surround(lhs, left, right), rhs, around)
         g = steps(rhs) if operation == "conv1d_kernel_grad" else rhs
         return self.mend(operation, compute, compute(lhs, rhs, own), steps(lhs), g, own)
 
@@ -144,7 +166,7 @@ class TimeSplit:
         there = [(self.at[i], self.at[j]) for i, j in parts]
         return lax.ppermute(x, self.names, there)
 
-    def _surround(self, x, left: int, right: int):
+    def surround(self, x, left: int, right: int):
         """x, ``left`` steps of the devices before it, and ``right`` of those after."""
         part, L = steps(x), x.shape[-2]
         hops = lambda count: range(1, -(-count // L) + 1)  # noqa: E731

@@ -14,7 +14,7 @@ from jax._src.lax import lax as lax_internal
 from jax._src.sharding_impls import canonicalize_sharding
 from jax.sharding import PartitionSpec as P
 
-from conv_pallas import dispatch, fused, primitives, segments
+from conv_pallas import dispatch, fused, halo, primitives, segments
 from conv_pallas.dispatch import Implementation
 from conv_pallas.spec import ConvSpec, Problem, UnknownPaddingError, make_spec
 
@@ -34,6 +34,7 @@ def conv1d(
     activation: str | Callable[[jax.Array], jax.Array] | None = None,
     mask: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
     precision: Any = None,
     preferred_element_type: Any = None,
     out_sharding: Any = None,
@@ -71,6 +72,11 @@ def conv1d(
         new sequence begins, and no output sees another sequence than its own. Only where there is
         one output for each step (stride 1, padding CAUSAL, SAME or as many zeros); takes K times
         the memory of x.
+      axis_name: for use inside `jax.shard_map`: the mesh axis over which time is split, or
+        several of them, the one that varies slowest first. x, mask, segment_ids and the result are
+        then one device's parts of a sequence that goes on from device to device, and each gets
+        from the others the steps that its outputs see; None: they are whole sequences. There have
+        to be as many outputs as inputs, or a fixed ratio of them, on each device.
       precision: as in `jax.lax.conv_general_dilated`.
       preferred_element_type: dtype of the convolution's result, not narrower than the
         operands'; bias and activation are applied to it.
@@ -87,8 +93,8 @@ def conv1d(
       float16, or the other way round, gives float32, as in `flax.nnx.Conv`.
 
     Raises:
-      ValueError: a shape, stride, group count, padding, activation or implementation is
-        not as above.
+      ValueError: a shape, stride, group count, padding, activation, implementation or
+        axis_name is not as above.
       TypeError: a dilation is not positive, a number is none, or
         `preferred_element_type` does not fit.
       NotImplementedError: `implementation` was ordered and can't do this; says why.
@@ -110,6 +116,7 @@ def conv1d(
         activation=activation,
         mask=mask,
         segment_ids=segment_ids,
+        axis_name=axis_name,
     )
 
 
@@ -126,19 +133,23 @@ def convolve(
     activation=None,
     mask=None,
     segment_ids=None,
+    axis_name=None,
     **geometry,
 ):
     """`conv1d` of operands that are promoted as they are to be."""
     if x.dtype != kernel.dtype:
         raise TypeError(f"x and kernel must have the same dtype, got {x.dtype} and {kernel.dtype}")
-    spec, mode = make_spec(x.shape, kernel.shape, padding=padding, **geometry)
+    time = halo.UNSPLIT if axis_name is None else halo.TimeSplit.inside(axis_name)
+    spec, mode = make_spec(time.whole(x.shape), kernel.shape, padding=padding, **geometry)
+    if axis_name is not None:
+        _check_splits(time, spec, mode, axis_name)
     if bias is not None and bias.shape != kernel.shape[-1:]:
         raise ValueError(f"bias must have shape {kernel.shape[-1:]}, got {bias.shape}")
     if mask is not None:
         x = segments.hide(x, mask)
     if segment_ids is not None:
-        x, kernel = segments.separate(x, segment_ids, spec, mode), segments.pointwise(kernel)
-        padding = "VALID"
+        x = segments.separate(x, segment_ids, spec, mode, time)
+        kernel, time, padding = segments.pointwise(kernel), halo.UNSPLIT, "VALID"
         spec, mode = make_spec(
             x.shape, kernel.shape, padding=padding, feature_group_count=spec.groups
         )
@@ -146,28 +157,37 @@ def convolve(
     if mode is not None:
         x, place = _pad_in_memory(x, kernel, bias, mode, spec)
     chain = dispatch.canonicalize(implementation)
+    named = activation if isinstance(activation, str) else None
+    ours = not (is_stock(chain) or lax_reason(x.dtype, 1))
+    out = result_dtype(x.dtype, preferred_element_type) if ours else x.dtype
+    fuses = ours and unfused_reason(x.dtype, out, bias, out_sharding) is None
     convolution = functools.partial(
         _convolve,
-        x,
-        kernel,
-        spec,
         precision=precision,
         preferred_element_type=preferred_element_type,
         out_sharding=out_sharding,
         chain=chain,
-        pad_first=isinstance(padding, str) and padding.upper() == "CAUSAL",
+        pad_first=isinstance(padding, str) and padding.upper() == "CAUSAL" and axis_name is None,
+        **(dict(bias=bias, activation=named) if fuses else {}),
     )
-    named = activation if isinstance(activation, str) else None
-    ours = not (is_stock(chain) or lax_reason(x.dtype, 1))
-    out = result_dtype(x.dtype, preferred_element_type) if ours else x.dtype
-    if ours and unfused_reason(x.dtype, out, bias, out_sharding) is None:
-        y = convolution(bias=bias, activation=named)
-    else:
-        y = convolution()
+    y = time.run("conv1d", convolution, x, kernel, spec)
+    if not fuses:
         y = fused.activate(fused.add_bias(y, bias), named)
     if place is not None and out_sharding is None:
         y = jax.sharding.reshard(y, place)
     return activation(y) if callable(activation) else y
+
+
+def _check_splits(time: halo.TimeSplit, spec: ConvSpec, mode: str | None, axis_name) -> None:
+    """Refuses what devices that each hold a part of time can't compute."""
+    if mode is not None or halo.divisor(spec) % time.shards:
+        raise ValueError(
+            f"axis_name={axis_name!r} needs as many outputs as inputs or a fixed ratio of them, on "
+            f"each of {time.shards} devices: padding CAUSAL, SAME or as many zeros, and strides "
+            f"that divide {spec.time // time.shards} steps times the input_dilation; got "
+            f"strides={spec.stride}, input_dilation={spec.input_dilation}, "
+            f"padding={mode or spec.padding}"
+        )
 
 
 def unfused_reason(dtype, out_dtype, bias, out_sharding) -> str | None:

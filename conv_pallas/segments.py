@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from conv_pallas import halo
 from conv_pallas.sharding import shard_by_xla
 from conv_pallas.spec import ConvSpec, scalar
 
@@ -110,11 +111,21 @@ def pointwise(kernel: jax.Array) -> jax.Array:
 POINTWISE = dict(strides=1, padding="VALID", input_dilation=1, kernel_dilation=1)
 
 
-def separate(x: jax.Array, segment_ids, spec: ConvSpec, mode: str | None = None) -> jax.Array:
+def separate(
+    x: jax.Array,
+    segment_ids,
+    spec: ConvSpec,
+    mode: str | None = None,
+    time: halo.TimeSplit = halo.UNSPLIT,
+) -> jax.Array:
     """The `columns` of x ``(*batch, T, C)`` in which no tap reaches into another sequence.
 
     They take ``K`` times the memory of x: every output has its own zeros, so that the one padded
     x of a plain convolution won't do.
+
+    Args:
+      spec: of the whole.
+      time: how time is split where x and the ids are one device's parts.
 
     Raises:
       ValueError: the ids do not fit x, or the convolution does not give one output for each step.
@@ -127,7 +138,12 @@ def separate(x: jax.Array, segment_ids, spec: ConvSpec, mode: str | None = None)
             f"CAUSAL, SAME or that many zeros; got strides={spec.stride}, "
             f"input_dilation={spec.input_dilation}, padding={mode or spec.padding}"
         )
-    return shard_by_xla(functools.partial(_separate, spec=spec), lambda spec: spec, x, ids)
+    L = x.shape[-2]
+    before, after = halo.share("conv1d", spec, time.shards)[:2] if time.shards > 1 else (0, 0)
+    x, ids = (time.surround(a, before, after) for a in (x, ids[..., None]))
+    f = functools.partial(_separate, spec=spec)
+    taps = shard_by_xla(f, lambda spec: spec, x, ids[..., 0])
+    return jax.lax.slice_in_dim(taps, before, before + L, axis=taps.ndim - 2)
 
 
 def _separate(x: jax.Array, ids: jax.Array, spec: ConvSpec) -> jax.Array:
