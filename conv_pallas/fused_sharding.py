@@ -113,7 +113,8 @@ def by_types(local, avals_in, avals_out, **params):
     placed = split.place(mesh, operands, results[0])
     ins, outs = split.specs(placed)
     share = split.share(local, mesh, placed, **params)
-    return shard_by_types(share, mesh, ins, outs, [a.sharding.spec for a in avals_out])
+    wanted = [a.sharding.spec for a in avals_out]
+    return shard_by_types(share, mesh, ins, outs, wanted, split.operands, params["spec"])
 
 
 def of_results(results, *avals, gradients: bool, spec, has_bias, **_) -> list[NamedSharding]:

@@ -144,7 +144,8 @@ def _partitioned_by_types(compute, lhs, rhs, result, *, operation, spec, kernel_
     arrays = [(a.shape, a.sharding.spec) for a in (lhs, rhs, result)]
     params |= dict(operation=operation, kernel_batch=kernel_batch)
     share, (*operands, out) = _shares(compute, mesh, axes, arrays, **params)
-    return sharding.shard_by_types(share, mesh, operands, out, result.sharding.spec)
+    wanted, labels = result.sharding.spec, axes.arrays[:2]
+    return sharding.shard_by_types(share, mesh, operands, out, wanted, labels, spec)
 
 
 def _partitioned_by_xla(compute, lhs, rhs, *, operation, spec, kernel_batch, **params):

@@ -149,7 +149,7 @@ class Axes:
         return rule, sizes, tuple(f for f in factors if f in whole)
 
 
-def shard_by_types(share: Callable, mesh, operands, results, wanted) -> Callable:
+def shard_by_types(share: Callable, mesh, operands, results, wanted, labels, spec) -> Callable:
     """``share``, which computes one device's part, as a function of arrays on explicit axes.
 
     Args:
@@ -157,13 +157,20 @@ def shard_by_types(share: Callable, mesh, operands, results, wanted) -> Callable
       operands: for each, the `PartitionSpec` that ``share`` needs.
       results: the one that it leaves each result in; a list, or one for one array.
       wanted: the one that each result's type says, likewise.
+      labels: of each operand's dimensions.
+      spec: the geometry.
     """
+
+    def here(*shares):
+        if mesh.auto_axes and (spec.stride, spec.input_dilation) != (1, 1):
+            shares = map(_gather_time, shares, labels)
+        return share(*shares)
 
     def call(*arrays):
         # The types have a mesh also where the caller is in no context of one.
         with jax.sharding.use_abstract_mesh(mesh):
             outcome = jax.shard_map(
-                share,
+                here,
                 in_specs=tuple(operands),
                 out_specs=results,
                 axis_names=set(mesh.explicit_axes),
@@ -172,6 +179,19 @@ def shard_by_types(share: Callable, mesh, operands, results, wanted) -> Callable
             return jax.sharding.reshard(outcome, wanted)
 
     return call
+
+
+def _gather_time(a: jax.Array, labels: tuple[str, ...]) -> jax.Array:
+    """``a``, whose time no automatic axis splits where there are explicit ones beside it.
+
+    There XLA's partitioner is left with the convolution itself, and ends the process over some
+    with a stride or an input dilation: "get_first_valid_element_offset_on_dilated_shard".
+    """
+    if "time" not in map(_same, labels):
+        return a
+    free = P.UNCONSTRAINED
+    spec = P(*(None if _same(label) == "time" else free for label in labels))
+    return jax.lax.with_sharding_constraint(a, spec)
 
 
 def shard_by_xla(f: Callable, spec: Callable[[P], P], *arrays: jax.Array) -> jax.Array:

@@ -142,3 +142,21 @@ def test_out_sharding_decides_also_where_x_is_padded():
         y = jax.jit(f)(_put(mesh, X, "b", "a"), _put(mesh, W))
     assert y.sharding.spec[0] == "a" and y.sharding.spec[1] is None
     tree_close(np.asarray(y), np.asarray(conv1d(X, W, padding="CIRCULAR")), rtol=1e-4)
+
+
+@pytest.mark.parametrize("time", [AxisType.Explicit, AxisType.Auto], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, dict(strides=3), dict(input_dilation=3, padding=[(4, 2)]), dict(activation="silu")],
+    ids=str,
+)
+def test_a_mesh_with_axes_of_both_kinds(options, time):
+    """Time is gathered from automatic axes where XLA would end the process over the stride."""
+    batch = AxisType.Auto if time == AxisType.Explicit else AxisType.Explicit
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(time, batch))
+    x = X[:, :24]
+    run = _everything(functools.partial(conv1d, kernel_dilation=2, **options))
+    compiled, out = compiled_quickly(run, mesh, _put(mesh, x, "b", "a"), _put(mesh, W))
+    same_rate = not {"strides", "input_dilation"} & set(options)
+    assert ("all-gather" in collectives(compiled)) != (same_rate or time == AxisType.Explicit)
+    tree_close(out, jax.jit(run)(x, W), rtol=1e-4)
