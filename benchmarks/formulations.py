@@ -104,6 +104,12 @@ CASES = (
     (16, 4096, 32, 32, 7, 4),
     (32, 784, 25, 25, 7, 16),
     (32, 784, 25, 25, 7),
+    # Many taps.
+    (4, 2000, 4, 4, 31, 4),
+    (4, 2000, 12, 12, 21, 4),
+    (4, 2000, 20, 20, 21, 4),
+    (4, 2000, 25, 25, 31, 4),
+    (4, 2000, 32, 8, 31, 2),
     # More than the convolution likes to have between its registers, and less than needs pieces.
     (32, 1020, 10, 10, 8, 32),
     (32, 400, 16, 16, 3),
@@ -139,6 +145,9 @@ CASES = (
     (8, 1000, 64, 64, 7, 1, 1, 64),
     (4, 1000, 64, 64, 16, 1, 1, 64),
     (1, 2000, 512, 512, 4, 1, 1, 512),
+    (2, 1000, 512, 512, 3, 1, 1, 512),
+    (2, 1000, 256, 256, 33, 1, 1, 256),
+    (1, 1000, 512, 512, 87, 2, 1, 512),
     # Grouped.
     (4, 512, 32, 32, 3, 1, 1, 2),
     (4, 1024, 256, 256, 3, 4, 1, 2),
@@ -167,6 +176,8 @@ SAME = (
     (2, 256, 256, 256, 3, 3),
     (4, 8192, 32, 32, 3, 3),
     (1, 3750, 32, 32, 21, 10),
+    (1, 7500, 15, 15, 51, 8),
+    (1, 100000, 15, 15, 51, 8),
 )
 BFLOAT16 = (
     (32, 64, 25, 25, 7, 2),
@@ -182,9 +193,14 @@ BFLOAT16 = (
     (4, 1000, 1, 25, 7),
     (4, 2000, 64, 1, 3),
     (4, 1000, 64, 128, 1),
+    (16, 4096, 16, 16, 15, 4),
+    (4, 2000, 25, 25, 31, 4),
+    (4, 1000, 64, 64, 51, 4),
+    (1, 100000, 64, 64, 3, 16),
     (4, 1024, 512, 512, 4, 1, 1, 512),
     (4, 512, 64, 256, 4, 2, 1, 64),
     (4, 512, 128, 128, 3, 4, 1, 8),
+    (4, 1000, 64, 64, 7, 1, 1, 8),
     (4, 512, 128, 128, 3, 4, 1, 32),
 )
 FLOAT16 = ((4, 1000, 128, 128, 3, 2), (4, 1024, 128, 128, 4, 1, 1, 128))
@@ -225,10 +241,16 @@ def candidates(problem: Problem, stock: str) -> list[str]:
     """Stock first, then all that are worth compiling."""
     spec, c, m = problem.spec, problem.C // problem.spec.groups, problem.O // problem.spec.groups
     products = spec.kernel_size * (m if problem.operation == "conv1d_input_grad" else c)
+    each_its_own = spec.groups > 1 and c == m == 1
+    few = each_its_own or spec.kernel_size <= xla.UNROLLED
     worth = {
-        "shifts": products <= 64,
-        "own_pads": products <= 16,
-        "tree": products <= 64,
+        "shifts": products <= 64 or each_its_own,
+        "own_pads": products <= 16 or each_its_own,
+        "tree": products <= 64 or each_its_own,
+        "matmuls": few,
+        "im2col": few,
+        "scatter": few,
+        "blocks": spec.kernel_size > 3 and not each_its_own,
         "split": 1 < spec.groups <= 32,
         "dense": 1 < spec.groups,
         "fold": spec.kernel_dilation > 1 and spec.stride == 1,

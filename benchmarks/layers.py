@@ -24,6 +24,7 @@ _LENGTHS = (64, 256, 1024, 4096, 8192)
 CASES: tuple[Layer, ...] = (
     _case("depthwise/D1", 8, 2048, 512, 512, 4, G=512),
     _case("depthwise/D64", 8, 2048, 512, 512, 4, D=64, G=512),
+    _case("depthwise/N2", 2, 1000, 512, 512, 3, G=512),
     _case("depthwise/bfloat16", 8, 2048, 512, 512, 4, G=512, dtype="bfloat16"),
     _case("depthwise/multiplier", 8, 2048, 128, 256, 4, D=2, G=128),
     _case("depthwise/stride", 8, 2048, 256, 256, 4, S=2, G=256),

@@ -126,6 +126,7 @@ _HIFIGAN = "Kong, Kim & Bae 2020, arXiv:2010.05646, V1"
 _MSTCN = "Abu Farha & Gall 2019, arXiv:1903.01945"
 _SPLICEAI = "Jaganathan et al. 2019, doi:10.1016/j.cell.2018.12.015, SpliceAI-10k"
 _ATACWORKS = "Lal et al. 2021, doi:10.1038/s41467-021-21765-5"
+_QUARTZNET = "Kriman et al. 2019, arXiv:1910.10261, 15x5"
 _MAMBA = "Gu & Dao 2023, arXiv:2312.00752, 2.8B"
 _LIMIT = "no model: the far end of what a layer may be"
 
@@ -160,6 +161,9 @@ PUBLISHED: tuple[Layer, ...] = (
         for K, D in ((11, 1), (11, 4), (21, 10), (41, 25))
     ),
     *_stack("atacworks", _ATACWORKS, (8,), 8, 60000, 15, 15, 51, padding="SAME", activation="relu"),
+    Layer("quartznet/K33", _QUARTZNET, 32, 835, 256, 256, 33, G=256, padding="SAME"),
+    Layer("quartznet/K75", _QUARTZNET, 32, 835, 512, 512, 75, G=512, padding="SAME"),
+    Layer("quartznet/K87/D2", _QUARTZNET, 32, 835, 512, 512, 87, 2, G=512, padding="SAME"),
     *_stack("mamba-2.8b", _MAMBA, (1,), 8, 2048, 5120, 5120, 4, G=5120, activation="silu"),
     *_stack("wide-and-long", _LIMIT, (1, 4, 64, 512, 1024), 8, 4096, 512, 512, 3),
     *_stack("very-long", _LIMIT, (1, 1024), 1, 1 << 20, 64, 64, 3),

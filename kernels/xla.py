@@ -302,7 +302,7 @@ def _cpu_kernel_grad(problem: Problem) -> str:
 
 def _grouped_kernel_grad(problem: Problem) -> str:
     spec, (c, _) = problem.spec, _channels(problem)
-    K, G, steps = spec.kernel_size, spec.groups, problem.N * spec.out_time
+    K, G = spec.kernel_size, spec.groups
     if c == 1:
         return "tree"
     if K <= 8 and (spec.stride > 1 or (_bfloat16(problem) and _little(problem))):

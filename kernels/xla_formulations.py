@@ -57,9 +57,7 @@ def some_taps(spec: ConvSpec, first: int, count: int) -> ConvSpec:
     """The same outputs, of which ``count`` taps from the ``first`` on make a part."""
     D, (low, high) = spec.kernel_dilation, spec.padding
     after = spec.kernel_size - first - count
-    return dataclasses.replace(
-        spec, kernel_size=count, padding=(low - first * D, high - after * D)
-    )
+    return dataclasses.replace(spec, kernel_size=count, padding=(low - first * D, high - after * D))
 
 
 def some_steps(spec: ConvSpec, first: int, count: int) -> ConvSpec:
@@ -209,7 +207,7 @@ def scatter(x, w, spec, numbers):
 
 
 def blocks(x, w, spec, numbers):
-    """"im2col" of a few taps at a time, whose products are shifted and added as in "scatter".
+    """ "im2col" of a few taps at a time, whose products are shifted and added as in "scatter".
 
     Of K taps some sqrt(K) lie side by side, and one matmul has the products of as many such
     blocks: it holds sqrt(K) copies of x and of y, where the other two hold K of one of them, and

@@ -7,7 +7,6 @@ small enough to be compiled well. Each wraps any formulation of `xla_formulation
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -152,9 +151,7 @@ def in_taps(formulation: Formulation, n: int, sums: bool) -> Formulation:
         count, rest = divmod(K, n)
         padded = pad(x, spec)
         reach = (n - 1) * D + (spec.out_time - 1) * spec.stride + 1
-        one = dataclasses.replace(
-            spec, time=reach, kernel_size=n, padding=(0, 0), input_dilation=1
-        )
+        one = dataclasses.replace(spec, time=reach, kernel_size=n, padding=(0, 0), input_dilation=1)
         last = some_taps(spec, K - rest, rest) if rest else None
         seen = lambda j: lax.dynamic_slice_in_dim(padded, j * (n * D), reach, axis=1)  # noqa: E731
         if sums:
