@@ -1,4 +1,4 @@
-"""Times every XLA formulation of the three operations: what `kernels/xla.py` takes its rules from.
+"""Times every XLA formulation of the three operations, which `kernels/xla_cpu.py` is made of.
 
     python -m benchmarks.formulations [--quick] [--only TEXT] [--layers TEXT] [--json PATH]
 
@@ -28,6 +28,7 @@ from conv_pallas import _measure
 from conv_pallas._layers import Layer
 from conv_pallas.kernels import xla
 from conv_pallas.kernels.xla_formulations import FORWARD, KERNEL_GRAD
+from conv_pallas.kernels.xla_pieces import UNROLLED
 from conv_pallas.spec import OPERATIONS, Operation, Problem
 
 SETTINGS = _measure.Settings(least=0.005, rounds=(5, 15), settled=0.03, limit=3.0)
@@ -242,7 +243,7 @@ def candidates(problem: Problem, stock: str) -> list[str]:
     spec, c, m = problem.spec, problem.C // problem.spec.groups, problem.O // problem.spec.groups
     products = spec.kernel_size * (m if problem.operation == "conv1d_input_grad" else c)
     each_its_own = spec.groups > 1 and c == m == 1
-    few = each_its_own or spec.kernel_size <= xla.UNROLLED
+    few = each_its_own or spec.kernel_size <= UNROLLED
     worth = {
         "shifts": products <= 64 or each_its_own,
         "own_pads": products <= 16 or each_its_own,

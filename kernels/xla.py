@@ -5,26 +5,20 @@
     dw[k, c, o] = sum over n, u of  x[n, u*S + k*D - low, c] * g[n, u, o]
 
 Operations: ``2 N T' K (C / G) O``. Bytes: x, w and y once each at least; what a formulation holds
-beside them is in its docstring, and here what of that is taken in pieces.
+beside them is in its docstring.
 
-The formulations themselves are in `xla_formulations.py`. On a CPU the rules come from
-measurements: ``benchmarks/results/cpu/formulations.json``, which ``python -m
-benchmarks.formulations`` repeats. On other platforms they come from what XLA compiles to, read
+The formulations themselves are in `xla_formulations.py`. For CPUs the rules, which come from
+measurements, are in `xla_cpu.py`. On other platforms they come from what XLA compiles to, read
 without the device; nothing was timed there.
 """
 
-import dataclasses
-import math
-
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from conv_pallas.kernels import Kernel
-from conv_pallas.kernels.xla_formulations import FORWARD, KERNEL_GRAD, Numbers, flip, some_taps
-from conv_pallas.kernels.xla_pieces import in_pieces, in_steps, in_taps
-from conv_pallas.spec import ConvSpec, Problem
+from conv_pallas.kernels import Kernel, xla_cpu
+from conv_pallas.kernels.xla_formulations import FORWARD, KERNEL_GRAD, flip, numbers_of
+from conv_pallas.kernels.xla_pieces import UNROLLED
+from conv_pallas.spec import Problem
 
 DESCRIPTIONS = {
     "native": "one lax.conv_general_dilated",
@@ -44,341 +38,15 @@ DESCRIPTIONS = {
 }
 
 
-# The most taps that are written out one by one; beyond, compiling takes longer than it saves.
-UNROLLED = 64
-FEW = 16  # taps, up to which "scatter" and "im2col" in pieces were measured
-
-
 def choose(problem: Problem) -> str:
     """The name of the formulation to take, of `FORWARD` or `KERNEL_GRAD`."""
-    gradient_of_kernel = problem.operation == "conv1d_kernel_grad"
-    unrolled = problem.spec.kernel_size <= UNROLLED
-    if problem.platform in ("cuda", "rocm"):
-        return _gpu_kernel_grad(problem) if gradient_of_kernel else _gpu_forward(problem)
+    if problem.platform == "cpu":
+        return xla_cpu.choose(problem)
     if problem.platform == "tpu":
-        return "shifts" if problem.depthwise and unrolled else "native"
-    if not all(isinstance(size, int) for size in (problem.N, problem.spec.time)):
-        # An export whose batch or time is a symbol: nothing may depend on how much there is.
-        grouped = gradient_of_kernel and problem.spec.groups > 1
-        if not unrolled:
-            return "split" if grouped and problem.spec.groups <= 32 else "native"
-        return "shifts" if problem.depthwise else "matmuls" if grouped else "native"
-    return _cpu_kernel_grad(problem) if gradient_of_kernel else _cpu_forward(problem)
-
-
-def _channels(problem: Problem) -> tuple[int, int]:
-    """Channels that one output sums over, and outputs, for each group."""
-    c, o = problem.C // problem.spec.groups, problem.O // problem.spec.groups
-    return (o, c) if problem.operation == "conv1d_input_grad" else (c, o)
-
-
-# --- CPU ---
-
-
-def _cpu_forward(problem: Problem) -> str:
-    """Forward and input gradient.
-
-    Times faster than nnx.Conv's convolution, CAUSAL and float32 where nothing is said. Measured on
-    two busy cores with AVX512 and AVX512-BF16, which XLA's matmuls make use of and its convolution
-    does not; the stored result has these and more. Other tenants of a machine move a figure by 10
-    to 20 %, and the rules leave to stock what is closer than that.
-
-    ===================================  ==========================  ==========================
-                                         forward                     input gradient
-    ===================================  ==========================  ==========================
-    N4 T1024 C512 O512 K4 G512           own_pads 92  scatter 82     own_pads 88  scatter 88
-    N1 T2000 C512 O512 K4 G512           scatter 123  own_pads 116   own_pads 122  scatter 121
-    N8 T1000 C64 O64 K7 G64              scatter 94  own_pads 87     scatter 98  matmuls 68
-    N4 T1000 C64 O64 K16 G64             matmuls 29  shifts 24       shifts 24  matmuls 23
-    N4 T512 C64 O256 K4 D2 G64           scatter 36  own_pads 34     shifts 28  own_pads 20
-    N4 T1024 C512 O512 K4 G512 bfloat16  own_pads 100  scatter 78    own_pads 76  scatter 64
-    N4 T500 C128 O128 K5 G32             shifts 9.8  scatter 5.5     shifts 8.3  scatter 4.2
-    N2 T512 C1024 O1024 K3 G64           scatter 1.2  matmuls 1.1    scatter 1.4  matmuls 1.1
-    N4 T1024 C256 O256 K3 D4 G8          split 1.9  matmuls 1.1      split 2.1  matmuls 1.3
-    N1 T1024 C256 O256 K3 D4 G4          scatter 1.1  matmuls 1.1    scatter 1.2  split 1.0
-    N4 T512 C128 O128 K3 D4 G8 bfloat16  im2col 1.7  matmuls 1.7     im2col 1.8  matmuls 1.7
-    N4 T1000 C1 O25 K7                   own_pads 2.8  matmuls 2.6   scatter 2.1  matmuls 1.4
-    N4 T2000 C64 O1 K3                   scatter 3.1  matmuls 0.8    own_pads 2.8  shifts 2.8
-    N4 T4000 C2 O2 K3                    shifts 7.3  own_pads 5.1    shifts 8.8  own_pads 7.6
-    N4 T2000 C8 O8 K3                    shifts 1.8  im2col 1.3      shifts 2.2  scatter 1.7
-    N4 T4000 C1 O32 K8 S2                matmuls 2.0  shifts 2.0     scatter 1.9
-    N4 T1000 C128 O128 K3 S2             native 1.0  im2col 0.8      scatter 1.1  matmuls 0.5
-    N4 T500 C25 O25 K5 S2                scatter 0.7  im2col 0.6     scatter 1.3  im2col 0.7
-    N8 T64 C16 O16 K3                    scatter 1.3  im2col 1.3     scatter 1.5  im2col 1.5
-    N32 T1020 C10 O10 K8 D32             scatter 1.8  im2col 1.6     im2col 1.7  scatter 1.6
-    N32 T400 C16 O16 K3                  scatter 1.1  im2col 0.8     im2col 0.9  scatter 0.9
-    N8 T400 C20 O20 K5 D8                scatter 1.4  fold 0.8       scatter 1.4  fold 0.8
-    N32 T784 C25 O25 K7 D16              scatter 1.3  im2col 0.9     scatter 1.2  im2col 0.9
-    N32 T784 C25 O25 K7                  scatter 1.1  matmuls 0.5    scatter 0.9  im2col 0.6
-    N32 T400 C30 O30 K7 D16              fold 0.7  scatter 0.5       scatter 1.1  fold 0.8
-    N8 T1000 C64 O64 K3 D16              scatter 1.0  im2col 0.7     im2col 0.8  scatter 0.8
-    N1 T80 C600 O600 K3 D4               matmuls 0.9  im2col 0.9     matmuls 1.1  im2col 1.1
-    N4 T1000 C64 O128 K1 bfloat16        scatter 1.5  im2col 1.4     im2col 2.3  matmuls 2.1
-    N16 T4096 C16 O16 K3 D4 bfloat16     im2col 1.9  matmuls 1.2     im2col 1.9  matmuls 0.9
-    N16 T4096 C25 O25 K7 D4 bfloat16     scatter 2.0  im2col 1.2     scatter 1.8  im2col 1.2
-    N4 T1000 C128 O128 K3 D8 bfloat16    im2col 1.7  scatter 1.4     im2col 1.7  scatter 1.7
-    N16 T4096 C64 O64 K7 D4 bfloat16     scatter 2.2  im2col 1.5     scatter 2.6  im2col 2.0
-    ===================================  ==========================  ==========================
-
-    Of bfloat16 depthwise takes "matmuls" all the same: on a CPU with AVX2 alone they were ahead, in
-    the input gradient by far.
-    """
-    spec = problem.spec
-    # nnx.Conv writes CAUSAL zeros first. Where nothing is faster, be the same program.
-    causal = problem.operation == "conv1d" and spec.padding == (spec.span - 1, 0)
-    stock = "padded" if causal and spec.input_dilation == 1 else "native"
-    if problem.operation == "conv1d_input_grad":
-        spec = spec.transposed()
-    K, G, (c, o) = spec.kernel_size, spec.groups, _channels(problem)
-    every_step = spec.stride == spec.input_dilation == 1
-    if G > 1:
-        return _cpu_grouped(problem) or stock
-    if K > 12 and every_step and _in_blocks(problem, spec, c, o):
-        return "blocks"
-    if K > UNROLLED:
-        return stock
-    if K == 1:
-        return "matmuls" if every_step and _bfloat16(problem) else stock
-    if spec.input_dilation > 1:
-        # Of a strided layer's input gradient all but each S-th product would be with zero.
-        moves = spec.stride == 1 and K <= FEW and _held("scatter", problem) <= MOST
-        return "scatter" if moves else stock
-    if spec.stride > 1:
-        few = "matmuls" if c == 1 else "shifts"
-        return few if c <= 2 and K * c <= 16 else stock
-    if c <= 8 and c * o <= 64 and K * c <= 24:
-        return "own_pads" if c == 1 and K <= 6 else "shifts"
-    if _bfloat16(problem) and K <= FEW:
-        if _scatters(problem, spec, c, o):
-            return "scatter"
-        name = "im2col" if K <= 8 else "blocks"
-        return name if _pieces_hold("im2col", problem, spec) else stock
-    if o == 1 and K <= 32 and _held("scatter", problem) <= 4 * MOST:
-        return "scatter"
-    if problem.N * spec.time * K * c <= 2**16:
-        return "im2col"
-    if problem.operation == "conv1d_input_grad" and problem.N * spec.time <= 128 and c >= 256:
-        return "matmuls"  # reads the kernel as it lies, where a convolution has it flipped
-    return "scatter" if _few_channels(problem, spec, c, o) else stock
-
-
-def _cpu_grouped(problem: Problem) -> str | None:
-    """Of more than one group; None where nothing is faster than stock."""
-    spec, (c, o) = problem.spec, _channels(problem)
-    N, G, K = problem.N, spec.groups, spec.kernel_size
-    every_step = spec.stride == spec.input_dilation == 1
-    if c == 1:
-        narrow = problem.out_dtype.itemsize < 4
-        if K > UNROLLED or (K > 8 and every_step and not (narrow and o > 1)):
-            return "own_pads"
-        if narrow or K > 8:
-            return "matmuls"
-        if o == 1 and K <= 8 and (K > 4 or N == 1 or G < 256):
-            return "scatter"
-        return "own_pads" if K <= 4 else "matmuls"
-    if _bfloat16(problem) and c <= 16 and o > 1 and every_step and _little(problem):
-        return "im2col" if K <= 4 else "blocks"
-    if c <= 8 and K * c <= 64:
-        return "shifts"
-    if c <= 8 and K > FEW and every_step and _little(problem):
-        return "blocks"
-    if K <= 4 and every_step and (max(c, o) <= 16 or G > 32 or (N == 1 and max(c, o) <= 64)):
-        return "scatter"
-    return "split" if 2 < G <= 32 or (G == 2 and c <= 32) else None
-
-
-def _little(problem: Problem) -> bool:
-    """Whether "im2col" of groups, which is not taken in pieces, holds no more than 64 MiB."""
-    return problem.N * problem.spec.groups * _held("im2col", problem) <= 2**26
-
-
-def _in_blocks(problem: Problem, spec: ConvSpec, c: int, o: int) -> bool:
-    """Whether "blocks" is faster than the convolution with many taps."""
-    if 2 * spec.span > spec.time or not _pieces_hold("blocks", problem, spec):
-        return False
-    if _bfloat16(problem):
-        return not _scatters(problem, spec, c, o)
-    few = max(c, o) < 28 if min(c, o) >= 4 else max(c, o) <= 2
-    into_few = 1 < o <= 8 and c <= 64
-    without_dilation = spec.kernel_dilation > 1 or max(c, o) <= 12 or into_few
-    return (few or into_few) and without_dilation
-
-
-def _pieces_hold(name: str, problem: Problem, spec: ConvSpec) -> bool:
-    """Whether a formulation can be taken in pieces that are much longer than a window."""
-    return 2 * spec.span <= _steps_at_once(name, problem) or _held(name, problem) <= MOST
-
-
-def _few_channels(problem: Problem, spec: ConvSpec, c: int, o: int) -> bool:
-    """Whether float32 "scatter" makes up for what it holds.
-
-    The convolution is good at channels that fill registers, and bad at 10 or 25 of them; it is
-    better without a dilation than with one.
-    """
-    K, D, most = spec.kernel_size, spec.kernel_dilation, max(c, o)
-    held = _held("scatter", problem)
-    everything = problem.N * held
-    if K > FEW or spec.span > spec.time or held > MOST:
-        return False
-    if most <= 12:
-        return D > 1 or everything <= WHOLE
-    if most >= 28 or o % 16 == 0:
-        return most < 32 and everything <= 3 * 2**20 and (D > 1 or most < 28)
-    if everything > WHOLE:
-        return D > 1 and K >= 5
-    return D > 1 or K >= 7 or everything <= 3 * 2**20
-
-
-def _scatters(problem: Problem, spec: ConvSpec, c: int, o: int) -> bool:
-    """Whether of bfloat16 "scatter" is faster than "im2col"; what it holds is twice as wide."""
-    worth = c >= 32 or (c >= 20 and spec.kernel_size >= 5)
-    rows = o < 64 or spec.time >= 512  # for a matmul with as many columns as all taps have
-    sees = spec.span <= spec.time  # else many of its products are of taps that see only padding
-    return o <= c and worth and rows and sees and _held("scatter", problem) <= MOST
-
-
-def _cpu_kernel_grad(problem: Problem) -> str:
-    """Kernel gradient; measured as in `_cpu_forward`.
-
-    ===================================  ==================================================
-    N4 T1024 C512 O512 K4 G512           tree 28  shifts 11  matmuls 2.2  im2col 2.1
-    N4 T64 C32 O32 K3 D2 G32             shifts 2.9  matmuls 1.9  im2col 1.6  tree 1.3
-    N4 T512 C64 O256 K4 D2 G64           tree 71  im2col 55  shifts 49  dense 21
-    N4 T512 C32 O32 K3 G2                im2col 2662  split 2269  dense 2242  matmuls 2119
-    N1 T1024 C256 O256 K3 D4 G4          matmuls 16  im2col 15  split 10  dense 4.9
-    N4 T1024 C256 O256 K3 D4 G32         split 50  matmuls 43  tree 40  im2col 39
-    N4 T500 C128 O128 K5 G32             split 50  tree 44  im2col 37  matmuls 31
-    N2 T512 C1024 O1024 K3 G64           im2col 129  matmuls 81  tree 73  shifts 36
-    N2 T1000 C512 O512 K3 D2 G128        tree 344  shifts 197  matmuls 127  im2col 121
-    N4 T1000 C128 O128 K5 S2 G8          im2col 14  matmuls 11  dense 4.4  split 3.6
-    N4 T512 C128 O128 K3 D4 G8 bfloat16  im2col 18  matmuls 13  split 12  dense 7.0
-    N4 T1000 C1 O25 K7                   im2col 1.3  matmuls 1.1  padded 1.0  canonical 1.0
-    N4 T1000 C64 O128 K1                 im2col 1.1  matmuls 1.1  canonical 1.0  padded 1.0
-    N4 T128 C32 O32 K3                   im2col 1.7  matmuls 1.5  padded 1.0  canonical 1.0
-    N4 T1000 C128 O128 K3 S2             im2col 1.8  matmuls 1.5  canonical 1.2  padded 1.0
-    N1 T64 C512 O512 K3 D4               im2col 1.3  matmuls 1.0  padded 1.0  canonical 0.7
-    N1 T100 C450 O450 K3 D4              im2col 1.4  padded 1.0  matmuls 1.0  canonical 0.8
-    N1 T1024 C128 O128 K7 D3 SAME        padded 1.6  matmuls 1.2  im2col 1.2  canonical 1.0
-    N1 T3750 C32 O32 K21 D10 SAME        padded 1.6  canonical 1.0  matmuls 0.9  im2col 0.7
-    N1 T5000 C64 O64 K3 D16 SAME         canonical 1.1  padded 1.0  im2col 1.0  matmuls 0.8
-    N2 T256 C256 O256 K3 D3 SAME         im2col 1.3  padded 1.1  matmuls 1.1  canonical 1.0
-    N2 T4096 C64 O64 K3 D3 SAME          canonical 1.0  im2col 0.9  padded 0.9  matmuls 0.6
-    N4 T8192 C32 O32 K3 D3 SAME          canonical 1.0  padded 0.8  im2col 0.7  matmuls 0.6
-    N1 T5000 C32 O32 K3 D512             padded 1.0  im2col 0.9  matmuls 0.8  canonical 0.7
-    N8 T1000 C64 O64 K3 D16              canonical 1.3  im2col 1.0  padded 1.0  matmuls 0.7
-    N32 T784 C25 O25 K7 D16              canonical 1.0  padded 1.0  im2col 0.7  matmuls 0.7
-    N4 T2000 C32 O32 K21                 padded 1.0  canonical 1.0  im2col 0.5  matmuls 0.5
-    N4 T1000 C128 O128 K3 D8 bfloat16    im2col 2.0  matmuls 1.5  canonical 1.0  padded 1.0
-    N16 T4096 C64 O64 K7 D4 bfloat16     im2col 1.5  padded 1.0  canonical 0.7  matmuls 0.6
-    N16 T4096 C25 O25 K7 D4 bfloat16     canonical 1.1  padded 1.0  im2col 0.9  matmuls 0.6
-    N4 T2000 C64 O1 K3 bfloat16          canonical 1.2  padded 1.0  im2col 0.8  matmuls 0.4
-    ===================================  ==================================================
-
-    "native" is the same program as "canonical" outside of loops.
-    """
-    spec, (c, _) = problem.spec, _channels(problem)
-    K, G = spec.kernel_size, spec.groups
-    causal = spec.input_dilation == 1 and spec.padding == (spec.span - 1, 0)
-    if G > 1:
-        if K > UNROLLED:
-            problem = dataclasses.replace(problem, spec=some_taps(spec, 0, TAPS["tree"]))
-        return _grouped_kernel_grad(problem)
-    if K > UNROLLED:
-        return "padded" if causal else "canonical"
-    if K == 1 and spec.stride == spec.input_dilation == 1:
-        return "matmuls"
-    steps = problem.N * spec.out_time
-    columns = steps * K * c  # what im2col holds
-    if columns <= 2**17 or (K <= 8 and (steps <= 128 or c == 1)) or (K <= FEW and spec.stride > 1):
-        return "im2col"
-    wide = max(problem.C, problem.O) >= 32 and min(problem.C, problem.O) >= 16
-    if _bfloat16(problem) and K <= 8 and wide and _pieces_hold("im2col", problem, spec):
-        return "im2col"
-    # Padded, no product has to be looked at. It pays for few steps, or for many taps.
-    few = 5 * 2**10 if problem.N == 1 else 2**11 if problem.N <= 4 else 0
-    pays = steps <= few or K > FEW
-    return "padded" if spec.input_dilation == 1 and pays else "canonical"
-
-
-def _grouped_kernel_grad(problem: Problem) -> str:
-    spec, (c, _) = problem.spec, _channels(problem)
-    K, G = spec.kernel_size, spec.groups
-    if c == 1:
-        return "tree"
-    if K <= 8 and (spec.stride > 1 or (_bfloat16(problem) and _little(problem))):
-        return "im2col"
-    if G > 32:
-        return "tree" if K * c <= 20 else "im2col" if K <= 8 else "matmuls"
-    return "matmuls" if problem.N == 1 and c >= 64 else "split"
-
-
-def _bfloat16(problem: Problem) -> bool:
-    return {np.dtype(problem.lhs_dtype).name, np.dtype(problem.rhs_dtype).name} == {"bfloat16"}
-
-
-# What a piece may hold for a moment; what needs no pieces yet; and what one sequence may hold,
-# beyond which it is as slow as all at once. Bytes. Each piece costs some time by itself.
-PIECE = {"scatter": 5 * 2**20, "im2col": 5 * 2**19, "blocks": 5 * 2**20}
-WHOLE, MOST = 9 * 2**20, 2**23
-
-
-def _held(name: str, problem: Problem) -> int:
-    """Bytes that a formulation of `PIECE` holds for one sequence beside x and y."""
-    operand, numbers = numbers_of(problem)
-    spec, (c, o) = problem.spec, _channels(problem)
-    if problem.operation == "conv1d_input_grad":
-        spec = spec.transposed()
-    if name == "blocks":
-        a = math.isqrt(spec.kernel_size)
-        b = spec.kernel_size // a
-        sizes = np.dtype(operand).itemsize * a * c + np.dtype(numbers.acc).itemsize * b * o
-        return spec.out_time * sizes
-    if name == "scatter":
-        return spec.time * spec.kernel_size * o * np.dtype(numbers.acc).itemsize
-    return spec.out_time * spec.kernel_size * c * np.dtype(operand).itemsize
-
-
-def _steps_at_once(name: str, problem: Problem) -> int:
-    """How many of the outputs of one sequence; of a kernel gradient how many of gy."""
-    spec = problem.spec
-    if problem.operation == "conv1d_input_grad":
-        spec = spec.transposed()
-    every_step = spec.stride == spec.input_dilation == 1
-    if problem.platform != "cpu" or problem.spec.groups > 1 or not every_step:
-        return spec.out_time
-    held = _held(name, problem) if name in ("im2col", "blocks") else 0
-    if held <= MOST:
-        return spec.out_time
-    return max(1, PIECE[name] * spec.out_time // held)
-
-
-def _sequences_at_once(name: str, problem: Problem) -> int:
-    """How many of N, which they divide."""
-    N = problem.N
-    if problem.platform != "cpu" or problem.spec.groups > 1 or name not in PIECE:
-        return N
-    each = _held(name, problem)
-    if N * each <= WHOLE:
-        return N
-    fitting = max(1, PIECE[name] // each)
-    at_once = max(n for n in range(1, min(fitting, N) + 1) if N % n == 0)
-    # A prime number of short sequences: so many small pieces cost more than they save.
-    return N if 2 * at_once < min(fitting, N) and N * each <= 2 * MOST else at_once
-
-
-# Taps in one loop of depthwise multiply-adds; in one piece of a sum or of a convolution that has
-# too many of them to be written out at once.
-TAPS = {"own_pads": 4, "shifts": 4, "tree": 8}
-
-
-def _taps_at_once(name: str, problem: Problem) -> int:
-    """How many of K."""
-    K = problem.spec.kernel_size
-    if problem.platform != "cpu" or problem.spec.groups == 1:
-        return K
-    if name in ("own_pads", "shifts") and problem.depthwise and K > 8:
-        return TAPS[name]
-    return K if K <= UNROLLED or name in ("native", "padded") else TAPS["tree"]
+        few = problem.spec.kernel_size <= UNROLLED
+        return "shifts" if problem.depthwise and few else "native"
+    gradient_of_kernel = problem.operation == "conv1d_kernel_grad"
+    return _gpu_kernel_grad(problem) if gradient_of_kernel else _gpu_forward(problem)
 
 
 # --- GPU ---
@@ -409,35 +77,17 @@ def _gpu_kernel_grad(problem: Problem) -> str:
 # --- Running it ---
 
 
-def numbers_of(problem: Problem) -> tuple[np.dtype, Numbers]:
-    """The dtype of both operands, and how to calculate."""
-    operand = jnp.promote_types(problem.lhs_dtype, problem.rhs_dtype)
-    acc = jnp.promote_types(operand, problem.out_dtype)
-    if jnp.issubdtype(acc, jnp.floating) and acc.itemsize < 4:
-        acc = np.dtype(np.float32)
-    if jnp.issubdtype(acc, jnp.floating) and not jnp.issubdtype(operand, jnp.floating):
-        operand = acc  # integers whose result is to be a float
-    return operand, Numbers(acc, problem.out_dtype, problem.precision)
-
-
 def run_as(name: str, problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
     """The operation of ``problem`` by the formulation ``name``."""
     operand, numbers = numbers_of(problem)
     lhs, rhs = lhs.astype(operand), rhs.astype(operand)
     spec = problem.spec
-    sums = problem.operation == "conv1d_kernel_grad"
-    formulation = (KERNEL_GRAD if sums else FORWARD)[name]
+    table = KERNEL_GRAD if problem.operation == "conv1d_kernel_grad" else FORWARD
+    formulation = table[name]
     if problem.operation == "conv1d_input_grad":
         rhs, spec = flip(rhs, spec.groups), spec.transposed()
-    taps = _taps_at_once(name, problem)
-    if taps < spec.kernel_size:
-        formulation = in_taps(formulation, taps, sums)
-    steps = _steps_at_once(name, problem)
-    if steps < spec.out_time:
-        formulation = in_steps(formulation, steps, sums)
-    at_once = _sequences_at_once(name, problem)
-    if at_once != problem.N:
-        formulation = in_pieces(formulation, at_once, sums)
+    if problem.platform == "cpu":
+        formulation = xla_cpu.in_parts(formulation, name, problem)
     return formulation(lhs, rhs, spec, numbers).astype(problem.out_dtype)
 
 
@@ -453,7 +103,7 @@ def run(problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         elif problem.operation == "conv1d_input_grad":
             lhs = lax.optimization_barrier(lhs)
     out = run_as(name, problem, lhs, rhs)
-    if problem.platform == "cpu" and name in ("own_pads", "shifts", "matmuls", "scatter"):
+    if problem.platform == "cpu" and name in ("own_pads", "shifts", "matmuls", "scatter", "blocks"):
         # Fused into a reduction that consumes it, such as a loss, the sum over taps is done
         # element by element: 54 ms for a training step of 4 MiB that takes 7 ms behind a barrier.
         # Bias and activation lose next to nothing by it.

@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 
 from conv_pallas.kernels import xla_native
-from conv_pallas.spec import ConvSpec
+from conv_pallas.spec import ConvSpec, Problem
 
 
 class Numbers(NamedTuple):
@@ -32,6 +32,17 @@ class Numbers(NamedTuple):
 
 
 Formulation = Callable[[jax.Array, jax.Array, ConvSpec, Numbers], jax.Array]
+
+
+def numbers_of(problem: Problem) -> tuple[np.dtype, Numbers]:
+    """The dtype of both operands, and how to calculate."""
+    operand = jnp.promote_types(problem.lhs_dtype, problem.rhs_dtype)
+    acc = jnp.promote_types(operand, problem.out_dtype)
+    if jnp.issubdtype(acc, jnp.floating) and acc.itemsize < 4:
+        acc = np.dtype(np.float32)
+    if jnp.issubdtype(acc, jnp.floating) and not jnp.issubdtype(operand, jnp.floating):
+        operand = acc  # integers whose result is to be a float
+    return operand, Numbers(acc, problem.out_dtype, problem.precision)
 
 
 def flip(w: jax.Array, groups: int) -> jax.Array:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from conv_pallas import conv1d
-from conv_pallas.kernels import xla, xla_pieces
-from conv_pallas.kernels.xla_formulations import FORWARD, KERNEL_GRAD, flip
+from conv_pallas.kernels import xla, xla_cpu, xla_pieces
+from conv_pallas.kernels.xla_formulations import FORWARD, KERNEL_GRAD, flip, numbers_of
 from conv_pallas.kernels.xla_pieces import in_steps, in_taps
 from conv_pallas.spec import OPERATIONS, ConvSpec, Problem
 from tests.cases import CASES, Case, named
@@ -107,14 +107,14 @@ def test_in_pieces(operation, dtype, loop, monkeypatch):
 
     for name in names:
         whole = compiled(name).memory_analysis().temp_size_in_bytes
-        each = xla._held(name, problem)
+        each = xla_cpu._held(name, problem)
         for piece, at_once in ((1, 1), (2 * each, 2), (5 * each, 3)):
-            monkeypatch.setattr(xla, "WHOLE", 1)
-            monkeypatch.setattr(xla, "PIECE", dict.fromkeys(xla.PIECE, piece))
-            monkeypatch.setattr(xla, "MOST", 1)
-            monkeypatch.setattr(xla, "_steps_at_once", lambda *_: case.T)
+            monkeypatch.setattr(xla_cpu, "WHOLE", 1)
+            monkeypatch.setattr(xla_cpu, "PIECE", dict.fromkeys(xla_cpu.PIECE, piece))
+            monkeypatch.setattr(xla_cpu, "MOST", 1)
+            monkeypatch.setattr(xla_cpu, "_steps_at_once", lambda *_: case.T)
             monkeypatch.setattr(xla_pieces, "PIECES", 1 if loop else 16)
-            assert xla._sequences_at_once(name, problem) == at_once
+            assert xla_cpu._sequences_at_once(name, problem) == at_once
             program = compiled(name)
             check(np.asarray(program(lhs, rhs)), operation, lhs, rhs, case.spec,
                   out_dtype=problem.out_dtype, precision=None, platform="cpu")  # fmt: skip
@@ -122,9 +122,9 @@ def test_in_pieces(operation, dtype, loop, monkeypatch):
                 assert (" while(" in program.as_text()) == loop
                 assert program.memory_analysis().temp_size_in_bytes < 0.8 * whole
         monkeypatch.undo()
-        assert xla._sequences_at_once(name, problem) == 6
+        assert xla_cpu._sequences_at_once(name, problem) == 6
     prime = dataclasses.replace(problem, N=127)
-    assert xla._sequences_at_once(names[0], prime) in (1, 127)
+    assert xla_cpu._sequences_at_once(names[0], prime) in (1, 127)
 
 
 @pytest.mark.parametrize("pieces", [in_steps, in_taps])
@@ -134,7 +134,7 @@ def test_in_steps_and_in_taps(case, operation, loop, pieces, monkeypatch):
     monkeypatch.setattr(xla_pieces, "PIECES", 1 if loop else 16)
     problem = case.problem(operation)
     lhs, rhs = operands(case, operation)
-    operand, numbers = xla.numbers_of(problem)
+    operand, numbers = numbers_of(problem)
     sums, spec, w = operation == "conv1d_kernel_grad", problem.spec, rhs.astype(operand)
     if operation == "conv1d_input_grad":
         w, spec = flip(w, spec.groups), spec.transposed()
@@ -222,8 +222,8 @@ def test_the_rules_show_what_was_measured():
         found.setdefault(name, {})[row["operation"]] = speedups
     shown = 0
     for rule, operations in (
-        (xla._cpu_forward, OPERATIONS[:2]),
-        (xla._cpu_kernel_grad, OPERATIONS[2:]),
+        (xla_cpu.forward, OPERATIONS[:2]),
+        (xla_cpu.kernel_grad, OPERATIONS[2:]),
     ):
         columns = []
         for line in rule.__doc__.splitlines():
