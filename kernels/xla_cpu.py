@@ -59,42 +59,55 @@ def forward(problem: Problem) -> str:
     ===================================  ==========================  ==========================
                                          forward                     input gradient
     ===================================  ==========================  ==========================
-    N4 T1024 C512 O512 K4 G512           own_pads 92  scatter 82     own_pads 88  scatter 88
-    N1 T2000 C512 O512 K4 G512           scatter 123  own_pads 116   own_pads 122  scatter 121
-    N8 T1000 C64 O64 K7 G64              scatter 94  own_pads 87     scatter 98  matmuls 68
-    N4 T1000 C64 O64 K16 G64             matmuls 29  shifts 24       shifts 24  matmuls 23
-    N4 T512 C64 O256 K4 D2 G64           scatter 36  own_pads 34     shifts 28  own_pads 20
-    N4 T1024 C512 O512 K4 G512 bfloat16  own_pads 100  scatter 78    own_pads 76  scatter 64
-    N4 T500 C128 O128 K5 G32             shifts 9.8  scatter 5.5     shifts 8.3  scatter 4.2
-    N2 T512 C1024 O1024 K3 G64           scatter 1.2  matmuls 1.1    scatter 1.4  matmuls 1.1
-    N4 T1024 C256 O256 K3 D4 G8          split 1.9  matmuls 1.1      split 2.1  matmuls 1.3
-    N1 T1024 C256 O256 K3 D4 G4          scatter 1.1  matmuls 1.1    scatter 1.2  split 1.0
-    N4 T512 C128 O128 K3 D4 G8 bfloat16  im2col 1.7  matmuls 1.7     im2col 1.8  matmuls 1.7
-    N4 T1000 C1 O25 K7                   own_pads 2.8  matmuls 2.6   scatter 2.1  matmuls 1.4
-    N4 T2000 C64 O1 K3                   scatter 3.1  matmuls 0.8    own_pads 2.8  shifts 2.8
-    N4 T4000 C2 O2 K3                    shifts 7.3  own_pads 5.1    shifts 8.8  own_pads 7.6
-    N4 T2000 C8 O8 K3                    shifts 1.8  im2col 1.3      shifts 2.2  scatter 1.7
-    N4 T4000 C1 O32 K8 S2                matmuls 2.0  shifts 2.0     scatter 1.9
-    N4 T1000 C128 O128 K3 S2             native 1.0  im2col 0.8      scatter 1.1  matmuls 0.5
+    N4 T1024 C512 O512 K4 G512           own_pads 103  scatter 92    scatter 107  own_pads 101
+    N1 T2000 C512 O512 K4 G512           scatter 112  own_pads 110   scatter 124  own_pads 116
+    N8 T1000 C64 O64 K7 G64              own_pads 104  scatter 104   scatter 124  shifts 90
+    N4 T1000 C64 O64 K16 G64             own_pads 26  matmuls 22     own_pads 24  matmuls 18
+    N4 T512 C64 O256 K4 D2 G64           scatter 40  own_pads 33     shifts 24  own_pads 20
+    N4 T1024 C512 O512 K4 G512 bfloat16  own_pads 75  shifts 64      scatter 71  own_pads 67
+    N4 T500 C128 O128 K5 G32             shifts 11  scatter 6.3      shifts 10  scatter 6.3
+    N2 T512 C1024 O1024 K3 G64           scatter 1.4  matmuls 1.1    scatter 1.5  matmuls 1.0
+    N4 T1024 C256 O256 K3 D4 G8          split 2.0  matmuls 1.4      split 2.0  scatter 1.5
+    N1 T1024 C256 O256 K3 D4 G4          scatter 1.2  matmuls 1.1    scatter 1.1  matmuls 1.0
+    N4 T512 C128 O128 K3 D4 G8 bfloat16  im2col 1.8  matmuls 1.8     scatter 1.9  im2col 1.8
+    N4 T1000 C1 O25 K7                   shifts 2.9  matmuls 2.7     scatter 2.0  blocks 1.6
+    N4 T2000 C64 O1 K3                   scatter 3.0  matmuls 0.7    shifts 2.9  matmuls 2.8
+    N4 T4000 C2 O2 K3                    shifts 7.5  own_pads 5.4    shifts 8.1  own_pads 6.7
+    N4 T2000 C8 O8 K3                    shifts 1.9  scatter 1.4     shifts 2.2  scatter 1.4
+    N4 T4000 C1 O32 K8 S2                shifts 2.1  matmuls 2.0     scatter 1.6  blocks 0.8
+    N4 T1000 C128 O128 K3 S2             matmuls 0.8  im2col 0.8     scatter 1.0  matmuls 0.5
     N4 T500 C25 O25 K5 S2                scatter 0.7  im2col 0.6     scatter 1.3  im2col 0.7
-    N8 T64 C16 O16 K3                    scatter 1.3  im2col 1.3     scatter 1.5  im2col 1.5
-    N32 T1020 C10 O10 K8 D32             scatter 1.8  im2col 1.6     im2col 1.7  scatter 1.6
-    N32 T400 C16 O16 K3                  scatter 1.1  im2col 0.8     im2col 0.9  scatter 0.9
-    N8 T400 C20 O20 K5 D8                scatter 1.4  fold 0.8       scatter 1.4  fold 0.8
-    N32 T784 C25 O25 K7 D16              scatter 1.3  im2col 0.9     scatter 1.2  im2col 0.9
-    N32 T784 C25 O25 K7                  scatter 1.1  matmuls 0.5    scatter 0.9  im2col 0.6
-    N32 T400 C30 O30 K7 D16              fold 0.7  scatter 0.5       scatter 1.1  fold 0.8
-    N8 T1000 C64 O64 K3 D16              scatter 1.0  im2col 0.7     im2col 0.8  scatter 0.8
-    N1 T80 C600 O600 K3 D4               matmuls 0.9  im2col 0.9     matmuls 1.1  im2col 1.1
-    N4 T1000 C64 O128 K1 bfloat16        scatter 1.5  im2col 1.4     im2col 2.3  matmuls 2.1
-    N16 T4096 C16 O16 K3 D4 bfloat16     im2col 1.9  matmuls 1.2     im2col 1.9  matmuls 0.9
-    N16 T4096 C25 O25 K7 D4 bfloat16     scatter 2.0  im2col 1.2     scatter 1.8  im2col 1.2
-    N4 T1000 C128 O128 K3 D8 bfloat16    im2col 1.7  scatter 1.4     im2col 1.7  scatter 1.7
-    N16 T4096 C64 O64 K7 D4 bfloat16     scatter 2.2  im2col 1.5     scatter 2.6  im2col 2.0
+    N8 T64 C16 O16 K3                    scatter 1.2  im2col 1.2     scatter 1.2  im2col 1.2
+    N32 T1020 C10 O10 K8 D32             blocks 2.0  scatter 1.7     blocks 2.3  scatter 2.0
+    N32 T400 C16 O16 K3                  scatter 1.1  im2col 0.9     scatter 1.1  im2col 1.0
+    N8 T400 C20 O20 K5 D8                scatter 1.5  fold 1.2       scatter 1.6  im2col 1.1
+    N32 T784 C25 O25 K7 D16              scatter 1.4  blocks 1.2     scatter 1.4  blocks 1.0
+    N32 T784 C25 O25 K7                  scatter 1.0  blocks 0.9     scatter 1.1  blocks 0.8
+    N32 T400 C30 O30 K7 D16              scatter 0.9  blocks 0.8     scatter 1.0  blocks 0.7
+    N8 T1000 C64 O64 K3 D16              scatter 0.9  im2col 0.8     scatter 1.0  fold 0.9
+    N1 T80 C600 O600 K3 D4               im2col 1.1  matmuls 1.0     matmuls 1.3  im2col 1.1
+    N4 T1000 C64 O128 K1 bfloat16        matmuls 1.7  im2col 1.6     scatter 2.0  im2col 2.0
+    N16 T4096 C16 O16 K3 D4 bfloat16     im2col 1.9  scatter 1.2     im2col 1.8  scatter 1.2
+    N16 T4096 C25 O25 K7 D4 bfloat16     blocks 2.3  scatter 2.2     blocks 2.0  scatter 1.8
+    N4 T1000 C128 O128 K3 D8 bfloat16    scatter 1.9  im2col 1.3     im2col 1.7  matmuls 1.6
+    N16 T4096 C64 O64 K7 D4 bfloat16     scatter 2.0  blocks 1.9     scatter 2.0  blocks 1.7
+    N4 T2000 C4 O4 K31 D4                blocks 6.9  scatter 5.1     blocks 6.7  scatter 5.1
+    N4 T2000 C12 O12 K21 D4              blocks 1.7  im2col 1.5      blocks 1.6  scatter 1.5
+    N4 T2000 C20 O20 K21 D4              blocks 1.4  scatter 1.1     blocks 1.3  scatter 1.1
+    N4 T2000 C25 O25 K31 D4              blocks 1.2  scatter 1.0     blocks 1.1  scatter 1.0
+    N4 T2000 C32 O8 K31 D2               blocks 2.2  scatter 2.1     blocks 0.8  im2col 0.8
+    N1 T7500 C15 O15 K51 D8 SAME         blocks 1.4  fold 0.9        blocks 1.7  im2col 0.9
+    N1 T100000 C15 O15 K51 D8 SAME       blocks 1.8  im2col 0.9      blocks 1.8  fold 0.9
+    N16 T4096 C16 O16 K15 D4 bfloat16    blocks 2.2  scatter 2.0     blocks 2.2  scatter 1.8
+    N4 T1000 C64 O64 K51 D4 bfloat16     blocks 1.1  fold 1.1        blocks 1.4  im2col 1.1
+    N1 T100000 C64 O64 K3 D16 bfloat16   im2col 2.7  fold 0.9        im2col 2.6  scatter 1.0
+    N2 T1000 C256 O256 K33 G256          own_pads 29  shifts 20      own_pads 23  shifts 16
+    N1 T1000 C512 O512 K87 D2 G512       matmuls 80  shifts 61       scatter 68  own_pads 58
+    N4 T1000 C64 O64 K7 G8 bfloat16      blocks 1.8  scatter 1.6     blocks 1.8  scatter 1.4
     ===================================  ==========================  ==========================
 
-    Of bfloat16 depthwise takes "matmuls" all the same: on a CPU with AVX2 alone they were ahead, in
-    the input gradient by far.
+    Of bfloat16 depthwise with up to 8 taps takes "matmuls" all the same: on a CPU with AVX2 alone
+    they were ahead, in the input gradient by far.
     """
     spec = problem.spec
     # nnx.Conv writes CAUSAL zeros first. Where nothing is faster, be the same program.
@@ -170,7 +183,7 @@ def _in_blocks(problem: Problem, spec: ConvSpec, c: int, o: int) -> bool:
     if 2 * spec.span > spec.time or not _pieces_hold("blocks", problem, spec):
         return False
     if _bfloat16(problem):
-        return not _scatters(problem, spec, c, o)
+        return spec.kernel_size > FEW or not _scatters(problem, spec, c, o)
     few = max(c, o) < 28 if min(c, o) >= 4 else max(c, o) <= 2
     into_few = 1 < o <= 8 and c <= 64
     without_dilation = spec.kernel_dilation > 1 or max(c, o) <= 12 or into_few
@@ -214,37 +227,41 @@ def kernel_grad(problem: Problem) -> str:
     """Kernel gradient; measured as in `forward`.
 
     ===================================  ==================================================
-    N4 T1024 C512 O512 K4 G512           tree 28  shifts 11  matmuls 2.2  im2col 2.1
-    N4 T64 C32 O32 K3 D2 G32             shifts 2.9  matmuls 1.9  im2col 1.6  tree 1.3
-    N4 T512 C64 O256 K4 D2 G64           tree 71  im2col 55  shifts 49  dense 21
-    N4 T512 C32 O32 K3 G2                im2col 2662  split 2269  dense 2242  matmuls 2119
-    N1 T1024 C256 O256 K3 D4 G4          matmuls 16  im2col 15  split 10  dense 4.9
-    N4 T1024 C256 O256 K3 D4 G32         split 50  matmuls 43  tree 40  im2col 39
-    N4 T500 C128 O128 K5 G32             split 50  tree 44  im2col 37  matmuls 31
-    N2 T512 C1024 O1024 K3 G64           im2col 129  matmuls 81  tree 73  shifts 36
-    N2 T1000 C512 O512 K3 D2 G128        tree 344  shifts 197  matmuls 127  im2col 121
-    N4 T1000 C128 O128 K5 S2 G8          im2col 14  matmuls 11  dense 4.4  split 3.6
-    N4 T512 C128 O128 K3 D4 G8 bfloat16  im2col 18  matmuls 13  split 12  dense 7.0
-    N4 T1000 C1 O25 K7                   im2col 1.3  matmuls 1.1  padded 1.0  canonical 1.0
-    N4 T1000 C64 O128 K1                 im2col 1.1  matmuls 1.1  canonical 1.0  padded 1.0
-    N4 T128 C32 O32 K3                   im2col 1.7  matmuls 1.5  padded 1.0  canonical 1.0
-    N4 T1000 C128 O128 K3 S2             im2col 1.8  matmuls 1.5  canonical 1.2  padded 1.0
-    N1 T64 C512 O512 K3 D4               im2col 1.3  matmuls 1.0  padded 1.0  canonical 0.7
-    N1 T100 C450 O450 K3 D4              im2col 1.4  padded 1.0  matmuls 1.0  canonical 0.8
-    N1 T1024 C128 O128 K7 D3 SAME        padded 1.6  matmuls 1.2  im2col 1.2  canonical 1.0
-    N1 T3750 C32 O32 K21 D10 SAME        padded 1.6  canonical 1.0  matmuls 0.9  im2col 0.7
-    N1 T5000 C64 O64 K3 D16 SAME         canonical 1.1  padded 1.0  im2col 1.0  matmuls 0.8
+    N4 T1024 C512 O512 K4 G512           tree 27  shifts 15  im2col 2.1  matmuls 1.9
+    N4 T64 C32 O32 K3 D2 G32             tree 9.2  shifts 3.1  matmuls 2.1  im2col 1.7
+    N4 T512 C64 O256 K4 D2 G64           tree 66  shifts 50  im2col 46  dense 20
+    N4 T512 C32 O32 K3 G2                dense 2507  im2col 2073  matmuls 1818  split 1637
+    N1 T1024 C256 O256 K3 D4 G4          im2col 18  matmuls 16  split 12  dense 5.3
+    N4 T1024 C256 O256 K3 D4 G32         split 44  tree 34  matmuls 32  shifts 25
+    N4 T500 C128 O128 K5 G32             split 62  tree 51  im2col 44  matmuls 35
+    N2 T512 C1024 O1024 K3 G64           im2col 122  matmuls 71  tree 60  shifts 33
+    N2 T1000 C512 O512 K3 D2 G128        tree 316  shifts 149  matmuls 118  im2col 116
+    N4 T1000 C128 O128 K5 S2 G8          im2col 15  matmuls 11  dense 4.6  split 3.7
+    N4 T512 C128 O128 K3 D4 G8 bfloat16  im2col 19  matmuls 13  split 12  dense 5.9
+    N4 T1000 C1 O25 K7                   im2col 1.4  matmuls 1.1  tree 1.1  canonical 1.0
+    N4 T1000 C64 O128 K1                 im2col 1.2  matmuls 1.1  canonical 1.0  padded 1.0
+    N4 T128 C32 O32 K3                   im2col 1.7  matmuls 1.4  padded 1.0  canonical 1.0
+    N4 T1000 C128 O128 K3 S2             im2col 2.1  matmuls 1.7  canonical 1.2  padded 1.0
+    N1 T64 C512 O512 K3 D4               im2col 1.2  padded 1.0  matmuls 0.9  canonical 0.8
+    N1 T100 C450 O450 K3 D4              im2col 1.5  matmuls 1.1  padded 1.0  canonical 0.7
+    N1 T1024 C128 O128 K7 D3 SAME        padded 1.6  im2col 1.2  matmuls 1.2  canonical 1.0
+    N1 T3750 C32 O32 K21 D10 SAME        padded 1.6  canonical 1.0  matmuls 0.9  im2col 0.8
+    N1 T5000 C64 O64 K3 D16 SAME         canonical 1.2  padded 1.0  im2col 1.0  matmuls 0.8
     N2 T256 C256 O256 K3 D3 SAME         im2col 1.3  padded 1.1  matmuls 1.1  canonical 1.0
-    N2 T4096 C64 O64 K3 D3 SAME          canonical 1.0  im2col 0.9  padded 0.9  matmuls 0.6
+    N2 T4096 C64 O64 K3 D3 SAME          canonical 0.9  im2col 0.9  padded 0.8  matmuls 0.6
     N4 T8192 C32 O32 K3 D3 SAME          canonical 1.0  padded 0.8  im2col 0.7  matmuls 0.6
     N1 T5000 C32 O32 K3 D512             padded 1.0  im2col 0.9  matmuls 0.8  canonical 0.7
-    N8 T1000 C64 O64 K3 D16              canonical 1.3  im2col 1.0  padded 1.0  matmuls 0.7
-    N32 T784 C25 O25 K7 D16              canonical 1.0  padded 1.0  im2col 0.7  matmuls 0.7
-    N4 T2000 C32 O32 K21                 padded 1.0  canonical 1.0  im2col 0.5  matmuls 0.5
-    N4 T1000 C128 O128 K3 D8 bfloat16    im2col 2.0  matmuls 1.5  canonical 1.0  padded 1.0
-    N16 T4096 C64 O64 K7 D4 bfloat16     im2col 1.5  padded 1.0  canonical 0.7  matmuls 0.6
-    N16 T4096 C25 O25 K7 D4 bfloat16     canonical 1.1  padded 1.0  im2col 0.9  matmuls 0.6
-    N4 T2000 C64 O1 K3 bfloat16          canonical 1.2  padded 1.0  im2col 0.8  matmuls 0.4
+    N8 T1000 C64 O64 K3 D16              canonical 1.2  im2col 1.0  padded 1.0  matmuls 0.8
+    N32 T784 C25 O25 K7 D16              canonical 1.0  padded 1.0  im2col 0.6  fold 0.6
+    N4 T2000 C32 O32 K21                 padded 1.0  canonical 0.9  im2col 0.5  matmuls 0.5
+    N4 T1000 C128 O128 K3 D8 bfloat16    im2col 1.9  matmuls 1.4  padded 1.0  canonical 1.0
+    N16 T4096 C64 O64 K7 D4 bfloat16     im2col 1.7  padded 1.0  canonical 1.0  matmuls 0.6
+    N16 T4096 C25 O25 K7 D4 bfloat16     canonical 1.0  padded 1.0  im2col 0.8  fold 0.6
+    N4 T2000 C64 O1 K3 bfloat16          canonical 1.3  padded 1.0  im2col 0.8  matmuls 0.4
+    N2 T1000 C512 O512 K3 G512           tree 30  shifts 23  matmuls 3.3  im2col 2.6
+    N2 T1000 C256 O256 K33 G256          tree 31  shifts 8.6  padded 1.0  matmuls 1.0
+    N1 T1000 C512 O512 K87 D2 G512       tree 82  shifts 28  im2col 4.1  matmuls 3.9
+    N1 T100000 C64 O64 K3 D16 bfloat16   im2col 2.1  matmuls 1.1  canonical 1.1  padded 1.0
     ===================================  ==================================================
 
     "native" is the same program as "canonical" outside of loops.
