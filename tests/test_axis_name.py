@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from conv_pallas import conv1d
+from conv_pallas.nn import Conv
 from tests.streams import numbers
 from tests.support import collectives, compiled_quickly, sent, tree_close
 
@@ -110,6 +112,21 @@ def test_gradients_inside_of_shard_map(check_vma):
     want = jax.grad(lambda x, w: jnp.sum(jnp.sin(conv1d(x, w, kernel_dilation=2))), (0, 1))
     for x in (SHORT, LONG):
         tree_close(f(x, W), want(x, W), rtol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", [None, "xla_native"])
+def test_a_layer(implementation):
+    options = dict(kernel_dilation=2, padding="CAUSAL", implementation=implementation)
+    layer = Conv(4, 6, 3, rngs=nnx.Rngs(0), **options)
+    steps = P(None, "a")
+    f = jax.shard_map(
+        lambda x: layer(x, activation="relu", axis_name="a"),
+        mesh=_mesh(), in_specs=steps, out_specs=steps,
+    )  # fmt: skip
+    tree_close(jax.jit(f)(SHORT), jax.nn.relu(layer(SHORT)), rtol=1e-4)
+    flat = Conv(4, 6, (3, 3), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"^axis_name= is for 1-D convolutions"):
+        flat(SHORT[None], axis_name="a")
 
 
 def test_what_travels():

@@ -154,7 +154,7 @@ def test_errors_in_one_line(arguments, message):
 
 def test_of_a_layer():
     plane = Conv(3, 3, (3, 3), rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match=r"^segment_ids are for 1-D convolutions"):
+    with pytest.raises(ValueError, match=r"^segment_ids= is for 1-D convolutions"):
         plane(numbers(2, 5, 5, 3), segment_ids=jnp.ones((2, 5, 5), int))
     mask = jnp.arange(5) < 3
     hidden = jnp.where(mask[:, None], numbers(2, 5, 5, 3), jnp.nan)

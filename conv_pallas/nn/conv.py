@@ -64,6 +64,7 @@ class Conv(nnx.Conv):
         activation: str | Callable[[jax.Array], jax.Array] | None = None,
         mask: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        axis_name: str | tuple[str, ...] | None = None,
     ) -> jax.Array:
         """Convolves.
 
@@ -75,6 +76,8 @@ class Conv(nnx.Conv):
           mask: ``(*batch, *spatial)`` bool, False for padding: as in `conv_pallas.conv1d`. It
             has nothing to do with the constructor's ``mask``, which is the kernel's.
           segment_ids: ``(*batch, T)`` integers, packed sequences: as in `conv_pallas.conv1d`.
+          axis_name: inside `jax.shard_map` the mesh axis, or axes, over which time is split: as in
+            `conv_pallas.conv1d`.
 
         Returns:
           ``(*batch, *spatial', out_features)``.
@@ -83,10 +86,10 @@ class Conv(nnx.Conv):
           ValueError, TypeError, NotImplementedError: as `conv_pallas.conv1d`; ValueError
             also for a kernel mask whose shape is not the kernel's.
         """
-        more = dict(activation=activation, mask=mask, segment_ids=segment_ids)
-        return self._call(inputs, None, out_sharding, **more)
+        more = dict(segment_ids=segment_ids, axis_name=axis_name)
+        return self._call(inputs, None, out_sharding, activation=activation, mask=mask, **more)
 
-    def _call(self, inputs, kernel, out_sharding=None, *, activation, mask, segment_ids):
+    def _call(self, inputs, kernel, out_sharding=None, *, activation, mask, **more):
         """The call, with another kernel than the parameter where one is given."""
         if self.in_features % self.feature_group_count:
             raise ValueError(
@@ -100,11 +103,12 @@ class Conv(nnx.Conv):
             raise ValueError(
                 f"mask must have the kernel's shape {self.kernel_shape}, got {self.mask.shape}"
             )
-        if left_to_flax or (kernel is None and segment_ids is None and self._is_stock()):
+        given = [name for name, value in more.items() if value is not None]
+        if left_to_flax or (kernel is None and not given and self._is_stock()):
             act = ops.activation_function(activation)
-            if segment_ids is not None:
+            if given:
                 raise ValueError(
-                    "segment_ids are for 1-D convolutions of a layer without a "
+                    f"{given[0]}= is for 1-D convolutions of a layer without a "
                     "conv_general_dilated of its own"
                 )
             if not left_to_flax:  # for its complaints
@@ -122,7 +126,7 @@ class Conv(nnx.Conv):
             out_sharding=out_sharding,
             activation=activation,
             mask=mask,
-            segment_ids=segment_ids,
+            **more,
             **self._arguments(),
         )
 
