@@ -12,6 +12,7 @@ from conv_pallas.kernels.triton_common import PROCESSORS
 
 # Of a processor of Hopper or data-centre Blackwell; each program costs 1 KiB on top of its own.
 SHARED_BYTES = 228 * 2**10
+LARGEST = 128 * 256  # sums of one tile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Config:
 
 def configure(
     kernel: str, rows: int, columns: int, depth: int, *, count: int, dtype: np.dtype,
-    precision: str, tma: bool, untuned: Config | None = None,
+    precision: str, tma: bool, untuned: Config | None = None, keep: bool = False,
 ) -> Config:  # fmt: skip
     """A tuned tile, or a heuristic: as large as registers and shared memory allow.
 
@@ -44,6 +45,8 @@ def configure(
       count: how many matmuls of that size there are.
       dtype: of a factor.
       untuned: what to take instead of the heuristic.
+      keep: whether there are two results. Registers spill then in the largest tiles (sm_90a and
+        sm_100a); where a processor has one at most, two of half the size take as long.
     """
     tile = tuned.lookup(tuned.key(kernel, rows, columns, depth, dtype.name, precision))
     if tile is not None:
@@ -74,7 +77,7 @@ def configure(
     # Two tiles of half the size take a processor as long, and fetch more. So smaller ones only
     # where each of them gets a processor of its own.
     tiles = lambda bt, bo: count * triton.cdiv(rows, bt) * triton.cdiv(columns, bo)  # noqa: E731
-    while bo > 64 and 2 * tiles(bt, bo) <= PROCESSORS:
+    while bo > 64 and (2 if bt * bo < LARGEST or not keep else 1) * tiles(bt, bo) <= PROCESSORS:
         bo //= 2
     while bt > 64 and 2 * tiles(bt, bo) <= PROCESSORS:
         bt //= 2

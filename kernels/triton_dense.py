@@ -49,7 +49,7 @@ from conv_pallas.kernels.triton_common import (
     operand_dtype,
 )
 from conv_pallas.kernels.triton_common import decline as decline_any
-from conv_pallas.kernels.triton_config import Config, choose_splits, configure
+from conv_pallas.kernels.triton_config import LARGEST, Config, choose_splits, configure
 from conv_pallas.kernels.triton_matmul import conv_dense, conv_dense_kernel_grad
 from conv_pallas.spec import ConvSpec, Problem
 
@@ -75,7 +75,8 @@ def _may_stay(spec: ConvSpec, dtype: np.dtype) -> bool:
 
 
 def _config(
-    N: int, spec: ConvSpec, C: int, O: int, dtype: np.dtype, precision: str, tma_x: bool = False
+    N: int, spec: ConvSpec, C: int, O: int, dtype: np.dtype, precision: str, tma_x: bool = False,
+    keep: bool = False,
 ):  # fmt: skip
     """The tiles of `forward`, where x would be fetched by TMA if ``tma_x``."""
     G, phases = spec.groups, Phases.of(spec).phases
@@ -89,7 +90,7 @@ def _config(
         "conv_dense", triton.cdiv(spec.out_time, phases), O // G, C // G, count=N * G * phases,
         dtype=dtype, precision=precision,
         tma=triton_compat.has_tma(triton_compat.compute_capability()),
-        untuned=FEW if stays else None,
+        untuned=FEW if stays else None, keep=keep,
     )  # fmt: skip
 
 
@@ -121,7 +122,7 @@ def forward(
     tma_x = (
         tma and phases.row_step == 1 and grad_of is None and _tileable(x, c if G > 1 else 0)
     )  # fmt: skip
-    config = _config(N, spec, C, O, dtype, precision, tma_x and x.dtype == w.dtype)
+    config = _config(N, spec, C, O, dtype, precision, tma_x and x.dtype == w.dtype, keep)
     # The last axis of w is that of the sum in a transposed kernel. For float32 the tensor
     # cores of Hopper take nothing else, and transposing the kernel is cheap.
     contract_last, reverse = transposed, transposed
@@ -302,9 +303,9 @@ def keeps(problem: Problem) -> bool:
     """Not in the largest tiles: with two results of those, registers spill (sm_90a and sm_100a)."""
     dtype = np.dtype(jnp.promote_types(problem.lhs_dtype, problem.rhs_dtype))
     config = _config(
-        problem.N, problem.spec, problem.C, problem.O, dtype, _precision(problem)
+        problem.N, problem.spec, problem.C, problem.O, dtype, _precision(problem), keep=True
     )  # fmt: skip
-    return config.rows * config.columns < 128 * 256
+    return config.rows * config.columns < LARGEST
 
 
 def derivative_in_kernels(problem: Problem, wanted: tuple[bool, bool, bool]) -> bool:
