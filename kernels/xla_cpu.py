@@ -30,9 +30,7 @@ def choose(problem: Problem) -> str:
 
 def in_parts(formulation: Formulation, name: str, problem: Problem) -> Formulation:
     """The formulation of that name, as many taps, steps and sequences at a time as suits it."""
-    spec, sums = problem.spec, problem.operation == "conv1d_kernel_grad"
-    if problem.operation == "conv1d_input_grad":
-        spec = spec.transposed()
+    spec, sums = _spec(problem), problem.operation == "conv1d_kernel_grad"
     if (taps := _taps_at_once(name, problem)) < spec.kernel_size:
         formulation = in_taps(formulation, taps, sums)
     if (steps := _steps_at_once(name, problem)) < spec.out_time:
@@ -40,6 +38,12 @@ def in_parts(formulation: Formulation, name: str, problem: Problem) -> Formulati
     if (at_once := _sequences_at_once(name, problem)) != problem.N:
         formulation = in_pieces(formulation, at_once, sums)
     return formulation
+
+
+def _spec(problem: Problem) -> ConvSpec:
+    """Of what the formulation computes: an input gradient is a convolution too."""
+    gradient_of_input = problem.operation == "conv1d_input_grad"
+    return problem.spec.transposed() if gradient_of_input else problem.spec
 
 
 def _channels(problem: Problem) -> tuple[int, int]:
@@ -186,8 +190,8 @@ def _in_blocks(problem: Problem, spec: ConvSpec, c: int, o: int) -> bool:
         return spec.kernel_size > FEW or not _scatters(problem, spec, c, o)
     few = max(c, o) < 28 if min(c, o) >= 4 else max(c, o) <= 2
     into_few = 1 < o <= 8 and c <= 64
-    without_dilation = spec.kernel_dilation > 1 or max(c, o) <= 12 or into_few
-    return (few or into_few) and without_dilation
+    slow_as_it_is = spec.kernel_dilation > 1 or max(c, o) <= 12 or into_few
+    return (few or into_few) and slow_as_it_is
 
 
 def _pieces_hold(name: str, problem: Problem, spec: ConvSpec) -> bool:
@@ -315,9 +319,7 @@ WHOLE, MOST = 9 * 2**20, 2**23
 def _held(name: str, problem: Problem) -> int:
     """Bytes that a formulation of `PIECE` holds for one sequence beside x and y."""
     operand, numbers = numbers_of(problem)
-    spec, (c, o) = problem.spec, _channels(problem)
-    if problem.operation == "conv1d_input_grad":
-        spec = spec.transposed()
+    spec, (c, o) = _spec(problem), _channels(problem)
     if name == "blocks":
         a = math.isqrt(spec.kernel_size)
         b = spec.kernel_size // a
@@ -330,11 +332,9 @@ def _held(name: str, problem: Problem) -> int:
 
 def _steps_at_once(name: str, problem: Problem) -> int:
     """How many of the outputs of one sequence; of a kernel gradient how many of gy."""
-    spec = problem.spec
-    if problem.operation == "conv1d_input_grad":
-        spec = spec.transposed()
+    spec = _spec(problem)
     every_step = spec.stride == spec.input_dilation == 1
-    if problem.spec.groups > 1 or not every_step or name not in ("im2col", "blocks"):
+    if spec.groups > 1 or not every_step or name not in ("im2col", "blocks"):
         return spec.out_time
     held = _held(name, problem)
     if held <= MOST:

@@ -2,10 +2,11 @@
 
 What a formulation holds for a moment then fits in the caches, and what is fused into one loop stays
 small enough to be compiled well. Each wraps any formulation of `xla_formulations`; where it pays
-`xla.py` decides.
+`xla_cpu.py` decides.
 """
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 from jax import lax
@@ -21,6 +22,17 @@ UNROLLED = 64
 PIECES = 16
 
 
+def _in_turn(pieces, adds: bool, axis: int):
+    """What ``f(x)`` gives for each ``(x, f)``, one after the other: added, or put together."""
+    ys = []
+    for x, f in pieces:
+        if ys:  # else XLA runs all of them at once, or makes one loop of them
+            x, ys[-1] = lax.optimization_barrier((x, ys[-1]))
+        y = f(x)
+        ys = [ys[-1] + y] if adds and ys else [*ys, y]
+    return ys[0] if adds else lax.concatenate(ys, axis)
+
+
 def in_pieces(formulation: Formulation, n: int, sums: bool) -> Formulation:
     """A formulation that takes ``n`` sequences at a time, one piece after the other.
 
@@ -32,42 +44,21 @@ def in_pieces(formulation: Formulation, n: int, sums: bool) -> Formulation:
       sums: over sequences, as a kernel gradient does; in the order of pieces.
     """
 
-    def of_pieces(xs, other, spec, numbers):
-        ys = []
-        for x in xs:
-            if ys:  # else XLA runs all of them at once
-                x, ys[-1] = lax.optimization_barrier((x, ys[-1]))
-            ys.append(formulation(x, other, spec, numbers).astype(numbers.out))
-        return lax.concatenate(ys, 0)
-
-    def sum_of_pieces(pairs, spec, numbers):
-        total = None
-        for x, g in pairs:
-            if total is not None:
-                x, total = lax.optimization_barrier((x, total))
-            term = formulation(x, g, spec, numbers).astype(numbers.acc)
-            total = term if total is None else total + term
-        return total
-
     def run(x, other, spec, numbers):
         count = len(x) // n
-        pieces = lambda a: a.reshape(count, n, *a.shape[1:])  # noqa: E731
-        exact = numbers._replace(out=numbers.acc)
+        numbers = numbers._replace(out=numbers.acc) if sums else numbers
+        each = lambda x, other: formulation(x, other, spec, numbers).astype(numbers.out)  # noqa: E731
         if count <= PIECES:
-            cut = lambda a: jnp.split(a, count)  # noqa: E731
-            if sums:
-                return sum_of_pieces(zip(cut(x), cut(other), strict=True), spec, exact)
-            return of_pieces(cut(x), other, spec, numbers)
+            others = jnp.split(other, count) if sums else [other] * count
+            fs = [functools.partial(each, other=other) for other in others]
+            return _in_turn(zip(jnp.split(x, count), fs, strict=True), sums, 0)
+        pieces = lambda a: a.reshape(count, n, *a.shape[1:])  # noqa: E731
         if not sums:
-            each = lambda a: formulation(a, other, spec, numbers).astype(numbers.out)  # noqa: E731
-            y = lax.map(each, pieces(x))
+            y = lax.map(lambda x: each(x, other), pieces(x))
             return y.reshape(-1, *y.shape[2:])
         xs, gs = pieces(x), pieces(other)
-
-        def term(i):
-            x, g = (lax.dynamic_index_in_dim(a, i, keepdims=False) for a in (xs, gs))
-            return formulation(x, g, spec, exact).astype(numbers.acc)
-
+        at = lax.dynamic_index_in_dim
+        term = lambda i: each(at(xs, i, keepdims=False), at(gs, i, keepdims=False))  # noqa: E731
         return lax.fori_loop(1, count, lambda i, total: total + term(i), term(0))
 
     return run
@@ -88,13 +79,11 @@ def in_steps(formulation: Formulation, n: int, sums: bool) -> Formulation:
         return y.astype(numbers.acc if sums else numbers.out)
 
     def written_out(x, other, spec, numbers):
-        ys = []
-        for first in range(0, spec.out_time, n):
-            if ys:  # else XLA runs all of them at once
-                x, ys[-1] = lax.optimization_barrier((x, ys[-1]))
-            y = piece(x, other, spec, numbers, first, min(n, spec.out_time - first))
-            ys = [ys[-1] + y] if sums and ys else [*ys, y]
-        return ys[0] if sums else lax.concatenate(ys, 1)
+        def part(x, first):
+            return piece(x, other, spec, numbers, first, min(n, spec.out_time - first))
+
+        fs = [functools.partial(part, first=first) for first in range(0, spec.out_time, n)]
+        return _in_turn([(x, f) for f in fs], sums, 1)
 
     def looped(x, other, spec, numbers):
         count, rest = divmod(spec.out_time, n)
@@ -136,17 +125,13 @@ def in_taps(formulation: Formulation, n: int, sums: bool) -> Formulation:
     """
 
     def written_out(x, other, spec, numbers):
-        K = spec.kernel_size
-        parts, y = [], None
-        for k in range(0, K, n):
-            count = min(n, K - k)
-            if k:  # else XLA makes one loop of all of them
-                x, y = lax.optimization_barrier((x, y))
+        def part(x, k):
+            count = min(n, spec.kernel_size - k)
             w = other if sums else other[k : k + count]
-            part = formulation(x, w, some_taps(spec, k, count), numbers).astype(numbers.acc)
-            y = part if sums or y is None else y + part
-            parts.append(y)
-        return lax.concatenate(parts, 0) if sums else y
+            return formulation(x, w, some_taps(spec, k, count), numbers).astype(numbers.acc)
+
+        fs = [functools.partial(part, k=k) for k in range(0, spec.kernel_size, n)]
+        return _in_turn([(x, f) for f in fs], not sums, 0)
 
     def looped(x, other, spec, numbers):
         K, D = spec.kernel_size, spec.kernel_dilation
