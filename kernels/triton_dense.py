@@ -144,32 +144,20 @@ def forward(
     tile = lambda a, block: triton_compat.Tile(a, (1, *block), rounded and a.dtype == np.float32)  # noqa: E731
     programs = N * G * phases.phases * triton.cdiv(J, config.rows) * triton.cdiv(o, config.columns)
     y = jax.ShapeDtypeStruct((N, spec.out_time, O), out_dtype)
-    stays = (
+    may_stay = (
         config.resident and _may_stay(spec, dtype) and tma_x and x.dtype == w.dtype
-        and C <= config.depth and O <= config.columns and triton_resident.fits(config, K)
     )  # fmt: skip
-    if stays:
-        programs = min(programs, triton_compat.processors() * config.resident)
-        return triton_compat.call(
-            triton_resident.conv_resident,
-            tile(x, (config.rows, config.depth)), w, x if bias is None else bias,
-            spec.out_time, spec.kernel_dilation, spec.padding[0],
-            N * triton.cdiv(J, config.rows), programs, out=(y, y) if keep else y,
-            programs=programs, warps=config.warps, stages=config.stages, C=C, O=O, K=K,
-            CONTRACT_LAST=contract_last, REVERSE=reverse, PRECISION=precision,
-            HAS_BIAS=bias is not None, ACTIVATION=activation,
-            BT=config.rows, BO=config.columns, BC=config.depth, **({} if keep else {"z": None}),
-        )  # fmt: skip
-    goes_on = (
-        config.resident and _may_stay(spec, dtype) and tma_x and tma_w and x.dtype == w.dtype
-        # What a tile of 32 bits takes on its way out is not free while the next is fetched.
-        and np.dtype(out_dtype).itemsize == 2
+    stays = may_stay and (
+        C <= config.depth and O <= config.columns and triton_resident.fits(config, K)
     )  # fmt: skip
-    if goes_on:
+    # What a tile of 32 bits takes on its way out is not free while the next is fetched.
+    goes_on = may_stay and tma_w and np.dtype(out_dtype).itemsize == 2
+    if stays or goes_on:
+        kernel = triton_resident.conv_resident if stays else triton_resident.conv_onward
         tiles, programs = programs, min(programs, triton_compat.processors() * config.resident)
         return triton_compat.call(
-            triton_resident.conv_onward,
-            tile(x, (config.rows, config.depth)), tile(w, block), x if bias is None else bias,
+            kernel, tile(x, (config.rows, config.depth)), w if stays else tile(w, block),
+            x if bias is None else bias,
             spec.out_time, spec.kernel_dilation, spec.padding[0], tiles, programs,
             out=(y, y) if keep else y,
             programs=programs, warps=config.warps, stages=config.stages, C=C, O=O, K=K,

@@ -66,6 +66,18 @@ def _tap(w, k, C: tl.constexpr, O: tl.constexpr, K: tl.constexpr, CONTRACT_LAST:
 
 
 @triton.jit
+def _store(acc, y, z, n, u0, o, U, O: tl.constexpr, ACTIVATION: tl.constexpr, BT: tl.constexpr):
+    """What becomes of a tile of sums, from step u0 of sample n on, in the channels ``o``."""
+    j = tl.arange(0, BT)
+    where = (n.to(tl.int64) * U + u0) * O + offsets(j, O, BT)[:, None] + o[None, :]
+    inside = (u0 + j < U)[:, None] & (o < O)[None, :]
+    if z is not None:
+        tl.store(z + where, acc.to(z.dtype.element_ty), inside)
+    acc = activate(acc, ACTIVATION)
+    tl.store(y + where, acc.to(y.dtype.element_ty), inside)
+
+
+@triton.jit
 def conv_resident(
     x, w, bias, U, D, LOW, TILES, STEP, y, z,
     C: tl.constexpr, O: tl.constexpr, K: tl.constexpr, CONTRACT_LAST: tl.constexpr,
@@ -80,7 +92,6 @@ def conv_resident(
     taps = ()
     for k in tl.static_range(K):
         taps = taps + (_tap(w, k, C, O, K, CONTRACT_LAST, REVERSE, BC, BO),)  # noqa: RUF005
-    j = tl.arange(0, BT)
     o = tl.arange(0, BO)
     if HAS_BIAS:
         b = tl.load(bias + o, o < O, 0.0).to(tl.float32)[None, :]
@@ -94,12 +105,7 @@ def conv_resident(
             acc = tl.dot(xb, taps[k], acc, input_precision=PRECISION)
         if HAS_BIAS:
             acc += b
-        where = (n.to(tl.int64) * U + u0) * O + offsets(j, O, BT)[:, None] + o[None, :]
-        inside = (u0 + j < U)[:, None] & (o < O)[None, :]
-        if z is not None:
-            tl.store(z + where, acc.to(z.dtype.element_ty), inside)
-        acc = activate(acc, ACTIVATION)
-        tl.store(y + where, acc.to(y.dtype.element_ty), inside)
+        _store(acc, y, z, n, u0, o, U, O, ACTIVATION, BT)
 
 
 @triton.jit
@@ -120,7 +126,6 @@ def conv_onward(
     """
     TILES_O: tl.constexpr = (O + BO - 1) // BO
     TILES_C: tl.constexpr = (C + BC - 1) // BC
-    j = tl.arange(0, BT)
     per_sample = tl.cdiv(U, BT)
     for tile in tl.range(tl.program_id(0), TILES, STEP, flatten=True):
         o0 = tile % TILES_O * BO
@@ -141,12 +146,7 @@ def conv_onward(
         o = o0 + tl.arange(0, BO)
         if HAS_BIAS:  # here, as in front of the loop it would take registers, which spill
             acc += tl.load(bias + o, o < O, 0.0).to(tl.float32)[None, :]
-        where = (n.to(tl.int64) * U + u0) * O + offsets(j, O, BT)[:, None] + o[None, :]
-        inside = (u0 + j < U)[:, None] & (o < O)[None, :]
-        if z is not None:
-            tl.store(z + where, acc.to(z.dtype.element_ty), inside)
-        acc = activate(acc, ACTIVATION)
-        tl.store(y + where, acc.to(y.dtype.element_ty), inside)
+        _store(acc, y, z, n, u0, o, U, O, ACTIVATION, BT)
 
 
 @triton.jit
