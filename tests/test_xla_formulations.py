@@ -127,6 +127,16 @@ def test_in_pieces(operation, dtype, loop, monkeypatch):
     assert xla_cpu._sequences_at_once(names[0], prime) in (1, 127)
 
 
+def test_what_an_input_gradient_holds():
+    """It is a convolution of g, whose outputs are the steps of x."""
+    spec = ConvSpec(1000, 3, kernel_dilation=100)  # 800 outputs
+    f32 = np.dtype(np.float32)
+    problem = Problem("conv1d_input_grad", spec, 1, 4, 8, f32, f32, f32, None, "cpu")
+    assert xla_cpu._held("im2col", problem) == 1000 * 3 * 8 * 4
+    assert xla_cpu._held("scatter", problem) == 800 * 3 * 4 * 4
+    assert xla_cpu._steps_at_once("im2col", problem) == 1000
+
+
 @pytest.mark.parametrize("pieces", [in_steps, in_taps])
 @pytest.mark.parametrize("loop", [False, True])
 @pytest.mark.parametrize("case, operation", TESTS[:: len(OPERATIONS) + 1] + TESTS[-2:], ids=str)
@@ -173,12 +183,17 @@ def test_no_output_sees_what_is_after_it(sizes, chosen):
     assert np.isfinite(y[:, : T // 2]).all() and np.isnan(y[:, T // 2]).all()
 
 
-def test_a_sum_is_computed_once():
+@pytest.mark.parametrize(
+    "N, T, K, first",
+    [(2, 1000, 8, "f32[126,512]"), (1, 250, 16, "f32[16,512]")],
+    ids=["levels", "no_levels"],
+)
+def test_a_sum_is_computed_once(N, T, K, first):
     """Level by level; anew for what reads it, the program was ten times as long, and as slow."""
-    x, w = jnp.zeros((2, 1000, 512)), jnp.zeros((8, 1, 512))
+    x, w = jnp.zeros((N, T, 512)), jnp.zeros((K, 1, 512))
     step = jax.grad(lambda w: jnp.sum(conv1d(x, w, feature_group_count=512)))
     hlo = jax.jit(step).lower(w).compile().as_text()
-    assert "f32[126,512]" in hlo  # the first level, 16 blocks of both sequences added
+    assert first in hlo  # what is left when 16 blocks of time are added
     assert hlo.count(" fusion(") < 80
 
 
