@@ -16,11 +16,11 @@ g once where `conv_dense_kernel_grad`, with a program for each tap, does it K ti
 
 Whether that is faster nothing has measured yet. By estimate it is, in the forward pass and the
 input gradient of 33 to 64 channels and many steps, where `triton_dense` picks it: of 128 steps
-`conv_dense` fetches 72 KiB from the L2 for 32 that memory moves, and this 48, where an H200's L2
-gives some 7 TB/s for the 4.3 of its memory. In the kernel gradient it leaves more partial sums to
-be added, and ptxas lets each product wait for the one before (its C7515: the sums of several taps
-are under way from one tile to the next); it is only among the tiles that
-`conv_pallas.tuning.tune` tries.
+`conv_dense` fetches 72 KiB from the L2 for 32 that memory moves, and this 48. (Taken that an H200's
+L2 gives 7 TB/s, which nothing here has measured, for the 4.3 of its memory.) In the kernel gradient
+it leaves more partial sums to be added, and ptxas lets each product wait for the one before (its
+C7515: the sums of several taps are under way from one tile to the next); it is only among the tiles
+that `conv_pallas.tuning.tune` tries.
 """
 
 import triton
