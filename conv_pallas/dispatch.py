@@ -17,7 +17,8 @@ from conv_pallas.spec import Epilogue, Problem
 
 IMPLEMENTATIONS = ("triton", "pallas_tpu", "xla", "xla_native")
 ENVIRONMENT_VARIABLE = "CONV_PALLAS_IMPLEMENTATION"
-PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+OTHER = "other"  # whatever else JAX has a plugin for: there stock's convolution runs
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu", OTHER)
 
 type Implementation = str | Sequence[str] | None
 

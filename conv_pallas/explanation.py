@@ -83,7 +83,8 @@ def explain(
     Args:
       x, kernel, bias: as in `conv1d`; or a `conv_pallas.nn.Conv` and its input. A kernel
         with more than one spatial dimension is fine here.
-      platform: ``"cpu"``, ``"cuda"``, ``"rocm"`` or ``"tpu"``; None: the default device's.
+      platform: ``"cpu"``, ``"cuda"``, ``"rocm"``, ``"tpu"``, or ``"other"`` for all others;
+        None: the default device's.
       others: as in `conv1d`.
 
     Raises:
@@ -165,4 +166,4 @@ def default_platform() -> str:
     backend = jax.extend.backend.get_backend()
     if backend.platform == "gpu":
         return "rocm" if "rocm" in backend.platform_version else "cuda"
-    return backend.platform
+    return backend.platform if backend.platform in dispatch.PLATFORMS else dispatch.OTHER

@@ -30,6 +30,7 @@ from jax._src import dispatch as jax_dispatch
 from jax._src.interpreters import ad, batching, mlir
 from jax._src.interpreters import partial_eval as pe
 from jax._src.lax import utils as lax_utils
+from jax.experimental import jet
 from jax.sharding import PartitionSpec as P
 
 from conv_pallas import dispatch, fused_sharding, halo, primitives
@@ -310,6 +311,14 @@ def _derivative_of_composition(composed):
     return rule
 
 
+def _series_of_composition(composed):
+    def rule(primals, series, **params):
+        f = functools.partial(composed, **params)
+        return jet.jet(f, primals, series, factorial_scaled=False)
+
+    return rule
+
+
 def _transpose_of_composition(composed):
     def rule(cts, *operands, **params):
         asked = [i for i, a in enumerate(operands) if ad.is_undefined_primal(a)]
@@ -464,10 +473,10 @@ def _make(name, results, composed, local, shared):
     )  # fmt: skip
     ad.primitive_jvps[p] = _derivative_of_composition(composed)
     ad.primitive_transposes[p] = _transpose_of_composition(composed)
+    jet.jet_rules[p] = _series_of_composition(composed)
     batching.fancy_primitive_batchers[p] = functools.partial(_batching, p, composed, shared)
-    for platform in dispatch.PLATFORMS:
-        rule = functools.partial(_lowering, platform=platform, local=local, composed=composed)
-        mlir.register_lowering(p, rule, platform=platform)
+    lowering = functools.partial(_lowering, local=local, composed=composed)
+    primitives.lower_everywhere(p, lowering)
     jax_dispatch.prim_requires_devices_during_lowering.add(p)
     checkify.error_checks[p] = functools.partial(checkify.nan_error_check, p)
     return p

@@ -30,6 +30,7 @@ from jax._src import dispatch as jax_dispatch
 from jax._src import mesh as mesh_lib
 from jax._src.interpreters import ad, batching, mlir
 from jax._src.lax import utils as lax_utils
+from jax.experimental import jet
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding
 
@@ -201,6 +202,13 @@ def _lowering(ctx, lhs, rhs, *, platform, out_sharding, **params):
     return lower_locally(ctx, call, (lhs, rhs), multiple_results=False)
 
 
+def lower_everywhere(p, rule):
+    """Registers ``rule(ctx, *operands, platform=..., **params)`` for each platform's name."""
+    for platform in dispatch.PLATFORMS:
+        name = None if platform == dispatch.OTHER else platform
+        mlir.register_lowering(p, functools.partial(rule, platform=platform), platform=name)
+
+
 def without_sharding(avals):
     """The same shapes and dtypes, of no mesh."""
     return [jax_core.ShapedArray(a.shape, a.dtype) for a in avals]
@@ -324,9 +332,9 @@ def _make(operation: Operation):
         vma_rule=functools.partial(jax_core.standard_vma_rule, operation),
     )
     ad.defbilinear(p, *_TRANSPOSES[operation])
+    jet.jet_rules[p] = functools.partial(jet._bilinear_taylor_rule, p)
     batching.fancy_primitive_batchers[p] = rule(_batching_rule)
-    for platform in dispatch.PLATFORMS:
-        mlir.register_lowering(p, rule(_lowering, platform=platform), platform=platform)
+    lower_everywhere(p, rule(_lowering))
     jax_dispatch.prim_requires_devices_during_lowering.add(p)
     checkify.error_checks[p] = functools.partial(checkify.nan_error_check, p)
     return p

@@ -141,7 +141,7 @@ class Problem:
       lhs_dtype, rhs_dtype, out_dtype: NumPy dtypes of the operands and the result.
       precision: as `jax.lax.conv_general_dilated` canonicalises it: ``None``, a
         `jax.lax.Precision`, or one for each operand.
-      platform: ``"cpu"``, ``"cuda"``, ``"rocm"`` or ``"tpu"``.
+      platform: ``"cpu"``, ``"cuda"``, ``"rocm"``, ``"tpu"``, or ``"other"`` for all others.
       epilogue: what is fused around the forward convolution, for `Kernel.fused` and
         `Kernel.backward`; `Kernel.run` never sees one.
     """

@@ -24,7 +24,7 @@ class Kernel:
 
     Attributes:
       implementation: the name that users select it by.
-      platforms: where it can run: of ``"cpu"``, ``"cuda"``, ``"rocm"``, ``"tpu"``.
+      platforms: where it can run: of ``"cpu"``, ``"cuda"``, ``"rocm"``, ``"tpu"``, ``"other"``.
       run: ``run(problem, lhs, rhs) -> array`` of ``problem.out_shape`` and
         ``problem.out_dtype``. Both operands have three axes and no axis of size 0.
       decline: ``decline(problem) -> reason``, or None where `run` will do it.

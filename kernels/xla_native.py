@@ -58,10 +58,11 @@ def run(problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
 
 KERNEL = Kernel(
     implementation="xla_native",
-    platforms=("cpu", "cuda", "rocm", "tpu"),
+    platforms=("cpu", "cuda", "rocm", "tpu", "other"),
     run=run,
     decline=lambda problem: None,
     describe=lambda problem: "lax.conv_general_dilated and its transposes, as nnx.Conv has it",
-    priority=None,
+    # Of a platform that nobody has read or measured nothing is known to be better.
+    priority=lambda problem: 0 if problem.platform == "other" else None,
     vmappable=True,
 )

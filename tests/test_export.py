@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import export
 
-from conv_pallas import conv1d
+from conv_pallas import conv1d, explain
 from tests import cases
 from tests.support import IMPLEMENTATIONS, tree_close
 
@@ -53,6 +53,23 @@ def test_for_one_platform_that_is_not_here(platform):
     loaded = _round_trip(jax.grad(lambda x, w: f(x, w).sum(), (0, 1)), x, w, platforms=(platform,))
     with pytest.raises(ValueError, match="platform"):
         loaded.call(x, w)
+
+
+@pytest.mark.parametrize("name", ["stride_grouped", "dense"])
+def test_a_platform_that_nobody_has_heard_of_gets_stock(name):
+    case = cases.named(name)
+    x, w, _ = case.arrays()
+    b = np.ones(case.O, x.dtype)
+
+    @jax.jit
+    def step(x, w, b):
+        f = lambda x, w, b: conv1d(x, w, b, **case.kwargs)  # noqa: E731
+        return jax.value_and_grad(lambda *a: f(*a).sum(), (0, 1, 2))(x, w, b)
+
+    text = step.trace(x, w, b).lower(lowering_platforms=("unheard_of",)).as_text()
+    assert text.count("stablehlo.convolution") == 3
+    chosen = explain(x, w, **case.kwargs, platform="other").chosen
+    assert set(chosen.values()) == {"xla_native"}
 
 
 SYMBOLIC = {

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.ad_checkpoint import saved_residuals
+from jax.experimental import jet
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -260,7 +261,9 @@ def test_modes_and_orders(activation, monkeypatch):
         lambda f: jax.jvp(jax.grad(f, (0, 1, 2)), (x, w, b), (x, w, b))[1],
         lambda f: jax.grad(lambda *p: squares(jax.grad(f, (0, 1, 2))(*p)))(x, w, b),
         lambda f: jax.jacfwd(jax.grad(f, 2), 2)(x, w, b),
-    ):
+        lambda f: jet.jet(f, (x, w, b), [[a, a * a] for a in (x, w, b)]),
+        lambda f: jet.jet(jax.grad(f, (0, 1, 2)), (x, w, b), [[a] for a in (x, w, b)]),
+    )[: 4 if activation == "relu" else 6]:  # jet fails for jax.nn.relu itself
         actual = jax.jit(transform, static_argnums=0)(_loss(activation, "toy"))
         want = jax.jit(transform, static_argnums=0)(_by_jax(activation))
         for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(want), strict=True):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.experimental import checkify
+from jax.experimental import checkify, jet
 
 from conv_pallas import conv1d, conv_general_dilated
 from tests import cases
@@ -66,6 +66,10 @@ DERIVATIVES = {
         )
     ),
     "fourth": lambda f: lambda x, w, g: _fourth(f)(x, w),
+    "taylor": lambda f: lambda x, w, g: jet.jet(_loss(f), (x, w), ((x[::-1], x), (w[::-1], w))),
+    "taylor_of_gradient": lambda f: (
+        lambda x, w, g: jet.jet(jax.grad(_loss(f), (0, 1)), (x, w), ((x[::-1],), (w[::-1],)))
+    ),
 }
 
 
