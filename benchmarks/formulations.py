@@ -255,7 +255,7 @@ def candidates(problem: Problem, stock: str) -> list[str]:
         "split": 1 < spec.groups <= 32,
         "dense": 1 < spec.groups,
         "fold": spec.kernel_dilation > 1 and spec.stride == 1,
-        "barrier": False,  # for GPUs
+        "barrier": problem.platform != "cpu",
     }
     table = KERNEL_GRAD if problem.operation == "conv1d_kernel_grad" else FORWARD
     return [stock, *(name for name in table if name != stock and worth.get(name, True))]

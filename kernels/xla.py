@@ -16,8 +16,14 @@ import jax
 from jax import lax
 
 from conv_pallas.kernels import Kernel, xla_cpu
-from conv_pallas.kernels.xla_formulations import FORWARD, KERNEL_GRAD, flip, numbers_of
-from conv_pallas.kernels.xla_pieces import UNROLLED
+from conv_pallas.kernels.xla_formulations import (
+    FORWARD,
+    KERNEL_GRAD,
+    Formulation,
+    flip,
+    numbers_of,
+)
+from conv_pallas.kernels.xla_pieces import UNROLLED, in_taps
 from conv_pallas.spec import Problem
 
 DESCRIPTIONS = {
@@ -51,6 +57,25 @@ def choose(problem: Problem) -> str:
 
 # --- GPU ---
 
+GPU_TAPS = 8  # that are written out: matmuls hold a copy of x for each, reductions compile slowly
+
+
+def _gpu_in_parts(formulation: Formulation, name: str, problem: Problem) -> Formulation:
+    """The formulation of that name, as many taps at a time as can be compiled and held.
+
+    A kernel gradient of 87 taps, depthwise, is 132 kernels that take 12 s to compile; in a loop it
+    is 17, and 1.5 s.
+    """
+    K, sums = problem.spec.kernel_size, problem.operation == "conv1d_kernel_grad"
+    if name == "matmuls" and K > GPU_TAPS:
+        return in_taps(formulation, GPU_TAPS, sums)
+    if name == "shifts" and sums and K > GPU_TAPS:
+        return in_taps(formulation, GPU_TAPS // 2, sums, written_out=1)
+    each = problem.O // problem.C if problem.operation == "conv1d_input_grad" else 1
+    if name == "shifts" and not sums and K * each > UNROLLED:
+        return in_taps(formulation, max(1, UNROLLED // each), sums)
+    return formulation
+
 
 def _gpu_forward(problem: Problem) -> str:
     """Forward and input gradient: the dilation reaches cuDNN, and no zero is multiplied.
@@ -60,18 +85,32 @@ def _gpu_forward(problem: Problem) -> str:
     rhs_dilate=512}`` (read from jax 0.12.0.1's output for an H200; `conv_pallas.aot`). A
     depthwise convolution moves far more than it multiplies: XLA makes one fusion of it.
     """
-    if problem.depthwise and problem.spec.kernel_size <= UNROLLED:
+    if problem.depthwise:
         return "shifts"
     return "matmuls" if problem.spec.kernel_size == 1 else "barrier"
 
 
 def _gpu_kernel_grad(problem: Problem) -> str:
-    """Kernel gradient: matmuls and reductions, for cuDNN has none of these gradients.
+    """Kernel gradient: by cuDNN, which has none with a dilation; depthwise by reductions.
 
-    XLA:GPU makes of it a forward convolution whose window is as wide as time, ``window=
-    {size=4096 stride=512}``, between transposes of x and g.
+    Of a dilated layer's XLA:GPU makes a forward convolution whose window is as wide as time,
+    ``window={size=4096 stride=512}``, between transposes of x and g. The same with time as
+    ``(T/D, D)`` is ``__cudnn$convBackwardFilter`` of ``window={size=3x1}``, and costs one copy of
+    x for its padding; a matmul for each tap costs K of them. A few taps of groups stay matmuls all
+    the same, for cuDNN's gradients of groups are reported to be as slow as those of dense layers
+    (jax-ml/jax issue 13800), and so does what has both a dilation and a stride, where that view
+    would fill g with zeros.
+
+    Depthwise each tap is two reductions, and x and g come from the L2 or from memory for each.
     """
-    return "shifts" if problem.depthwise else "matmuls"
+    spec = problem.spec
+    if problem.depthwise:
+        return "shifts"
+    if spec.kernel_size == 1 or (spec.groups > 1 and spec.kernel_size <= GPU_TAPS):
+        return "matmuls"
+    if spec.kernel_dilation == 1:
+        return "native"
+    return "fold" if spec.stride == 1 else "matmuls"
 
 
 # --- Running it ---
@@ -88,6 +127,8 @@ def run_as(name: str, problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.A
         rhs, spec = flip(rhs, spec.groups), spec.transposed()
     if problem.platform == "cpu":
         formulation = xla_cpu.in_parts(formulation, name, problem)
+    elif problem.platform != "tpu":
+        formulation = _gpu_in_parts(formulation, name, problem)
     return formulation(lhs, rhs, spec, numbers).astype(problem.out_dtype)
 
 

@@ -251,11 +251,8 @@ def fold(x, w, spec, numbers):
     length = (U - 1) * S + 1  # without a stride; it is taken at the end
     rows = -(-length // D)
     total = (rows + spec.kernel_size - 1) * D
-    low, high = spec.padding
-    high += total - (spec.dilated_time + low + high)
-    x = lax.pad(
-        x, jnp.zeros((), x.dtype), ((0, 0, 0), (low, high, spec.input_dilation - 1), (0, 0, 0))
-    )
+    x = pad(x, spec)  # first, for what it cuts off must not come back: times zero it may be NaN
+    x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (0, total - x.shape[1], 0), (0, 0, 0)))
     y = lax.conv_general_dilated(
         x.reshape(N, total // D, D, C),
         w[:, None],

@@ -112,7 +112,9 @@ def in_steps(formulation: Formulation, n: int, sums: bool) -> Formulation:
     return run
 
 
-def in_taps(formulation: Formulation, n: int, sums: bool) -> Formulation:
+def in_taps(
+    formulation: Formulation, n: int, sums: bool, written_out: int | None = None
+) -> Formulation:
     """A formulation that takes ``n`` taps at a time, and adds up what they give.
 
     XLA:CPU makes one loop of all taps that are written out. Beyond some ten of them LLVM no longer
@@ -122,9 +124,10 @@ def in_taps(formulation: Formulation, n: int, sums: bool) -> Formulation:
     Args:
       n: at most the number of taps.
       sums: over time, as a kernel gradient does: its taps are put together, not added.
+      written_out: the most pieces that are, `PIECES` if None; more become a loop.
     """
 
-    def written_out(x, other, spec, numbers):
+    def each_alone(x, other, spec, numbers):
         def part(x, k):
             count = min(n, spec.kernel_size - k)
             w = other if sums else other[k : k + count]
@@ -161,8 +164,8 @@ def in_taps(formulation: Formulation, n: int, sums: bool) -> Formulation:
         return lax.fori_loop(0, count, add, y)
 
     def run(x, other, spec, numbers):
-        few = -(-spec.kernel_size // n) <= PIECES
+        few = -(-spec.kernel_size // n) <= (PIECES if written_out is None else written_out)
         exact = numbers._replace(out=numbers.acc)
-        return (written_out if few else looped)(x, other, spec, exact)
+        return (each_alone if few else looped)(x, other, spec, exact)
 
     return run

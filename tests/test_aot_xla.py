@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.metadata
+import math
 import re
 
 import jax
@@ -20,12 +21,15 @@ pytestmark = pytest.mark.aot
 LAYERS = {
     **{f"dense_dilated_{D}": (8, 4096, 256, 256, 3, D, 1, 1) for D in (1, 4, 64, 512)},
     **{f"depthwise_dilated_{D}": (8, 4096, 512, 512, 4, D, 1, 512) for D in (1, 64)},
+    "depthwise_many_taps": (8, 1000, 512, 512, 87, 1, 1, 512),
     "multiplier": (8, 4096, 128, 512, 4, 8, 1, 128),
+    "multiplier_many_taps": (2, 4096, 128, 512, 17, 2, 2, 128),
     "grouped": (8, 4096, 256, 256, 3, 64, 1, 8),
     "grouped_not_dilated": (8, 4096, 256, 256, 3, 1, 1, 8),
     "strided": (8, 4096, 256, 256, 4, 1, 2, 1),
     "strided_dilated": (8, 4096, 256, 256, 3, 8, 2, 1),
     "strided_grouped": (8, 4096, 256, 256, 3, 4, 2, 8),
+    "grouped_many_taps": (8, 4096, 64, 64, 64, 1, 1, 8),
     "wide": (4, 4096, 32, 32, 21, 25, 1, 1),
     "pointwise": (8, 4096, 256, 256, 1, 1, 1, 1),
 }
@@ -71,8 +75,34 @@ def test_h200_keeps_the_dilation(layer, operation, dtype):
     windows = aot.conv_windows(compiled("h200", problem, xla.run))
     if operation == "conv1d_kernel_grad":
         assert all(size <= problem.spec.kernel_size for size in sizes(windows)), windows
+        assert not any("dilate" in w for w in windows), windows
     else:
         check_windows(windows, problem.spec.kernel_size, problem.spec.kernel_dilation)
+
+
+@pytest.mark.parametrize("layer", [name for name, sizes in LAYERS.items() if sizes[-1] > 1])
+def test_h200_few_copies_and_few_kernels_whatever_the_taps(layer):
+    for operation in OPERATIONS:
+        problem = problem_of(layer, operation, "cuda")
+        made = compiled("h200", problem, xla.run)
+        held = made.memory_analysis().temp_size_in_bytes
+        larger = 2 * max(math.prod(problem.x_shape), math.prod(problem.y_shape))  # of bfloat16
+        assert held <= 7 * larger, (operation, held / larger)
+        if problem.depthwise:
+            assert made.as_text().count(" fusion(") <= 20, operation
+
+
+@pytest.mark.parametrize(("layer", "window"), [
+    ("dense_dilated_1", "size=3"),
+    ("dense_dilated_512", "size=3x1"),
+    ("wide", "size=21x1"),
+    ("strided", "size=4 stride=2"),
+    ("grouped_many_taps", "size=64"),
+])  # fmt: skip
+def test_h200_these_kernel_gradients_are_cudnn_s(layer, window):
+    made = compiled("h200", problem_of(layer, "conv1d_kernel_grad", "cuda"), xla.run)
+    assert aot.conv_windows(made) == [window]
+    assert made.as_text().count('"__cudnn$convBackwardFilter"') == 1
 
 
 def test_parser_sees_what_it_looks_for():
@@ -104,8 +134,9 @@ def test_h200_value_and_gradients_of_a_layer(D):
     f = jax.value_and_grad(functools.partial(layer_loss, "xla", D), (0, 1))
     x, kernel = (aot.struct(s, jnp.bfloat16) for s in ((8, 4096, 256), (3, 256, 256)))
     windows = aot.conv_windows(aot.compile_for("h200", f, x, kernel))
-    assert len(windows) == 2  # forward and input gradient; the kernel gradient is matmuls
-    check_windows(windows, 3, D)
+    assert sum("size=3x1" in w for w in windows) == (D > 1)  # the kernel gradient
+    assert len(windows) == 3
+    check_windows([w for w in windows if "size=3x1" not in w], 3, D)
 
 
 @pytest.mark.parametrize("chip", aot.TPUS)

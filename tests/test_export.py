@@ -55,6 +55,19 @@ def test_for_one_platform_that_is_not_here(platform):
         loaded.call(x, w)
 
 
+@pytest.mark.parametrize("kernel", [(11, 1, 5), (3, 5, 4), (11, 5, 4)], ids=str)
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_symbolic_time_for_platforms_that_are_not_here(platform, kernel):
+    """Their formulations, too, are shapes of which one is not known."""
+    f = lambda x, w: jnp.sum(  # noqa: E731
+        conv1d(x, w, kernel_dilation=2, feature_group_count=5 // kernel[1]) ** 2
+    )
+    x = jax.ShapeDtypeStruct(export.symbolic_shape("b, t, 5"), jnp.float32)
+    w = jax.ShapeDtypeStruct(kernel, jnp.float32)
+    loaded = _round_trip(jax.grad(f, (0, 1)), x, w, platforms=(platform,))
+    assert loaded.platforms == (platform,)
+
+
 @pytest.mark.parametrize("name", ["stride_grouped", "dense"])
 def test_a_platform_that_nobody_has_heard_of_gets_stock(name):
     case = cases.named(name)

@@ -1,6 +1,7 @@
 """Every formulation for XLA, chosen by a rule or not, against the formula in float64."""
 
 import dataclasses
+import functools
 import json
 import re
 from pathlib import Path
@@ -80,6 +81,37 @@ def check_all(case: Case, operation) -> None:
 @pytest.mark.parametrize("case, operation", TESTS, ids=str)
 def test_formulations(case, operation):
     check_all(case, operation)
+
+
+GPU = (
+    *(named(name) for name in HARD if named(name).dtype == "float32"),
+    Case("depthwise_many_taps", T=50, C=4, O=4, G=4, K=21, D=2),
+    Case("multiplier_many_taps", T=50, C=4, O=12, G=4, K=23, S=2),
+    Case("dense_many_taps", T=50, C=4, O=3, K=19, D=2, S=3),
+    Case("grouped_many_taps", T=50, C=4, O=6, G=2, K=9, D=4),
+)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("case", GPU, ids=str)
+def test_what_is_chosen_for_a_gpu(case, operation):
+    problem = case.problem(operation, "cuda")
+    run = jax.jit(functools.partial(xla.run, problem))
+    lhs, rhs = operands(case, operation)
+    compiled = run.lower(lhs, rhs).compile({"xla_backend_optimization_level": 0})
+    check(compiled(lhs, rhs), operation, lhs, rhs, case.spec, out_dtype=problem.out_dtype)
+
+
+def test_a_view_brings_back_nothing_that_was_cut_off():
+    """Steps that make time a multiple of the dilation are zeros, and nothing else."""
+    x = jnp.ones((1, 9, 2)).at[:, 6:].set(np.nan)
+    spec = ConvSpec(9, 2, padding=(0, -3), kernel_dilation=3)
+    f32 = np.dtype(np.float32)
+    problem = Problem("conv1d_kernel_grad", spec, 1, 2, 2, f32, f32, f32, None, "cuda")
+    for more in (spec, ConvSpec(9, 2, padding=(1, -3), kernel_dilation=2)):
+        this = dataclasses.replace(problem, spec=more)
+        assert xla.choose(this) == "fold"
+        assert np.isfinite(xla.run(this, x, jnp.ones(this.y_shape))).all()
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
