@@ -258,7 +258,9 @@ def candidates(problem: Problem, stock: str) -> list[str]:
         "barrier": problem.platform != "cpu",
     }
     table = KERNEL_GRAD if problem.operation == "conv1d_kernel_grad" else FORWARD
-    return [stock, *(name for name in table if name != stock and worth.get(name, True))]
+    names = [stock, *(name for name in table if name != stock and worth.get(name, True))]
+    transposed = problem.operation == "conv1d_input_grad" and problem.platform != "cpu"
+    return [*names, "transposed"] if transposed else names
 
 
 def measure(problem: Problem, stock: str) -> dict[str, dict[str, float]]:

@@ -15,7 +15,7 @@ without the device; nothing was timed there.
 import jax
 from jax import lax
 
-from conv_pallas.kernels import Kernel, xla_cpu
+from conv_pallas.kernels import Kernel, xla_cpu, xla_native
 from conv_pallas.kernels.xla_formulations import (
     FORWARD,
     KERNEL_GRAD,
@@ -28,6 +28,7 @@ from conv_pallas.spec import Problem
 
 DESCRIPTIONS = {
     "native": "one lax.conv_general_dilated",
+    "transposed": "JAX's transpose of lax.conv_general_dilated",
     "padded": "x padded in memory, then one lax.conv_general_dilated",
     "canonical": "one lax.conv_general_dilated, its axes in order",
     "barrier": "x padded in memory behind a barrier, so that cuDNN gets the dilation",
@@ -45,7 +46,7 @@ DESCRIPTIONS = {
 
 
 def choose(problem: Problem) -> str:
-    """The name of the formulation to take, of `FORWARD` or `KERNEL_GRAD`."""
+    """The name of the formulation to take, of `FORWARD` or `KERNEL_GRAD`, or "transposed"."""
     if problem.platform == "cpu":
         return xla_cpu.choose(problem)
     if problem.platform == "tpu":
@@ -80,14 +81,26 @@ def _gpu_in_parts(formulation: Formulation, name: str, problem: Problem) -> Form
 def _gpu_forward(problem: Problem) -> str:
     """Forward and input gradient: the dilation reaches cuDNN, and no zero is multiplied.
 
-    XLA:GPU folds CAUSAL padding into the window, finds it uneven, and fills the kernel with
-    zeros: for K=3 and D=512 ``window={size=1025}``. Behind a barrier it stays ``window={size=3
-    rhs_dilate=512}`` (read from jax 0.12.0.1's output for an H200; `conv_pallas.aot`). A
-    depthwise convolution moves far more than it multiplies: XLA makes one fusion of it.
+    cuDNN pads both sides alike. XLA:GPU folds CAUSAL padding into the window, finds it uneven, and
+    fills the kernel with zeros: for K=3 and D=512 ``window={size=1025}``. Behind a barrier it stays
+    ``window={size=3 rhs_dilate=512}``, at the price of a copy of x, which even padding does not
+    have to pay (read from jax 0.12.0.1's output for an H200; `conv_pallas.aot`).
+
+    What JAX makes of a strided layer's input gradient becomes ``__cudnn$convBackwardInput``. As a
+    convolution of a g that is filled up with zeros it has S times the work. cuDNN has none with a
+    dilation.
+
+    A depthwise convolution moves far more than it multiplies: XLA makes one fusion of it.
     """
+    spec, gradient = problem.spec, problem.operation == "conv1d_input_grad"
     if problem.depthwise:
         return "shifts"
-    return "matmuls" if problem.spec.kernel_size == 1 else "barrier"
+    if spec.kernel_size == 1:
+        return "matmuls"
+    if gradient and spec.stride > 1 and spec.kernel_dilation == 1:
+        return "transposed"
+    low, high = (spec.transposed() if gradient else spec).padding
+    return "native" if low == high or spec.kernel_dilation == 1 else "barrier"
 
 
 def _gpu_kernel_grad(problem: Problem) -> str:
@@ -121,6 +134,8 @@ def run_as(name: str, problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.A
     operand, numbers = numbers_of(problem)
     lhs, rhs = lhs.astype(operand), rhs.astype(operand)
     spec = problem.spec
+    if name == "transposed":
+        return xla_native.run(problem, lhs, rhs)
     table = KERNEL_GRAD if problem.operation == "conv1d_kernel_grad" else FORWARD
     formulation = table[name]
     if problem.operation == "conv1d_input_grad":

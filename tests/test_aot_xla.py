@@ -92,6 +92,24 @@ def test_h200_few_copies_and_few_kernels_whatever_the_taps(layer):
             assert made.as_text().count(" fusion(") <= 20, operation
 
 
+@pytest.mark.parametrize("layer", ["dense_dilated_4", "grouped", "strided"])
+def test_h200_copies_nothing_to_pad_both_sides_alike(layer):
+    for operation in OPERATIONS[:2]:
+        problem = problem_of(layer, operation, "cuda")
+        low = sum(problem.spec.padding) // 2
+        spec = dataclasses.replace(problem.spec, padding=(low, low))
+        made = compiled("h200", dataclasses.replace(problem, spec=spec), xla.run)
+        assert f"pad={low}_{low}" in aot.conv_windows(made)[0]
+        kernel = 2 * math.prod(problem.w_shape)
+        assert made.memory_analysis().temp_size_in_bytes <= 2 * kernel, operation
+
+
+def test_h200_multiplies_no_zeros_between_the_steps_of_a_stride():
+    made = compiled("h200", problem_of("strided", "conv1d_input_grad", "cuda"), xla.run)
+    assert aot.conv_windows(made) == ["size=4 stride=2"]
+    assert '"__cudnn$convBackwardInput"' in made.as_text()
+
+
 @pytest.mark.parametrize(("layer", "window"), [
     ("dense_dilated_1", "size=3"),
     ("dense_dilated_512", "size=3x1"),
