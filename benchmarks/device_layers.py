@@ -6,9 +6,12 @@ from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from benchmarks import baselines
 from conv_pallas._layers import Layer
+from conv_pallas.kernels import xla
+from conv_pallas.spec import Operation, Problem
 
 
 def goals(dry: bool) -> list[Layer]:
@@ -27,6 +30,26 @@ def goals(dry: bool) -> list[Layer]:
         *dense[:1],
         *dense[2:],
         layer("depthwise/D1024", 1, 16384, 12288, 12288, 4, 1024, **deep),
+    ]
+
+
+def formulations(dry: bool) -> list[Layer]:
+    """Layers that the rules of `conv_pallas.kernels.xla` for GPUs tell apart."""
+
+    def layer(name, *sizes, **more):
+        made = Layer(name, "a kind", *sizes, **({"dtype": "bfloat16"} | more))
+        return smaller(made) if dry else made
+
+    return [
+        layer("dilated", 8, 4096, 256, 256, 3, 16),
+        layer("depthwise", 8, 4096, 1024, 1024, 4, G=1024),
+        layer("ragged-float32", 8, 4000, 64, 64, 3, 64, dtype="float32"),
+        layer("many-taps-depthwise", 8, 1000, 512, 512, 33, G=512, padding="SAME"),
+        layer("grouped", 8, 4096, 256, 256, 3, 4, G=8),
+        layer("same", 8, 4096, 64, 64, 3, 4, padding="SAME"),
+        layer("undilated", 8, 4096, 256, 256, 3),
+        layer("strided", 8, 4096, 128, 128, 4, S=2),
+        layer("many-taps", 8, 4096, 64, 64, 33, 2),
     ]
 
 
@@ -78,6 +101,27 @@ def operation(name: str, f: baselines.Forward):
         if name == "kernel_grad":
             return jax.vjp(lambda w: f(x, w, b), w)[1](g)[0]
         return jax.vjp(f, x, w, b)[1](g)
+
+    return run
+
+
+def problem(layer: Layer, operation: Operation) -> Problem:
+    """An operation of a layer, as kernels are asked for it on a GPU."""
+    dtype = np.dtype(jnp.dtype(layer.dtype))
+    spec = baselines.spec_of(layer)
+    types = (dtype, dtype, dtype)
+    return Problem(operation, spec, layer.N, layer.C, layer.O, *types, None, "cuda")
+
+
+def formulation(name: str, problem: Problem):
+    """``(x, kernel, bias, g) -> result`` of an operation by a formulation of that name."""
+
+    def run(x, w, b, g):
+        del b
+        lhs, rhs = {
+            "conv1d": (x, w), "conv1d_input_grad": (g, w), "conv1d_kernel_grad": (x, g)
+        }[problem.operation]  # fmt: skip
+        return xla.run_as(name, problem, lhs, rhs)
 
     return run
 

@@ -18,7 +18,22 @@ from benchmarks import baselines, device_layers
 from benchmarks.on_device import Log
 from conv_pallas import _measure, aot, inspection
 from conv_pallas._layers import Layer
+from conv_pallas.kernels import xla
+from conv_pallas.spec import OPERATIONS
 
+# By what each kind of layer might best be computed; the first is stock's.
+GPU_FORMULATIONS = {
+    "dense": {
+        "conv1d": ("native", "barrier", "fold", "matmuls", "im2col"),
+        "conv1d_input_grad": ("transposed", "native", "barrier", "fold", "matmuls", "im2col"),
+        "conv1d_kernel_grad": ("native", "fold", "matmuls", "im2col"),
+    },
+    "depthwise": {
+        "conv1d": ("native", "shifts", "own_pads"),
+        "conv1d_input_grad": ("transposed", "shifts", "own_pads"),
+        "conv1d_kernel_grad": ("native", "shifts", "fold"),
+    },
+}
 BASELINES = (baselines.STOCK, baselines.BARRIER, baselines.SYMMETRIC, baselines.MATMULS)
 HOPELESS = 0.5  # seconds of a call after which a baseline is not called again
 MOST_TAPS = 128  # in one program: of a matmul for each XLA compiles no more in seconds
@@ -132,6 +147,30 @@ def layers(log: Log, dry: bool) -> None:
             programs[name] = program
         seconds, errors, _ = _timed(programs, layer, dry)
         _write(log, seconds, errors, layer=layer.name, which=which)
+
+
+def formulations(log: Log, dry: bool) -> None:
+    """Every XLA formulation that a GPU may want, of each kind of layer; what is chosen is told.
+
+    "ours" stands for the chosen one, and stock is ``native`` or, of a gradient, ``transposed``.
+    """
+    every = device_layers.formulations(dry)
+    plan = [(layer, operation) for layer in every for operation in OPERATIONS]
+    for layer, operation in log.each(plan, lambda item: item[0].name):
+        problem = device_layers.problem(layer, operation)
+        names = GPU_FORMULATIONS["depthwise" if problem.depthwise else "dense"][operation]
+        chosen = xla.choose(problem)
+        programs = {
+            name: (lambda name=name, problem=problem: device_layers.formulation(name, problem))
+            for name in dict.fromkeys((chosen, *names))
+        }
+        seconds, errors, _ = _timed(programs, layer, dry)
+        best = min(seconds, key=lambda name: seconds[name].median, default=None)
+        log.write(
+            ok=chosen in seconds, layer=layer.name, operation=operation, chosen=chosen, best=best,
+            behind=seconds[chosen].median / seconds[best].median if chosen in seconds else None,
+            seconds={name: _told(s) for name, s in seconds.items()}, errors=errors,
+        )  # fmt: skip
 
 
 def pytorch(log: Log, dry: bool) -> None:

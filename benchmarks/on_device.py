@@ -42,6 +42,7 @@ STEPS = {
     "against": (60, 1),
     "layers": (50, 1),
     "pytorch": (30, 1),
+    "formulations": (40, 1),
 }
 
 

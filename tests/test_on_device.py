@@ -22,6 +22,9 @@ def _lines(file):
 def test_a_step_leaves_a_line_for_each_thing_it_learnt(step, tmp_path, monkeypatch):
     goals = device_checks.device_layers.goals(True)
     monkeypatch.setattr(device_checks.device_layers, "goals", lambda dry: goals[2:3])
+    kinds = device_checks.device_layers.formulations(True)
+    chosen = [kinds[0], kinds[1], kinds[7]]  # dense, depthwise, strided
+    monkeypatch.setattr(device_checks.device_layers, "formulations", lambda dry: chosen)
     log = Log(tmp_path, step, 60)
     module = device_checks if hasattr(device_checks, step) else device_timing
     getattr(module, step)(log, True)
@@ -44,6 +47,9 @@ def test_a_step_leaves_a_line_for_each_thing_it_learnt(step, tmp_path, monkeypat
                     0,
                 ]
                 assert len([line for line in timed if "stock" in line["seconds"]]) == 2
+    if step == "formulations":
+        assert len(lines) == 3 * 3 and all(line["behind"] >= 1 for line in lines)
+        assert all(len(line["seconds"]) >= 3 and not line["errors"] for line in lines)
     if step in ("correctness", "negative_start", "repeatability"):
         assert all(line["ok"] for line in lines)
 
