@@ -30,6 +30,8 @@ class Agreement:
 
     def __str__(self) -> str:
         count = len(self.alike) + len(self.differing)
+        if not count:
+            return "No layer is in both results, at the same size."
         text = (
             f"{len(self.alike)} of {count} layers rank their variants alike in both "
             f"({self.share:.0%}); times within {EQUAL:.0%} count as equal."

@@ -46,7 +46,10 @@ class Explanation:
         lines = []
         for operation, answers in self.candidates.items():
             lines.append(f"{operation} on {self.platform}: {self.chosen[operation]}")
+            able = {c.implementation for c in answers if c.reason is None}
             for c in dict.fromkeys(answers):  # of two kernels that say the same, once
+                if c.reason is not None and c.implementation in able:
+                    continue  # another kernel of that name does it
                 told = c.how or f"declines: {c.reason}"
                 if c.by_name is not None:
                     told += f" ({c.by_name})"
@@ -101,8 +104,10 @@ def explain(
     activation_function(activation)
     platform = platform or default_platform()
     if platform not in dispatch.PLATFORMS:
+        which = " (cuda or rocm?)" if platform == "gpu" else ""
         raise ValueError(
-            f"platform must be None or one of {', '.join(dispatch.PLATFORMS)}, got {platform!r}"
+            f"platform must be None or one of {', '.join(dispatch.PLATFORMS)}, "
+            f"got {platform!r}{which}"
         )
     chain = dispatch.canonicalize(implementation)
     dtype = promoted_dtype(x, kernel, *([] if bias is None else [bias]))

@@ -31,7 +31,7 @@ DESCRIPTIONS = {
     "transposed": "JAX's transpose of lax.conv_general_dilated",
     "padded": "x padded in memory, then one lax.conv_general_dilated",
     "canonical": "one lax.conv_general_dilated, its axes in order",
-    "barrier": "x padded in memory behind a barrier, so that cuDNN gets the dilation",
+    "barrier": "x padded in memory behind a barrier, so that the dilation stays one",
     "shifts": "shifted multiply-adds of one padded x",
     "own_pads": "shifted multiply-adds, each with a pad fused into it",
     "tree": "shifted multiply-reductions, block by block of time",

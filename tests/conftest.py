@@ -1,9 +1,11 @@
 """Eight CPU devices for every test, whatever the machine and the environment."""
 
 import os
+import pathlib
 import sys
 
 import hypothesis
+import pytest
 
 assert "jax" not in sys.modules, "XLA reads its flags once, when jax is imported"
 
@@ -21,6 +23,18 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=2000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_configure():
+    """An environment that was made for another checkout would test that one's kernels."""
+    from conv_pallas import kernels
+
+    here = pathlib.Path(__file__).parents[1] / "kernels"
+    found = pathlib.Path(kernels.__path__[0])
+    if not found.samefile(here):
+        raise pytest.UsageError(
+            f"conv_pallas.kernels is {found}, not {here}: pip install -e . in this folder"
+        )
 
 
 def pytest_make_parametrize_id(val):

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import baselines, harness, layers, ranking, report, stored
+from benchmarks import baselines, harness, layers, on_device, ranking, report, stored
 from benchmarks.truth import Truth, WrongResultError
 from conv_pallas import _measure, explain, kernels
 from conv_pallas._layers import Layer
@@ -128,24 +129,36 @@ def test_wrong_kernel_is_refused_and_slow_one_told(toys, tmp_path):
     assert "wrong</span>" in page and "elements are off" in page
 
 
-def test_one_file_adds_a_kernel(toys):
-    """It is found, tested, benchmarked, listed and selectable, with no other file touched."""
-    body = "return xla.run(problem, lhs, rhs)"
-    toys(toy_copy=TOY.format(name="toy_copy", what="a copy", body=body))
+def test_one_file_adds_a_kernel(toys, tmp_path):
+    """It is found, tested, benchmarked, listed and selectable, with no other file touched.
+
+    The file is the example of how to add one, for CPUs and with something to run.
+    """
+    text = (on_device.ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
+    source = text.split("```python\n")[1].split("```")[0].replace("    ...\n", (
+        "    from conv_pallas.kernels import xla\n    return xla.run(problem, lhs, rhs)\n"
+    ))  # fmt: skip
+    source = source.replace('"triton"', '"toy_copy"').replace('("cuda",)', '("cpu",)')
+    toys(toy_copy=source.replace("priority=10", "priority=None"))
     found, _ = kernels.discover()
     assert found["toy_copy"].implementation == "toy_copy"
-    # Tested: the tests' own list holds it, and runs a case on it.
+    # Tested: the tests' own list holds it, and runs what it takes on it.
     folder = os.path.dirname(found["toy_copy"].run.__code__.co_filename)
-    code = (
-        "import sys; from conv_pallas import kernels;"
-        f"kernels.__path__.append({folder!r});"
-        "from tests import support, cases;"
-        "assert 'toy_copy' in support.IMPLEMENTATIONS;"
-        "case = cases.CASES[0]; x, w, g = case.arrays();"
-        "y, dx, dw = support.value_and_gradients(case, 'toy_copy')(x, w, g);"
-        "support.check_operation(y, 'conv1d', x, w, case)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    (tmp_path / "plugin").mkdir()
+    (tmp_path / "plugin" / "plugin_of_toys.py").write_text(f"""
+def pytest_configure():  # once conftest.py has set what JAX reads
+    from conv_pallas import kernels
+    kernels.__path__.append({folder!r})
+""")
+    chosen = "toy_copy and (own or crop_low or two_taps or stride_grouped or agree)"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider",
+         "-p", "plugin_of_toys", "-k", chosen, "tests"],
+        timeout=240, cwd=on_device.ROOT, text=True, stdout=subprocess.PIPE,
+        env=_environment() | {"PYTHONPATH": str(tmp_path / "plugin")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 5
     # Benchmarked, by being there.
     assert "toy_copy" in harness.variants_of(SMALL)
     m = harness.measure(SMALL, STEP, settings=BRIEF, variants={STOCK: None, "toy_copy": "toy_copy"})
@@ -153,7 +166,9 @@ def test_one_file_adds_a_kernel(toys):
     # Listed and selectable.
     x, kernel, bias, _ = baselines.arguments(SMALL)
     told = explain(x, kernel, kernel_dilation=2, implementation="toy_copy")
-    assert told.chosen["conv1d"] == "toy_copy" and "a copy" in str(told)
+    assert told.chosen["conv1d"] == "toy_copy" and "128x128 tiles" in str(told)
+    told = explain(x, jnp.zeros((3, 1, 8)), feature_group_count=8)
+    assert re.search("toy_copy +declines: takes one group only", str(told))
     assert command._parse(["--implementation", "toy_copy"]).implementations == ["toy_copy"]
 
 
@@ -353,7 +368,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
     ("arguments", "message"),
     [
         (["--layers", "nothing"], "models tcn-adding"),
-        (["--implementation", "fast"], "must be None, one of triton"),
+        (["--implementation", "unheard_of"], "must be None, one of triton"),
         (["--dtype", "int8"], "--dtype must be one of float32, bfloat16, float16, got int8"),
         (["--pass", "back"], "--pass must be forward or training, got 'back'"),
         (["--json", "/dev/null/a.json"], "--json must be a file"),

@@ -67,7 +67,7 @@ def test_help(demo):
     ("arguments", "message"),
     [
         (("--epochs", "0"), "--epochs: must be an int of 1 or more, got '0'"),
-        (("--implementation", "fast"), "--implementation: implementation must be"),
+        (("--implementation", "unheard_of"), "--implementation: implementation must be"),
         (("--output", "/dev/null/x"), "--output must be a folder"),
         (("--quick", "--implementation", "pallas_tpu"), "'pallas_tpu' can't run"),
     ],

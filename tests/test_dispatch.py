@@ -35,10 +35,11 @@ def test_explain_names_a_choice_and_every_reason(platform):
     assert told.platform == platform
     assert tuple(told.chosen) == tuple(told.candidates) == OPERATIONS
     for operation in OPERATIONS:
-        answers = {c.implementation: c for c in told.candidates[operation]}
+        # Of several kernels of one name the first is the one that would run, if any.
+        answers = {c.implementation: c for c in reversed(told.candidates[operation])}
         assert set(dispatch.IMPLEMENTATIONS) <= set(answers)
         assert answers[told.chosen[operation]].reason is None
-        for answer in answers.values():
+        for answer in told.candidates[operation]:
             assert (answer.reason is None) != (answer.how is None)  # one or the other
         assert f"{operation} on {platform}: {told.chosen[operation]}" in str(told)
     for answer in answers.values():
@@ -96,8 +97,18 @@ def test_explain_says_nothing_twice():
     assert len(lines) == len(set(lines))
 
 
+def test_explain_tells_of_no_kernel_that_another_of_its_name_stands_in_for():
+    """On TPUs dense and depthwise are two kernels of one name."""
+    told = explain(X, W, platform="tpu", implementation="pallas_tpu")
+    assert "pallas_tpu" in told.chosen["conv1d"] and "one channel a group" not in str(told)
+    told = explain(X, W, platform="cuda")
+    assert "pallas_tpu  declines" in str(told)
+
+
 def test_explain_wants_a_known_platform():
-    with pytest.raises(ValueError, match=r"platform must be None or one of cpu, .* got 'gpu'"):
+    with pytest.raises(
+        ValueError, match=r"platform must be None or one of cpu, .* got 'gpu' \(cuda or rocm\?\)"
+    ):
         explain(X, W, platform="gpu")
 
 

@@ -8,7 +8,7 @@ from jax import export
 
 from conv_pallas import conv1d, explain
 from tests import cases
-from tests.support import IMPLEMENTATIONS, tree_close
+from tests.support import IMPLEMENTATIONS, order, tree_close
 
 
 def _round_trip(f, *args, vjp_order=0, **kwargs):
@@ -21,7 +21,7 @@ def _round_trip(f, *args, vjp_order=0, **kwargs):
 def test_value_and_second_derivative(name, implementation):
     case = cases.named(name)
     x, w, _ = case.arrays()
-    f = lambda x, w: conv1d(x, w, **case.kwargs, implementation=implementation)  # noqa: E731
+    f = lambda x, w: conv1d(x, w, **case.kwargs, implementation=order(implementation))  # noqa: E731
     loaded = _round_trip(f, x, w, vjp_order=2)
     tree_close(loaded.call(x, w), jax.jit(f)(x, w))
 

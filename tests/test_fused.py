@@ -234,14 +234,16 @@ def test_what_nobody_reads_is_not_computed(monkeypatch):
 
 def test_a_policy_that_saves_convolutions():
     x, w, b, _ = _arrays()
-    f = lambda x, w, b: jnp.sin(conv1d(x, w, b, activation="silu"))  # noqa: E731
-    saved = lambda policy: [  # noqa: E731
-        aval.shape
-        for aval, source in saved_residuals(jax.checkpoint(f, policy=policy), x, w, b)
-        if "argument" not in source
-    ]
-    assert saved(jax.checkpoint_policies.dots_saveable) == []
-    assert saved(convs_saveable)
+    fuses = lambda x, w, b: jnp.sin(conv1d(x, w, b, activation="silu"))  # noqa: E731
+    alone = lambda x, w, b: jnp.sin(conv1d(x, w)) * b  # noqa: E731
+    for f in (fuses, alone):
+
+        def saved(policy, f=f):
+            residuals = saved_residuals(jax.checkpoint(f, policy=policy), x, w, b)
+            return [aval.shape for aval, source in residuals if "argument" not in source]
+
+        assert saved(jax.checkpoint_policies.dots_saveable) == []
+        assert saved(convs_saveable)
 
 
 def test_strict_promotion():

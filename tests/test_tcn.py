@@ -261,6 +261,15 @@ def test_last_step_alone(options):
         assert max(shape[1] for shape in shapes) <= last.receptive_field < 30
 
 
+def test_the_last_step_alone_has_the_statistics_of_the_whole_batch():
+    whole, last = network(norm="batch"), network(norm="batch", return_sequences=False)
+    whole.train()
+    last.train()
+    x = inputs(2, 30, 3)
+    y, z = nnx.jit(lambda a, b, x: (a(x)[:, -1], b(x)))(whole, last, x)
+    np.testing.assert_allclose(z, y, rtol=1e-5, atol=1e-6)
+
+
 def _convolved(model, x, more):
     jaxpr = jax.make_jaxpr(lambda x: model(x, **more))(x)
     return [eqn.invars[0] for eqn in jaxpr.eqns if eqn.primitive.name.startswith("conv1d")]
@@ -358,7 +367,7 @@ def test_activation_is_carried_by_the_layer():
         (dict(dropout=-0.1), "dropout must be a number in \\[0, 1\\), got -0.1"),
         (dict(dropout="0.1"), "dropout must be a number in \\[0, 1\\), got '0.1'"),
         (dict(rngs=0), "rngs must be an nnx.Rngs, .* got 0"),
-        (dict(implementation="fast"), "implementation must be .* got 'fast'"),
+        (dict(implementation="unheard_of"), "implementation must be .* got 'unheard_of'"),
         (dict(dilations=[1, 2]), "dilations must be a sequence of 1 ints, .* got \\[1, 2\\]"),
         (dict(dilations=[0]), "dilations\\[0\\] must be an int of 1 or more, got 0"),
         (dict(norm="group"), "norm must be None, .* got 'group'"),

@@ -242,6 +242,14 @@ def test_a_kernel_gradient_is_no_slower_in_a_loop():
     assert len(labels) == 2 and set(labels) == {"b0f_0io->b0f"}
 
 
+def test_a_loss_does_not_add_up_taps_in_its_reduction():
+    """XLA:CPU would, element by element, of products that it writes to memory tap by tap."""
+    x, w = jnp.zeros((4, 256, 64)), jnp.zeros((4, 1, 64))
+    loss = lambda x, w: jnp.sum(conv1d(x, w, feature_group_count=64) ** 2)  # noqa: E731
+    hlo = jax.jit(loss).lower(x, w).compile().as_text()
+    assert hlo.count(" fusion(") == 2  # the convolution, and what reduces it
+
+
 def test_flip_twice_is_nothing():
     w = np.random.default_rng(0).standard_normal((3, 4, 6)).astype(np.float32)
     np.testing.assert_array_equal(flip(flip(jax.numpy.asarray(w), 2), 2), w)
