@@ -228,6 +228,19 @@ def summary(result: dict[str, Any]) -> str:
         f"  {m['layer']['name']}, {m['pass']}: {ratio(m):.2f} of {m['fastest_baseline']}"
         for m in slower
     ]
+    compiling = [
+        (ours["compile_s"], stock["compile_s"], m)
+        for m in found
+        for ours, stock in [(m["variants"][m["ours"]], m["variants"][STOCK])]
+        if "compile_s" in ours and "compile_s" in stock
+    ]
+    if compiling:
+        ours, stock, m = max(compiling, key=lambda c: c[0] - c[1])
+        lines.append(
+            f"compiling took {sum(c[0] for c in compiling):.0f} s, stock's "
+            f"{sum(c[1] for c in compiling):.0f} s; farthest apart for {m['layer']['name']}, "
+            f"{m['pass']}: {ours:.1f} s and {stock:.1f} s"
+        )
     return "\n".join(lines)
 
 

@@ -58,6 +58,7 @@ class Variant:
       refused: whether that is because its result was wrong.
       memory: bytes of arguments, results and temporaries, and the peak, as XLA planned them.
       checked: the size at which it was checked, where that is not the size it was timed at.
+      compile_seconds: of tracing, lowering and compiling it, once.
     """
 
     seconds: tuple[float, ...] = ()
@@ -66,6 +67,7 @@ class Variant:
     refused: bool = False
     memory: dict[str, int] = dataclasses.field(default_factory=dict)
     checked: str | None = None
+    compile_seconds: float | None = None
 
     @property
     def time(self) -> Spread:
@@ -169,7 +171,9 @@ def measure(
                 calls[name] = _checked_torch(subject, which, truth)
                 continue
             function = functions[name]()
+            start = time.perf_counter()
             compiled = jax.jit(function).lower(*arguments).compile()
+            variant.compile_seconds = time.perf_counter() - start
             verify(name, variants[name], compiled)
         except (NotApplicableError, NotImplementedError) as e:
             variant.reason = str(e)

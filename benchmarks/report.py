@@ -346,12 +346,15 @@ def everything(result: Mapping[str, Any]) -> str:
         row.append(f"{ours['roofline']:.0%}" if "roofline" in ours else "")
         peak = ours.get("memory", {}).get("peak")
         row.append(f"{peak / 1e6:.3g}" if peak else "")
+        for variant in (m["variants"].get(STOCK, {}), ours):
+            row.append(f"{variant['compile_s']:.2g}" if "compile_s" in variant else "")
         rows.append(row)
         wrong = any(v.get("refused") for v in m["variants"].values())
         classes.append("wrong" if wrong else "loss" if ratio and ratio < SLOWER else
                        "win" if ratio and ratio > 1 / SLOWER else "")  # fmt: skip
     head = ["layer", "size", "pass", *(f"{escape(n)}<br>ms" for n in timed), "× stock",
-            "× fastest", "TFLOP/s", "GB/s", "of limit", "peak MB"]  # fmt: skip
+            "× fastest", "TFLOP/s", "GB/s", "of limit", "peak MB", "stock<br>compile s",
+            "ours<br>compile s"]  # fmt: skip
     left = [n for n in names if n not in timed]
     note = ""
     if left:
@@ -360,7 +363,7 @@ def everything(result: Mapping[str, Any]) -> str:
         note = "".join(f"<p>Not here: {escape(n)}: {escape(r)}.</p>" for n, r in reasons.items())
     return (
         "<p>Hover a time for its quartiles. TFLOP/s, GB/s, the share of the limit and the peak "
-        f"memory are ours.</p>{note}"
+        f"memory are ours; compiling is timed once, with tracing.</p>{note}"
         '<p><input id=filter type=search placeholder="filter layers" aria-label="filter layers">'
         "</p>" + table(head, rows, classes)
     )

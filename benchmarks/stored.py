@@ -70,6 +70,8 @@ def measurement(m: Measurement, limits: Mapping[str, float]) -> dict[str, Any]:
                 "roofline": _digits(least / time.median),
                 "seconds": [_digits(s) for s in v.seconds] if not v.same_as else None,
             }
+        if v.compile_seconds:
+            row["compile_s"] = _digits(v.compile_seconds)
         row |= {
             k: getattr(v, k)
             for k in ("same_as", "reason", "refused", "memory", "checked")

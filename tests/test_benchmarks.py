@@ -188,6 +188,11 @@ def test_equal_programs_are_timed_once():
     m = harness.measure(SMALL, FORWARD, settings=BRIEF, variants=variants)
     assert m.variants["xla_native"].same_as == STOCK
     assert m.variants["xla_native"].seconds is m.variants[STOCK].seconds
+    assert all(0 < v.compile_seconds < 60 for v in m.variants.values())
+    found = stored.result(harness.host(), BRIEF, {"bytes": 1e9, "float32": 1e10}, [m])
+    assert found["measurements"][0]["variants"][STOCK]["compile_s"] > 0
+    found["measurements"][0]["ours"] = "xla_native"
+    assert "\ncompiling took " in command.summary(found)
 
 
 def test_costs_of_a_layer():
