@@ -86,9 +86,9 @@ def test_all_of_a_quartznet_slides_through_registers(layer, monkeypatch):
     assert [meta["REVERSE"] for _, meta in seen["conv_taps"]] == [False, True]
     ((programs, meta),) = seen["conv_taps_kernel_grad"]
     assert layer.K <= meta["R"] * meta["BP"] <= 1.1 * layer.K  # all in one program
-    assert programs * meta["warps"] <= 8 * PROCESSORS
-    for programs, meta in (*seen["conv_taps"], *seen["conv_taps_kernel_grad"]):
-        assert programs >= PROCESSORS
+    assert 0.9 * 8 * PROCESSORS <= programs * meta["warps"] <= 8 * PROCESSORS
+    assert all(programs >= 8 * PROCESSORS for programs, _ in seen["conv_taps"])
+    for _, meta in (*seen["conv_taps"], *seen["conv_taps_kernel_grad"]):
         assert 32 * meta["warps"] * 2 == meta["BP"] * meta["BC"]  # two channels a thread
 
 
