@@ -50,6 +50,7 @@ from conv_pallas.spec import ConvSpec
 OUTPUTS = 16  # R of a piece
 # R of a block, at most. 22 spilled with one of the compilers, and took it ten seconds.
 TAPS = 17
+REGISTERS = 168  # of a thread that sums taps: three programs of 4 warps on a processor
 SHORTEST = 8  # steps in a residue class, or most of a piece's outputs are none
 
 # --- Device functions ---
@@ -309,7 +310,7 @@ def kernel_grad(
         conv_taps_kernel_grad, x, gy,
         T, U, N, D, spec.padding[0], series, steps, pieces(steps), per_split(steps),
         out=jax.ShapeDtypeStruct((splits, K + bias, C), np.dtype(np.float32)),
-        programs=tiles * splits, warps=warps, stages=1,
+        programs=tiles * splits, warps=warps, stages=1, registers=REGISTERS,
         C=C, K=K, BIAS=bias, R=R, BP=BP, BC=BC,
     )  # fmt: skip
     total = add_in_order(partial, np.float32)

@@ -147,9 +147,9 @@ interpreter.InterpreterBuilder.cast_impl = _round_to_bfloat16
 _ran = []  # names of kernels
 
 
-def call(kernel, *args, out, programs, warps, stages, **meta):
+def call(kernel, *args, out, programs, warps, stages, registers=None, **meta):
     """As `triton_compat.call`."""
-    del warps, stages
+    del warps, stages, registers
     tensors = {}
 
     def convert(a):
