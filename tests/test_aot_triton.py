@@ -50,7 +50,7 @@ HOPPER = (
     (_case("multiplier", 64, 256, G=64, K=31), "relu"),
     (_case("taps_float32", 256, G=256, K=63, T=835, dtype="float32"), "gelu_exact"),
     # Where ptxas spills, if it may, for the sake of one more program.
-    (_case("taps_tight", 512, G=512, K=51, D=1, T=835, padding="SAME"), None),
+    (_case("taps_tight", 512, G=512, K=51, D=1, T=835, batch=(32,), padding="SAME"), None),
     (_case("taps_few", 100, G=100, K=9, T=128, dtype="float16"), "relu"),
 )
 BY_NAME = {case.name: (case, activation) for case, activation in EVERYWHERE + HOPPER}
@@ -180,8 +180,8 @@ def test_depthwise_loads_are_as_wide_as_they_get():
         assert re.search(rf"(LDG\.E\.{size} ){{4}}(STG\.E\.{size} ){{1,4}}", " ".join(tiles) + " ")
 
 
-@pytest.mark.parametrize("name", ["taps", "taps_float32"])
-def test_what_is_loaded_of_many_taps_is_multiplied_many_times(name):
+@pytest.mark.parametrize("name, most", [("taps", 12.5), ("taps_float32", 15)])
+def test_what_is_loaded_of_many_taps_is_multiplied_many_times(name, most):
     made = _codes("h200", name)
     assert len(made) == 3
     for code in made:
@@ -192,7 +192,7 @@ def test_what_is_loaded_of_many_taps_is_multiplied_many_times(name):
         assert all(op.endswith(".64") == (name == "taps_float32") for op in loop if "LDG" in op)
         # Nothing waits for another warp: to convert, masks, addresses, and the bias's sum are all.
         assert code.opcodes["BAR"] <= 2, code
-        assert len(loop) <= counts["FFMA"] + 15 * R, (code, counts)
+        assert len(loop) <= counts["FFMA"] + most * R, (code, counts)
 
 
 def _longest_loop(sass: str) -> tuple[str, ...]:

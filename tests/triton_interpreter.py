@@ -235,6 +235,8 @@ def run_fused(name: str, capability: int) -> None:
         _run_fused(fused, kernel, problem, (x, w, bias, gy, saved))
     if "resident" in fused.name and capability >= 90:
         assert set(_ran) == {"conv_resident", "conv_resident_kernel_grad"}, _ran
+    if fused.case.name.startswith("taps"):
+        assert set(_ran) == {"conv_taps", "conv_taps_kernel_grad"}, _ran
 
 
 def _run_fused(fused, kernel, problem, arrays) -> None:
