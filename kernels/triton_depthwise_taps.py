@@ -22,8 +22,8 @@ sm_90a a loop has for one of them, itself counted,
 |---|---|---|
 | forward and input gradient, bfloat16 | 1.3 | 4.3 |
 | the same, float32 | 1.24 | 3.9 |
-| kernel gradient, bfloat16, 16 or 17 taps and 9 or 11 | 1.3 and 1.45 to 1.65 | 5.0 |
-| the same, float32 | 1.25 and 1.4 to 1.5 | 4.9 |
+| kernel gradient, bfloat16, 16 or 17 taps and 9 or 11 | 1.3 and 1.5 | 5.0 |
+| the same, float32 | 1.25 and 1.4 | 4.9 |
 
 for that one loads and masks x anew for each tap, or each 4. So by estimate a third of the time is
 left: it takes the issue of instructions for the bound of both. Two channels a thread are what
