@@ -150,7 +150,7 @@ def repeatability(log: Log, dry: bool) -> None:
 
 
 SANITIZED = (
-    "tiles_ragged", "tiles_depthwise", "stride_grouped", "time_shorter_than_dilation",
+    "tiles_ragged", "tiles_depthwise", "taps_same", "stride_grouped", "time_shorter_than_dilation",
     "fused_walked_wide_silu_bias_dxdwdb", "fused_tiles_gelu_bias_dxdwdb", "resident",
 )  # fmt: skip
 

@@ -40,6 +40,12 @@ WALK_TILES = (
     (4, 256, 32, 4), (8, 128, 32, 8), (2, 256, 32, 4), (2, 128, 32, 2), (8, 128, 64, 4),
     (4, 128, 16, 4), (4, 256, 64, 4), (8, 128, 128, 4), (4, 128, 128, 4),
 )  # fmt: skip
+# Rows, channels, R, warps: see `kernels.triton_depthwise_taps`.
+TAPS_TILES = (
+    (4, 64, 16, 4), (8, 64, 16, 8), (2, 64, 16, 2), (4, 128, 16, 4), (8, 128, 16, 8),
+    (2, 128, 16, 4), (1, 256, 16, 4), (4, 64, 22, 4), (2, 128, 17, 4), (4, 64, 11, 4),
+    (8, 64, 11, 8), (8, 128, 11, 8), (8, 64, 12, 8), (4, 128, 11, 8),
+)  # fmt: skip
 # The heuristic stays where nothing beats it by more than this.
 CLEARLY = 0.98
 
@@ -107,6 +113,8 @@ def tune(
 
 def _programs(x, kernel, geometry):
     """Name, function and arguments of each operation of the layer, in lists of several runs."""
+    from conv_pallas.kernels import triton_depthwise_walk
+
     shape = jax.eval_shape(lambda x, w: conv1d(x, w, **geometry), _struct(x), _struct(kernel))
     keys = jax.random.split(jax.random.key(0), 3)
     arrays = [
@@ -114,6 +122,7 @@ def _programs(x, kernel, geometry):
         for key, a in zip(keys, (x, kernel, shape), strict=True)
     ]
     depthwise = geometry.get("feature_group_count", 1) == x.shape[-1] > 1
+    walked = depthwise and kernel.shape[0] <= triton_depthwise_walk.TAPS
     operations = 2 * math.prod(shape.shape[:-1]) * math.prod(kernel.shape)
     runs = _measure.runs_in_a_call(operations, sum(a.nbytes for a in arrays))
     x, w, g = arrays
@@ -123,7 +132,7 @@ def _programs(x, kernel, geometry):
         return conv1d(x, w, **geometry, activation=activation, implementation="triton")
 
     yield "forward", lambda x, w, g: layer(x, w), arrays
-    if depthwise:
+    if walked:
         # One kernel does all of backward; with an activation it has the most to do.
         silu = lambda x, w: layer(x, w, "silu")  # noqa: E731
         yield "backward", lambda x, w, g: jax.vjp(silu, x, w)[1](g), arrays
@@ -150,7 +159,8 @@ def _candidates(name, program, arguments, report):
     if not keys:
         return None, calls
     key, expected = keys[-1], calls[None]()  # the last kernel asked is that of the gradient
-    for tile in WALK_TILES if key.startswith("conv_walk") else DENSE_TILES:
+    tiles = {"conv_walk": WALK_TILES, "conv_taps": TAPS_TILES}.get(key[:9], DENSE_TILES)
+    for tile in tiles:
         try:
             call, asked = compiled(tile)
             if key not in asked:

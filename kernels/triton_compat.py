@@ -81,7 +81,9 @@ class Tile:
     round_to_tf32: bool = False
 
 
-def call(kernel, *args, out, programs: int, warps: int, stages: int, **meta):
+def call(
+    kernel, *args, out, programs: int, warps: int, stages: int, registers: int | None = None, **meta
+):  # fmt: skip
     """Runs a Triton kernel: arrays, `Tile`s and ints in, arrays out.
 
     Args:
@@ -89,8 +91,11 @@ def call(kernel, *args, out, programs: int, warps: int, stages: int, **meta):
       args: in the kernel's order.
       out: `jax.ShapeDtypeStruct` of the result, or a tuple of several.
       programs: all on the grid's first axis, the only one that may exceed 65535.
+      registers: as many as a thread may have. With a limit ptxas takes what it needs of them; else
+        it may spill a few, that more programs fit on a processor.
       meta: the kernel's constexprs.
     """
+    options = OPTIONS if registers is None else OPTIONS | {"maxnreg": registers}
     args = [
         jt.TensorDescriptor.from_array(a.array, a.block, round_f32_to_tf32=a.round_to_tf32)
         if isinstance(a, Tile)
@@ -99,7 +104,7 @@ def call(kernel, *args, out, programs: int, warps: int, stages: int, **meta):
     ]
     return jt.triton_call(
         *args, kernel=kernel, out_type=out, grid=(programs,), num_warps=warps, num_stages=stages,
-        compute_capability=compute_capability(), backend_options=OPTIONS, name=kernel.__name__,
+        compute_capability=compute_capability(), backend_options=options, name=kernel.__name__,
         **meta,
     )  # fmt: skip
 

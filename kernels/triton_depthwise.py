@@ -8,17 +8,19 @@ Kernel grad:   dw[k, 0, o] = sum over n, u  of  x[n, u*S + k*D - low, o // M] * 
 below what any chip turns at. So only bytes count: each tensor once from memory.
 
 Where there are few taps and neither multiplier, stride nor dilated input, `triton_depthwise_walk`
-does that for any dilation. The rest is done here, by tiles of time and channels that are loaded
-once for each tap, ``D`` steps on; all but one of those loads are to find their lines in the L1 or
-L2, where the same program or one beside it has just put them. What is beside depends on the halo:
-channels are the fastest index of the grid, which reads memory in long runs, unless the halo of all
-channels together would push itself out of the L2; then time is.
+does that for any dilation. Where there are more taps, it is instructions that count, and
+`triton_depthwise_taps` has a third of them by estimate. The rest is done here, by tiles of time and
+channels that are loaded once for each tap, ``D`` steps on; all but one of those loads are to find
+their lines in the L1 or L2, where the same program or one beside it has just put them. What is
+beside depends on the halo: channels are the fastest index of the grid, which reads memory in long
+runs, unless the halo of all channels together would push itself out of the L2; then time is.
 
 Backward, where it can't be walked: one elementwise pass, left to XLA, makes gz. Computed in the
 input gradient's loads, once for each tap, the activation's derivative would cost some ``20 K``
 instructions an element, which by estimate is more than the pass (3 reads and writes, for which an
 H200 takes as long as for 50 instructions) for K > 2. Where no input gradient is wanted, the kernel
-gradient computes gz as it reads gy. It carries the bias gradient in both cases.
+gradient computes gz as it reads gy, but for that of many taps. It carries the bias gradient in
+both cases.
 
 Kernel grad holds K sums for each channel in registers, up to `TAPS` at a time, over a tile of
 time that it walks along; g is loaded once for all of those taps. The walk is split among as many
@@ -34,6 +36,7 @@ import triton.language as tl
 
 from conv_pallas.kernels import Kernel
 from conv_pallas.kernels import triton_compat as compat
+from conv_pallas.kernels import triton_depthwise_taps as taps
 from conv_pallas.kernels import triton_depthwise_walk as walk
 from conv_pallas.kernels.triton_activation import activate, activate_grad, gradient_in_xla
 from conv_pallas.kernels.triton_common import (
@@ -215,11 +218,12 @@ def forward(
       tile: steps and channels of one program.
     """
     N, T, C = x.shape
-    if tile is None and walk.decline(spec, C, O) is None:
-        return walk.forward(
-            x, w, spec, out_dtype=out_dtype, transposed=transposed, bias=bias,
-            activation=activation,
-        )  # fmt: skip
+    for better in (walk, taps):
+        if tile is None and better.decline(spec, C, O) is None:
+            return better.forward(
+                x, w, spec, out_dtype=out_dtype, transposed=transposed, bias=bias,
+                activation=activation,
+            )  # fmt: skip
     K, phases = spec.kernel_size, Phases.of(spec)
     J = triton.cdiv(spec.out_time, phases.phases)
     BT, BC = tile or (32, max(16, min(128, triton.next_power_of_2(O))))
@@ -253,6 +257,8 @@ def kernel_grad(
       saved, activation: with them ``gz = gy * activation'``, else gz is gy; not with phases.
     """
     (N, T, C), (_, U, O) = x.shape, gy.shape
+    if tile is None and saved is None and taps.decline(spec, C, O) is None:
+        return taps.kernel_grad(x, gy, spec, out_dtype=out_dtype, bias=bias)
     K, phases = spec.kernel_size, Phases.of(spec)
     J = triton.cdiv(U, phases.phases)
     BK = min(TAPS, triton.next_power_of_2(K))
@@ -314,7 +320,8 @@ def backward(problem: Problem, x, w, bias, saved, gy, wanted):
     want_db = want_db and bias is not None
     dx = dw = db = None
     carries = spec.input_dilation == 1
-    if want_dx or not want_dw or not carries:
+    many = taps.decline(spec, problem.C, problem.O) is None
+    if want_dx or not want_dw or not carries or many:
         gy, saved, activation = gradient_in_xla(gy, saved, activation, gy.dtype), None, None
     if want_dx:
         dx = forward(gy, w, spec.transposed(), O=problem.C, out_dtype=x.dtype, transposed=True)
@@ -338,8 +345,11 @@ def decline(problem: Problem) -> str | None:
 
 
 def describe(problem: Problem) -> str:
-    why = walk.decline(problem.spec, problem.C, problem.O)
-    return "steps in registers, read once" if why is None else f"a tile for each tap: {why}"
+    geometry = (problem.spec, problem.C, problem.O)
+    if walk.decline(*geometry) is None:
+        return "steps in registers, read once"
+    why = taps.decline(*geometry)
+    return "taps and steps in registers" if why is None else f"a tile for each tap: {why}"
 
 
 KERNEL = Kernel(

@@ -232,12 +232,17 @@ def conv_walk_backward(
 
 def decline(spec: ConvSpec, C: int, O: int) -> str | None:
     """Why a convolution can't be walked along, or None."""
+    if spec.kernel_size > TAPS:
+        return f"has more than {TAPS} taps"
+    return decline_series(spec, C, O)
+
+
+def decline_series(spec: ConvSpec, C: int, O: int) -> str | None:
+    """Why a convolution is not that of dilation 1 in each residue class of time, or None."""
     if C != O:
         return "has a channel multiplier"
     if spec.stride != 1 or spec.input_dilation != 1:
         return "has a stride or a dilated input"
-    if spec.kernel_size > TAPS:
-        return f"has more than {TAPS} taps"
     if max(spec.time, spec.out_time, spec.span, *map(abs, spec.padding)) >= STEPS:
         return "counts steps with 32 bits"
     return None

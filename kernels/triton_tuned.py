@@ -1,7 +1,8 @@
 """Tiles that were measured to be the fastest, one file per kind of device.
 
 ``triton_tuned_<device>.json`` beside this file maps a key, which tells a kernel and a shape, to
-the fields of `triton_config.Config`, or to the tile of `triton_depthwise_walk`.
+the fields of `triton_config.Config`, or to the tile of `triton_depthwise_walk` or
+`triton_depthwise_taps`.
 `conv_pallas.tuning.tune` measures and writes such a file; nothing measures by itself inside
 somebody's training step. What no file knows, a heuristic decides.
 """

@@ -1,5 +1,6 @@
 """The Triton kernels' machine code, and what XLA makes of layers that use them."""
 
+import collections
 import functools
 import math
 import re
@@ -12,6 +13,7 @@ pytest.importorskip("jax_triton")
 
 from conv_pallas import aot, conv1d
 from conv_pallas.kernels import triton_compat, triton_dense, triton_tuned
+from conv_pallas.machine_code import opcodes_of
 from tests.cases import Case
 from tests.triton_machine_code import SHARED_BYTES, amd_codes, codes
 
@@ -33,6 +35,7 @@ EVERYWHERE = (
     (_case("tf32x3", 256, dtype="float32", precision="high"), None),
     (_case("ieee", 256, dtype="float32", precision="highest"), None),
     (_case("depthwise", 512, G=512, K=4), "silu"),
+    (_case("taps", 512, G=512, K=87, D=1, T=835, padding="SAME"), "silu"),
 )
 HOPPER = (
     (_case("narrow", 64, K=5), "silu"),
@@ -45,6 +48,10 @@ HOPPER = (
     (_case("depthwise_float32", 256, G=256, S=2, dtype="float32"), "sigmoid"),
     (_case("depthwise_wide", 256, G=256, K=8), "gelu_exact"),
     (_case("multiplier", 64, 256, G=64, K=31), "relu"),
+    (_case("taps_float32", 256, G=256, K=63, T=835, dtype="float32"), "gelu_exact"),
+    # Where ptxas spills, if it may, for the sake of one more program.
+    (_case("taps_tight", 512, G=512, K=51, D=1, T=835, batch=(32,), padding="SAME"), None),
+    (_case("taps_few", 100, G=100, K=9, T=128, dtype="float16"), "relu"),
 )
 BY_NAME = {case.name: (case, activation) for case, activation in EVERYWHERE + HOPPER}
 
@@ -85,6 +92,8 @@ def test_machine_code_is_as_promised(chip, name):
         assert kernels == {"conv_dense", "conv_dense_kernel_grad"}
     elif case.K <= 8 and case.S == 1:
         assert kernels == {"conv_walk", "conv_walk_backward"}
+    elif case.S == 1 and case.O == case.C:
+        assert kernels == {"conv_taps", "conv_taps_kernel_grad"}
     else:
         assert kernels == {"conv_depthwise", "conv_depthwise_kernel_grad"}
     if chip != "h200":
@@ -149,7 +158,7 @@ def test_programs_that_stay_fetch_once(C, K, tile, kernel_stays, sums_stay):
     assert sums.opcodes["UTMALDG"] == (K + 1) * stages or not sums_stay
 
 
-@pytest.mark.parametrize("name", ["dense", "tf32_ragged", "depthwise", "multiplier"])
+@pytest.mark.parametrize("name", ["dense", "tf32_ragged", "depthwise", "multiplier", "taps_few"])
 def test_the_same_source_compiles_for_amd(name):
     case, activation = BY_NAME[name]
     made = amd_codes(functools.partial(_layer, case, activation), *_structs(case))
@@ -169,6 +178,31 @@ def test_depthwise_loads_are_as_wide_as_they_get():
         tiles = [op for op in order if not op.endswith(("U16", "STG.E"))]
         assert all(op.endswith(f".{size}") for op in tiles), order
         assert re.search(rf"(LDG\.E\.{size} ){{4}}(STG\.E\.{size} ){{1,4}}", " ".join(tiles) + " ")
+
+
+@pytest.mark.parametrize("name, most", [("taps", 12.5), ("taps_float32", 15)])
+def test_what_is_loaded_of_many_taps_is_multiplied_many_times(name, most):
+    made = _codes("h200", name)
+    assert len(made) == 3
+    for code in made:
+        R, loop = code.meta["R"], _longest_loop(code.texts["sass"])
+        counts = collections.Counter(op.split(".")[0] for op in loop)
+        # Two channels of R steps, and as much of the factor that they all have.
+        assert counts["FFMA"] == 2 * R * R and counts["LDG"] == 2 * R, (code, counts)
+        assert all(op.endswith(".64") == (name == "taps_float32") for op in loop if "LDG" in op)
+        # Nothing waits for another warp: to convert, masks, addresses, and the bias's sum are all.
+        assert code.opcodes["BAR"] <= 2, code
+        assert len(loop) <= counts["FFMA"] + most * R, (code, counts)
+
+
+def _longest_loop(sass: str) -> tuple[str, ...]:
+    """Opcodes of the longest loop in which there is no other."""
+    pieces = re.split(r"^(\.L_x_\d+):", sass, flags=re.M)
+    loops = []
+    for label, body in zip(pieces[1::2], pieces[2::2], strict=True):
+        body, back, _ = body.partition(f"`({label})")
+        loops.append(opcodes_of(body) if back else ())
+    return max(loops, key=len)
 
 
 def test_the_machine_code_of_what_was_lowered_before():

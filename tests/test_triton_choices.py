@@ -7,14 +7,16 @@ import pytest
 
 pytest.importorskip("jax_triton")
 
+from conv_pallas import _layers
 from conv_pallas.kernels import triton_dense, triton_depthwise
 from conv_pallas.kernels import triton_depthwise_walk as walk
-from conv_pallas.kernels.triton_common import most_programs
+from conv_pallas.kernels.triton_common import PROCESSORS, most_programs
 from conv_pallas.spec import ConvSpec, Epilogue
 from tests.cases import Case
 
 pytestmark = pytest.mark.aot
 
+WALKED, SLID, TILED = "steps in registers", "taps and steps in registers", "a tile for each tap"
 DX, DW, BOTH = (True, False, False), (False, True, True), (True, True, True)
 
 
@@ -41,22 +43,53 @@ def test_the_derivative_is_computed_where_less_is_moved(C, K, dtype, activation,
 
 
 @pytest.mark.parametrize(
-    "case, walked",
+    "case, how",
     [
-        (Case("few_taps", T=100, C=8, O=8, G=8, K=8, D=1024), True),
-        (Case("many_taps", T=100, C=8, O=8, G=8, K=9), False),
-        (Case("multiplier", T=100, C=8, O=16, G=8), False),
-        (Case("strided", T=100, C=8, O=8, G=8, S=2), False),
-        (Case("upsampling", T=100, C=8, O=8, G=8, E=2, padding=2), False),
-        (Case("long", batch=(1,), T=2**28, C=8, O=8, G=8), False),
+        (Case("few_taps", T=100, C=8, O=8, G=8, K=8, D=1024), WALKED),
+        (Case("many_taps", T=100, C=8, O=8, G=8, K=9), SLID),
+        (Case("many_taps_far", T=100, C=8, O=8, G=8, K=9, D=16), TILED),
+        (Case("multiplier", T=100, C=8, O=16, G=8), TILED),
+        (Case("many_strided", T=100, C=8, O=8, G=8, K=9, S=2), TILED),
+        (Case("upsampling", T=100, C=8, O=8, G=8, E=2, padding=2), TILED),
+        (Case("long", batch=(1,), T=2**28, C=8, O=8, G=8), TILED),
     ],
     ids=str,
 )
-def test_what_is_walked_computes_z_anew(case, walked):
+def test_how_depthwise_is_computed(case, how):
+    """And what is walked computes z anew."""
     problem = _problem(case, "silu")
-    assert (walk.decline(case.spec, case.C, case.O) is None) is walked
-    assert triton_depthwise.KERNEL.recomputes(problem) is walked
-    assert ("a tile for each tap" in triton_depthwise.describe(problem)) is not walked
+    assert (walk.decline(case.spec, case.C, case.O) is None) is (how == WALKED)
+    assert triton_depthwise.KERNEL.recomputes(problem) is (how == WALKED)
+    assert triton_depthwise.describe(problem).startswith(how)
+
+
+@pytest.mark.parametrize("layer", _layers.select("quartznet"), ids=lambda layer: layer.name)
+def test_all_of_a_quartznet_slides_through_registers(layer, monkeypatch):
+    """Both passes, in programs enough for each processor, and few taps beyond the last."""
+    seen = {}
+
+    def call(kernel, *args, out, programs, **meta):
+        seen.setdefault(kernel.__name__, []).append((programs, meta))
+        return np.zeros(out.shape, out.dtype)
+
+    monkeypatch.setattr(triton_depthwise.compat, "call", call)
+    case = Case(
+        "layer", (layer.N,), layer.T, layer.C, layer.O, layer.K, layer.D, G=layer.G,
+        padding=layer.padding,
+    )  # fmt: skip
+    arrays = [np.zeros(shape) for shape in (case.x_shape, case.kernel_shape, case.out_shape)]
+    x, w, g = (a.astype(np.float32) for a in arrays)
+    for operation, lhs, rhs in (
+        ("conv1d", x, w), ("conv1d_input_grad", g, w), ("conv1d_kernel_grad", x, g)
+    ):  # fmt: skip
+        triton_depthwise.run(case.problem(operation, "cuda"), lhs, rhs)
+    assert [meta["REVERSE"] for _, meta in seen["conv_taps"]] == [False, True]
+    ((programs, meta),) = seen["conv_taps_kernel_grad"]
+    assert layer.K <= meta["R"] * meta["BP"] <= 1.1 * layer.K  # all in one program
+    assert 0.9 * 8 * PROCESSORS <= programs * meta["warps"] <= 8 * PROCESSORS
+    assert all(programs >= 8 * PROCESSORS for programs, _ in seen["conv_taps"])
+    for _, meta in (*seen["conv_taps"], *seen["conv_taps_kernel_grad"]):
+        assert 32 * meta["warps"] * 2 == meta["BP"] * meta["BC"]  # two channels a thread
 
 
 def test_a_grid_holds_all_programs():

@@ -59,6 +59,18 @@ def test_tune_writes_what_later_compilations_find(h200):
     assert any("(3, 64, 32, 4): " in line and "Error" in line for line in lines), lines
 
 
+def test_many_taps_are_tuned_one_kernel_after_the_other(h200, monkeypatch):
+    seconds, _ = h200
+    tile = (4, 64, 8, 4)
+    monkeypatch.setattr(tuning, "TAPS_TILES", (tile,))
+    seconds[tile] = 0.5
+    x, w = aot.struct((2, 512, 64), jnp.bfloat16), aot.struct((17, 1, 64), jnp.bfloat16)
+    found = tuning.tune(x, w, feature_group_count=64, report=lambda line: None)
+    kernels = ("conv_taps", "conv_taps_kernel_grad")
+    assert found == {f"{kernel} 512x64x17 bfloat16 dilation 1": tile for kernel in kernels}
+    assert all(triton_tuned.lookup(key) == tile for key in found)
+
+
 def test_what_is_hardly_faster_is_not_kept(h200):
     seconds, file = h200
     seconds[(4, 64, 32, 4)] = 0.99

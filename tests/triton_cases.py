@@ -17,6 +17,13 @@ EXTRA = (
     Case("tiles_same", T=131, C=33, O=70, D=5, padding="SAME", batch=(1,)),
     Case("tiles_depthwise", T=300, C=200, O=200, G=200, K=4, D=3, batch=(2,), dtype="bfloat16"),
     Case("tiles_multiplier", T=70, C=40, O=120, G=40, K=7, D=2, batch=(2,)),
+    # Many taps: 16 outputs at a time, and up to 17 taps of the kernel gradient.
+    Case("taps_same", T=70, C=72, O=72, G=72, K=33, padding="SAME", batch=(3,), dtype="bfloat16"),
+    Case("taps_dilated", T=61, C=10, O=10, G=10, K=19, D=3, batch=(3,)),
+    Case("taps_halo", T=13, C=16, O=16, G=16, K=87, padding="SAME", dtype="float16"),
+    Case("taps_pad", T=45, C=20, O=20, G=20, K=16, D=2, padding=[(7, 40)]),
+    Case("taps_crop", T=45, C=8, O=8, G=8, K=9, padding=[(-5, -3)], dtype="bfloat16"),
+    Case("taps_tuned", T=150, C=24, O=24, G=24, K=23, D=2, batch=(3,), dtype="bfloat16"),
     # Several tiles for each program that stays; a chip runs more of those than the interpreter.
     Case("resident", T=192, C=40, O=24, D=7, batch=(3,), dtype="bfloat16"),
     Case("resident_ragged", T=150, C=64, O=64, K=2, D=33, batch=(2,), dtype="float16"),
@@ -26,12 +33,13 @@ EXTRA = (
     Case("resident_long", T=4096, C=16, O=24, D=64, batch=(8,), dtype="bfloat16"),
 )
 
-# The heuristic picks programs that stay for more steps than the interpreter has time for.
-RESIDENT = (64, 64, 64, 4, 3, 1)
+# The heuristic picks programs that stay for more steps than the interpreter has time for, and none
+# with several tiles of taps.
+OWN = {"resident": (64, 64, 64, 4, 3, 1), "taps_tuned": (4, 16, 5, 1)}
 
 NAMES = (
-    *(fused.name for fused in FUSED), "unmet_dense", "unmet_depthwise", "rounding",
-    "far_dense", "far_strided", "far_walked",
+    *(fused.name for fused in FUSED), "unmet_dense", "unmet_depthwise", "unmet_taps",
+    "rounding", "far_dense", "far_strided", "far_walked", "far_taps",
     *(case.name for case in EXTRA if case.name != "resident_long"),
     "dense", "wide", "ragged", "grouped", "grouped_narrowing", "depthwise", "depthwise_dilated",
     "multiplier", "depthwise_of_one", "pointwise_dilated", "many_taps",
@@ -46,11 +54,12 @@ NAMES = (
 
 def own_tile(name: str) -> contextlib.AbstractContextManager:
     """Within it the kernels get the tile that a case of that name is about, if it is about one."""
-    if "resident" not in name:
+    tile = next((tile for about, tile in OWN.items() if about in name), None)
+    if tile is None:
         return contextlib.nullcontext()
     from conv_pallas.kernels import triton_tuned
 
-    return triton_tuned.trial(RESIDENT)
+    return triton_tuned.trial(tile)
 
 
 def named(name: str) -> Case:

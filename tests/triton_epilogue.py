@@ -168,6 +168,11 @@ FUSED = (
     Fused(_WALKED, "silu", wanted=(True, False, False)),
     Fused(_WALKED, "silu", wanted=(False, True, True)),
     Fused(_WALKED, None, wanted=(False, False, True)),
+    # Depthwise of many taps.
+    Fused(Case("taps", T=45, C=20, O=20, G=20, K=19, D=2, **_BFLOAT16), "silu"),
+    Fused(Case("taps_same", T=70, C=16, O=16, G=16, K=33, padding="SAME"), "relu"),
+    Fused(Case("taps", T=45, C=20, O=20, G=20, K=11), "gelu", wanted=(False, True, True)),
+    Fused(Case("taps", T=45, C=20, O=20, G=20, K=11), None, bias=False),
     # Depthwise that can't be walked.
     Fused(Case("strided", T=45, C=20, O=20, G=20, K=4, S=2, D=3), "silu"),
     Fused(Case("multiplier", T=45, C=20, O=40, G=20, K=7, D=2, **_BFLOAT16), "gelu_exact"),

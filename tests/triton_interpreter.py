@@ -147,9 +147,9 @@ interpreter.InterpreterBuilder.cast_impl = _round_to_bfloat16
 _ran = []  # names of kernels
 
 
-def call(kernel, *args, out, programs, warps, stages, **meta):
+def call(kernel, *args, out, programs, warps, stages, registers=None, **meta):
     """As `triton_compat.call`."""
-    del warps, stages
+    del warps, stages, registers
     tensors = {}
 
     def convert(a):
@@ -184,7 +184,8 @@ triton_compat.call = call
 @contextlib.contextmanager
 def _as_named(name: str):
     """With the tile that a case is about, and few programs that stay: each has several tiles."""
-    processors = 2 if "resident" in name else triton_compat.processors()
+    few = "resident" in name or name == "taps_tuned"
+    processors = 2 if few else triton_compat.processors()
     with own_tile(name), mock.patch.object(triton_compat, "processors", lambda: processors):
         yield
 
@@ -211,6 +212,7 @@ def run_case(case: Case, operation: str, capability: int) -> None:
     wide = case.name == "resident_wide"  # not all of its channels are in one tile
     stays &= operation != "conv1d_kernel_grad" or not (wide or case.name == "resident_ragged")
     assert _ran[0].startswith("conv_onward" if wide else "conv_resident") == stays, _ran
+    assert _ran[0].startswith("conv_taps") == case.name.startswith("taps_"), _ran
     check(
         out, operation, lhs, rhs, case.spec, out_dtype=problem.out_dtype,
         precision=case.precision, platform="cuda",
@@ -233,6 +235,8 @@ def run_fused(name: str, capability: int) -> None:
         _run_fused(fused, kernel, problem, (x, w, bias, gy, saved))
     if "resident" in fused.name and capability >= 90:
         assert set(_ran) == {"conv_resident", "conv_resident_kernel_grad"}, _ran
+    if fused.case.name.startswith("taps"):
+        assert set(_ran) == {"conv_taps", "conv_taps_kernel_grad"}, _ran
 
 
 def _run_fused(fused, kernel, problem, arrays) -> None:
@@ -256,22 +260,33 @@ def run_unmet(name: str, capability: int) -> None:
     from conv_pallas import dispatch
 
     triton_compat.compute_capability = lambda: capability
-    G = 16 if name == "unmet_depthwise" else 1
-    case = Case(name, T=37, C=16, O=16, G=G, D=5, padding=[(10, -2)], dtype="bfloat16")
-    x, _, g = case.arrays()
+    G = 1 if name == "unmet_dense" else 16
+    # Tap k meets 0 to 24 + k D.
+    K, D, met = (11, 1, 8) if name == "unmet_taps" else (3, 5, 2)
+    case = Case(name, T=37, C=16, O=16, G=G, K=K, D=D, padding=[(10, -2)], dtype="bfloat16")
+    x, w, g = case.arrays()
     problem = case.problem("conv1d_kernel_grad", "cuda")
     kernel = dispatch.select(problem, ("triton",))
-    x[:, 32:] = np.nan  # tap 0 meets 0 to 24, tap 1 to 29, and tap 2 to 34
+    x[:, 32:] = np.nan
     expected = REFERENCES["conv1d_kernel_grad"](x, g, case.spec)
-    assert np.isfinite(expected[:2]).all() and np.isnan(expected[2]).all()
+    assert np.isfinite(expected[:met]).all() and np.isnan(expected[met:]).all()
     out = np.asarray(kernel.run(problem, x, g)).astype(float)
     np.testing.assert_array_equal(np.isnan(out), np.isnan(expected))
     epilogue = dataclasses.replace(case.problem("conv1d", "cuda"), epilogue=Epilogue(True, None))
     bias, wanted = np.zeros(16, x.dtype), (False, True, True)
-    w = np.ones(case.kernel_shape, x.dtype)
     _, dw, db = kernel.backward(epilogue, x, w, bias, None, g, wanted)
     np.testing.assert_array_equal(np.isnan(np.asarray(dw, float)), np.isnan(expected))
     assert np.isfinite(db).all()
+    # Nor do steps that no tap of an output meets change it.
+    x[:, 20], g[:, 20:22] = np.inf, np.nan
+    for operation, lhs in (("conv1d", x), ("conv1d_input_grad", g)):
+        problem = case.problem(operation, "cuda")
+        out = np.asarray(dispatch.select(problem, ("triton",)).run(problem, lhs, w), float)
+        expected = REFERENCES[operation](lhs, w, case.spec)
+        assert np.isfinite(expected).any() and not np.isfinite(expected).all()
+        np.testing.assert_array_equal(np.isfinite(out), np.isfinite(expected))
+    if name == "unmet_taps":
+        return
     # A stride that undoes a dilation of the input: cropped, no tap meets the last step.
     even = dict(S=2, E=2) if G == 1 else {}
     case = dataclasses.replace(case, T=45, K=1, padding=[(-4, -2)], **even)
@@ -291,9 +306,11 @@ def run_far(name: str) -> None:
         "far_dense": {},
         "far_strided": dict(G=8, S=2),
         "far_walked": dict(G=8),
+        "far_taps": dict(G=8, K=9),
     }[name]
     T, tail = 2**27, 64  # the last of three samples begins at 2**31
-    case = Case(name, batch=(3,), T=T, C=8, O=8, K=3, D=2, dtype="bfloat16", **geometry)
+    geometry = dict(K=3, D=2) | geometry
+    case = Case(name, batch=(3,), T=T, C=8, O=8, dtype="bfloat16", **geometry)
     short = dataclasses.replace(case, batch=(1,), T=tail)
     x, w, _ = short.arrays()
     far = np.zeros(case.x_shape, x.dtype)

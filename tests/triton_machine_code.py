@@ -24,7 +24,7 @@ def amd_codes(f, *structs) -> list[tuple[str, str, bytes]]:
     pointers = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
     target, made = GPUTarget("hip", "gfx942", 64), []
 
-    def call(kernel, *args, out, programs, warps, stages, **meta):
+    def call(kernel, *args, out, programs, warps, stages, registers=None, **meta):
         outs = out if isinstance(out, tuple) else (out,)
         kind = lambda a: "i32" if isinstance(a, int) else pointers[a.dtype.name]  # noqa: E731
         signature = dict(zip(kernel.arg_names, map(kind, (*args, *outs)), strict=False))
