@@ -75,12 +75,23 @@ def forward(problem: Problem) -> str:
     N1 T1024 C256 O256 K3 D4 G4          scatter 1.2  matmuls 1.1    scatter 1.1  matmuls 1.0
     N4 T512 C128 O128 K3 D4 G8 bfloat16  im2col 1.8  matmuls 1.8     scatter 1.9  im2col 1.8
     N4 T1000 C1 O25 K7                   shifts 2.9  matmuls 2.7     scatter 2.0  blocks 1.6
+    N16 T500 C1 O128 K7                  own_pads 2.9  matmuls 2.2   scatter 3.0
+    N4 T2000 C2 O256 K7 D4               shifts 2.3  im2col 2.0      scatter 7.6  blocks 2.8
     N4 T2000 C64 O1 K3                   scatter 3.0  matmuls 0.7    shifts 2.9  matmuls 2.8
+    N8 T500 C256 O4 K5 D4                scatter 3.9  fold 0.9       shifts 1.4  fold 1.0
+    N8 T1000 C64 O10 K3                  scatter 1.5  matmuls 0.6    shifts 0.7  im2col 0.7
+    N8 T500 C64 O24 K3 D2                scatter 1.2  matmuls 0.5    im2col 1.1  scatter 1.0
     N4 T4000 C2 O2 K3                    shifts 7.5  own_pads 5.4    shifts 8.1  own_pads 6.7
     N4 T2000 C8 O8 K3                    shifts 1.9  scatter 1.4     shifts 2.2  scatter 1.4
     N4 T4000 C1 O32 K8 S2                shifts 2.1  matmuls 2.0     scatter 1.6  blocks 0.8
     N4 T1000 C128 O128 K3 S2             matmuls 0.8  im2col 0.8     scatter 1.0  matmuls 0.5
     N4 T500 C25 O25 K5 S2                scatter 0.7  im2col 0.6     scatter 1.3  im2col 0.7
+    N4 T2000 C32 O1 K16 S4               scatter 1.3  matmuls 0.5    shifts 7.9  matmuls 7.0
+    N4 T500 C768 O768 K3 S2 G64          shifts 2.4  matmuls 1.9     shifts 2.7  scatter 2.4
+    N8 T500 C64 O64 K3 S2 G8 bfloat16    im2col 1.6  scatter 1.4     im2col 1.9  scatter 1.8
+    N16 T500 C64 O64 K5 S2 G8 float16    scatter 1.4  split 1.3      split 2.7  scatter 2.5
+    N32 T1000 C3 O16 K1 S2               own_pads 3.5  matmuls 3.3   scatter 1.4  own_pads 1.1
+    N16 T500 C128 O8 K1                  im2col 1.9  matmuls 1.6     im2col 1.0  scatter 1.0
     N8 T64 C16 O16 K3                    scatter 1.2  im2col 1.2     scatter 1.2  im2col 1.2
     N32 T1020 C10 O10 K8 D32             blocks 2.0  scatter 1.7     blocks 2.3  scatter 2.0
     N32 T400 C16 O16 K3                  scatter 1.1  im2col 0.9     scatter 1.1  im2col 1.0
@@ -95,6 +106,7 @@ def forward(problem: Problem) -> str:
     N16 T4096 C25 O25 K7 D4 bfloat16     blocks 2.3  scatter 2.2     blocks 2.0  scatter 1.8
     N4 T1000 C128 O128 K3 D8 bfloat16    scatter 1.9  im2col 1.3     im2col 1.7  matmuls 1.6
     N16 T4096 C64 O64 K7 D4 bfloat16     scatter 2.0  blocks 1.9     scatter 2.0  blocks 1.7
+    N8 T1000 C16 O8 K7 bfloat16          scatter 1.8  blocks 1.6     scatter 1.5  im2col 1.5
     N4 T2000 C4 O4 K31 D4                blocks 6.9  scatter 5.1     blocks 6.7  scatter 5.1
     N4 T2000 C12 O12 K21 D4              blocks 1.7  im2col 1.5      blocks 1.6  scatter 1.5
     N4 T2000 C20 O20 K21 D4              blocks 1.4  scatter 1.1     blocks 1.3  scatter 1.1
@@ -108,6 +120,7 @@ def forward(problem: Problem) -> str:
     N2 T1000 C256 O256 K33 G256          own_pads 29  shifts 20      own_pads 23  shifts 16
     N1 T1000 C512 O512 K87 D2 G512       matmuls 80  shifts 61       scatter 68  own_pads 58
     N4 T1000 C64 O64 K7 G8 bfloat16      blocks 1.8  scatter 1.6     blocks 1.8  scatter 1.4
+    N4 T1000 C64 O64 K4 G16 float16      scatter 8.4  blocks 6.5     scatter 8.8  blocks 6.7
     ===================================  ==========================  ==========================
 
     Of bfloat16 depthwise with up to 8 taps takes "matmuls" all the same: on a CPU with AVX2 alone
@@ -128,23 +141,28 @@ def forward(problem: Problem) -> str:
     if K > UNROLLED:
         return stock
     if K == 1:
-        return "matmuls" if every_step and _bfloat16(problem) else stock
+        few = c >= 16 and 1 < o <= min(16, c // 4)  # as in `_into_few`
+        matmul = spec.input_dilation == 1 and (spec.stride > 1 or few or _bfloat16(problem))
+        return "matmuls" if matmul else stock
     if spec.input_dilation > 1:
         # Of a strided layer's input gradient all but each S-th product would be with zero.
         moves = spec.stride == 1 and K <= FEW and _held("scatter", problem) <= MOST
+        if moves and c == 1 and K * o > 256:  # such a matmul only writes down what it holds
+            return "shifts"
         return "scatter" if moves else stock
     if spec.stride > 1:
         few = "matmuls" if c == 1 else "shifts"
         return few if c <= 2 and K * c <= 16 else stock
-    if c <= 8 and c * o <= 64 and K * c <= 24:
+    products = 24 if c <= 8 and c * o <= 64 else 16 if c <= 3 and not _bfloat16(problem) else 0
+    if K * c <= products:
         return "own_pads" if c == 1 and K <= 6 else "shifts"
+    if _into_few(problem, c, o):
+        return "scatter"
     if _bfloat16(problem) and K <= FEW:
         if _scatters(problem, spec, c, o):
             return "scatter"
         name = "im2col" if K <= 8 else "blocks"
         return name if _pieces_hold("im2col", problem, spec) else stock
-    if o == 1 and K <= 32 and _held("scatter", problem) <= 4 * MOST:
-        return "scatter"
     if problem.N * spec.time * K * c <= 2**16:
         return "im2col"
     if problem.operation == "conv1d_input_grad" and problem.N * spec.time <= 128 and c >= 256:
@@ -154,11 +172,11 @@ def forward(problem: Problem) -> str:
 
 def _grouped(problem: Problem) -> str | None:
     """Of more than one group; None where nothing is faster than stock."""
-    spec, (c, o) = problem.spec, _channels(problem)
+    spec, (c, o) = _spec(problem), _channels(problem)
     N, G, K = problem.N, spec.groups, spec.kernel_size
     every_step = spec.stride == spec.input_dilation == 1
+    narrow = problem.out_dtype.itemsize < 4
     if c == 1:
-        narrow = problem.out_dtype.itemsize < 4
         if K > UNROLLED or (K > 8 and every_step and not (narrow and o > 1)):
             return "own_pads"
         if narrow or K > 8:
@@ -168,18 +186,26 @@ def _grouped(problem: Problem) -> str | None:
         return "own_pads" if K <= 4 else "matmuls"
     if _bfloat16(problem) and c <= 16 and o > 1 and every_step and _little(problem):
         return "im2col" if K <= 4 else "blocks"
+    moved = "im2col" if spec.stride > 1 else "scatter"
+    if narrow and 2 < c <= 8 and o > 1 and K <= FEW and _little(problem, moved):
+        return moved  # multiply-adds widen every number anew for each of their products
     if c <= 8 and K * c <= 64:
         return "shifts"
     if c <= 8 and K > FEW and every_step and _little(problem):
         return "blocks"
     if K <= 4 and every_step and (max(c, o) <= 16 or G > 32 or (N == 1 and max(c, o) <= 64)):
         return "scatter"
-    return "split" if 2 < G <= 32 or (G == 2 and c <= 32) else None
+    if 2 < G <= 32 or (G == 2 and c <= 32):
+        return "split"
+    if G > 32 and spec.stride > 1:
+        return "matmuls"
+    scatters = G > 32 and spec.input_dilation > 1 and K <= FEW
+    return "scatter" if scatters and _little(problem, "scatter") else None
 
 
-def _little(problem: Problem) -> bool:
-    """Whether "im2col" of groups, which is not taken in pieces, holds no more than 64 MiB."""
-    return problem.N * problem.spec.groups * _held("im2col", problem) <= 2**26
+def _little(problem: Problem, name: str = "im2col") -> bool:
+    """Whether a formulation of groups, which is not taken in pieces, holds no more than 64 MiB."""
+    return problem.N * problem.spec.groups * _held(name, problem) <= 2**26
 
 
 def _in_blocks(problem: Problem, spec: ConvSpec, c: int, o: int) -> bool:
@@ -188,6 +214,8 @@ def _in_blocks(problem: Problem, spec: ConvSpec, c: int, o: int) -> bool:
         return False
     if _bfloat16(problem):
         return spec.kernel_size > FEW or not _scatters(problem, spec, c, o)
+    if _into_few(problem, c, o):
+        return False
     few = max(c, o) < 28 if min(c, o) >= 4 else max(c, o) <= 2
     into_few = 1 < o <= 8 and c <= 64
     slow_as_it_is = spec.kernel_dilation > 1 or max(c, o) <= 12 or into_few
@@ -197,6 +225,17 @@ def _in_blocks(problem: Problem, spec: ConvSpec, c: int, o: int) -> bool:
 def _pieces_hold(name: str, problem: Problem, spec: ConvSpec) -> bool:
     """Whether a formulation can be taken in pieces that are much longer than a window."""
     return 2 * spec.span <= _steps_at_once(name, problem) or _held(name, problem) <= MOST
+
+
+def _into_few(problem: Problem, c: int, o: int) -> bool:
+    """Whether there are so few outputs, each of more channels, that "scatter" holds little.
+
+    The convolution takes outputs side by side: of few its registers stay empty.
+    """
+    K, held = problem.spec.kernel_size, _held("scatter", problem)
+    if o <= 8:
+        return o < c and K <= 32 and held <= 4 * MOST
+    return o <= 24 and o < c and K <= FEW and held <= MOST
 
 
 def _few_channels(problem: Problem, spec: ConvSpec, c: int, o: int) -> bool:

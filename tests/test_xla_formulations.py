@@ -197,6 +197,7 @@ def test_in_steps_and_in_taps(case, operation, loop, pieces, monkeypatch):
     [
         ((2, 200, 12, 12, 23, 4), "blocks"),
         ((1, 9000, 8, 8, 200, 2), "blocks"),
+        ((2, 200, 64, 8, 23, 4), "scatter"),
         ((2, 200, 16, 16, 23, 4, 1, 16), "own_pads"),
         ((1, 400, 4, 4, 150, 1, 1, 4), "own_pads"),
     ],
@@ -265,6 +266,48 @@ def test_choice_exists(platform):
                 continue
             assert xla.choose(problem) in (*table, "transposed")
             assert xla.KERNEL.describe(problem)
+
+
+@pytest.mark.parametrize(
+    "sizes, dtype, forward, input_grad",
+    [
+        # Into few outputs, of float32 and bfloat16; of as many as channels, not.
+        ((8, 500, 256, 4, 5, 4), "float32", "scatter", "native"),
+        ((1, 2000, 24, 100, 8, 8), "float32", "padded", "scatter"),
+        ((4, 2000, 64, 8, 24), "float32", "scatter", "native"),
+        ((8, 1000, 16, 8, 7), "bfloat16", "scatter", "im2col"),
+        ((4, 2000, 64, 32, 3), "float32", "padded", "native"),
+        ((1, 60000, 32, 16, 12), "float32", "padded", "native"),  # they hold too much
+        ((16, 500, 64, 10, 1), "float32", "matmuls", "native"),
+        ((16, 500, 64, 64, 1), "float32", "padded", "native"),
+        # A channel or three of which many outputs are made.
+        ((4, 2000, 2, 256, 7, 4), "float32", "shifts", "scatter"),
+        ((4, 2000, 1, 128, 3), "float16", "own_pads", "scatter"),
+        ((4, 2000, 2, 256, 7, 4), "bfloat16", "im2col", "scatter"),
+        ((4, 2000, 3, 256, 7), "float32", "padded", "scatter"),
+        # Strides.
+        ((32, 1000, 3, 16, 1, 1, 2), "float32", "matmuls", "native"),
+        ((4, 2000, 32, 1, 16, 1, 4), "float32", "padded", "shifts"),
+        ((4, 2000, 16, 1, 4, 1, 2), "float32", "padded", "scatter"),
+        ((4, 500, 768, 768, 3, 1, 2, 64), "float32", "matmuls", "scatter"),
+        ((64, 900, 768, 768, 3, 1, 2, 64), "float32", "matmuls", "native"),  # they hold too much
+        ((16, 500, 64, 64, 5, 1, 2, 8), "float16", "im2col", "scatter"),
+        ((8, 500, 128, 128, 3, 1, 2, 16), "bfloat16", "im2col", "scatter"),
+        ((16, 500, 64, 64, 5, 1, 2, 8), "float32", "shifts", "shifts"),
+        # Groups of few channels.
+        ((4, 1000, 64, 64, 4, 1, 1, 16), "float16", "scatter", "scatter"),
+        ((4, 1000, 64, 64, 4, 1, 1, 16), "bfloat16", "im2col", "im2col"),
+        ((4, 512, 64, 256, 4, 2, 1, 64), "bfloat16", "matmuls", "shifts"),
+    ],
+    ids=str,
+)
+def test_choice_on_a_cpu(sizes, dtype, forward, input_grad):
+    N, T, C, O, K, D, S, G = (*sizes, 1, 1, 1)[:8]
+    spec = ConvSpec(T, K, S, ((K - 1) * D, 0), D, groups=G)
+    dtype = np.dtype(jnp.dtype(dtype))
+    problem = Problem("conv1d", spec, N, C, O, dtype, dtype, dtype, None, "cpu")
+    assert xla.choose(problem) == forward
+    assert xla.choose(dataclasses.replace(problem, operation="conv1d_input_grad")) == input_grad
 
 
 def test_the_rules_show_what_was_measured():
