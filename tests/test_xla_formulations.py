@@ -230,6 +230,14 @@ def test_a_sum_is_computed_once(N, T, K, first):
     assert hlo.count(" fusion(") < 80
 
 
+@pytest.mark.parametrize("K", [33, 75, 120])
+def test_no_more_is_compiled_for_more_taps(K):
+    x, w = jnp.zeros((2, 300, 64)), jnp.zeros((K, 1, 64))
+    step = jax.grad(lambda w: jnp.sum(conv1d(x, w, feature_group_count=64)))
+    hlo = jax.jit(step).lower(w).compile().as_text()
+    assert hlo.count(" fusion(") < 60
+
+
 def test_a_kernel_gradient_is_no_slower_in_a_loop():
     """XLA:CPU puts the axes of a convolution in order nowhere but in the entry computation."""
 
