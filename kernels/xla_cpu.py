@@ -144,7 +144,9 @@ def forward(problem: Problem) -> str:
         return stock
     if K == 1:
         few = c >= 16 and 1 < o <= min(16, c // 4)  # as in `_into_few`
-        matmul = spec.input_dilation == 1 and (spec.stride > 1 or few or _bfloat16(problem))
+        # A bias added to float16 that is in memory costs more than a stride saves.
+        strided = spec.stride > 1 and problem.out_dtype != np.float16
+        matmul = spec.input_dilation == 1 and (strided or few or _bfloat16(problem))
         return "matmuls" if matmul else stock
     if spec.input_dilation > 1:
         # Of a strided layer's input gradient all but each S-th product would be with zero.

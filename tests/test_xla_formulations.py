@@ -295,6 +295,7 @@ def test_choice_exists(platform):
         ((4, 2000, 3, 256, 7), "float32", "padded", "scatter"),
         # Strides.
         ((32, 1000, 3, 16, 1, 1, 2), "float32", "matmuls", "native"),
+        ((16, 2000, 64, 32, 1, 1, 2), "float16", "padded", "native"),
         ((4, 2000, 32, 1, 16, 1, 4), "float32", "padded", "shifts"),
         ((4, 2000, 16, 1, 4, 1, 2), "float32", "padded", "scatter"),
         ((4, 500, 768, 768, 3, 1, 2, 64), "float32", "matmuls", "scatter"),
@@ -304,6 +305,8 @@ def test_choice_exists(platform):
         ((16, 500, 64, 64, 5, 1, 2, 8), "float32", "shifts", "shifts"),
         # Groups of few channels.
         ((4, 1000, 64, 64, 4, 1, 1, 16), "float16", "scatter", "scatter"),
+        ((64, 3000, 64, 64, 4, 1, 1, 16), "float16", "shifts", "shifts"),  # they hold too much
+        ((64, 2000, 64, 64, 8, 1, 4, 16), "float16", "im2col", "scatter"),
         ((4, 1000, 64, 64, 4, 1, 1, 16), "bfloat16", "im2col", "im2col"),
         ((4, 512, 64, 256, 4, 2, 1, 64), "bfloat16", "matmuls", "shifts"),
     ],
