@@ -43,7 +43,7 @@ import triton.language as tl
 from conv_pallas.kernels import triton_compat as compat
 from conv_pallas.kernels import triton_tuned as tuned
 from conv_pallas.kernels.triton_activation import activate
-from conv_pallas.kernels.triton_common import add_in_order
+from conv_pallas.kernels.triton_common import add_in_order, to_float32
 from conv_pallas.kernels.triton_depthwise_walk import decline_series
 from conv_pallas.spec import ConvSpec
 
@@ -56,14 +56,6 @@ SHORTEST = 8  # steps in a residue class, or most of a piece's outputs are none
 # --- Device functions ---
 #
 # ruff: noqa: RUF005 - Triton's compiler knows the sum of two tuples, not `(*a, b)`.
-
-
-@triton.jit
-def _float32(a):
-    # Written out, of the two values of a word each takes one instruction; else three for both.
-    if a.dtype == tl.bfloat16:
-        a = (a.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    return a.to(tl.float32)
 
 
 @triton.jit
@@ -87,7 +79,7 @@ def _steps_of_x(x, t, end, D, step, COUNT: tl.constexpr):
     for i in tl.static_range(COUNT):
         # Without a sign what is negative is beyond the end: one comparison for both.
         inside = (t + i * D).to(tl.uint32, bitcast=True) < end.to(tl.uint32, bitcast=True)
-        tiles = tiles + (_float32(tl.load(x + i * step, inside, 0.0)),)
+        tiles = tiles + (to_float32(tl.load(x + i * step, inside, 0.0)),)
     return tiles
 
 
@@ -95,7 +87,7 @@ def _steps_of_x(x, t, end, D, step, COUNT: tl.constexpr):
 def _add_products(sums, window, m, columns, R: tl.constexpr):
     """``sums_r + window_r m``, and one sum more, of m alone, where there is one."""
     # A tile, though its rows are the same: a row would reach the others through shared memory.
-    m = _float32(tl.load(m, columns))
+    m = to_float32(tl.load(m, columns))
     added = ()
     for r in tl.static_range(R):
         # One operation and not two: the compiler takes time as their square.

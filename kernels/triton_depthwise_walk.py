@@ -37,7 +37,7 @@ import triton.language as tl
 from conv_pallas.kernels import triton_compat as compat
 from conv_pallas.kernels import triton_tuned as tuned
 from conv_pallas.kernels.triton_activation import activate, activate_grad_of_z
-from conv_pallas.kernels.triton_common import PROCESSORS, add_in_order
+from conv_pallas.kernels.triton_common import PROCESSORS, add_in_order, to_float32
 from conv_pallas.spec import ConvSpec
 
 AHEAD = 4  # steps that are loaded at a time
@@ -106,7 +106,7 @@ def conv_walk(
     xs = ()
     before = _steps_ahead(x, px, t, T, real, D, step, K - 1, BR, BC)
     for k in tl.static_range(K - 1):
-        xs = xs + (before[k].to(tl.float32),)
+        xs = xs + (to_float32(before[k]),)
     t += (K - 1) * D
     px += (K - 1) * step
     ahead = _steps_ahead(x, px, t, T, real, D, step, AHEAD, BR, BC)
@@ -117,7 +117,7 @@ def conv_walk(
         end = tl.where(group + 1 < GROUPS, T, 0)
         ahead = _steps_ahead(x, px, t, end, real, D, step, AHEAD, BR, BC)
         for i in tl.static_range(AHEAD):
-            xs = xs + (now[i].to(tl.float32),)
+            xs = xs + (to_float32(now[i]),)
             z = xs[0] * taps[0] + b if HAS_BIAS else xs[0] * taps[0]
             for k in tl.static_range(1, K):
                 z += xs[k] * taps[k]
@@ -172,7 +172,7 @@ def conv_walk_backward(
         xs, gs = (), ()
         before = _steps_ahead(x, px, t, T, real, D, step, K - 1, BR, BC)
         for k in tl.static_range(K - 1):
-            xs = xs + (before[k].to(tl.float32),)
+            xs = xs + (to_float32(before[k]),)
             gs = gs + (tl.zeros((BR, BC), tl.float32),)
         px += (K - 1) * step
         t += (K - 1) * D
@@ -191,8 +191,8 @@ def conv_walk_backward(
                 here = u + i * D
                 halo = group * AHEAD + i < K - 1
                 met = ((here >= 0) & (here < U))[:, None] & real
-                xs = xs + (x_now[i].to(tl.float32),)
-                g = g_now[i].to(tl.float32)
+                xs = xs + (to_float32(x_now[i]),)
+                g = to_float32(g_now[i])
                 if ACTIVATION is not None:
                     z = xs[0] * taps[0] + b if HAS_BIAS else xs[0] * taps[0]
                     for k in tl.static_range(1, K):
