@@ -139,7 +139,9 @@ def forward(problem: Problem) -> str:
     if G > 1:
         return _grouped(problem) or stock
     if K > 12 and every_step and _in_blocks(problem, spec, c, o):
-        return "blocks"
+        # Into many outputs the products that "blocks" shifts and adds are more than all taps of x.
+        spreads = _bfloat16(problem) and FEW < K <= UNROLLED and o >= 4 * c
+        return "im2col" if spreads and _pieces_hold("im2col", problem, spec) else "blocks"
     if K > UNROLLED:
         return stock
     if K == 1:

@@ -293,6 +293,8 @@ def test_choice_exists(platform):
         ((4, 2000, 1, 128, 3), "float16", "own_pads", "scatter"),
         ((4, 2000, 2, 256, 7, 4), "bfloat16", "im2col", "scatter"),
         ((4, 2000, 3, 256, 7), "float32", "padded", "scatter"),
+        ((4, 2000, 8, 32, 21), "bfloat16", "im2col", "blocks"),
+        ((4, 2000, 8, 31, 21), "bfloat16", "blocks", "blocks"),
         # Strides.
         ((32, 1000, 3, 16, 1, 1, 2), "float32", "matmuls", "native"),
         ((16, 2000, 64, 32, 1, 1, 2), "float16", "padded", "native"),
