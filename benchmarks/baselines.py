@@ -33,7 +33,7 @@ from conv_pallas import conv1d
 from conv_pallas._layers import Layer
 from conv_pallas._measure import FORWARD, OURS, STOCK
 from conv_pallas.dispatch import Implementation
-from conv_pallas.spec import ConvSpec, make_spec
+from conv_pallas.spec import ConvSpec, Operation, Problem, make_spec
 
 BARRIER, SYMMETRIC, MATMULS, TORCH = "barrier", "symmetric", "matmuls", "torch"
 
@@ -63,6 +63,13 @@ def spec_of(layer: Layer) -> ConvSpec:
 
 def kernel_shape(layer: Layer) -> tuple[int, int, int]:
     return (layer.K, layer.C // layer.G, layer.O)
+
+
+def problem_of(layer: Layer, operation: Operation, platform: str) -> Problem:
+    """An operation of a layer, or of what has its letters, as kernels are asked for it."""
+    dtype = np.dtype(jnp.dtype(layer.dtype))
+    types = (dtype, dtype, dtype)
+    return Problem(operation, spec_of(layer), layer.N, layer.C, layer.O, *types, None, platform)
 
 
 def arguments(layer: Layer, seed: int = 0) -> tuple[np.ndarray, ...]:

@@ -6,21 +6,22 @@ from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from benchmarks import baselines
 from conv_pallas._layers import Layer
 from conv_pallas.kernels import xla
-from conv_pallas.spec import Operation, Problem
+from conv_pallas.spec import Problem
+
+
+def _layer(dry: bool, source: str, name: str, *sizes: int, **more) -> Layer:
+    made = Layer(name, source, *sizes, **({"dtype": "bfloat16"} | more))
+    return smaller(made) if dry else made
 
 
 def goals(dry: bool) -> list[Layer]:
     """What matters most comes first."""
 
-    def layer(name, *sizes, **more):
-        made = Layer(name, "a goal", *sizes, dtype="bfloat16", **more)
-        return smaller(made) if dry else made
-
+    layer = functools.partial(_layer, dry, "a goal")
     dense = [layer(f"dense-512/D{D}", 8, 4096, 512, 512, 3, D) for D in (1, 4, 64, 512, 1024)]
     deep = {"G": 12288, "activation": "silu"}
     return [
@@ -36,10 +37,7 @@ def goals(dry: bool) -> list[Layer]:
 def formulations(dry: bool) -> list[Layer]:
     """Layers that the rules of `conv_pallas.kernels.xla` for GPUs tell apart."""
 
-    def layer(name, *sizes, **more):
-        made = Layer(name, "a kind", *sizes, **({"dtype": "bfloat16"} | more))
-        return smaller(made) if dry else made
-
+    layer = functools.partial(_layer, dry, "a kind")
     return [
         layer("dilated", 8, 4096, 256, 256, 3, 16),
         layer("depthwise", 8, 4096, 1024, 1024, 4, G=1024),
@@ -103,14 +101,6 @@ def operation(name: str, f: baselines.Forward):
         return jax.vjp(f, x, w, b)[1](g)
 
     return run
-
-
-def problem(layer: Layer, operation: Operation) -> Problem:
-    """An operation of a layer, as kernels are asked for it on a GPU."""
-    dtype = np.dtype(jnp.dtype(layer.dtype))
-    spec = baselines.spec_of(layer)
-    types = (dtype, dtype, dtype)
-    return Problem(operation, spec, layer.N, layer.C, layer.O, *types, None, "cuda")
 
 
 def formulation(name: str, problem: Problem):

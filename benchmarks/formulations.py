@@ -70,10 +70,8 @@ class Case:
         return " ".join(words + [self.padding] * (self.padding != "CAUSAL"))
 
     def problem(self, operation: Operation) -> Problem:
-        dtype = np.dtype(jnp.dtype(self.dtype))
         platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
-        spec = baselines.spec_of(self)
-        return Problem(operation, spec, self.N, self.C, self.O, dtype, dtype, dtype, None, platform)
+        return baselines.problem_of(self, operation, platform)
 
 
 # N, T, C, O, K, D, S, G; padding is CAUSAL.

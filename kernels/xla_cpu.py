@@ -128,12 +128,10 @@ def forward(problem: Problem) -> str:
     Of bfloat16 depthwise with up to 8 taps takes "matmuls" all the same: on a CPU with AVX2 alone
     they were ahead, in the input gradient by far.
     """
-    spec = problem.spec
+    spec = _spec(problem)
     # nnx.Conv writes CAUSAL zeros first. Where nothing is faster, be the same program.
     causal = problem.operation == "conv1d" and spec.padding == (spec.span - 1, 0)
     stock = "padded" if causal and spec.input_dilation == 1 else "native"
-    if problem.operation == "conv1d_input_grad":
-        spec = spec.transposed()
     K, G, (c, o) = spec.kernel_size, spec.groups, _channels(problem)
     every_step = spec.stride == spec.input_dilation == 1
     if G > 1:
