@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.extend
+from flax import nnx
 from jax._src.lax import lax as lax_internal
 
 from conv_pallas import dispatch, segments
@@ -18,7 +20,7 @@ from conv_pallas.ops import (
     result_dtype,
     unfused_reason,
 )
-from conv_pallas.spec import OPERATIONS, Epilogue, Problem, make_spec
+from conv_pallas.spec import OPERATIONS, ConvSpec, Epilogue, Problem, make_spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,41 @@ class Explanation:
         return "\n".join(lines)
 
 
+@dataclasses.dataclass(frozen=True)
+class ModelExplanation:
+    """What would run in a whole model, or any other function. ``print`` it.
+
+    Attributes:
+      platform: for which it was asked.
+      convolutions: of each different convolution, in words, the `Explanation`.
+      times: how often each of them runs.
+      left_to_lax: how often `jax.lax.conv_general_dilated` runs, as stock layers, those of more
+        dimensions, and layers that are told to call it.
+    """
+
+    platform: str
+    convolutions: dict[str, Explanation]
+    times: dict[str, int]
+    left_to_lax: int
+
+    def __str__(self) -> str:
+        count = sum(self.times.values()) + self.left_to_lax
+        lines = [f"on {self.platform}: {count} convolution{'' if count == 1 else 's'}"]
+        for words, told in self.convolutions.items():
+            lines.append(f"{self.times[words]} of {words}")
+            for operation, name in told.chosen.items():
+                (how, *_) = (
+                    c.how for c in told.candidates[operation]
+                    if c.implementation == name and c.reason is None
+                )  # fmt: skip
+                lines.append(f"  {operation:<18} {name}: {how}")
+            if told.epilogue:
+                lines.append(f"  {told.epilogue}")
+        if self.left_to_lax:
+            lines.append(f"{self.left_to_lax} left to jax.lax.conv_general_dilated")
+        return "\n".join(lines)
+
+
 def explain(
     x,
     kernel=None,
@@ -77,15 +114,16 @@ def explain(
     preferred_element_type=None,
     out_sharding=None,
     implementation: Implementation = None,
-) -> Explanation:
+) -> Explanation | ModelExplanation:
     """Tells which kernel `conv1d` would run for these arguments, and why not the others.
 
     Nothing is computed, and x and kernel may be `jax.ShapeDtypeStruct`. To ask about a
-    layer, pass it and its input: ``explain(layer, x)``.
+    layer, a whole model or a function, pass it and its input: ``explain(model, x)``.
 
     Args:
-      x, kernel, bias: as in `conv1d`; or a `conv_pallas.nn.Conv` and its input. A kernel
-        with more than one spatial dimension is fine here.
+      x, kernel, bias: as in `conv1d`; or a `conv_pallas.nn.Conv` and its input; or another
+        module or function and its one argument, of which each convolution is then explained,
+        all its three operations. A kernel with more than one spatial dimension is fine here.
       platform: ``"cpu"``, ``"cuda"``, ``"rocm"``, ``"tpu"``, or ``"other"`` for all others;
         None: the default device's.
       others: as in `conv1d`.
@@ -93,15 +131,6 @@ def explain(
     Raises:
       ValueError, TypeError, NotImplementedError: as `conv1d` with these arguments.
     """
-    if hasattr(x, "explain"):
-        return x.explain(kernel, platform=platform)
-    if not all(hasattr(a, "shape") and hasattr(a, "dtype") for a in (x, kernel)):
-        raise TypeError(
-            f"explain takes x and kernel, or a conv_pallas.nn.Conv and its input, "
-            f"got {type(x).__module__}.{type(x).__name__} and {type(kernel).__name__}"
-        )
-    del mask  # zeros of x change nothing
-    activation_function(activation)
     platform = platform or default_platform()
     if platform not in dispatch.PLATFORMS:
         which = " (cuda or rocm?)" if platform == "gpu" else ""
@@ -109,6 +138,17 @@ def explain(
             f"platform must be None or one of {', '.join(dispatch.PLATFORMS)}, "
             f"got {platform!r}{which}"
         )
+    if hasattr(x, "explain"):
+        return x.explain(kernel, platform=platform)
+    if callable(x) and kernel is not None:
+        return _explain_model(x, kernel, platform)
+    if not all(hasattr(a, "shape") and hasattr(a, "dtype") for a in (x, kernel)):
+        raise TypeError(
+            f"explain takes x and kernel, or a model or a function and its input, "
+            f"got {type(x).__module__}.{type(x).__name__} and {type(kernel).__name__}"
+        )
+    del mask  # zeros of x change nothing
+    activation_function(activation)
     chain = dispatch.canonicalize(implementation)
     dtype = promoted_dtype(x, kernel, *([] if bias is None else [bias]))
     note = lax_reason(dtype, max(1, len(kernel.shape) - 2))  # of fewer `make_spec` complains
@@ -132,20 +172,83 @@ def explain(
         spec, _ = make_spec(x.shape, w.shape, padding="VALID", feature_group_count=spec.groups)
     out_dtype = result_dtype(dtype, preferred_element_type)
     precision = lax_internal.canonicalize_precision(precision)
+    named = activation if isinstance(activation, str) else None
+    promoted = bias if bias is None else jax.ShapeDtypeStruct(bias.shape, dtype)
+    outside = unfused_reason(dtype, out_dtype, promoted, out_sharding)
+    ask = functools.partial(problem_of, x=x, w=w, spec=spec, precision=precision)
+    ask = functools.partial(ask, out_dtype=out_dtype, platform=platform)
+    return _explain_problem(ask, chain, Epilogue(bias is not None, named), outside)
+
+
+def _explain_problem(
+    ask: Callable[[str], Problem], chain, epilogue: Epilogue, outside: str | None = None
+) -> Explanation:
+    """Of one convolution, of which ``ask(operation)`` is the problem."""
     chosen, answers = {}, {}
     for operation in OPERATIONS:
-        problem = problem_of(operation, x, w, spec, precision, out_dtype, platform)
+        problem = ask(operation)
         chosen[operation] = dispatch.select(problem, chain).implementation
         answers[operation] = tuple(c for c, _ in dispatch.candidates(problem))
-    named = activation if isinstance(activation, str) else None
-    epilogue = None
-    if bias is not None or named:
-        problem = problem_of("conv1d", x, w, spec, precision, out_dtype, platform)
-        epilogue = Epilogue(bias is not None, named)
-        promoted = bias if bias is None else jax.ShapeDtypeStruct(bias.shape, dtype)
-        outside = unfused_reason(dtype, out_dtype, promoted, out_sharding)
-        epilogue = _explain_epilogue(problem, epilogue, chain, outside)
-    return Explanation(platform, chosen, answers, epilogue=epilogue)
+    told = None
+    if epilogue.bias or epilogue.activation:
+        told = _explain_epilogue(ask("conv1d"), epilogue, chain, outside)
+    return Explanation(problem.platform, chosen, answers, epilogue=told)
+
+
+def _explain_model(model: Callable, x, platform: str) -> ModelExplanation:
+    if isinstance(model, nnx.Module):  # its state may change in a call, and none outside of one may
+        graph, state = nnx.split(model)
+        closed = jax.make_jaxpr(lambda state, x: nnx.merge(graph, state)(x))(state, x)
+    else:
+        closed = jax.make_jaxpr(model)(x)
+    told, times, left = {}, {}, 0
+    for eqn, count in _equations(closed.jaxpr):
+        if eqn.primitive.name == "conv_general_dilated":
+            left += count
+        elif eqn.primitive.name in ("conv1d", "conv1d_fused"):
+            words, asked = _asked(eqn, platform)
+            times[words] = times.get(words, 0) + count
+            if words not in told:
+                told[words] = _explain_problem(*asked)
+    return ModelExplanation(platform, told, times, left)
+
+
+def _equations(jaxpr, times: int = 1):
+    """All equations, those within others too, and how often each runs in loops of known length."""
+    for eqn in jaxpr.eqns:
+        yield eqn, times
+        inside = times * eqn.params["length"] if eqn.primitive.name == "scan" else times
+        for sub in jax.extend.core.jaxprs_in_params(eqn.params):
+            yield from _equations(sub, inside)
+
+
+def _asked(eqn, platform: str) -> tuple[str, tuple]:
+    """A forward convolution in words, and as the arguments of `_explain_problem`."""
+    params, (x, w) = eqn.params, (v.aval for v in eqn.invars[:2])
+    kernels = params.get("kernel_batch", 0)  # of `jax.vmap`: what one of them would be given
+    x, w = (jax.ShapeDtypeStruct(a.shape[kernels:], a.dtype) for a in (x, w))
+    spec: ConvSpec = params["spec"]
+    given = dict(x=x, w=w, spec=spec, precision=params["precision"], out_dtype=params["out_dtype"])
+    ask = functools.partial(problem_of, **given, platform=platform)
+    epilogue = Epilogue(params.get("has_bias", False), params.get("activation"))
+    usual = ConvSpec(spec.time, spec.kernel_size, padding=(spec.span - 1, 0))
+    words = [f"x {x.shape}, kernel {w.shape}, {x.dtype.name}"]
+    for name, argument in _ARGUMENTS.items():
+        if getattr(spec, name) != getattr(usual, name):
+            words.append(f"{argument}={getattr(spec, name)}")
+    if epilogue.activation:
+        words.append(f"activation={epilogue.activation}")
+    return ", ".join(words), (ask, params["implementation"], epilogue)
+
+
+# What a ConvSpec's fields are called where people set them.
+_ARGUMENTS = dict(
+    stride="strides",
+    padding="padding",
+    kernel_dilation="kernel_dilation",
+    input_dilation="input_dilation",
+    groups="feature_group_count",
+)
 
 
 def _explain_epilogue(problem: Problem, epilogue: Epilogue, chain, outside: str | None) -> str:
@@ -168,7 +271,8 @@ def _explain_epilogue(problem: Problem, epilogue: Epilogue, chain, outside: str 
 
 def default_platform() -> str:
     """The platform of the default device, as lowering rules name it."""
-    backend = jax.extend.backend.get_backend()
+    default = jax.config.jax_default_device  # a device, the name of a platform, or None
+    backend = getattr(default, "client", None) or jax.extend.backend.get_backend(default)
     if backend.platform == "gpu":
         return "rocm" if "rocm" in backend.platform_version else "cuda"
     return backend.platform if backend.platform in dispatch.PLATFORMS else dispatch.OTHER

@@ -29,7 +29,7 @@ from conv_pallas.spec import Problem
 DESCRIPTIONS = {
     "native": "one lax.conv_general_dilated",
     "transposed": "JAX's transpose of lax.conv_general_dilated",
-    "padded": "x padded in memory, then one lax.conv_general_dilated",
+    "padded": "x padded in memory if need be, then one lax.conv_general_dilated",
     "canonical": "one lax.conv_general_dilated, its axes in order",
     "barrier": "x padded in memory behind a barrier, so that the dilation stays one",
     "shifts": "shifted multiply-adds of one padded x",

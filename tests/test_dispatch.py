@@ -86,10 +86,62 @@ def test_explain_of_a_layer_is_of_its_arguments():
     assert explain(depthwise, X) != explain(X, W)
 
 
-def test_explain_wants_one_of_ours():
-    stock = nnx.Conv(8, 8, 3, rngs=nnx.Rngs(0))
-    with pytest.raises(TypeError, match=r"^explain takes .* got flax\.nnx.*Conv and"):
-        explain(stock, X)
+class _Model(nnx.Module):
+    def __init__(self):
+        self.one = _layer(kernel_dilation=2, padding="SAME")
+        self.stock = nnx.Conv(8, 8, 3, rngs=nnx.Rngs(0))
+        self.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(0))  # changes in a call
+
+    def __call__(self, x):
+        again = lambda x, _: (self.one(x, activation="relu"), None)  # noqa: E731
+        x, _ = jax.lax.scan(again, self.dropout(self.stock(self.one(x))), None, length=5)
+        return jax.jit(self.one)(x)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+def test_explain_of_a_model_is_of_each_of_its_convolutions(platform):
+    model = _Model()
+    told = explain(model, X, platform=platform)
+    alone = explain(model.one, X, platform=platform)
+
+    words = "x (2, 16, 8), kernel (3, 8, 8), float32, padding=(2, 2), kernel_dilation=2"
+    assert told.times == {words: 2, words + ", activation=relu": 5}
+    assert told.left_to_lax == 1
+    assert told.convolutions[words] == alone
+    assert told.convolutions[words + ", activation=relu"] != alone
+    text = str(told)
+    assert text.startswith(f"on {platform}: 8 convolutions\n2 of {words}\n  conv1d  ")
+    for operation in OPERATIONS:
+        ours = next(c for c in alone.candidates[operation] if c.implementation == "xla")
+        assert f"  {operation:<18} xla: {ours.how}\n" in text
+    assert text.endswith("1 left to jax.lax.conv_general_dilated")
+
+
+def test_explain_of_a_function_follows_orders_and_batches_of_kernels():
+    stride = functools.partial(conv1d, strides=2, feature_group_count=4)
+    f = jax.vmap(functools.partial(stride, implementation=("triton", "xla")))
+    x, w = (jax.ShapeDtypeStruct(s, "bfloat16") for s in ((5, 2, 16, 8), (5, 3, 2, 8)))
+    told = explain(lambda both: f(*both), (x, w))
+    (words,) = told.times
+    assert words == (
+        "x (2, 16, 8), kernel (3, 2, 8), bfloat16, strides=2, feature_group_count=4"
+    )  # fmt: skip
+    assert set(told.convolutions[words].chosen.values()) == {"xla"}
+    with pytest.raises(NotImplementedError, match="'triton'"):
+        explain(lambda w: conv1d(jnp.ones((2, 16, 8)), w, implementation="triton"), W)
+
+
+@pytest.mark.parametrize("arguments", [(3, X), (_layer,), (X,), (X, [1.0])])
+def test_explain_wants_arrays_or_what_is_called(arguments):
+    with pytest.raises(TypeError, match="^explain takes x and kernel, or a model or a function"):
+        explain(*arguments)
+
+
+def test_explain_is_of_the_default_device():
+    with jax.default_device(jax.devices("cpu")[0]):
+        assert explain(X, W).platform == "cpu"
+    with jax.default_device("cpu"):
+        assert explain(X, W).platform == "cpu"
 
 
 def test_explain_says_nothing_twice():
