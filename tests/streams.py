@@ -21,9 +21,10 @@ def model_of(*, widths=(4, 6), out=3, K=3, seed=0, **options):
         if isinstance(module, nnx.BatchNorm):
             module.mean[...] = numbers(*module.mean.shape, seed=1) / 4
             module.var[...] = 1 + jnp.abs(numbers(*module.var.shape, seed=2))
-            module.bias[...] = numbers(*module.bias.shape, seed=3)
+            module.bias[...] = numbers(*module.bias.shape, seed=3).astype(module.bias.dtype)
         elif isinstance(module, nnx.Conv) and module.bias is not None:
-            module.bias[...] = numbers(*module.bias.shape, seed=4) / 4  # not zero: it shows
+            bias = numbers(*module.bias.shape, seed=4) / 4  # not zero: it shows
+            module.bias[...] = bias.astype(module.bias.dtype)
     model.eval()
     return model
 

@@ -133,7 +133,7 @@ def test_explain_of_a_function_follows_orders_and_batches_of_kernels():
 
 @pytest.mark.parametrize("arguments", [(3, X), (_layer,), (X,), (X, [1.0])])
 def test_explain_wants_arrays_or_what_is_called(arguments):
-    with pytest.raises(TypeError, match="^explain takes x and kernel, or a model or a function"):
+    with pytest.raises(TypeError, match=r"^explain takes x and kernel, or a model or a fun"):
         explain(*arguments)
 
 

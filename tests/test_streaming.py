@@ -283,6 +283,28 @@ def test_blocks_layers_and_dtypes(implementation):
         jax.eval_shape(model.step, x.astype(dtype), model.init_state(2))
 
 
+@pytest.mark.parametrize("norm", ["weight", "layer", "batch"])
+@pytest.mark.parametrize("given", [jnp.bfloat16, jnp.float32])
+def test_each_part_has_its_own_dtype(norm, given):
+    """Of a model of bfloat16 what comes after a batch norm's running averages is float32."""
+    model = model_of(
+        widths=(4, 4, 6), norm=norm, param_dtype=jnp.bfloat16, lookahead=3,
+        skip_connections=True, conditioning=2,
+    )  # fmt: skip
+    whole, step = functions(model)
+    x, condition = numbers(2, 24, 3).astype(given), numbers(2, 24, 2, seed=5).astype(given)
+    state = model.init_state(2, given)
+    got, after = stream(step, state, x, [1, 3, 20], condition=condition)
+    assert jax.tree.map(lambda a: a.dtype, after) == jax.tree.map(lambda a: a.dtype, state)
+    if norm == "batch":
+        assert state["block0"]["conv2"]["past"].dtype == jnp.float32
+    want = whole(x, condition=condition)
+    assert got.dtype == want.dtype
+    np.testing.assert_allclose(
+        got[:, 3:].astype(float), np.asarray(want)[:, :-3].astype(float), rtol=0.02, atol=0.03
+    )
+
+
 def layer(taps):
     return Conv(3, 3, taps, padding="CAUSAL", rngs=nnx.Rngs(0))
 

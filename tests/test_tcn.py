@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from conv_pallas import convs_saveable
 from conv_pallas.nn import TCN, Conv, TemporalBlock
 from tests.support import primitives_of
 
@@ -284,6 +285,17 @@ def test_remat_changes_nothing_but_memory():
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     names = primitives_of(jax.make_jaxpr(lambda x: network(remat=True)(x))(x))
     assert [name for name in names if "remat" in name or "checkpoint" in name] != []
+
+
+def test_a_policy_says_what_remat_keeps():
+    def convolutions(remat):
+        loss = lambda model, x: jnp.sum(jnp.sin(model(x)))  # noqa: E731
+        graph, params, rest = nnx.split(network(remat=remat), nnx.Param, ...)
+        f = lambda params, x: loss(nnx.merge(graph, params, rest), x)  # noqa: E731
+        names = primitives_of(jax.make_jaxpr(jax.grad(f))(params, inputs(2, 9, 3)))
+        return sum(name in ("conv1d", "conv1d_fused") for name in names)
+
+    assert convolutions(convs_saveable) == convolutions(False) < convolutions(True)
 
 
 def test_remat_of_a_model_in_a_closure():

@@ -12,7 +12,7 @@ from flax import nnx
 from conv_pallas import ops, segments, streaming
 from conv_pallas.dispatch import Implementation
 from conv_pallas.nn.conv import Conv
-from conv_pallas.nn.runs import Chunk, WeightNorm, Whole, is_ours
+from conv_pallas.nn.runs import Chunk, Rehearsal, WeightNorm, Whole, is_ours
 
 NORMS = (None, "weight", "layer", "batch")
 MODES = ("add", "concat")
@@ -146,7 +146,8 @@ class TemporalBlock(nnx.Module):
         """The state of a stream that has not begun; see `Conv.init_state`."""
         batch = streaming.batch_axes(batch_size)
         self.check_streams()
-        return streaming.clock(batch) | self.parts(batch, self.conv1._state_dtype(dtype))
+        parts, _ = self.parts(batch, self.conv1._state_dtype(dtype))
+        return streaming.clock(batch) | parts
 
     def step(self, x, state, *, condition=None, mask=None, segment_ids=None):
         """The next chunk of a stream; see `TCN.step`."""
@@ -203,15 +204,28 @@ class TemporalBlock(nnx.Module):
         act = jax.nn.glu if self.activation == "glu" else ops.activation_function(self.activation)
         return act(y)
 
-    def parts(self, batch, dtype) -> dict:
-        """The states of the parts, without a clock."""
-        state = {"conv1": self.conv1._ring(batch, dtype), "conv2": self.conv2._ring(batch, dtype)}
+    def parts(self, batch, dtype):
+        """The states of the parts, without a clock, for x of ``dtype``; and what `run` returns."""
+        rehearsal = Rehearsal()
+        graph, variables = nnx.split(self)  # dropout changes in a call
+
+        def run(variables, x, condition):
+            return nnx.merge(graph, variables).run(x, condition, rehearsal)
+
+        x = jax.ShapeDtypeStruct((*batch, 1, self.in_channels), dtype)
+        condition = self.conditioning and x.update(shape=(*batch, 1, self.conditioning))
+        results = jax.eval_shape(run, variables, x, condition)
+        dtypes = rehearsal.dtypes
+        state = {
+            name: getattr(self, name)._ring(batch, dtypes[name]) for name in ("conv1", "conv2")
+        }
         if self.lookahead:
-            state["residual"] = streaming.ring(batch, self.lookahead, self.in_channels, dtype)
+            rows, width = self.lookahead, self.in_channels
+            state["residual"] = streaming.ring(batch, rows, width, dtypes["residual"])
             if self.condition is not None:
-                width = self.condition.out_features
-                state["condition"] = streaming.ring(batch, self.first_lookahead, width, dtype)
-        return state
+                rows, width = self.first_lookahead, self.condition.out_features
+                state["condition"] = streaming.ring(batch, rows, width, dtypes["condition"])
+        return state, results
 
     def check_streams(self) -> None:
         """One line about why this block can't stream, if so.

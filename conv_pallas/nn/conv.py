@@ -326,7 +326,7 @@ def replace_convs[M: nnx.Module](model: M, *, implementation: Implementation = N
     a call; those that are a `Conv` already get the new `implementation`.
 
     Args:
-      model: any module; it may itself be an `nnx.Conv`.
+      model: any module, or list or dict of modules; it may itself be an `nnx.Conv`.
       implementation: for every layer, as in `conv_pallas.conv1d`.
 
     Returns:
@@ -334,8 +334,16 @@ def replace_convs[M: nnx.Module](model: M, *, implementation: Implementation = N
 
     Raises:
       ValueError: `implementation` is unknown.
+      TypeError: there is no `nnx.Module` in `model`.
     """
-    for _, module in nnx.iter_modules(model):
+    modules = [module for _, module in nnx.iter_modules(model)]
+    if not modules:
+        raise TypeError(
+            f"model must be a flax.nnx.Module, got {type(model).__module__}."
+            f"{type(model).__name__}; flax.linen layers take "
+            f"conv_general_dilated=conv_pallas.conv_general_dilated"
+        )
+    for module in modules:
         if type(module) is nnx.Conv:
             module.__class__ = Conv
             _order(module, implementation)

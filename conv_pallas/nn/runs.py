@@ -1,4 +1,4 @@
-"""Two ways to run a temporal block: over a whole sequence, and over the next chunk of a stream.
+"""Ways to run a temporal block: over a whole sequence, and over the next chunk of a stream.
 
 A block is written once, in terms of what differs between the two: a convolution, a delay, and
 which steps are real. `Whole` and `Chunk` are those terms, so that streaming can't come to mean
@@ -83,6 +83,29 @@ class Whole:
     def real(self):
         """Which steps are real, or None for all."""
         return self.mask
+
+
+class Rehearsal(Whole):
+    """All steps at once, to see of what dtypes a stream's state has to be.
+
+    A part need not compute in the dtype that the block is given: the running averages of a batch
+    norm are float32 in a model of bfloat16, and so is all that comes after it.
+
+    Attributes:
+      dtypes: of the states of the parts, by name.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = {}
+
+    def conv(self, name: str, layer: nnx.Module, x: jax.Array, activation=None) -> jax.Array:
+        self.dtypes[name] = layer._state_dtype(x.dtype)
+        return super().conv(name, layer, x, activation)
+
+    def late(self, name: str, x: jax.Array, steps: int) -> jax.Array:
+        self.dtypes[name] = x.dtype
+        return x
 
 
 class Chunk:

@@ -4,6 +4,7 @@ Arrays are ``(*batch, T, C)``, with any number of batch axes, and unless told ot
 is causal: step ``t`` of the output depends on steps ``0`` to ``t`` of the input.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -56,7 +57,8 @@ class TCN(nnx.Module):
         much of it as they can. A stream gives its outputs that much later.
       return_sequences: False gives the last step alone, ``(*batch, O)``, and computes no more
         than it needs.
-      remat: whether the backward pass computes each block anew rather than keep its inside.
+      remat: whether the backward pass computes each block anew rather than keep its inside; a
+        policy for `jax.checkpoint`, such as `conv_pallas.convs_saveable`, says what to keep of it.
       norm, activation, spatial_dropout, causal, conditioning, conditioning_mode, kernel_init,
         dtype, param_dtype: as in `TemporalBlock`, for each block; the last three for the
         1x1 convolutions as well.
@@ -89,7 +91,7 @@ class TCN(nnx.Module):
         kernel_init: Any = None,
         dtype: Any = None,
         param_dtype: Any = None,
-        remat: bool = False,
+        remat: bool | Callable[..., bool] = False,
     ):
         try:
             widths = [in_channels, *num_channels]
@@ -216,17 +218,20 @@ class TCN(nnx.Module):
         """
         batch = streaming.batch_axes(batch_size)
         self._check_streams()
-        dtype = self.blocks[0].conv1._state_dtype(dtype)
+        first = dtype = self.blocks[0].conv1._state_dtype(dtype)
         state = streaming.clock(batch)
         for level, block in enumerate(self.blocks):
-            state[f"block{level}"] = block.parts(batch, dtype)
+            state[f"block{level}"], (y, added) = block.parts(batch, dtype)
+            dtype = y.dtype
             if self.lookahead and self.conditioning is not None:
                 state[f"condition{level}"] = streaming.ring(
-                    batch, self.lookahead - self.left[level], self.conditioning, dtype
+                    batch, self.lookahead - self.left[level], self.conditioning, first
                 )
             if self.lookahead and self.skips is not None:
-                width = self.readout.in_features
-                state[f"skip{level}"] = streaming.ring(batch, self.left[level + 1], width, dtype)
+                late = jax.eval_shape(functools.partial(self._skip, None, level), added)
+                state[f"skip{level}"] = streaming.ring(
+                    batch, self.left[level + 1], late.shape[-1], late.dtype
+                )
         return state
 
     def step(
@@ -309,7 +314,9 @@ class TCN(nnx.Module):
         def forward(block, x, condition, mask, segment_ids):
             return block.run(x, condition, Whole(mask, segment_ids))
 
-        forward = nnx.remat(forward, graph_updates=False) if self.remat else forward
+        if self.remat:
+            policy = self.remat if callable(self.remat) else None
+            forward = nnx.remat(forward, policy=policy, graph_updates=False)
         return forward(block, x, condition, mask, segment_ids)
 
     def _skip(self, total, level, added, late=None):
