@@ -269,6 +269,7 @@ def candidates(problem: Problem, stock: str) -> list[str]:
         "split": 1 < spec.groups <= 32,
         "dense": 1 < spec.groups,
         "fold": spec.kernel_dilation > 1 and spec.stride == 1,
+        "winograd": spec.groups == spec.stride == spec.input_dilation == 1 < spec.kernel_size,
         "barrier": problem.platform != "cpu",
     }
     table = KERNEL_GRAD if problem.operation == "conv1d_kernel_grad" else FORWARD

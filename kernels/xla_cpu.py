@@ -8,9 +8,11 @@ import dataclasses
 import math
 
 import numpy as np
+from jax import lax
 
 from conv_pallas.kernels.xla_formulations import Formulation, numbers_of, some_taps
 from conv_pallas.kernels.xla_pieces import UNROLLED, in_pieces, in_steps, in_taps
+from conv_pallas.kernels.xla_winograd import share
 from conv_pallas.spec import ConvSpec, Problem
 
 FEW = 16  # taps, up to which "scatter" and "im2col" in pieces were measured
@@ -171,7 +173,9 @@ def forward(problem: Problem) -> str:
         return "im2col"
     if problem.operation == "conv1d_input_grad" and problem.N * spec.time <= 128 and c >= 256:
         return "matmuls"  # reads the kernel as it lies, where a convolution has it flipped
-    return "scatter" if _few_channels(problem, spec, c, o) else stock
+    if _few_channels(problem, spec, c, o):
+        return "scatter"
+    return "winograd" if _filters(problem, spec, c, o) else stock
 
 
 def _grouped(problem: Problem) -> str | None:
@@ -260,6 +264,23 @@ def _few_channels(problem: Problem, spec: ConvSpec, c: int, o: int) -> bool:
     if everything > WHOLE:
         return D > 1 and K >= 5
     return D > 1 or K >= 7 or everything <= 3 * 2**20
+
+
+def _filters(problem: Problem, spec: ConvSpec, c: int, o: int) -> bool:
+    """Whether float32 "winograd" saves more products than its sums cost.
+
+    Who asks for a precision gets the sums that the definition has. An even number of taps saves
+    too little, a few channels or steps do not make up for what is written to memory and read again,
+    and beyond 16 MiB the pieces' results are too much to put together.
+    """
+    types = {np.dtype(a).name for a in (problem.lhs_dtype, problem.rhs_dtype, problem.out_dtype)}
+    usual = problem.precision in (None, lax.Precision.DEFAULT, (lax.Precision.DEFAULT,) * 2)
+    if types != {"float32"} or not usual or spec.kernel_size % 2 == 0:
+        return False
+    steps = problem.N * spec.out_time
+    few, products = steps < 512, steps * spec.kernel_size * c * o
+    worth = min(c, o) >= 64 and products >= (2**28 if few else 2**26)
+    return worth and steps * max(c, o) <= 2**22 and share(spec) <= 0.76
 
 
 def _scatters(problem: Problem, spec: ConvSpec, c: int, o: int) -> bool:
@@ -355,7 +376,9 @@ def _bfloat16(problem: Problem) -> bool:
 
 # What a piece may hold for a moment; what needs no pieces yet; and what one sequence may hold,
 # beyond which it is as slow as all at once. Bytes. Each piece costs some time by itself.
-PIECE = {"scatter": 5 * 2**20, "im2col": 5 * 2**19, "blocks": 5 * 2**20}
+PIECE = {
+    "scatter": 5 * 2**20, "im2col": 5 * 2**19, "blocks": 5 * 2**20, "winograd": 2**23,
+}  # fmt: skip
 WHOLE, MOST = 9 * 2**20, 2**23
 
 
@@ -368,6 +391,9 @@ def _held(name: str, problem: Problem) -> int:
         b = spec.kernel_size // a
         sizes = np.dtype(operand).itemsize * a * c + np.dtype(numbers.acc).itemsize * b * o
         return spec.out_time * sizes
+    if name == "winograd":
+        pairs, three = spec.kernel_size > 3 or spec.kernel_size % 2 == 0, spec.kernel_size % 2
+        return spec.out_time * (3 * pairs + 4 * three) * 2 * (c + o)
     if name == "scatter":
         return spec.time * spec.kernel_size * o * np.dtype(numbers.acc).itemsize
     return spec.out_time * spec.kernel_size * c * np.dtype(operand).itemsize
@@ -377,12 +403,14 @@ def _steps_at_once(name: str, problem: Problem) -> int:
     """How many of the outputs of one sequence; of a kernel gradient how many of gy."""
     spec = _spec(problem)
     every_step = spec.stride == spec.input_dilation == 1
-    if spec.groups > 1 or not every_step or name not in ("im2col", "blocks"):
+    if spec.groups > 1 or not every_step or name not in ("im2col", "blocks", "winograd"):
         return spec.out_time
     held = _held(name, problem)
     if held <= MOST:
         return spec.out_time
-    return max(1, PIECE[name] * spec.out_time // held)
+    steps = max(1, PIECE[name] * spec.out_time // held)
+    tile = 2 * spec.kernel_dilation if name == "winograd" else 1
+    return max(tile, steps - steps % tile)
 
 
 def _sequences_at_once(name: str, problem: Problem) -> int:

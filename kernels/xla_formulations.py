@@ -20,6 +20,7 @@ import numpy as np
 from jax import lax
 
 from conv_pallas.kernels import xla_native
+from conv_pallas.kernels.xla_winograd import winograd
 from conv_pallas.spec import ConvSpec, Problem
 
 
@@ -298,6 +299,7 @@ FORWARD: dict[str, Formulation] = {
         im2col,
         scatter,
         blocks,
+        winograd,
         fold,
         dense,
         split,

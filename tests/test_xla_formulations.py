@@ -62,9 +62,11 @@ def operands(case: Case, operation):
 def check_all(case: Case, operation) -> None:
     problem = case.problem(operation)
     table = KERNEL_GRAD if operation == "conv1d_kernel_grad" else FORWARD
+    # One and the other half of its products cancel, which takes many of them to be as exact.
+    names = [name for name in table if name != "winograd"]  # has its own cases
 
     def run(lhs, rhs):
-        return {name: xla.run_as(name, problem, lhs, rhs) for name in table}
+        return {name: xla.run_as(name, problem, lhs, rhs) for name in names}
 
     lhs, rhs = operands(case, operation)
     # Compiled without LLVM's optimisations, which would take most of the time.

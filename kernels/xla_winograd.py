@@ -1,0 +1,93 @@
+"""Minimal filtering: two outputs of a convolution by fewer products than they have taps.
+
+For outputs ``y0`` and ``y1`` that are D steps apart, the steps ``d0, d1, ...`` that they see, D
+apart as well, and taps ``g0, g1, ...``:
+
+    F(2, 2)                    F(2, 3)
+    m0 = (d0 - d1) g0          m0 = (d0 - d2) g0
+    m1 =  d1 (g0 + g1)         m1 = (d1 + d2) (g0 + g1 + g2) / 2
+    m3 = (d1 - d2) g1          m2 = (d2 - d1) (g0 - g1 + g2) / 2
+                               m3 = (d1 - d3) g2
+
+    y0 = m0 + m1 + m2          y1 = m1 - m2 - m3
+
+three products for four, and four for six. A product is a matmul over channels here. From
+S. Winograd, Arithmetic Complexity of Computations (1980), as A. Lavin and S. Gray (2015),
+arXiv:1509.09308, have it for networks. Larger tiles save more, but lose digits, and in theirs an
+output is a difference of numbers that hold later steps than its own. Here no output sees a step
+that it does not see in the definition: a NaN goes where it always goes.
+
+K taps are pairs, and three more at the end where K is odd. One pair is two D steps from the next,
+so that all pairs are three convolutions of K/2 taps over every other block of D steps.
+
+Products: ``3/4`` of the convolution's, ``2/3`` for three taps, ``5/7`` for seven. Beside x and y it
+holds up to two of each, 1.5 for an even K.
+"""
+
+import functools
+
+import jax.numpy as jnp
+from jax import lax
+
+from conv_pallas.kernels import xla_native
+from conv_pallas.spec import ConvSpec
+
+
+def winograd(x, w, spec, numbers):
+    """Pairs of taps, and three more of an odd number, for two outputs at a time.
+
+    In float32 at least: sums of steps and of taps are rounded.
+
+    One tap saves nothing and no integer has a half: of those it is one convolution. With a stride
+    it takes some of the outputs that there are without.
+    """
+    (N, _, C), (K, _, O) = x.shape, w.shape
+    if K == 1 or not jnp.issubdtype(numbers.acc, jnp.floating):
+        return xla_native.conv(x, w, spec, numbers.out, numbers.precision)
+    # In memory as it is: each sum of taps would turn an input gradient's kernel by itself.
+    x, w = x.astype(numbers.acc), lax.optimization_barrier(w.astype(numbers.acc))
+    D, S, length = spec.kernel_dilation, spec.stride, (spec.out_time - 1) * spec.stride + 1
+    tiles = -(-length // (2 * D))  # of two blocks of D outputs each
+    rows = tiles + K // 2
+    zero = jnp.zeros((), x.dtype)
+    # Twice, for what is cut off must not come back.
+    x = lax.pad(x, zero, ((0, 0, 0), (*spec.padding, spec.input_dilation - 1), (0, 0, 0)))
+    x = x[:, : length + spec.span - 1]
+    x = lax.pad(x, zero, ((0, 0, 0), (0, 2 * D * rows - x.shape[1], 0), (0, 0, 0)))
+    blocks = x.reshape(N, rows, 2, D, C)
+
+    def see(step: int, count: int):
+        """What the first outputs of ``count`` tiles see, ``step`` blocks on."""
+        first = step // 2
+        return blocks[:, first : first + count, step % 2].reshape(N, count * D, C)
+
+    def products(seen, taps):
+        here = ConvSpec(seen.shape[1], len(taps), kernel_dilation=D, groups=spec.groups)
+        return xla_native.conv(seen, taps, here, numbers.acc, numbers.precision)
+
+    y0, y1 = [], []
+    pairs = K // 2 if K % 2 == 0 else (K - 3) // 2
+    if pairs:
+        g0, g1 = w[0 : 2 * pairs : 2], w[1 : 2 * pairs : 2]
+        d0, d1, d2 = (see(step, tiles + pairs - 1) for step in range(3))
+        m0, m1, m3 = products(d0 - d1, g0), products(d1, g0 + g1), products(d1 - d2, g1)
+        y0 += [m0, m1]
+        y1 += [m1, -m3]
+    if K % 2:
+        g0, g1, g2 = (w[k : k + 1] for k in range(2 * pairs, K))
+        d0, d1, d2, d3 = (see(2 * pairs + step, tiles) for step in range(4))
+        even, odd = (g0 + g2) / 2, g1 / 2
+        m0, m3 = products(d0 - d2, g0), products(d1 - d3, g2)
+        m1, m2 = products(d1 + d2, even + odd), products(d2 - d1, even - odd)
+        y0 += [m0, m1, m2]
+        y1 += [m1, -m2, -m3]
+    both = [functools.reduce(jnp.add, m).reshape(N, tiles, D, O) for m in (y0, y1)]
+    y = jnp.stack(both, 2).reshape(N, 2 * tiles * D, O)
+    return lax.slice_in_dim(y, 0, length, S, axis=1)
+
+
+def share(spec: ConvSpec) -> float:
+    """How many of the convolution's products it takes: more for a D near T, which it rounds up."""
+    K, D, U = spec.kernel_size, spec.kernel_dilation, spec.out_time
+    each = 3 * (K // 2) if K % 2 == 0 else 3 * ((K - 3) // 2) + 4
+    return each * D * -(-U // (2 * D)) / (K * U)
