@@ -39,7 +39,7 @@ DESCRIPTIONS = {
     "im2col": "one matmul of all taps side by side",
     "scatter": "one matmul whose products for all taps are shifted and added",
     "blocks": "one matmul of taps in blocks, whose products are shifted and added",
-    "winograd": "convolutions of half as many steps and taps, three or four for four or six",
+    "winograd": "minimal filtering: two outputs by fewer products than they have taps",
     "fold": "the dilation as an axis of its own",
     "dense": "one dense convolution with zeros between the groups",
     "split": "one lax.conv_general_dilated for each group",

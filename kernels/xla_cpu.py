@@ -283,6 +283,20 @@ def _filters(problem: Problem, spec: ConvSpec, c: int, o: int) -> bool:
     return worth and steps * max(c, o) <= 2**22 and share(spec) <= 0.76
 
 
+def _filters_kernel_grad(problem: Problem) -> bool:
+    """As `_filters`, of few taps: their pairs of steps lie side by side in memory.
+
+    A tap that sees next to nothing but padding would get, from what its neighbours see, what is
+    rounding to them.
+    """
+    spec, (c, o) = problem.spec, _channels(problem)
+    every_step = spec.stride == spec.input_dilation == 1
+    few = spec.kernel_size == 3 or (spec.kernel_size == 5 and min(c, o) >= 256)
+    sees = 2 * (spec.span - 1) <= spec.time
+    pieces = problem.N == 1 or _held("winograd", problem) <= MOST
+    return every_step and few and sees and pieces and _filters(problem, spec, c, o)
+
+
 def _scatters(problem: Problem, spec: ConvSpec, c: int, o: int) -> bool:
     """Whether of bfloat16 "scatter" is faster than "im2col"; what it holds is twice as wide."""
     worth = c >= 32 or (c >= 20 and spec.kernel_size >= 5)
@@ -352,6 +366,8 @@ def kernel_grad(problem: Problem) -> str:
     wide = max(problem.C, problem.O) >= 32 and min(problem.C, problem.O) >= 16
     if _bfloat16(problem) and K <= 8 and wide and _pieces_hold("im2col", problem, spec):
         return "im2col"
+    if _filters_kernel_grad(problem):
+        return "winograd"
     # Padded, no product has to be looked at. It pays for few steps, or for many taps.
     few = 5 * 2**10 if problem.N == 1 else 2**11 if problem.N <= 4 else 0
     pays = steps <= few or K > FEW

@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 
 from conv_pallas.kernels import xla_native
-from conv_pallas.kernels.xla_winograd import winograd
+from conv_pallas.kernels.xla_winograd import winograd, winograd_kernel_grad
 from conv_pallas.spec import ConvSpec, Problem
 
 
@@ -428,6 +428,7 @@ KERNEL_GRAD: dict[str, Formulation] = {
     "tree": tree_kernel_grad,
     "matmuls": matmuls_kernel_grad,
     "im2col": im2col_kernel_grad,
+    "winograd": winograd_kernel_grad,
     "fold": transposed(fold),
     "dense": transposed(dense),
     "split": split_kernel_grad,

@@ -15,7 +15,8 @@ three products for four, and four for six. A product is a matmul over channels h
 S. Winograd, Arithmetic Complexity of Computations (1980), as A. Lavin and S. Gray (2015),
 arXiv:1509.09308, have it for networks. Larger tiles save more, but lose digits, and in theirs an
 output is a difference of numbers that hold later steps than its own. Here no output sees a step
-that it does not see in the definition: a NaN goes where it always goes.
+that it does not see in the definition: a NaN goes where it always goes. Of random numbers the
+rounding errors are up to twice the definition's.
 
 K taps are pairs, and three more at the end where K is odd. One pair is two D steps from the next,
 so that all pairs are three convolutions of K/2 taps over every other block of D steps.
@@ -24,49 +25,41 @@ Products: ``3/4`` of the convolution's, ``2/3`` for three taps, ``5/7`` for seve
 holds up to two of each, 1.5 for an even K.
 """
 
+import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from conv_pallas.kernels import xla_native
 from conv_pallas.spec import ConvSpec
 
+# Channels from which on XLA:CPU is faster at steps that it has turned in memory first.
+MANY = 128
+
 
 def winograd(x, w, spec, numbers):
     """Pairs of taps, and three more of an odd number, for two outputs at a time.
 
-    In float32 at least: sums of steps and of taps are rounded.
-
-    One tap saves nothing and no integer has a half: of those it is one convolution. With a stride
-    it takes some of the outputs that there are without.
+    In float32 at least: sums of steps and of taps are rounded. One tap saves nothing and no integer
+    has a half: of those it is one convolution. With a stride it takes some of the outputs that
+    there are without.
     """
     (N, _, C), (K, _, O) = x.shape, w.shape
     if K == 1 or not jnp.issubdtype(numbers.acc, jnp.floating):
         return xla_native.conv(x, w, spec, numbers.out, numbers.precision)
     # In memory as it is: each sum of taps would turn an input gradient's kernel by itself.
-    x, w = x.astype(numbers.acc), lax.optimization_barrier(w.astype(numbers.acc))
-    D, S, length = spec.kernel_dilation, spec.stride, (spec.out_time - 1) * spec.stride + 1
-    tiles = -(-length // (2 * D))  # of two blocks of D outputs each
-    rows = tiles + K // 2
-    zero = jnp.zeros((), x.dtype)
-    # Twice, for what is cut off must not come back.
-    x = lax.pad(x, zero, ((0, 0, 0), (*spec.padding, spec.input_dilation - 1), (0, 0, 0)))
-    x = x[:, : length + spec.span - 1]
-    x = lax.pad(x, zero, ((0, 0, 0), (0, 2 * D * rows - x.shape[1], 0), (0, 0, 0)))
-    blocks = x.reshape(N, rows, 2, D, C)
-
-    def see(step: int, count: int):
-        """What the first outputs of ``count`` tiles see, ``step`` blocks on."""
-        first = step // 2
-        return blocks[:, first : first + count, step % 2].reshape(N, count * D, C)
+    w = lax.optimization_barrier(w.astype(numbers.acc))
+    D, tiles, pairs = spec.kernel_dilation, _tiles(spec), _pairs(K)
+    see = _sight(x.astype(numbers.acc), spec)
 
     def products(seen, taps):
+        seen = seen.reshape(N, -1, C)
         here = ConvSpec(seen.shape[1], len(taps), kernel_dilation=D, groups=spec.groups)
         return xla_native.conv(seen, taps, here, numbers.acc, numbers.precision)
 
     y0, y1 = [], []
-    pairs = K // 2 if K % 2 == 0 else (K - 3) // 2
     if pairs:
         g0, g1 = w[0 : 2 * pairs : 2], w[1 : 2 * pairs : 2]
         d0, d1, d2 = (see(step, tiles + pairs - 1) for step in range(3))
@@ -83,7 +76,85 @@ def winograd(x, w, spec, numbers):
         y1 += [m1, -m2, -m3]
     both = [functools.reduce(jnp.add, m).reshape(N, tiles, D, O) for m in (y0, y1)]
     y = jnp.stack(both, 2).reshape(N, 2 * tiles * D, O)
-    return lax.slice_in_dim(y, 0, length, S, axis=1)
+    return lax.slice_in_dim(y, 0, _length(spec), spec.stride, axis=1)
+
+
+def winograd_kernel_grad(x, g, spec, numbers):
+    """The transpose of `winograd`: the same sums of steps, with sums of two output gradients.
+
+    Each product is a matmul over batch and time, one for all pairs.
+    """
+    K, G, (N, _, C), O = spec.kernel_size, spec.groups, x.shape, g.shape[2]
+    if G > 1:
+        one = functools.partial(
+            winograd_kernel_grad, spec=dataclasses.replace(spec, groups=1), numbers=numbers
+        )
+        x, g = x.reshape(N, -1, G, C // G), g.reshape(N, -1, G, O // G)
+        return jax.vmap(one, in_axes=2, out_axes=2)(x, g).reshape(K, C // G, O)
+    D, tiles, pairs = spec.kernel_dilation, _tiles(spec), _pairs(K)
+    see = _sight(x.astype(numbers.acc), spec)
+    more = 2 * D * tiles - _length(spec)
+    g = lax.pad(
+        g.astype(numbers.acc),
+        jnp.zeros((), numbers.acc),
+        ((0, 0, 0), (0, more, spec.stride - 1), (0, 0, 0)),
+    ).reshape(N, tiles, 2, D, O)
+    y0, y1 = g[:, :, 0], g[:, :, 1]
+
+    def products(seen, g):
+        kwargs = {"precision": numbers.precision, "preferred_element_type": numbers.acc}
+        seen, g = seen.reshape(-1, seen.shape[-1]), g.reshape(-1, O)
+        if min(C, O) < MANY:
+            return lax.dot_general(seen, g, (((0,), (0,)), ((), ())), **kwargs).reshape(-1, C, O)
+        return lax.dot(lax.optimization_barrier(seen.T), g, **kwargs).reshape(-1, C, O)
+
+    def beside(a):
+        """For each pair what its first step of ``a`` sees, side by side."""
+        return lax.concatenate([a[:, p : p + tiles] for p in range(pairs)], 3)
+
+    if K == 1:
+        return products(see(0, tiles), y0) + products(see(1, tiles), y1)
+    dw = []
+    if pairs:
+        d0, d1, d2 = (see(step, tiles + pairs - 1) for step in range(3))
+        m0, m1 = products(beside(d0 - d1), y0), products(beside(d1), y0 + y1)
+        m3 = products(beside(d1 - d2), -y1)
+        dw.append(jnp.stack([m0 + m1, m1 + m3], 1).reshape(2 * pairs, C, O))
+    if K % 2:
+        d0, d1, d2, d3 = (see(2 * pairs + step, tiles) for step in range(4))
+        m0, m3 = products(d0 - d2, y0), products(d1 - d3, -y1)
+        m1, m2 = products(d1 + d2, y0 + y1) / 2, products(d2 - d1, y0 - y1) / 2
+        dw += [m0 + (m1 + m2), m1 - m2, (m1 + m2) + m3]
+    return lax.concatenate(dw, 0)
+
+
+def _length(spec: ConvSpec) -> int:
+    """Outputs without the stride, up to the last one with it."""
+    return (spec.out_time - 1) * spec.stride + 1
+
+
+def _tiles(spec: ConvSpec) -> int:
+    """Tiles of two blocks of D outputs each, the last of which may be zeros in part."""
+    return -(-_length(spec) // (2 * spec.kernel_dilation))
+
+
+def _pairs(K: int) -> int:
+    """Pairs of taps, beside which an odd number has three."""
+    return K // 2 if K % 2 == 0 else (K - 3) // 2
+
+
+def _sight(x, spec: ConvSpec):
+    """A function of a step and a number of tiles: what the first outputs of those see through the
+    tap of that number, ``(N, tiles, D, C)``."""
+    (N, _, C), D = x.shape, spec.kernel_dilation
+    rows = _tiles(spec) + spec.kernel_size // 2
+    zero = jnp.zeros((), x.dtype)
+    # Twice, for what is cut off must not come back.
+    x = lax.pad(x, zero, ((0, 0, 0), (*spec.padding, spec.input_dilation - 1), (0, 0, 0)))
+    x = x[:, : _length(spec) + spec.span - 1]
+    x = lax.pad(x, zero, ((0, 0, 0), (0, 2 * D * rows - x.shape[1], 0), (0, 0, 0)))
+    blocks = x.reshape(N, rows, 2, D, C)
+    return lambda step, tiles: blocks[:, step // 2 : step // 2 + tiles, step % 2]
 
 
 def share(spec: ConvSpec) -> float:

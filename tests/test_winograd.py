@@ -7,15 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
+from benchmarks.formulations import operands
+from conv_pallas import conv1d
 from conv_pallas.kernels import xla, xla_native
 from conv_pallas.kernels.xla_formulations import numbers_of
 from conv_pallas.kernels.xla_winograd import share, winograd
-from conv_pallas.spec import ConvSpec
+from conv_pallas.spec import OPERATIONS, ConvSpec, Problem
 from tests.cases import Case, named
 from tests.support import rows
-from tests.tolerance import check
+from tests.tolerance import REFERENCES, check
 
+EVERY = [Case(f"K{K}_D{D}", T=23, K=K, D=D) for K in range(1, 12) for D in (1, 3)]
+EVERY += [Case("float64", T=23, K=5, D=2, dtype="float64")]
 GEOMETRIES = (
     "grouped_narrowing",
     "pointwise_dilated",
@@ -28,27 +33,32 @@ GEOMETRIES = (
     "dense_bfloat16",
     "grouped_bfloat16_float32",
 )
-CASES = [Case(f"K{K}_D{D}", T=23, K=K, D=D) for K in range(1, 12) for D in (1, 3)]
-CASES += [named(name) for name in GEOMETRIES]
-CASES += [Case("float64", T=23, K=5, D=2, dtype="float64")]
-# An output is a sum of products that cancel in part. It is as exact as the definition where it has
-# many channels to sum over, which is where it is chosen: here 48 of each group.
-CASES = [dataclasses.replace(case, C=48 * case.G, O=48 * case.G) for case in CASES]
-CASES += [Case("int32", T=23, K=3, C=4, O=4, dtype="int32")]
-TESTS = [(case, "conv1d") for case in CASES]
-# The input gradient of a strided layer sees zeros for the most part, and so few products.
-TESTS += [(case, "conv1d_input_grad") for case in CASES if case.S == 1]
+# Products cancel in part. A sum of many is as exact as the definition's, which is where this is
+# chosen: here over 48 channels, and of a kernel gradient over 140 steps, of which a tap sees most.
+WIDE = [*EVERY, *map(named, GEOMETRIES)]
+WIDE = [dataclasses.replace(case, C=48 * case.G, O=48 * case.G) for case in WIDE]
+LONG = [*EVERY, *(named(name) for name in GEOMETRIES if "time" not in name)]
+LONG = [dataclasses.replace(case, T=70) for case in LONG]
+TESTS = [(case, "conv1d") for case in WIDE]
+TESTS += [(Case("int32", T=23, K=3, C=4, O=4, dtype="int32"), "conv1d")]
+# The input gradient of a strided layer sees zeros for the most part.
+TESTS += [(case, "conv1d_input_grad") for case in WIDE if case.S == 1]
+TESTS += [(case, "conv1d_kernel_grad") for case in LONG]
 
 
 @pytest.mark.parametrize(("case", "operation"), TESTS, ids=str)
 def test_arithmetic(case, operation):
     x, kernel, g = case.arrays()
+    lhs, rhs = {
+        "conv1d": (x, kernel), "conv1d_input_grad": (g, kernel), "conv1d_kernel_grad": (x, g)
+    }[operation]  # fmt: skip
+    lhs = rows(lhs)
+    rhs = rows(rhs) if rhs is g else rhs
     with jax.enable_x64(case.dtype == "float64"):
         problem = case.problem(operation)
-        lhs = rows(x if operation == "conv1d" else g)
-        run = jax.jit(functools.partial(xla.run_as, "winograd", problem)).lower(lhs, kernel)
-        actual = run.compile({"xla_backend_optimization_level": 0})(lhs, kernel)
-        check(actual, operation, lhs, kernel, case.spec, out_dtype=problem.out_dtype)
+        run = jax.jit(functools.partial(xla.run_as, "winograd", problem)).lower(lhs, rhs)
+        actual = run.compile({"xla_backend_optimization_level": 0})(lhs, rhs)
+        check(actual, operation, lhs, rhs, case.spec, out_dtype=problem.out_dtype)
 
 
 def _flops(f, spec: ConvSpec, C: int = 64) -> float:
@@ -82,3 +92,61 @@ def test_no_output_sees_more_than_by_definition(K, high):
     distance = np.arange(spec.time)[:, None] + spec.padding[0] - np.arange(spec.out_time)
     seen = (distance >= 0) & (distance < spec.span) & (distance % 2 == 0)
     np.testing.assert_array_equal(np.asarray(run(x)), np.where(seen, np.nan, 0))
+
+
+def _problem(operation, sizes, precision=None, dtype="float32"):
+    N, T, C, O, K, D, S = (*sizes, 1, 1)[:7]
+    spec = ConvSpec(T, K, S, ((K - 1) * D, 0), D)
+    dtype = np.dtype(jnp.dtype(dtype))
+    return Problem(operation, spec, N, C, O, dtype, dtype, dtype, precision, "cpu")
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("sizes", [(2, 400, 64, 64, 3, 4), (2, 400, 128, 128, 5, 2)], ids=str)
+def test_errors_are_not_twice_those_of_the_definition(operation, sizes):
+    problem = _problem(operation, sizes)
+    lhs, rhs = operands(problem)
+    exact = REFERENCES[operation](lhs, rhs, problem.spec)
+
+    def error(name):
+        return np.sqrt(np.mean((np.asarray(xla.run_as(name, problem, lhs, rhs)) - exact) ** 2))
+
+    assert 0 < error("winograd") < 2 * error("native")
+
+
+USUAL = lax.Precision.DEFAULT
+
+
+@pytest.mark.parametrize(("sizes", "more", "chosen"), [
+    ((8, 1000, 128, 128, 3, 16), {}, (True, True, True)),
+    ((8, 1000, 128, 128, 3, 16), dict(precision=USUAL), (True, True, True)),
+    ((8, 1000, 128, 128, 3, 16), dict(precision=(USUAL, USUAL)), (True, True, True)),
+    ((8, 1000, 128, 128, 3, 16), dict(precision=lax.Precision.HIGH), (False, False, False)),
+    ((8, 1000, 128, 128, 3, 16), dict(precision=(USUAL, lax.Precision.HIGHEST)), (False,) * 3),
+    ((8, 1000, 128, 128, 3, 16), dict(dtype="float64"), (False, False, False)),
+    ((8, 1000, 128, 128, 3, 16), dict(dtype="bfloat16"), (False, False, False)),
+    ((8, 1000, 128, 128, 3, 1, 2), {}, (False, False, False)),
+    ((8, 1000, 128, 128, 4, 16), {}, (False, False, False)),  # saves too little
+    ((8, 1000, 128, 128, 7, 16), {}, (True, True, False)),
+    ((2, 1000, 256, 256, 5, 16), {}, (True, True, True)),
+    ((8, 1000, 48, 128, 3), {}, (False, False, False)),
+    ((2, 300, 64, 64, 3), {}, (False, False, False)),  # too little to do
+    ((1, 300, 300, 300, 3), {}, (False, False, False)),  # too few steps for so large a kernel
+    ((64, 4000, 128, 128, 3), {}, (False, False, False)),  # too much to put together
+    ((1, 1000, 512, 512, 3, 260), {}, (True, True, False)),  # taps that see next to nothing
+    ((1, 1000, 512, 512, 3, 700), {}, (False, False, False)),  # 1400 steps instead
+], ids=str)  # fmt: skip
+def test_where_it_is_chosen(sizes, more, chosen):
+    names = [xla.choose(_problem(operation, sizes, **more)) for operation in OPERATIONS]
+    assert tuple(name == "winograd" for name in names) == chosen
+
+
+def test_a_precision_is_not_for_it():
+    x, w = jnp.zeros((8, 1000, 128)), jnp.zeros((3, 128, 128))
+    count = lambda **more: (  # noqa: E731
+        jax.jit(lambda x, w: conv1d(x, w, **more)).lower(x, w).as_text().count("convolution(")
+    )
+    assert count() == count(precision="default") > 1
+    assert count(precision="highest") == 1
+    with jax.default_matmul_precision("highest"):
+        assert count() == 1

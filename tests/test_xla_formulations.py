@@ -62,8 +62,8 @@ def operands(case: Case, operation):
 def check_all(case: Case, operation) -> None:
     problem = case.problem(operation)
     table = KERNEL_GRAD if operation == "conv1d_kernel_grad" else FORWARD
-    # One and the other half of its products cancel, which takes many of them to be as exact.
-    names = [name for name in table if name != "winograd"]  # has its own cases
+    # Products of "winograd" cancel in part: it needs more of them to be as exact, in its own cases.
+    names = [name for name in table if name != "winograd"]
 
     def run(lhs, rhs):
         return {name: xla.run_as(name, problem, lhs, rhs) for name in names}
