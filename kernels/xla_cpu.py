@@ -5,6 +5,7 @@ benchmarks.formulations`` repeats. `forward` and `kernel_grad` show what they st
 """
 
 import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -34,8 +35,12 @@ def in_parts(formulation: Formulation, name: str, problem: Problem) -> Formulati
     """The formulation of that name, as many taps, steps and sequences at a time as suits it."""
     spec, sums = _spec(problem), problem.operation == "conv1d_kernel_grad"
     if (taps := _taps_at_once(name, problem)) < spec.kernel_size:
-        # In a loop "tree" takes as long, and a quarter of the time to compile: 4.2 s written out
-        # and 0.8 for 75 taps, which a network has layer by layer.
+        if name == "tree":
+            # Compiled layer by layer: 4.2 s written out, 1.3 in a loop of 8 taps, 0.3 of one. More
+            # than 4 blocks of x and of g, and where channels are a power of two they all want the
+            # same few lines of the L1: 75 taps of N4 T1024 C512 take 134 ms of 8 taps and 16
+            # blocks, 193 of one tap and 8, 75 of one and 4; 33 of N4 T200 C64 0.37 and 0.27.
+            formulation = functools.partial(formulation, ways=4, then=8)
         formulation = in_taps(formulation, taps, sums, written_out=1 if name == "tree" else None)
     if (steps := _steps_at_once(name, problem)) < spec.out_time:
         formulation = in_steps(formulation, steps, sums)
@@ -353,7 +358,7 @@ def kernel_grad(problem: Problem) -> str:
     causal = spec.input_dilation == 1 and spec.padding == (spec.span - 1, 0)
     if G > 1:
         if K > UNROLLED:
-            problem = dataclasses.replace(problem, spec=some_taps(spec, 0, TAPS["tree"]))
+            problem = dataclasses.replace(problem, spec=some_taps(spec, 0, AT_ONCE))
         return _grouped_kernel_grad(problem)
     if K > UNROLLED:
         return "padded" if causal else "canonical"
@@ -443,9 +448,8 @@ def _sequences_at_once(name: str, problem: Problem) -> int:
     return N if 2 * at_once < min(fitting, N) and N * each <= 2 * MOST else at_once
 
 
-# Taps in one loop of depthwise multiply-adds; in one piece of a sum or of a convolution that has
-# too many of them to be written out at once.
-TAPS = {"own_pads": 4, "shifts": 4, "tree": 8}
+AT_ONCE = 8  # taps in one piece of a convolution that has too many to be written out at once
+TAPS = {"own_pads": 4, "shifts": 4, "tree": 1}  # and of depthwise ones with more than that
 
 
 def _taps_at_once(name: str, problem: Problem) -> int:
@@ -453,7 +457,6 @@ def _taps_at_once(name: str, problem: Problem) -> int:
     K = problem.spec.kernel_size
     if problem.spec.groups == 1:
         return K
-    if name in ("own_pads", "shifts") and problem.depthwise and K > 8:
-        return TAPS[name]
-    most = 2 * TAPS["tree"] if name == "tree" else UNROLLED
-    return K if K <= most or name in ("native", "padded") else TAPS["tree"]
+    if name == "tree" or (name in ("own_pads", "shifts") and problem.depthwise):
+        return TAPS[name] if K > AT_ONCE else K
+    return K if K <= UNROLLED or name in ("native", "padded") else AT_ONCE

@@ -370,8 +370,8 @@ def shifts_kernel_grad(x, g, spec, numbers):
     return jnp.stack(sums).reshape(spec.kernel_size, c, O)
 
 
-def tree_kernel_grad(x, g, spec, numbers, ways=16):
-    """Shifted multiply-reductions, ``ways`` blocks of time added as whole arrays, then again.
+def tree_kernel_grad(x, g, spec, numbers, ways=16, then=16):
+    """Shifted multiply-reductions, ``ways`` blocks of time added as whole arrays, then ``then``.
 
     XLA:CPU sums over rows one column at a time, a cache line for each number; additions of
     arrays it does in the order of memory. Barriers keep it from computing a level of the sum
@@ -396,9 +396,9 @@ def tree_kernel_grad(x, g, spec, numbers, ways=16):
 
     def total(rows):
         rows = lax.optimization_barrier(rows)
-        while len(rows) > ways:
-            rows = jnp.pad(rows, ((0, -len(rows) % ways), (0, 0)))
-            rows = lax.optimization_barrier(sum(jnp.split(rows, ways)))
+        while len(rows) > then:
+            rows = jnp.pad(rows, ((0, -len(rows) % then), (0, 0)))
+            rows = lax.optimization_barrier(sum(jnp.split(rows, then)))
         return jnp.sum(rows, 0)
 
     sums = [

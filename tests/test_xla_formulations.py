@@ -220,7 +220,7 @@ def test_no_output_sees_what_is_after_it(sizes, chosen):
 
 @pytest.mark.parametrize(
     "N, T, K, first",
-    [(2, 1000, 8, "f32[126,512]"), (1, 250, 16, "f32[16,512]")],
+    [(2, 1000, 8, "f32[126,512]"), (1, 250, 8, "f32[16,512]")],
     ids=["levels", "no_levels"],
 )
 def test_a_sum_is_computed_once(N, T, K, first):
@@ -232,12 +232,12 @@ def test_a_sum_is_computed_once(N, T, K, first):
     assert hlo.count(" fusion(") < 80
 
 
-@pytest.mark.parametrize("K", [33, 75, 120])
+@pytest.mark.parametrize("K", [9, 33, 75, 120])
 def test_no_more_is_compiled_for_more_taps(K):
     x, w = jnp.zeros((2, 300, 64)), jnp.zeros((K, 1, 64))
     step = jax.grad(lambda w: jnp.sum(conv1d(x, w, feature_group_count=64)))
     hlo = jax.jit(step).lower(w).compile().as_text()
-    assert hlo.count(" fusion(") < 60
+    assert hlo.count(" fusion(") < 20  # of one tap, in a loop
 
 
 def test_a_kernel_gradient_is_no_slower_in_a_loop():
