@@ -327,6 +327,8 @@ def training(**options):
          "state must be of this model, from its init_state; it has no 'block0'"),
         (lambda m, s: m.step(jnp.ones((2, 4, 3)), model_of(widths=(4,)).init_state(2)),
          "state must be of this model, from its init_state; it has no 'block1'"),
+        (lambda m, s: model_of(widths=(4,)).step(jnp.ones((2, 4, 3)), s),
+         "state must be of this model, from its init_state; it has a 'block1'"),
         (lambda m, s: model_of(lookahead=1).step(jnp.ones((2, 4, 3)), s),
          "state must be of this layer, from its init_state: of 2 rows of 3 channels with ages"),
         (lambda m, s: layer(3).step(jnp.ones((2, 4, 3)), layer(5).init_state(2)),

@@ -272,6 +272,8 @@ class TCN(nnx.Module):
         """
         self._check_streams()
         chunk, clock = begin(x, self.in_channels, state, mask, segment_ids, self.lookahead)
+        if (more := f"block{len(self.blocks)}") in state:
+            raise ValueError(f"state must be of this model, from its init_state; it has a {more!r}")
         condition, changing = check_condition(condition, x, self.conditioning)
         if changing:
             condition = chunk.hide(condition)
