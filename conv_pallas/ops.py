@@ -99,7 +99,6 @@ def conv1d(
         `preferred_element_type` does not fit.
       NotImplementedError: `implementation` was ordered and can't do this; says why.
     """
-    activation_function(activation)
     x, kernel, bias = (None if a is None else jnp.asarray(a) for a in (x, kernel, bias))
     dtype = promoted_dtype(x, kernel, *([] if bias is None else [bias]))
     return convolve(
@@ -137,6 +136,7 @@ def convolve(
     **geometry,
 ):
     """`conv1d` of operands that are promoted as they are to be."""
+    activation_function(activation)
     if x.dtype != kernel.dtype:
         raise TypeError(f"x and kernel must have the same dtype, got {x.dtype} and {kernel.dtype}")
     time = halo.UNSPLIT if axis_name is None else halo.TimeSplit.inside(axis_name)

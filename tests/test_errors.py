@@ -298,6 +298,17 @@ def test_layers_refuse_unknown_implementations_when_made(make):
     _assert_message(error.value, ["implementation must be None, one of", NAMES, "got 'cudnn'"])
 
 
+@pytest.mark.parametrize("activation", ["RELU", 3])
+def test_layers_refuse_unknown_activations(activation):
+    x = jnp.ones((2, 8, 3))
+    for padding in ("SAME", "CAUSAL"):
+        layer = Conv(3, 3, 3, padding=padding, rngs=nnx.Rngs(0))
+        with pytest.raises(ValueError, match="activation must be None, a callable or one of relu"):
+            layer(x, activation=activation)
+    with pytest.raises(ValueError, match="activation must be None, a callable or one of relu"):
+        layer.step(x, layer.init_state(2), activation=activation)
+
+
 def test_environment_variable(monkeypatch):
     monkeypatch.setenv("CONV_PALLAS_IMPLEMENTATION", "cudnn")
     layer = Conv(4, 6, 3, rngs=nnx.Rngs(0))
