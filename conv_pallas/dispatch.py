@@ -16,6 +16,8 @@ import jax._src.pallas.fuser.jaxpr_fusion  # noqa: F401
 from conv_pallas.spec import Epilogue, Problem
 
 IMPLEMENTATIONS = ("triton", "pallas_tpu", "xla", "xla_native")
+# Where an implementation runs that has no kernel to ask, for want of a package.
+HOMES = {"triton": "cuda", "pallas_tpu": "tpu"}
 ENVIRONMENT_VARIABLE = "CONV_PALLAS_IMPLEMENTATION"
 OTHER = "other"  # whatever else JAX has a plugin for: there stock's convolution runs
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu", OTHER)
@@ -100,6 +102,8 @@ def candidates(problem: Problem) -> list[tuple[Candidate, object | None]]:
         if name not in present:
             reasons = [r for module, r in missing.items() if module.startswith(name.split("_")[0])]
             reason = reasons[0] if reasons else "this version has no such kernel"
+            if reasons and problem.platform != (home := HOMES.get(name, problem.platform)):
+                reason = f"runs on {home}, not on {problem.platform}; there it {reason}"
             answers.append((Candidate(name, reason), None))
     return answers
 
@@ -126,10 +130,12 @@ def select(problem: Problem, implementation: tuple[str, ...] | None):
                     return kernel
         wanted = implementation
     reasons = "; ".join(
-        f"{c.implementation}: {c.reason}"
-        for name in wanted
-        for c, _ in answers
-        if c.implementation == name and c.reason is not None
+        dict.fromkeys(  # once, what several kernels of a name have to say
+            f"{c.implementation}: {c.reason}"
+            for name in wanted
+            for c, _ in answers
+            if c.implementation == name and c.reason is not None
+        )
     )
     able = ", ".join(dict.fromkeys(c.implementation for c, _ in answers if c.reason is None))
     raise NotImplementedError(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from conv_pallas import conv1d, conv_general_dilated, explain
+from conv_pallas import conv1d, conv_general_dilated, explain, kernels
 from conv_pallas.nn import Conv, replace_convs
 
 X = jax.ShapeDtypeStruct((2, 11, 4), jnp.float32)
@@ -307,6 +307,17 @@ def test_layers_refuse_unknown_activations(activation):
             layer(x, activation=activation)
     with pytest.raises(ValueError, match="activation must be None, a callable or one of relu"):
         layer.step(x, layer.init_state(2), activation=activation)
+
+
+def test_a_missing_package_is_not_all_that_is_missing(monkeypatch):
+    found = {n: k for n, k in kernels.discover()[0].items() if k.implementation != "triton"}
+    missing = {"triton_dense": "needs the package triton, which is not installed"}
+    monkeypatch.setattr(kernels, "discover", lambda: (found, missing))
+    with pytest.raises(NotImplementedError) as e:
+        conv1d(jnp.ones((2, 8, 3)), jnp.ones((3, 3, 3)), implementation=("triton", "pallas_tpu"))
+    there = "there it needs the package triton, which is not installed"
+    assert f"(triton: runs on cuda, not on cpu; {there}; pallas_tpu: " in str(e.value)
+    assert str(e.value).count("pallas_tpu: runs on tpu, not on cpu") == 1
 
 
 def test_environment_variable(monkeypatch):
