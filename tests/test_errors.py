@@ -5,7 +5,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 from conv_pallas import conv1d, conv_general_dilated, explain, kernels
 from conv_pallas.nn import Conv, replace_convs
@@ -296,6 +296,12 @@ def test_layers_refuse_unknown_implementations_when_made(make):
     with pytest.raises(ValueError) as error:
         make("cudnn")
     _assert_message(error.value, ["implementation must be None, one of", NAMES, "got 'cudnn'"])
+
+
+@pytest.mark.parametrize("model", [None, linen.Conv(3, (3,)), nnx.Conv])
+def test_no_modules_to_replace(model):
+    with pytest.raises(TypeError, match=r"model must be a flax.nnx.Module or hold some, got "):
+        replace_convs(model)
 
 
 @pytest.mark.parametrize("activation", ["RELU", 3])

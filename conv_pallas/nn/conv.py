@@ -334,14 +334,13 @@ def replace_convs[M: nnx.Module](model: M, *, implementation: Implementation = N
 
     Raises:
       ValueError: `implementation` is unknown.
-      TypeError: there is no `nnx.Module` in `model`.
+      TypeError: there is no `nnx.Module`, such as in a `flax.linen.Module`.
     """
     modules = [module for _, module in nnx.iter_modules(model)]
     if not modules:
         raise TypeError(
-            f"model must be a flax.nnx.Module, got {type(model).__module__}."
-            f"{type(model).__name__}; flax.linen layers take "
-            f"conv_general_dilated=conv_pallas.conv_general_dilated"
+            f"model must be a flax.nnx.Module or hold some, got {type(model).__module__}."
+            f"{type(model).__name__}; flax.linen.Conv takes conv_pallas.conv_general_dilated"
         )
     for module in modules:
         if type(module) is nnx.Conv:
