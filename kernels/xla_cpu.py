@@ -283,7 +283,8 @@ def _filters(problem: Problem, spec: ConvSpec, c: int, o: int) -> bool:
     if types != {"float32"} or not usual or spec.kernel_size % 2 == 0:
         return False
     steps = problem.N * spec.out_time
-    few, products = steps < 512, steps * spec.kernel_size * c * o
+    few = steps < (512 if problem.operation == "conv1d_kernel_grad" else 1024)
+    products = steps * spec.kernel_size * c * o
     worth = min(c, o) >= 64 and products >= (2**28 if few else 2**26)
     return worth and steps * max(c, o) <= 2**22 and share(spec) <= 0.76
 
