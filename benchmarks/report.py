@@ -3,16 +3,21 @@
     python -m benchmarks.report RESULT.json [OTHER.json] [--output PAGE.html]
 
 The page is one file and needs no network. With a second result it tells what changed between
-the two, and in how many layers both rank the variants alike.
+the two, on the screen as well, and in how many layers both rank the variants alike.
 """
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 from benchmarks import charts, page_style, stored
 from benchmarks.baselines import BARRIER, MATMULS, SYMMETRIC, TORCH
@@ -54,8 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as e:
         parser.error(f"--output must be a file that can be written to: {e}")
     if other is not None:
-        found = agreement(result, other)
-        print(found)
+        print_changes(changes(result, other))
+        print(agreement(result, other))
     print(f"wrote {output}")
     return 0
 
@@ -391,11 +396,13 @@ def _ratio(speedup: Mapping[str, Any] | None) -> str:
     return f'<span title="{escape(told)}">{text}</span>'
 
 
-def comparison(result: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """What changed from ``other`` to ``result``."""
-    found = agreement(result, other)
+CHANGES = ("layer", "pass", "ours before, ms", "ours now, ms", "× faster", "stock × faster")
+
+
+def changes(result: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple]:
+    """A row of `CHANGES` for each layer and pass that both results have at the same size."""
     before = {(m["layer"]["name"], m["pass"]): m for m in other["measurements"]}
-    rows, classes = [], []
+    rows = []
     for m in result["measurements"]:
         old = before.get((m["layer"]["name"], m["pass"]))
         if old is None or not (m["ours"] and old["ours"]):
@@ -404,20 +411,44 @@ def comparison(result: Mapping[str, Any], other: Mapping[str, Any]) -> str:
             continue
         new_ms, old_ms = (r["variants"][r["ours"]]["ms"] for r in (m, old))
         by_stock = [r["variants"].get(STOCK, {}).get("ms", float("nan")) for r in (old, m)]
-        ratio = old_ms / new_ms
-        rows.append([escape(_name(m)), escape(m["pass"]), f"{old_ms:.3g}", f"{new_ms:.3g}",
-                     f"{ratio:.2f}", f"{by_stock[0] / by_stock[1]:.2f}"])  # fmt: skip
-        classes.append("win" if ratio > 1.1 else "loss" if ratio < 0.9 else "")
-    ratios = [float(r[4]) for r in rows]
+        rows.append(
+            (_name(m), m["pass"], old_ms, new_ms, old_ms / new_ms, by_stock[0] / by_stock[1])
+        )
+    return rows
+
+
+def _change_cells(row: tuple) -> list[str]:
+    name, which, *ms, ratio, stock = row
+    return [name, which, *(f"{t:.3g}" for t in ms), f"{ratio:.2f}", f"{stock:.2f}"]
+
+
+def print_changes(rows: Sequence[tuple]) -> None:
+    """A table, those that changed most first."""
+    shown = Table(box=box.SIMPLE_HEAD)
+    for name in CHANGES:
+        words = name in CHANGES[:2]
+        shown.add_column(name, justify="left" if words else "right", no_wrap=words)
+    for row in sorted(rows, key=lambda row: -abs(math.log(row[4]))):
+        shown.add_row(*_change_cells(row))
+    console = Console(highlight=False)
+    console.width = max(console.width, 110)  # in a file too
+    console.print(shown)
+
+
+def comparison(result: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """What changed from ``other`` to ``result``."""
+    found, rows = agreement(result, other), changes(result, other)
+    ratios = [row[4] for row in rows]
+    classes = ["win" if ratio > 1.1 else "loss" if ratio < 0.9 else "" for ratio in ratios]
     middle = f"{statistics.median(ratios):.2f}" if ratios else "-"
+    cells = [[escape(cell) for cell in _change_cells(row)] for row in rows]
     return (
         f"<p>The other: {escape(_device(other['host']))}, {escape(other['host']['date'][:16])}. "
         f"{escape(str(found))} The median layer is {middle} times as fast as there. Stock's own "
         "change shows how much of that is the machine.</p><details><summary>Each layer</summary>"
-        + table(["layer", "pass", "ours before, ms", "ours now, ms", "× faster", "stock × faster"],
-                rows, classes)
+        + table(CHANGES, cells, classes)
         + "</details>"
-    )  # fmt: skip
+    )
 
 
 # --- what other tools left -----------------------------------------------------------------------

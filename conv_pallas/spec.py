@@ -314,7 +314,7 @@ def make_spec(
     if C // G != c:
         raise ValueError(
             f"x must have {c * G} channels (kernel's {c} times feature_group_count={G}), "
-            f"got {C} in shape {tuple(x_shape)}"
+            f"got {C} in shape {tuple(x_shape)}, which is (*batch, time, channels)"
         )
     span = (K - 1) * D + 1
     pad = resolve_padding(padding, time=time, span=span, stride=S, input_dilation=E)

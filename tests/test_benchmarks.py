@@ -1,8 +1,10 @@
 """The benchmarks: what is wrong is refused, what is slow is told, what was measured is kept."""
 
+import copy
 import dataclasses
 import functools
 import itertools
+import json
 import os
 import re
 import signal
@@ -330,6 +332,23 @@ def test_page_stands_alone(result):
     assert page.count("<svg") >= 10 and "NaN" not in page and "prefers-color-scheme: dark" in page
     for m in shown["measurements"]:  # the losing ones too
         assert f"<th>{report._name(m)}</th>" in page
+
+
+def test_two_results_on_the_screen(result, tmp_path, capsys):
+    """What changed most comes first, and a layer of another size is another layer."""
+    first, second, third, *_ = result["measurements"]
+    changed = copy.deepcopy({**result, "measurements": [first, second, third]})
+    for m, factor in zip(changed["measurements"], (1.5, 4.0, 1.0), strict=True):
+        m["variants"][m["ours"]]["ms"] *= factor
+    changed["measurements"][2]["layer"]["size"] = "another"
+    paths = [tmp_path / "new.json", tmp_path / "old.json"]
+    for path, stored_ in zip(paths, (result, changed), strict=True):
+        path.write_text(json.dumps(stored_))
+    assert report.main([*map(str, paths)]) == 0
+    printed = capsys.readouterr().out
+    lines = [line.split() for line in printed.splitlines() if first["layer"]["name"] in line]
+    assert [line[-2:] for line in lines] == [["4.00", "1.00"], ["1.50", "1.00"]]
+    assert f"wrote {tmp_path / 'new.html'}" in printed
 
 
 def test_page_holds_what_other_tools_left(tmp_path):

@@ -336,7 +336,7 @@ def training(**options):
         (lambda m, s: layer(3).step(jnp.ones((2, 4, 3)), layer(1).init_state(2)),
          "state must be of this layer, from its init_state: of 2 rows of 3 channels, got 0 of 3"),
         (lambda m, s: compiled_step(nnx.Conv(3, 3, 3, rngs=nnx.Rngs(0))),
-         "only a Conv, TemporalBlock or TCN of conv_pallas.nn can stream, got flax.nnx.nn.linear"),
+         "only what has a step can stream, such as Conv, TemporalBlock or TCN of conv_pallas."),
         (lambda m, s: m.init_state(0), "batch_size must be an int of 1 or more or a tuple"),
         (lambda m, s: m.reset(s, jnp.ones(3, bool)), "members must be bool of shape (2,)"),
         (lambda m, s: model_of(causal=False).init_state(2), "only a causal model can stream"),

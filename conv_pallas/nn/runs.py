@@ -164,8 +164,8 @@ def compiled_step(model: nnx.Module):
     that a step costs the same for any receptive field. Compiles once for each length of a chunk.
 
     Args:
-      model: a `Conv`, `TemporalBlock` or `TCN` in eval mode; its parameters are taken as they
-        are now.
+      model: a `Conv`, `TemporalBlock` or `TCN` in eval mode, or a module of your own that has
+        such a `step`; its parameters are taken as they are now.
 
     Returns:
       A function ``(x, state, **keywords) -> (y, state)``. It compiles once for each `activation`
@@ -176,8 +176,9 @@ def compiled_step(model: nnx.Module):
     """
     if not hasattr(model, "step"):
         raise ValueError(
-            f"only a Conv, TemporalBlock or TCN of conv_pallas.nn can stream, got "
-            f"{type(model).__module__}.{type(model).__name__}; see replace_convs"
+            f"only what has a step can stream, such as Conv, TemporalBlock or TCN of "
+            f"conv_pallas.nn, got {type(model).__module__}.{type(model).__name__}; "
+            f"see replace_convs"
         )
     for _, module in nnx.iter_modules(model):
         if isinstance(module, nnx.Dropout) and module.rate and not module.deterministic:
