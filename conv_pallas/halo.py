@@ -169,7 +169,7 @@ class TimeSplit:
     def surround(self, x, left: int, right: int):
         """x, ``left`` steps of the devices before it, and ``right`` of those after."""
         part, L = steps(x), x.shape[-2]
-        hops = lambda count: range(1, -(-count // L) + 1)  # noqa: E731
+        hops = lambda count: range(1, -(-count // L) + 1) if count else ()  # noqa: E731
         before = [self._from(-j, part(max(0, j * L - left), L)) for j in hops(left)]
         after = [self._from(j, part(0, min(L, right - (j - 1) * L))) for j in hops(right)]
         return jnp.concatenate([*reversed(before), x, *after], -2)

@@ -97,8 +97,9 @@ def columns(taps: list[jax.Array], groups: int) -> jax.Array:
     """K arrays ``(*batch, T, C)`` as one ``(*batch, T, K * C)``, the taps within the groups."""
     if groups == 1:
         return jnp.concatenate(taps, -1)
-    x = jnp.stack([tap.reshape(*tap.shape[:-1], groups, -1) for tap in taps], -2)
-    return x.reshape(*x.shape[:-3], -1)
+    *before, C = taps[0].shape  # numbers, not -1: of no elements at all JAX can't tell it
+    x = jnp.stack([tap.reshape(*before, groups, C // groups) for tap in taps], -2)
+    return x.reshape(*before, len(taps) * C)
 
 
 def pointwise(kernel: jax.Array) -> jax.Array:

@@ -58,6 +58,17 @@ def test_packed_rows_under_every_transform():
     np.testing.assert_allclose(mapped, y, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(2, 0), (0, 5), (0, 0)], ids=str)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_no_steps_and_no_sequences(shape, groups):
+    """As without ids, nothing comes out, and the kernel's gradient is zero."""
+    x, w, ids = jnp.zeros((*shape, 4)), numbers(3, 4 // groups, 6), jnp.zeros(shape, jnp.int32)
+    f = lambda w: conv1d(x, w, segment_ids=ids, feature_group_count=groups)  # noqa: E731
+    y, vjp = jax.vjp(f, w)
+    assert y.shape == (*shape, 6)
+    assert not vjp(y)[0].any()
+
+
 OPTIONS = [
     dict(norm="weight", causal=False),
     dict(norm="layer", activation="glu", lookahead=4),
