@@ -183,13 +183,15 @@ def convolve_chunk(
     if T > dilation and lookahead == 0 and not packed:
         # So long a chunk that to sort the ring costs no more than to read its taps. What runs
         # is then the convolution of the whole sequence.
-        history = _read(past, index, rows)
-        # The age at the chunk's start, if it is one's own.
+        whole = jnp.concatenate([_read(past, index, rows), x], -2)
+        # The age at the chunk's start, if it is one's own; 0 where no step says it, whose outputs
+        # nobody reads. What they would have seen stays in the ring, for the steps that follow.
         start = jnp.max(age - segments.numbered(age.shape), -1, keepdims=True)
-        seen = rows - segments.numbered((*age.shape[:-1], rows)) <= start
-        history = jnp.where(seen[..., None], history, jnp.zeros((), past.dtype))
-        whole = jnp.concatenate([history, x], -2)
-        y = convolve(whole, kernel, **(segments.POINTWISE | {"kernel_dilation": dilation}))
+        before = rows - segments.numbered((*age.shape[:-1], rows + T))
+        seen = jnp.where(
+            (before <= jnp.maximum(start, 0))[..., None], whole, jnp.zeros((), past.dtype)
+        )
+        y = convolve(seen, kernel, **(segments.POINTWISE | {"kernel_dilation": dilation}))
         return y, age, push(state, whole[..., T:, :])
     backs = [(K - 1 - k) * dilation for k in range(K)]
     taps = [back(past, index, x, offset) for offset in backs]

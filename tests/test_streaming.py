@@ -61,6 +61,14 @@ def test_conditions_segments_and_masks(mode, lookahead):
     check(model, hidden, chunks, condition=condition, segment_ids=ids, mask=mask)
 
 
+@pytest.mark.parametrize("length", [1, 3, 5])
+def test_a_member_that_pauses_forgets_nothing(length):
+    """A chunk without a real step of it, shorter or longer than the dilation or than the ring."""
+    model = model_of(widths=(4,), dilations=(2,))
+    mask = jnp.stack([jnp.ones(15, bool), (jnp.arange(15) < 5) | (jnp.arange(15) >= 5 + length)])
+    check(model, numbers(2, 15, 3), (5, length, 10 - length), mask=mask)
+
+
 @pytest.mark.parametrize("lookahead", [0, 3])
 def test_a_layer_of_padding_too(lookahead):
     """What a call of a layer gives where the mask is False, its stream gives in any chunks."""
