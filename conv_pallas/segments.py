@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from conv_pallas import halo
 from conv_pallas.sharding import shard_by_xla
-from conv_pallas.spec import ConvSpec, scalar
+from conv_pallas.spec import ConvSpec, resolve_padding, scalar
 
 # Ages stop here: far beyond any kernel, and far from the end of an int32.
 OLDEST = 2**30
@@ -173,7 +173,7 @@ def check_stream_geometry(
 
     Raises:
       ValueError: its output does not come one step for each step of the input, or it sees the
-        whole future.
+        whole future; or the padding is none.
     """
     S = scalar("strides", strides, ValueError)
     E = scalar("input_dilation", input_dilation, TypeError)
@@ -184,14 +184,15 @@ def check_stream_geometry(
             f"input_dilation={E}"
         )
     history = (kernel_size - 1) * D
+    # What a call would refuse is refused here, too. Without a stride no time changes the amounts.
+    pair = resolve_padding(padding, time=1, span=history + 1, stride=1, input_dilation=1)
     if isinstance(padding, str):
         if padding.upper() == "CAUSAL" or (history == 0 and padding.upper() != "CIRCULAR"):
             return D, 0
     else:
-        pair = np.ravel(padding)
-        low, high = (pair[0], pair[0]) if pair.size == 1 else pair
+        low, high = pair
         if low >= 0 <= high and low + high == history:
-            return D, int(high)
+            return D, high
     raise ValueError(
         f"only a causal layer can stream: padding must be CAUSAL, or [(low, high)] that adds up "
         f"to {history}, of which high is the lookahead; got {padding!r}"

@@ -136,6 +136,17 @@ def test_last_step_is_the_last_real_one():
     np.testing.assert_allclose(y, np.concatenate([first, second]), rtol=1e-5, atol=1e-6)
 
 
+def test_ids_and_masks_are_checked_before_they_are_cut():
+    model, x = model_of(return_sequences=False), numbers(2, 30, 3)
+    ids, mask = np.zeros((2, 30), int), np.ones((2, 30), bool)
+    np.testing.assert_array_equal(
+        model(x, segment_ids=ids.tolist(), mask=mask.tolist()), model(x, segment_ids=ids, mask=mask)
+    )
+    assert model.receptive_field < 30
+    with pytest.raises(ValueError, match=r"^segment_ids must be integers of shape \(2, 30\)"):
+        model(x, segment_ids=np.zeros((2, 50), int))
+
+
 def test_explained():
     """What runs is a pointwise convolution of all taps."""
     x, w = numbers(12, 4), numbers(3, 4, 4)

@@ -354,6 +354,8 @@ def training(**options):
         (lambda m, s: compiled_step(training()), "the model has dropout, and is in training"),
         (lambda m, s: Conv(3, 3, 3, rngs=nnx.Rngs(0)).init_state(2), "only a causal layer can"),
         (lambda m, s: Conv(3, 3, 3, 2, rngs=nnx.Rngs(0)).init_state(2), "only a layer with stri"),
+        (lambda m, s: Conv(3, 3, 3, padding=(2, 0), rngs=nnx.Rngs(0)).init_state(2), "padding m"),
+        (lambda m, s: Conv(3, 3, 1, padding="no", rngs=nnx.Rngs(0)).init_state(2), "padding must"),
         (lambda m, s: Conv(3, 3, (3, 3), rngs=nnx.Rngs(0)).init_state(2), "only a 1-D layer"),
         (lambda m, s: m.step(jnp.ones((2, 4, 3)), s, mask=jnp.ones(4)), "mask must be bool of sh"),
         (lambda m, s: m.step(jnp.ones((2, 4, 3)), s, segment_ids=jnp.ones(4)), "segment_ids must"),

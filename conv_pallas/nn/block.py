@@ -139,7 +139,7 @@ class TemporalBlock(nnx.Module):
         Raises:
           ValueError: an argument does not fit x or the block.
         """
-        y, _ = self.run(x, condition, Whole(mask, segment_ids))
+        y, _ = self.run(x, condition, Whole(*check_sequences(x, mask, segment_ids)))
         return y
 
     def init_state(self, batch_size, dtype=None) -> dict:
@@ -248,10 +248,7 @@ class TemporalBlock(nnx.Module):
 def begin(x, channels: int, state: dict, mask, segment_ids, lookahead: int):
     """The checked chunk as a `Chunk`, and the clock after it."""
     streaming.check_chunk(x, channels, state)
-    if segment_ids is not None:
-        segment_ids = segments.check_ids(segment_ids, x.shape[:-1])
-    if mask is not None:
-        mask = segments.check_mask(mask, x.shape[:-1])
+    mask, segment_ids = check_sequences(x, mask, segment_ids)
     age, clock = streaming.tick(state, x.shape[-2], mask, segment_ids)
     gaps = mask is not None or lookahead > 0
     return Chunk(state, age, packed=segment_ids is not None, gaps=gaps), clock
@@ -268,6 +265,19 @@ def layer_maker(conv, implementation, rngs, **options):
 def weight_norm(layer: nnx.Conv, rngs: nnx.Rngs) -> nnx.WeightNorm:
     """The layer with its kernel normalized, by flax's own module where the layer is not ours."""
     return (WeightNorm if is_ours(layer) else nnx.WeightNorm)(layer, rngs=rngs)
+
+
+def check_sequences(x, mask, segment_ids):
+    """``mask`` and ``segment_ids`` as arrays, or None for what there is none of.
+
+    Raises:
+      ValueError: one does not fit x.
+    """
+    if mask is not None:
+        mask = segments.check_mask(mask, x.shape[:-1])
+    if segment_ids is not None:
+        segment_ids = segments.check_ids(segment_ids, x.shape[:-1])
+    return mask, segment_ids
 
 
 def check_condition(condition, x, channels):

@@ -20,6 +20,7 @@ from conv_pallas.nn.block import (
     check_condition,
     check_options,
     check_positive,
+    check_sequences,
     layer_maker,
 )
 from conv_pallas.nn.conv import Conv
@@ -182,6 +183,7 @@ class TCN(nnx.Module):
           ValueError: an argument does not fit x or the model.
         """
         condition, changing = check_condition(condition, x, self.conditioning)
+        mask, segment_ids = check_sequences(x, mask, segment_ids)  # before they are cut
         sum_of_skips = None
         # Nothing is cut off where a statistic is taken over all steps, or which one is last
         # depends on the row.
