@@ -313,6 +313,20 @@ def test_each_part_has_its_own_dtype(norm, given):
     )
 
 
+@pytest.mark.parametrize("lookahead", [0, 2])
+def test_a_narrower_block_is_as_narrow_in_a_stream(lookahead):
+    """What it adds to wide inputs is of its own dtype, whether or not it waits for that."""
+    block = TemporalBlock(3, 3, 2, 1, 0.0, nnx.Rngs(0), dtype=jnp.bfloat16, lookahead=lookahead)
+    x = numbers(2, 12, 3) + 100
+    whole, step = functions(block)
+    longer, cut = with_tail(lookahead, x)
+    got, _ = stream(step, block.init_state(2), longer, [12 + lookahead], **cut)
+    expected = whole(x)
+    assert got.dtype == expected.dtype == jnp.bfloat16
+    got, expected = (np.asarray(a, float) for a in (got[:, lookahead:], expected))
+    np.testing.assert_allclose(got, expected, rtol=0.01)
+
+
 def layer(taps):
     return Conv(3, 3, taps, padding="CAUSAL", rngs=nnx.Rngs(0))
 

@@ -184,7 +184,10 @@ class TemporalBlock(nnx.Module):
         h = self.dropout1(h)
         h = self._half("conv2", self.conv2, self.norm2, h, run, None)
         y = self.dropout2(h)
-        residual = run.late("residual", x, self.lookahead)
+        # Of the dtype that a shortcut's would have: a block of one dtype gives that whatever it is
+        # given, and a stream, which keeps no other, gives the same.
+        residual = x if self.shortcut is not None else x.astype(y.dtype)
+        residual = run.late("residual", residual, self.lookahead)
         residual = residual if self.shortcut is None else self.shortcut(residual)
         total = y + residual
         return run.hide(total if self.activation == "glu" else self._act(total)), run.hide(y)
