@@ -160,7 +160,9 @@ def _separate(x: jax.Array, ids: jax.Array, spec: ConvSpec) -> jax.Array:
 def _shift(x: jax.Array, offset: int) -> jax.Array:
     """``x[..., t + offset, :]``, zeros outside."""
     T = x.shape[-2]
-    before, after = min(max(-offset, 0), T), min(max(offset, 0), T)
+    before, after = max(-offset, 0), max(offset, 0)
+    if isinstance(T, int):  # else an export's symbol, with which nothing can be compared
+        before, after = min(before, T), min(after, T)
     pads = [(0, 0)] * x.ndim
     pads[-2] = (before, after)
     return jax.lax.slice_in_dim(jnp.pad(x, pads), after, after + T, axis=x.ndim - 2)

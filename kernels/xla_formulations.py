@@ -81,6 +81,9 @@ def some_steps(spec: ConvSpec, first: int, count: int) -> ConvSpec:
 
 def taps(x: jax.Array, spec: ConvSpec) -> list[jax.Array]:
     """For each tap what the outputs see through it: K arrays ``(N, T', C)``."""
+    if not isinstance(spec.out_time, int):
+        # An export whose time is a symbol: of max(t - 3, 0) outputs JAX can't tell that they fit.
+        return [seen(x, k, spec) for k in range(spec.kernel_size)]
     x = pad(x, spec)
     length = (spec.out_time - 1) * spec.stride + 1
     return [
@@ -95,6 +98,8 @@ def seen(x: jax.Array, k: int, spec: ConvSpec) -> jax.Array:
     XLA fuses it into what uses it, where the one pad of `taps` is written to memory first.
     """
     length = (spec.out_time - 1) * spec.stride + 1
+    if not isinstance(length, int):  # a symbol, which has to be seen not to be negative
+        length = spec.out_time * spec.stride
     low = spec.padding[0] - k * spec.kernel_dilation
     high = length - spec.dilated_time - low
     zero = jnp.zeros((), x.dtype)

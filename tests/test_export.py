@@ -68,6 +68,36 @@ def test_symbolic_time_for_platforms_that_are_not_here(platform, kernel):
     assert loaded.platforms == (platform,)
 
 
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_symbolic_time_without_padding(stride, groups):
+    """Of which nothing may come out: JAX can't tell how much there is to see."""
+    w = np.random.default_rng(0).standard_normal((4, 4 // groups, 4)).astype(np.float32)
+    f = lambda x: conv1d(  # noqa: E731
+        x, w, padding="VALID", strides=stride, feature_group_count=groups
+    )
+    x = jax.ShapeDtypeStruct(export.symbolic_shape("b, t, 4"), jnp.float32)
+    loaded = _round_trip(f, x)
+    for T in (2, 3, 4, 9):
+        x = np.random.default_rng(T).standard_normal((2, T, 4)).astype(np.float32)
+        tree_close(loaded.call(x), f(x))
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_packed_sequences_of_symbolic_time(groups):
+    w = np.random.default_rng(0).standard_normal((3, 4 // groups, 4)).astype(np.float32)
+    f = lambda x, ids: conv1d(  # noqa: E731
+        x, w, kernel_dilation=3, segment_ids=ids, feature_group_count=groups
+    )
+    shape = export.symbolic_shape("b, t")
+    x = jax.ShapeDtypeStruct((*shape, 4), jnp.float32)
+    loaded = _round_trip(f, x, jax.ShapeDtypeStruct(shape, jnp.int32))
+    for T in (1, 5, 9):
+        x = np.random.default_rng(T).standard_normal((2, T, 4)).astype(np.float32)
+        ids = np.arange(T)[None] // np.asarray([[2], [4]], np.int32)
+        tree_close(loaded.call(x, ids), f(x, ids))
+
+
 @pytest.mark.parametrize("name", ["stride_grouped", "dense"])
 def test_a_platform_that_nobody_has_heard_of_gets_stock(name):
     case = cases.named(name)
