@@ -37,7 +37,7 @@ class Walk:
     """Where each tap finds its rows; see the module's docstring.
 
     Attributes:
-      time, out_time: ``T`` and ``T'``.
+      time, out_time: ``T``, or how much of it the taps see, and ``T'``.
       low: padding before the first *live* tap.
       dilation: ``D``.
       first, taps: the live taps ``first, ..., first + taps - 1``. The others see nothing but
@@ -68,9 +68,10 @@ class Walk:
         low, halo = spec.padding[0] - first * spec.kernel_dilation, len(live) - 1
         halo *= spec.kernel_dilation
         mirrored = low == 0 < halo <= rows and spec.time == spec.out_time
-        return cls(
-            spec.time, spec.out_time, low, spec.kernel_dilation, first, len(live), rows, mirrored
-        )
+        # What a negative padding crops off no tap sees: in a gradient of the kernel it would meet
+        # zeros beyond the last step of g, and may be NaN.
+        time = min(spec.time, spec.out_time + halo - low)
+        return cls(time, spec.out_time, low, spec.kernel_dilation, first, len(live), rows, mirrored)
 
     @property
     def halo(self) -> int:

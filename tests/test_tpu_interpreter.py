@@ -187,6 +187,17 @@ def test_parts_of_the_kernel_gradient_are_added_in_order():
 
 
 @pytest.mark.parametrize("module, G", [(tpu_dense, 1), (tpu_depthwise, 8)])
+def test_what_is_cropped_leaves_the_kernel_gradient_alone(module, G):
+    case = Case("cropped", T=40, C=8, O=8, G=G, padding=[(2, -5)], precision="highest")
+    problem = case.problem("conv1d_kernel_grad", "tpu")
+    x, _, g = case.arrays()
+    gradient = lambda x: module.launch(problem, x, g, V5E, longest=16, interpret=params())  # noqa: E731
+    expected = gradient(x)
+    x[:, -5:] = np.nan
+    np.testing.assert_array_equal(gradient(x), expected)
+
+
+@pytest.mark.parametrize("module, G", [(tpu_dense, 1), (tpu_depthwise, 8)])
 def test_int8_is_declined(module, G):
     problem = Case("int8", C=8, O=8, G=G, dtype="int8").problem("conv1d", "tpu")
     assert module.decline(problem) == "takes bfloat16 and float32, not int8"
