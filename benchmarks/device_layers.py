@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from benchmarks import baselines
 from conv_pallas._layers import Layer
 from conv_pallas.kernels import xla
-from conv_pallas.spec import Problem
+from conv_pallas.spec import Problem, lhs_rhs_out
 
 
 def _layer(dry: bool, source: str, name: str, *sizes: int, **more) -> Layer:
@@ -108,9 +108,7 @@ def formulation(name: str, problem: Problem):
 
     def run(x, w, b, g):
         del b
-        lhs, rhs = {
-            "conv1d": (x, w), "conv1d_input_grad": (g, w), "conv1d_kernel_grad": (x, g)
-        }[problem.operation]  # fmt: skip
+        lhs, rhs, _ = lhs_rhs_out(problem.operation, x, w, g)
         return xla.run_as(name, problem, lhs, rhs)
 
     return run

@@ -243,13 +243,8 @@ def published(text: str) -> list[Case]:
 
 
 def operands(problem: Problem) -> tuple[jax.Array, jax.Array]:
-    shapes = {
-        "conv1d": (problem.x_shape, problem.w_shape),
-        "conv1d_input_grad": (problem.y_shape, problem.w_shape),
-        "conv1d_kernel_grad": (problem.x_shape, problem.y_shape),
-    }[problem.operation]
     rng = np.random.default_rng(0)
-    return tuple(jnp.asarray(rng.standard_normal(s), problem.lhs_dtype) for s in shapes)
+    return tuple(jnp.asarray(rng.standard_normal(s), problem.lhs_dtype) for s in problem.shapes[:2])
 
 
 def candidates(problem: Problem, stock: str) -> list[str]:

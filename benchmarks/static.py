@@ -34,8 +34,8 @@ from benchmarks import progress, stored, traffic
 from benchmarks.layers import LAYERS, quick
 from conv_pallas import aot, conv1d, schedule
 from conv_pallas._layers import Layer, select
-from conv_pallas.primitives import conv1d_input_grad_p, conv1d_kernel_grad_p, conv1d_p
-from conv_pallas.spec import OPERATIONS, make_spec
+from conv_pallas.primitives import PRIMITIVES
+from conv_pallas.spec import OPERATIONS, lhs_rhs_out, make_spec
 
 RESULTS = Path(__file__).parent / "results" / "tpu-static"
 # Cycles a second; the vendor's peak rates are those at this clock.
@@ -151,11 +151,7 @@ def single(layer: Layer, operation: str, implementation: str):
     spec, _ = make_spec(x.shape, w.shape, strides=layer.S, padding=layer.padding,
                         kernel_dilation=layer.D, feature_group_count=layer.G)  # fmt: skip
     g = aot.struct((layer.N, spec.out_time, layer.O), layer.dtype)
-    primitive, operands = {
-        "conv1d": (conv1d_p, (x, w)),
-        "conv1d_input_grad": (conv1d_input_grad_p, (g, w)),
-        "conv1d_kernel_grad": (conv1d_kernel_grad_p, (x, g)),
-    }[operation]
+    primitive, operands = PRIMITIVES[operation], lhs_rhs_out(operation, x, w, g)[:2]
     params = dict(spec=spec, kernel_batch=0, precision=None, out_dtype=jnp.dtype(layer.dtype),
                   implementation=(implementation,), out_sharding=None)  # fmt: skip
     return lambda lhs, rhs: primitive.bind(lhs, rhs, **params), operands

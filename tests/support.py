@@ -30,11 +30,7 @@ def rows(a: np.ndarray) -> np.ndarray:
 
 def bind(problem: Problem, lhs, rhs, implementation: str):
     """One of the three primitives, as the library's own code binds it."""
-    return {
-        "conv1d": primitives.conv1d_p,
-        "conv1d_input_grad": primitives.conv1d_input_grad_p,
-        "conv1d_kernel_grad": primitives.conv1d_kernel_grad_p,
-    }[problem.operation].bind(
+    return primitives.PRIMITIVES[problem.operation].bind(
         lhs, rhs, spec=problem.spec, kernel_batch=0, precision=problem.precision,
         out_dtype=problem.out_dtype, implementation=order(implementation), out_sharding=None,
     )  # fmt: skip

@@ -10,19 +10,17 @@ import numpy as np
 import pytest
 
 from conv_pallas import conv1d, primitives
+from conv_pallas.spec import OPERATIONS, lhs_rhs_out
 from tests import cases
 from tests.support import IMPLEMENTATIONS, bind, order, primitives_of, tree_close
 
 NAMES = ["stride_grouped", "multiplier", "dense"]
 SIZE = 3
-OPERATIONS = ("conv1d", "conv1d_input_grad", "conv1d_kernel_grad")
 
 
 def _operands(name, operation):
     case = cases.named(name)
-    x, w, g = case.arrays()
-    pair = {"conv1d": (x, w), "conv1d_input_grad": (g, w), "conv1d_kernel_grad": (x, g)}[operation]
-    return case.problem(operation), *pair
+    return case.problem(operation), *lhs_rhs_out(operation, *case.arrays())[:2]
 
 
 def _stacked(array, axis, seed=0):

@@ -15,7 +15,7 @@ from conv_pallas import conv1d
 from conv_pallas.kernels import xla, xla_cpu, xla_pieces
 from conv_pallas.kernels.xla_formulations import FORWARD, KERNEL_GRAD, flip, numbers_of
 from conv_pallas.kernels.xla_pieces import in_steps, in_taps
-from conv_pallas.spec import OPERATIONS, ConvSpec, Problem
+from conv_pallas.spec import OPERATIONS, ConvSpec, Problem, lhs_rhs_out
 from tests.cases import CASES, Case, named
 from tests.support import padded, rows
 from tests.tolerance import check
@@ -51,12 +51,7 @@ TESTS += [(case, "conv1d") for case in INTEGERS]  # integers have no gradients
 def operands(case: Case, operation):
     """The two operands of ``operation``, with one batch axis."""
     x, kernel, g = case.arrays()
-    x, g = rows(padded(x, case)), rows(g)
-    return {
-        "conv1d": (x, kernel),
-        "conv1d_input_grad": (g, kernel),
-        "conv1d_kernel_grad": (x, g),
-    }[operation]
+    return lhs_rhs_out(operation, rows(padded(x, case)), kernel, rows(g))[:2]
 
 
 def check_all(case: Case, operation) -> None:
@@ -127,10 +122,7 @@ def test_in_pieces(operation, dtype, loop, monkeypatch):
     """As exact as all at once, and one by one less is held at any moment."""
     case = Case("pieces", batch=(6,), T=128, C=16, O=8, K=5, D=3, dtype=dtype)
     problem = case.problem(operation)
-    x, w, g = case.arrays()
-    lhs, rhs = {
-        "conv1d": (x, w), "conv1d_input_grad": (g, w), "conv1d_kernel_grad": (x, g)
-    }[operation]  # fmt: skip
+    lhs, rhs = operands(case, operation)
     names = ("im2col",) if operation == "conv1d_kernel_grad" else ("im2col", "scatter")
 
     def compiled(name):
