@@ -250,7 +250,7 @@ def operands(problem: Problem) -> tuple[jax.Array, jax.Array]:
 def candidates(problem: Problem, stock: str) -> list[str]:
     """Stock first, then all that are worth compiling."""
     spec, c, m = problem.spec, problem.C // problem.spec.groups, problem.O // problem.spec.groups
-    products = spec.kernel_size * (m if problem.operation == "conv1d_input_grad" else c)
+    products = spec.kernel_size * (problem.as_convolution[1] // spec.groups)
     each_its_own = spec.groups > 1 and c == m == 1
     few = each_its_own or spec.kernel_size <= UNROLLED
     worth = {

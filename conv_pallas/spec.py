@@ -199,6 +199,17 @@ class Problem:
         """Whether every input channel is a group of its own."""
         return self.spec.groups == self.C and self.C > 1
 
+    @property
+    def as_convolution(self) -> tuple[ConvSpec, int, int]:
+        """Geometry, channels in and channels out of the convolution that an operation is.
+
+        An input gradient is one of g. A kernel gradient sums over time instead; it is told of as
+        the forward convolution.
+        """
+        if self.operation == "conv1d_input_grad":
+            return self.spec.transposed(), self.O, self.C
+        return self.spec, self.C, self.O
+
     def gradient(self, operation: Operation) -> "Problem":
         """A gradient of this forward convolution, with its epilogue."""
         lhs, rhs, out = lhs_rhs_out(operation, self.lhs_dtype, self.rhs_dtype, self.out_dtype)

@@ -287,7 +287,7 @@ def kernel_grad(
 
 
 def run(problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-    spec, out_dtype = problem.spec, problem.out_dtype
+    (spec, _, O), out_dtype = problem.as_convolution, problem.out_dtype
     if problem.operation == "conv1d_kernel_grad":
         if walk.decline(spec, problem.C, problem.O) is None:
             wanted = (False, True, False)
@@ -296,10 +296,8 @@ def run(problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
                 dw_dtype=out_dtype,
             )[1]  # fmt: skip
         return kernel_grad(lhs, rhs, spec, out_dtype=out_dtype)[0]
-    if problem.operation == "conv1d_input_grad":
-        spec = spec.transposed()
-        return forward(lhs, rhs, spec, O=problem.C, out_dtype=out_dtype, transposed=True)
-    return forward(lhs, rhs, spec, O=problem.O, out_dtype=out_dtype)
+    transposed = problem.operation == "conv1d_input_grad"
+    return forward(lhs, rhs, spec, O=O, out_dtype=out_dtype, transposed=transposed)
 
 
 def fused(problem: Problem, x: jax.Array, w: jax.Array, bias: jax.Array | None) -> jax.Array:

@@ -99,7 +99,7 @@ def _gpu_forward(problem: Problem) -> str:
         return "matmuls"
     if gradient and spec.stride > 1 and spec.kernel_dilation == 1:
         return "transposed"
-    low, high = (spec.transposed() if gradient else spec).padding
+    low, high = problem.as_convolution[0].padding
     return "native" if low == high or spec.kernel_dilation == 1 else "barrier"
 
 
@@ -133,13 +133,13 @@ def run_as(name: str, problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.A
     """The operation of ``problem`` by the formulation ``name``."""
     operand, numbers = numbers_of(problem)
     lhs, rhs = lhs.astype(operand), rhs.astype(operand)
-    spec = problem.spec
     if name == "transposed":
         return xla_native.run(problem, lhs, rhs)
+    spec, _, _ = problem.as_convolution
     table = KERNEL_GRAD if problem.operation == "conv1d_kernel_grad" else FORWARD
     formulation = table[name]
     if problem.operation == "conv1d_input_grad":
-        rhs, spec = flip(rhs, spec.groups), spec.transposed()
+        rhs = flip(rhs, spec.groups)
     if problem.platform == "cpu":
         formulation = xla_cpu.in_parts(formulation, name, problem)
     elif problem.platform != "tpu":

@@ -30,7 +30,7 @@ def choose(problem: Problem) -> str:
 
 def in_parts(formulation: Formulation, name: str, problem: Problem) -> Formulation:
     """The formulation of that name, as many taps, steps and sequences at a time as suits it."""
-    spec, sums = _spec(problem), problem.operation == "conv1d_kernel_grad"
+    (spec, _, _), sums = problem.as_convolution, problem.operation == "conv1d_kernel_grad"
     if (taps := _taps_at_once(name, problem)) < spec.kernel_size:
         # In a loop "tree" takes as long, and a quarter of the time to compile: 4.2 s written out
         # and 0.8 for 75 taps, which a network has layer by layer.
@@ -42,16 +42,10 @@ def in_parts(formulation: Formulation, name: str, problem: Problem) -> Formulati
     return formulation
 
 
-def _spec(problem: Problem) -> ConvSpec:
-    """Of what the formulation computes: an input gradient is a convolution too."""
-    gradient_of_input = problem.operation == "conv1d_input_grad"
-    return problem.spec.transposed() if gradient_of_input else problem.spec
-
-
-def _channels(problem: Problem) -> tuple[int, int]:
-    """Channels that one output sums over, and outputs, for each group."""
-    c, o = problem.C // problem.spec.groups, problem.O // problem.spec.groups
-    return (o, c) if problem.operation == "conv1d_input_grad" else (c, o)
+def _of_group(problem: Problem) -> tuple[ConvSpec, int, int]:
+    """The geometry, and of each group the channels that one output sums over, and the outputs."""
+    spec, C, O = problem.as_convolution
+    return spec, C // spec.groups, O // spec.groups
 
 
 def forward(problem: Problem) -> str:
@@ -128,11 +122,11 @@ def forward(problem: Problem) -> str:
     Of bfloat16 depthwise with up to 8 taps takes "matmuls" all the same: on a CPU with AVX2 alone
     they were ahead, in the input gradient by far.
     """
-    spec = _spec(problem)
+    spec, c, o = _of_group(problem)
     # nnx.Conv writes CAUSAL zeros first. Where nothing is faster, be the same program.
     causal = problem.operation == "conv1d" and spec.padding == (spec.span - 1, 0)
     stock = "padded" if causal and spec.input_dilation == 1 else "native"
-    K, G, (c, o) = spec.kernel_size, spec.groups, _channels(problem)
+    K, G = spec.kernel_size, spec.groups
     every_step = spec.stride == spec.input_dilation == 1
     if G > 1:
         return _grouped(problem) or stock
@@ -176,7 +170,7 @@ def forward(problem: Problem) -> str:
 
 def _grouped(problem: Problem) -> str | None:
     """Of more than one group; None where nothing is faster than stock."""
-    spec, (c, o) = _spec(problem), _channels(problem)
+    spec, c, o = _of_group(problem)
     N, G, K = problem.N, spec.groups, spec.kernel_size
     every_step = spec.stride == spec.input_dilation == 1
     narrow = problem.out_dtype.itemsize < 4
@@ -313,7 +307,7 @@ def kernel_grad(problem: Problem) -> str:
 
     "native" is the same program as "canonical" outside of loops.
     """
-    spec, (c, _) = problem.spec, _channels(problem)
+    spec, c, _ = _of_group(problem)
     K, G = spec.kernel_size, spec.groups
     causal = spec.input_dilation == 1 and spec.padding == (spec.span - 1, 0)
     if G > 1:
@@ -338,7 +332,7 @@ def kernel_grad(problem: Problem) -> str:
 
 
 def _grouped_kernel_grad(problem: Problem) -> str:
-    spec, (c, _) = problem.spec, _channels(problem)
+    spec, c, _ = _of_group(problem)
     K, G = spec.kernel_size, spec.groups
     if c == 1:
         return "tree"
@@ -362,7 +356,7 @@ WHOLE, MOST = 9 * 2**20, 2**23
 def _held(name: str, problem: Problem) -> int:
     """Bytes that a formulation of `PIECE` holds for one sequence beside x and y."""
     operand, numbers = numbers_of(problem)
-    spec, (c, o) = _spec(problem), _channels(problem)
+    spec, c, o = _of_group(problem)
     if name == "blocks":
         a = math.isqrt(spec.kernel_size)
         b = spec.kernel_size // a
@@ -375,7 +369,7 @@ def _held(name: str, problem: Problem) -> int:
 
 def _steps_at_once(name: str, problem: Problem) -> int:
     """How many of the outputs of one sequence; of a kernel gradient how many of gy."""
-    spec = _spec(problem)
+    spec, _, _ = problem.as_convolution
     every_step = spec.stride == spec.input_dilation == 1
     if spec.groups > 1 or not every_step or name not in ("im2col", "blocks"):
         return spec.out_time

@@ -169,9 +169,10 @@ def test_in_steps_and_in_taps(case, operation, loop, pieces, monkeypatch):
     problem = case.problem(operation)
     lhs, rhs = operands(case, operation)
     operand, numbers = numbers_of(problem)
-    sums, spec, w = operation == "conv1d_kernel_grad", problem.spec, rhs.astype(operand)
+    sums, w = operation == "conv1d_kernel_grad", rhs.astype(operand)
+    spec, _, _ = problem.as_convolution
     if operation == "conv1d_input_grad":
-        w, spec = flip(w, spec.groups), spec.transposed()
+        w = flip(w, spec.groups)
     of = spec.out_time if pieces is in_steps else spec.kernel_size
     for name in ("im2col", "tree") if sums else ("blocks", "own_pads"):
         for n in {1, (of + 1) // 2, max(1, of - 1)}:
