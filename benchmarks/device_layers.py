@@ -61,11 +61,7 @@ def smaller(layer: Layer) -> Layer:
 @functools.lru_cache(maxsize=1)
 def arrays(layer: Layer) -> list[jax.Array]:
     """x, kernel, bias and g, random, on the device; those of the last layer are kept."""
-    spec = baselines.spec_of(layer)
-    shapes = (
-        (layer.N, layer.T, layer.C), baselines.kernel_shape(layer), (layer.O,),
-        (layer.N, spec.out_time, layer.O),
-    )  # fmt: skip
+    shapes = (layer.x_shape, layer.kernel_shape, (layer.O,), layer.y_shape)
     keys = jax.random.split(jax.random.key(0), len(shapes))
     return [
         jax.random.normal(k, s, jnp.dtype(layer.dtype)) for k, s in zip(keys, shapes, strict=True)

@@ -32,10 +32,11 @@ from rich.console import Console
 
 from benchmarks import progress, stored, traffic
 from benchmarks.layers import LAYERS, quick
-from conv_pallas import aot, conv1d, schedule
+from conv_pallas import aot, schedule
 from conv_pallas._layers import Layer, select
+from conv_pallas.inspection import structs
 from conv_pallas.primitives import PRIMITIVES
-from conv_pallas.spec import OPERATIONS, lhs_rhs_out, make_spec
+from conv_pallas.spec import OPERATIONS, lhs_rhs_out
 
 RESULTS = Path(__file__).parent / "results" / "tpu-static"
 # Cycles a second; the vendor's peak rates are those at this clock.
@@ -110,9 +111,7 @@ class Estimate:
 
 def _products(layer: Layer) -> int:
     """Of one operation, those with padding left out."""
-    spec, _ = make_spec((layer.N, layer.T, layer.C), (layer.K, layer.C // layer.G, layer.O),
-                        strides=layer.S, padding=layer.padding, kernel_dilation=layer.D,
-                        feature_group_count=layer.G)  # fmt: skip
+    spec = layer.spec
     u = np.arange(spec.out_time) * spec.stride - spec.padding[0]
     steps = sum(int(((0 <= u + k * layer.D) & (u + k * layer.D < layer.T)).sum())
                 for k in range(layer.K))  # fmt: skip
@@ -146,13 +145,9 @@ def estimate(chip: str, rates: Chip, folder: Path, program, products: int) -> Es
 
 def single(layer: Layer, operation: str, implementation: str):
     """One of the three primitives."""
-    x = aot.struct((layer.N, layer.T, layer.C), layer.dtype)
-    w = aot.struct((layer.K, layer.C // layer.G, layer.O), layer.dtype)
-    spec, _ = make_spec(x.shape, w.shape, strides=layer.S, padding=layer.padding,
-                        kernel_dilation=layer.D, feature_group_count=layer.G)  # fmt: skip
-    g = aot.struct((layer.N, spec.out_time, layer.O), layer.dtype)
+    x, w, _, g = structs(layer)
     primitive, operands = PRIMITIVES[operation], lhs_rhs_out(operation, x, w, g)[:2]
-    params = dict(spec=spec, kernel_batch=0, precision=None, out_dtype=jnp.dtype(layer.dtype),
+    params = dict(spec=layer.spec, kernel_batch=0, precision=None, out_dtype=jnp.dtype(layer.dtype),
                   implementation=(implementation,), out_sharding=None)  # fmt: skip
     return lambda lhs, rhs: primitive.bind(lhs, rhs, **params), operands
 
@@ -160,20 +155,19 @@ def single(layer: Layer, operation: str, implementation: str):
 def chain(layer: Layer, biased: bool, training: bool, implementation: str):
     """`LINKS` layers with their activation; ``training``: with all gradients."""
 
+    run = layer.ours(implementation)
+
     def forward(params, x):
         for w, bias in params:
-            x = conv1d(x, w, bias, padding=layer.padding, kernel_dilation=layer.D,
-                       feature_group_count=layer.G, activation=layer.activation,
-                       implementation=implementation)  # fmt: skip
+            x = run(x, w, bias)
         return x
 
     def step(params, x, gy):
         y, vjp = jax.vjp(forward, params, x)
         return y, vjp(gy)
 
-    w = aot.struct((layer.K, layer.C // layer.G, layer.O), layer.dtype)
-    params = [(w, aot.struct((layer.O,), layer.dtype) if biased else None)] * LINKS
-    x = aot.struct((layer.N, layer.T, layer.C), layer.dtype)
+    x, w, bias, _ = structs(layer)
+    params = [(w, bias if biased else None)] * LINKS
     return (step, (params, x, x)) if training else (forward, (params, x))
 
 

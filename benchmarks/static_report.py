@@ -22,6 +22,7 @@ from benchmarks.layers import LAYERS
 from benchmarks.static import BFLOAT16, LINKS, OURS, RESULTS, XLA, ratio
 from conv_pallas import aot, explain
 from conv_pallas._layers import find
+from conv_pallas.inspection import structs
 from conv_pallas.spec import OPERATIONS
 
 
@@ -57,10 +58,7 @@ def is_default(chip: str, row: dict) -> bool:
     told = []
 
     def ask():
-        x, w = (aot.struct(shape, layer.dtype) for shape in (
-            (layer.N, layer.T, layer.C), (layer.K, layer.C // layer.G, layer.O)))  # fmt: skip
-        told.append(explain(x, w, platform="tpu", strides=layer.S, padding=layer.padding,
-                            kernel_dilation=layer.D, feature_group_count=layer.G))  # fmt: skip
+        told.append(explain(*structs(layer)[:2], platform="tpu", **layer.geometry))
         return 0
 
     aot.lower_for(chip, ask)  # there a kernel sees which chip it is

@@ -11,7 +11,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.baselines import arguments, spec_of
+from benchmarks.baselines import arguments
 from conv_pallas._layers import Layer
 from tests import reference
 from tests.tolerance import UNIT, assert_within, bound
@@ -104,7 +104,7 @@ class Truth:
         loose = np.abs(np.asarray(g, float)) * (_STEEPEST * off + _ROUNDINGS * self._unit)
         if not self._smooth:
             loose = None
-        spec = spec_of(self.layer)
+        spec = self.layer.spec
         dx = self._operation(reference.input_grad_reference, gz, kernel, spec, loose)
         dw = self._operation(
             lambda gz, x, spec: reference.kernel_grad_reference(x, gz, spec), gz, x, spec, loose
@@ -142,7 +142,7 @@ class Truth:
 
     def _before_activation(self, x, kernel, bias):
         if not hasattr(self, "_z"):
-            z, off = self._operation(reference.conv1d_reference, x, kernel, spec_of(self.layer))
+            z, off = self._operation(reference.conv1d_reference, x, kernel, self.layer.spec)
             z += np.asarray(bias, float)
             self._z = z, off + self._unit * np.abs(z)
         return self._z

@@ -174,8 +174,7 @@ def _explain(options: argparse.Namespace) -> int:
             print(f"{layer.name}: {layer}, {layer.dtype}")
             x, kernel, bias, _ = inspection.structs(layer)
             print(explain(
-                x, kernel, bias, platform=options.platform, strides=layer.S,
-                padding=layer.padding, kernel_dilation=layer.D, feature_group_count=layer.G,
+                x, kernel, bias, platform=options.platform, **layer.geometry,
                 activation=layer.activation, implementation=options.implementation,
             ))  # fmt: skip
     except (ValueError, TypeError, NotImplementedError) as e:

@@ -225,15 +225,10 @@ class Program:
 def inputs(layer: Layer, seed: int = 0) -> tuple[jax.Array, jax.Array]:
     """x, and an output gradient g."""
     rng = np.random.default_rng(seed)
-    y = jax.eval_shape(layer.build(nnx.Conv), jax.ShapeDtypeStruct(x_shape(layer), layer.dtype))
     return tuple(
         jnp.asarray(rng.standard_normal(shape, np.float32), layer.dtype)
-        for shape in (x_shape(layer), y.shape)
+        for shape in (layer.x_shape, layer.y_shape)
     )
-
-
-def x_shape(layer: Layer) -> tuple[int, int, int]:
-    return (layer.N, layer.T, layer.C)
 
 
 def prepare(layer: Layer, which: str, module: nnx.Conv, x: jax.Array, g: jax.Array) -> Program:

@@ -16,10 +16,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
-from flax import nnx
 from jax.experimental.pallas import tpu as pltpu
 
-from conv_pallas import aot, conv1d, schedule
+from conv_pallas import aot, schedule
 from conv_pallas._layers import PUBLISHED, Layer, find
 from conv_pallas.dispatch import Implementation
 from conv_pallas.explanation import explain
@@ -74,36 +73,14 @@ def parse_layer(words: Sequence[str], layers: tuple[Layer, ...] = PUBLISHED) -> 
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {fields['dtype']!r}")
     defaults = {"N": 1, "O": fields["C"]}
     layer = Layer(name="layer", source="the command line", **(defaults | fields))
-    jax.eval_shape(_forward(layer, None), *structs(layer)[:3])  # says what does not fit
+    jax.eval_shape(layer.ours(), *structs(layer)[:3])  # says what does not fit
     return layer
 
 
 def structs(layer: Layer) -> tuple[jax.ShapeDtypeStruct, ...]:
     """x, kernel, bias and g without values."""
-    shapes = (
-        (layer.N, layer.T, layer.C),
-        (layer.K, layer.C // layer.G, layer.O),
-        (layer.O,),
-        (layer.N, layer.out_time, layer.O),
-    )
+    shapes = (layer.x_shape, layer.kernel_shape, (layer.O,), layer.y_shape)
     return tuple(aot.struct(shape, layer.dtype) for shape in shapes)
-
-
-def _forward(layer: Layer, implementation: Implementation) -> Callable:
-    return lambda x, kernel, bias: conv1d(
-        x, kernel, bias, strides=layer.S, padding=layer.padding, kernel_dilation=layer.D,
-        feature_group_count=layer.G, activation=layer.activation, implementation=implementation,
-    )  # fmt: skip
-
-
-def _stock(layer: Layer) -> Callable:
-    graph, state = nnx.split(nnx.eval_shape(lambda: layer.build(nnx.Conv)))
-
-    def forward(x, kernel, bias):
-        filled = {"kernel": state["kernel"].replace(kernel), "bias": state["bias"].replace(bias)}
-        return layer.activate(nnx.merge(graph, nnx.State(filled))(x))
-
-    return forward
 
 
 def _gradients(forward: Callable) -> Callable:
@@ -202,10 +179,9 @@ def inspect(
         chain = implementation or KERNELS[platform]
         _tell_choice(layer, platform, chain, tell)
         for which, ours, stock, arguments in (
-            ("forward", _forward(layer, chain), _stock(layer), structs(layer)[:3]),
-            ("gradients", _gradients(_forward(layer, chain)), _gradients(_stock(layer)),
-             structs(layer)),
-        ):  # fmt: skip
+            ("forward", layer.ours(chain), layer.stock(), structs(layer)[:3]),
+            ("gradients", _gradients(layer.ours(chain)), _gradients(layer.stock()), structs(layer)),
+        ):
             tell(f"\n{which}")
             costs = layer.costs(training=True)
             for line in _bound(costs[:1] if which == "forward" else costs[1:], most):
@@ -222,10 +198,7 @@ def inspect(
 
 def _tell_choice(layer: Layer, platform: str, chain: Implementation, tell) -> None:
     x, kernel, bias, _ = structs(layer)
-    geometry = dict(
-        strides=layer.S, padding=layer.padding, kernel_dilation=layer.D,
-        feature_group_count=layer.G, activation=layer.activation,
-    )  # fmt: skip
+    geometry = layer.geometry | dict(activation=layer.activation)
     asked = explain(x, kernel, bias, platform=platform, implementation=chain, **geometry)
     picked = explain(x, kernel, bias, platform=platform, **geometry)
     for operation, answers in asked.candidates.items():
