@@ -20,6 +20,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.pallas import tpu as pltpu
 from rich.console import Console
 
 from benchmarks import progress, stored, traffic
@@ -67,16 +69,8 @@ class Chip:
 
     @classmethod
     def named(cls, name: str) -> "Chip":
-        infos = []
-
-        def ask():
-            from jax.experimental.pallas import tpu as pltpu
-
-            infos.append(pltpu.get_tpu_info())
-            return 0
-
-        aot.lower_for(name, ask)
-        (info,) = infos
+        with aot.as_on(name):
+            info = pltpu.get_tpu_info()
         return cls(CLOCK[name], info.bf16_ops_per_second, info.mem_bw_bytes_per_second)
 
 
@@ -344,8 +338,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def _in_a_process(chip: str, argv: list[str]) -> int:
     """libtpu reads its flags once, as it is loaded: where it writes is a process's own."""
-    import subprocess
-
     folder = tempfile.mkdtemp(prefix="bundles_")
     flags = schedule.DUMP_FLAGS.format(folder=folder)
     environment = os.environ | dict(

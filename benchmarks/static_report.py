@@ -55,14 +55,9 @@ def bound(estimate: dict) -> str:
 def is_default(chip: str, row: dict) -> bool:
     """Whether our kernel runs this single operation on ``chip`` where none is asked for."""
     layer = find(row["layer"], LAYERS + BFLOAT16)
-    told = []
-
-    def ask():
-        told.append(explain(*structs(layer)[:2], platform="tpu", **layer.geometry))
-        return 0
-
-    aot.lower_for(chip, ask)  # there a kernel sees which chip it is
-    return told[0].chosen[row["program"]] == OURS
+    with aot.as_on(chip):
+        told = explain(*structs(layer)[:2], platform="tpu", **layer.geometry)
+    return told.chosen[row["program"]] == OURS
 
 
 class Verdict(NamedTuple):

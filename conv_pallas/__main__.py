@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from conv_pallas import dispatch
+from conv_pallas import aot, dispatch
 
 _EXTRAS = {"demo": ("matplotlib", "optax", "rich", "sklearn")}
 
@@ -84,7 +84,7 @@ def _add_inspect(commands) -> None:
     inspect.set_defaults(run=_inspect)
     _add_layer(inspect, "+")
     inspect.add_argument(
-        "--chip", required=True, metavar="CHIP", help=f"one of {', '.join(_chips())}"
+        "--chip", required=True, metavar="CHIP", help=f"one of {', '.join(aot.CHIPS)}"
     )
     inspect.add_argument("--dtype", metavar="DTYPE", help="instead of the layer's own")
     inspect.add_argument(
@@ -140,7 +140,7 @@ def _layer(words: Sequence[str], dtype: str | None):
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from conv_pallas import aot, inspection
+    from conv_pallas import inspection
 
     inspection.jax_without_devices()
     try:
@@ -180,12 +180,6 @@ def _explain(options: argparse.Namespace) -> int:
     except (ValueError, TypeError, NotImplementedError) as e:
         return _fail(str(e))
     return 0
-
-
-def _chips() -> tuple[str, ...]:
-    from conv_pallas import aot
-
-    return aot.CHIPS
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -110,11 +110,8 @@ def limits(chip: str, dtype: str) -> Limits:
     if chip in aot.GPUS:
         bytes_, operations = _GPU_LIMITS[chip]
         return Limits(bytes_, operations[dtype], "data sheet")
-    found = []
-    aot.lower_for(
-        chip, lambda x: (found.append(pltpu.get_tpu_info()), x)[1], aot.struct((8, 128), "float32")
-    )
-    (info,) = found
+    with aot.as_on(chip):
+        info = pltpu.get_tpu_info()
     # float32 products are rounded to bfloat16 unless told otherwise.
     return Limits(info.mem_bw_bytes_per_second, info.bf16_ops_per_second, "jax's table")
 
@@ -226,7 +223,6 @@ def _compiled(chip, f, arguments, folder: Path, dump: Path | None, label: str) -
     called = _called(text) if found else []
     found = [code for code in found if any(re.search(rf"\b{code.name}\b", call) for call in called)]
     cost = compiled.cost_analysis() or {}
-    cost = cost[0] if isinstance(cost, list) else cost
     memory = compiled.memory_analysis()
     entry = text[text.rfind("\nENTRY ") :]
     moved = "bytes accessed"
