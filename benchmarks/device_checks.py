@@ -13,6 +13,7 @@ import numpy as np
 from benchmarks import device_layers, stored
 from benchmarks.on_device import Log, kill
 from conv_pallas import _measure, conv1d
+from conv_pallas.explanation import default_platform
 from conv_pallas.spec import OPERATIONS, lhs_rhs_out
 from tests import cases, triton_cases, triton_epilogue
 from tests.cases import Case
@@ -73,7 +74,7 @@ def _check_operations(log: Log, case: Case, dry: bool, must: bool = False) -> No
             out = np.asarray(jax.jit(compute)(lhs, rhs))
             check(
                 out, operation, lhs, rhs, case.spec, out_dtype=problem.out_dtype,
-                precision=case.precision, platform=device_layers.platform(),
+                precision=case.precision, platform=default_platform(),
             )  # fmt: skip
 
         _told(log, run, must, case=case.name, T=case.T, D=case.D, operation=operation)

@@ -115,9 +115,5 @@ def passes(name: str) -> int:
     return 3 if name == "backward" else 2
 
 
-def platform() -> str:
-    return "cuda" if jax.default_backend() == "gpu" else jax.default_backend()
-
-
 def ours(dry: bool) -> str:
     return "xla" if dry else "triton"

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from benchmarks import layers, stored
 from conv_pallas import _measure
-from conv_pallas._layers import Layer
+from conv_pallas._layers import Layer, select
 from conv_pallas.explanation import default_platform
 from conv_pallas.kernels import xla
 from conv_pallas.kernels.xla_formulations import FORWARD, KERNEL_GRAD
@@ -205,8 +205,8 @@ def sweep(quick: bool = False) -> Iterator[Layer]:
 
 
 def published(text: str) -> list[Layer]:
-    """Of the layers that the benchmarks time those that `stored.select` finds, each size once."""
-    chosen = (layer for layer in stored.select(text) if isinstance(layer, Layer))
+    """Of the layers that the benchmarks time those that `select` finds, each size once."""
+    chosen = (layer for layer in select(text, layers.ALL) if isinstance(layer, Layer))
     platform = jax.default_backend()
     fitted = (layers.fit(layer, platform) for layer in chosen)
     return list({label(layer): layer for layer in fitted}.values())
