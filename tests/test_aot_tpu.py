@@ -88,7 +88,6 @@ def test_fused_layers_compile(chip, model, activation):
     compiled = aot.compile_for(
         chip, _all_three(layer, activation=activation), *_structs(layer), bias
     )
-    # gelu and silu save z, so that the forward pass leaves the activation to XLA.
     assert _kernels(compiled) == 3
 
 
