@@ -32,8 +32,8 @@ def in_parts(formulation: Formulation, name: str, problem: Problem) -> Formulati
     """The formulation of that name, as many taps, steps and sequences at a time as suits it."""
     (spec, _, _), sums = problem.as_convolution, problem.operation == "conv1d_kernel_grad"
     if (taps := _taps_at_once(name, problem)) < spec.kernel_size:
-        # In a loop "tree" takes as long, and a quarter of the time to compile: 4.2 s written out
-        # and 0.8 for 75 taps, which a network has layer by layer.
+        # In a loop "tree" takes as long, and a fraction of the time to compile, which a network
+        # takes layer by layer.
         formulation = in_taps(formulation, taps, sums, written_out=1 if name == "tree" else None)
     if (steps := _steps_at_once(name, problem)) < spec.out_time:
         formulation = in_steps(formulation, steps, sums)
