@@ -67,10 +67,8 @@ def test_explain_follows_the_order():
     (lambda: _layer(implementation="xla_native"), (2, 16, 8), ["xla_native"]),
 ], ids=["2d", "3d", "complex", "own", "stock"])  # fmt: skip
 def test_explain_says_what_is_left_to_lax(layer, shape, words):
-    for told in (
-        explain(layer(), jax.ShapeDtypeStruct(shape, jnp.float32)),
-        layer().explain(jax.ShapeDtypeStruct(shape, jnp.float32)),
-    ):
+    made, x = layer(), jax.ShapeDtypeStruct(shape, jnp.float32)
+    for told in (explain(made, x), made.explain(x)):
         assert told.chosen == {}
         assert all(word in told.note and word in str(told) for word in words)
 
