@@ -280,8 +280,8 @@ def _lowering(ctx, *operands, platform, local, composed, **params):
         call = fused_sharding.by_types(local, ctx.avals_in, ctx.avals_out, **params)
         return mlir.lower_fun(call, multiple_results=True)(ctx, *operands)
     if primitives.can_partition(ctx):
-        avals = (primitives.without_sharding(a) for a in (ctx.avals_in, ctx.avals_out))
-        call = fused_sharding.by_xla(local, *avals, **params)
+        avals = primitives.without_sharding(ctx.avals_in)
+        call = fused_sharding.by_xla(local, avals, **params)
     else:
         call = functools.partial(local, **params)
     return primitives.lower_locally(ctx, call, operands, multiple_results=True)
