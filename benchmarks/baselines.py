@@ -212,7 +212,7 @@ class _Queued:
 
 
 def torch_program(
-    layer: Layer, which: str, arrays: tuple[np.ndarray, ...], compiled: bool = False
+    layer: Layer, which: str, arrays: tuple[np.ndarray, ...]
 ) -> tuple[Callable[[], _Queued | None], Callable[[], tuple[np.ndarray, ...]]]:
     """A pass of the layer in PyTorch, on the GPU where PyTorch sees one.
 
@@ -221,7 +221,6 @@ def torch_program(
 
     Args:
       arrays: from `arguments`.
-      compiled: with ``torch.compile`` around the layer.
 
     Returns:
       A call, of which `jax.block_until_ready` awaits the result, so that calls queue up as JAX's
@@ -267,8 +266,6 @@ def torch_program(
         y = F.conv1d(x, kernel, bias, layer.S, padding, layer.D, layer.G)
         return activations[layer.activation](y)
 
-    if compiled:
-        forward = torch.compile(forward)
     latest = []
 
     def call():

@@ -269,14 +269,12 @@ class Measurement:
     Attributes:
       layer: as it was measured; see `conv_pallas._layers.fit`.
       seconds: for each variant, a call's time in every round.
-      difference: the largest one between the two results, relative to the largest element.
       identical: whether both compiled to the same program; their ratio then shows the noise.
     """
 
     layer: Layer
     which: str
     seconds: dict[str, tuple[float, ...]]
-    difference: float
     identical: bool
 
     @property
@@ -319,13 +317,8 @@ def compare(
             f"{layer.name}, {which}: ours is off by {off:.2g} of the largest element, "
             f"{tolerance(layer):.2g} is allowed"
         )
-    return Measurement(
-        layer,
-        which,
-        interleaved(programs, settings),
-        off,
-        programs[STOCK].text == programs[OURS].text,
-    )
+    identical = programs[STOCK].text == programs[OURS].text
+    return Measurement(layer, which, interleaved(programs, settings), identical)
 
 
 def difference(expected, actual) -> float:

@@ -19,7 +19,7 @@ import jax
 from jax.experimental.pallas import tpu as pltpu
 
 from conv_pallas import aot, schedule
-from conv_pallas._layers import PUBLISHED, Layer, find
+from conv_pallas._layers import Layer, find
 from conv_pallas.dispatch import Implementation
 from conv_pallas.explanation import explain
 
@@ -39,7 +39,7 @@ _SIZES = {"N", "T", "C", "O", "K", "D", "S", "G"}
 _WORDS = {"padding", "activation", "dtype"}
 
 
-def parse_layer(words: Sequence[str], layers: tuple[Layer, ...] = PUBLISHED) -> Layer:
+def parse_layer(words: Sequence[str]) -> Layer:
     """A layer by its name, or by its shape as ``N=8 T=4096 C=512 K=3 D=4``.
 
     Of a shape N is 1, O is C, D, S and G are 1 where they are not given; ``padding``,
@@ -50,7 +50,7 @@ def parse_layer(words: Sequence[str], layers: tuple[Layer, ...] = PUBLISHED) -> 
     """
     words = " ".join(words).split()  # a shape may have been quoted
     if len(words) == 1 and "=" not in words[0]:
-        return find(words[0], layers)
+        return find(words[0])
     fields: dict[str, str | int] = {}
     for word in words:
         key, _, value = word.partition("=")
