@@ -216,13 +216,9 @@ def compare(chip: str, folder: Path, layers, chains, only_ours: bool, known_rows
         yield described | known[key]
 
 
-def ratio(row: dict, *theirs: str) -> float | None:
-    """The least of XLA's estimates over ours; None where one of them has none.
-
-    Args:
-      theirs: of `XLA`, which are compared; all.
-    """
-    against = [row[i]["estimate"] for i in theirs or XLA if "estimate" in row.get(i, {})]
+def ratio(row: dict) -> float | None:
+    """The least of XLA's estimates over ours; None where one of them has none."""
+    against = [row[i]["estimate"] for i in XLA if "estimate" in row.get(i, {})]
     return min(against) / row[OURS]["estimate"] if against and "estimate" in row[OURS] else None
 
 
