@@ -49,9 +49,8 @@ def test_explain_on_this_machine():
     told = explain(X, W)
     assert told.platform == "cpu"
     assert set(told.chosen.values()) == {"xla"}
-    assert "not on cpu" in {c.implementation: c for c in told.candidates["conv1d"]}[
-        "triton"
-    ].reason or "not installed" in str(told) or "no such kernel" in str(told)  # fmt: skip
+    (triton, *_) = (c for c in told.candidates["conv1d"] if c.implementation == "triton")
+    assert triton.reason.endswith(("not on cpu", "which is not installed"))
 
 
 def test_explain_follows_the_order():
