@@ -11,7 +11,7 @@ LINUX = "; sys_platform == 'linux'"
 
 DEMO = ["matplotlib", "optax", "rich", "scikit-learn"]
 EXAMPLES = [*DEMO, "scipy"]
-BENCH = ["matplotlib", "pytest-benchmark", "rich"]
+BENCH = ["pytest-benchmark", "rich"]
 TEST = [
     "absl-py",  # jax's and flax's own test files, run against our layer, are written with it
     "flatbuffers",  # jax.export needs it to serialise

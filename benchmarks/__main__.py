@@ -21,18 +21,17 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import harness, layers, progress, stored
+from benchmarks import harness, layers, progress, report, stored
 from benchmarks.harness import Measurement
+from benchmarks.report import SLOWER
 from benchmarks.truth import Truth
 from conv_pallas import dispatch
-from conv_pallas._layers import Layer
+from conv_pallas._layers import Layer, select
 from conv_pallas._measure import OURS, PASSES, STOCK, Settings
 from conv_pallas.explanation import default_platform
 
 OUTPUT = Path("bench-output")
 DTYPES = ("float32", "bfloat16", "float16")
-# Below this a layer counts as slower, above its inverse as faster; in between is noise.
-SLOWER = 0.95
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,8 +65,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     stored.write(options.json, result)
     console.print(table(result))
     console.print(summary(result))
-    from benchmarks import report  # matplotlib takes its time
-
     page = options.json.with_suffix(".html")
     page.write_text(report.page(result, name=options.json.name), encoding="utf-8")
     console.print(f"wrote {options.json} and {page}")
@@ -103,7 +100,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     try:
         subjects = layers.quick() if options.quick else layers.ALL
         if options.layers:
-            subjects = stored.select(options.layers)
+            subjects = select(options.layers, layers.ALL)
         if options.dtype is not None:
             if options.dtype not in DTYPES:
                 raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {options.dtype}")

@@ -26,14 +26,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import lax
 
-from conv_pallas import conv1d
 from conv_pallas._layers import Layer
 from conv_pallas._measure import FORWARD, OURS, STOCK
 from conv_pallas.dispatch import Implementation
-from conv_pallas.spec import ConvSpec, Operation, Problem, make_spec
+from conv_pallas.spec import ConvSpec
 
 BARRIER, SYMMETRIC, MATMULS, TORCH = "barrier", "symmetric", "matmuls", "torch"
 
@@ -47,46 +45,20 @@ class NotApplicableError(Exception):
     """A baseline does not exist for a layer, or not on this machine; says why."""
 
 
-def spec_of(layer: Layer) -> ConvSpec:
-    spec, mode = make_spec(
-        (layer.N, layer.T, layer.C),
-        kernel_shape(layer),
-        strides=layer.S,
-        padding=layer.padding,
-        kernel_dilation=layer.D,
-        feature_group_count=layer.G,
-    )
-    if mode is not None:
-        raise NotApplicableError(f"no baseline pads with {mode}")
-    return spec
-
-
-def kernel_shape(layer: Layer) -> tuple[int, int, int]:
-    return (layer.K, layer.C // layer.G, layer.O)
-
-
-def problem_of(layer: Layer, operation: Operation, platform: str) -> Problem:
-    """An operation of a layer, or of what has its letters, as kernels are asked for it."""
-    dtype = np.dtype(jnp.dtype(layer.dtype))
-    types = (dtype, dtype, dtype)
-    return Problem(operation, spec_of(layer), layer.N, layer.C, layer.O, *types, None, platform)
-
-
 def arguments(layer: Layer, seed: int = 0) -> tuple[np.ndarray, ...]:
     """Random ``x (N, T, C)``, ``kernel (K, C//G, O)``, ``bias (O,)``, ``g (N, T', O)``.
 
     Zero mean, and a kernel scaled so that y is about as large as x.
     """
     rng = np.random.default_rng(seed)
-    spec = spec_of(layer)
 
     def normal(shape, scale=1.0):
         values = rng.standard_normal(shape, np.float32)
         return (values * np.float32(scale)).astype(jnp.dtype(layer.dtype))
 
-    x = normal((layer.N, layer.T, layer.C))
-    kernel = normal(kernel_shape(layer), 1 / math.sqrt(layer.K * layer.C // layer.G))
-    return x, kernel, normal((layer.O,)), normal((layer.N, spec.out_time, layer.O))
+    x = normal(layer.x_shape)
+    kernel = normal(layer.kernel_shape, 1 / math.sqrt(layer.K * layer.C // layer.G))
+    return x, kernel, normal((layer.O,)), normal(layer.y_shape)
 
 
 def build(name: str, layer: Layer, implementation: Implementation = None) -> Forward:
@@ -102,7 +74,7 @@ def build(name: str, layer: Layer, implementation: Implementation = None) -> For
     if name not in _BUILDERS:
         raise ValueError(f"variant must be one of {', '.join(_BUILDERS)}, got {name!r}")
     if name == OURS:
-        return _ours(layer, implementation)
+        return layer.ours(implementation)
     return _BUILDERS[name](layer)
 
 
@@ -128,20 +100,8 @@ def step_of(forward: Forward) -> Callable:
 # --- the variants --------------------------------------------------------------------------------
 
 
-def _stock(layer: Layer) -> Forward:
-    graph, state = nnx.split(nnx.eval_shape(lambda: layer.build(nnx.Conv)))
-
-    def forward(x, kernel, bias):
-        filled = nnx.State(
-            {"kernel": state["kernel"].replace(kernel), "bias": state["bias"].replace(bias)}
-        )
-        return layer.activate(nnx.merge(graph, filled)(x))
-
-    return forward
-
-
 def _barrier(layer: Layer) -> Forward:
-    spec = spec_of(layer)
+    spec = layer.spec
 
     def forward(x, kernel, bias):
         padded = lax.optimization_barrier(jnp.pad(x, ((0, 0), spec.padding, (0, 0))))
@@ -151,7 +111,7 @@ def _barrier(layer: Layer) -> Forward:
 
 
 def _symmetric(layer: Layer) -> Forward:
-    spec = spec_of(layer)
+    spec = layer.spec
     low, high = spec.padding
     most = max(low, high)
     start, rest = divmod(most - low, spec.stride)
@@ -166,7 +126,7 @@ def _symmetric(layer: Layer) -> Forward:
 
 
 def _matmuls(layer: Layer) -> Forward:
-    convolve = _shifted_matmuls(spec_of(layer), layer.G == layer.C == layer.O)
+    convolve = _shifted_matmuls(layer.spec, layer.G == layer.C == layer.O)
     return lambda x, kernel, bias: layer.activate(convolve(x, kernel) + bias)
 
 
@@ -224,23 +184,6 @@ def _shifted_matmuls(spec: ConvSpec, depthwise: bool) -> Callable:
     return convolve
 
 
-def _ours(layer: Layer, implementation: Implementation = None) -> Forward:
-    def forward(x, kernel, bias):
-        return conv1d(
-            x,
-            kernel,
-            bias,
-            strides=layer.S,
-            padding=layer.padding,
-            kernel_dilation=layer.D,
-            feature_group_count=layer.G,
-            activation=layer.activation,
-            implementation=implementation,
-        )
-
-    return forward
-
-
 def _convolve(x, kernel, padding, spec: ConvSpec) -> jax.Array:
     """XLA's convolution with amounts of padding, and nothing else of the layer."""
     return lax.conv_general_dilated(
@@ -250,11 +193,11 @@ def _convolve(x, kernel, padding, spec: ConvSpec) -> jax.Array:
 
 
 _BUILDERS: dict[str, Callable[[Layer], Forward]] = {
-    STOCK: _stock,
+    STOCK: Layer.stock,
     BARRIER: _barrier,
     SYMMETRIC: _symmetric,
     MATMULS: _matmuls,
-    OURS: _ours,
+    OURS: Layer.ours,
 }
 
 
@@ -269,7 +212,7 @@ class _Queued:
 
 
 def torch_program(
-    layer: Layer, which: str, arrays: tuple[np.ndarray, ...], compiled: bool = False
+    layer: Layer, which: str, arrays: tuple[np.ndarray, ...]
 ) -> tuple[Callable[[], _Queued | None], Callable[[], tuple[np.ndarray, ...]]]:
     """A pass of the layer in PyTorch, on the GPU where PyTorch sees one.
 
@@ -278,7 +221,6 @@ def torch_program(
 
     Args:
       arrays: from `arguments`.
-      compiled: with ``torch.compile`` around the layer.
 
     Returns:
       A call, of which `jax.block_until_ready` awaits the result, so that calls queue up as JAX's
@@ -305,7 +247,7 @@ def torch_program(
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cuda.matmul.allow_tf32 = True
     dtype = getattr(torch, layer.dtype)
-    spec = spec_of(layer)
+    spec = layer.spec
     low, high = spec.padding
 
     def tensor(a, *axes):
@@ -324,8 +266,6 @@ def torch_program(
         y = F.conv1d(x, kernel, bias, layer.S, padding, layer.D, layer.G)
         return activations[layer.activation](y)
 
-    if compiled:
-        forward = torch.compile(forward)
     latest = []
 
     def call():

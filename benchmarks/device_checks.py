@@ -13,6 +13,8 @@ import numpy as np
 from benchmarks import device_layers, stored
 from benchmarks.on_device import Log, kill
 from conv_pallas import _measure, conv1d
+from conv_pallas.explanation import default_platform
+from conv_pallas.spec import OPERATIONS, lhs_rhs_out
 from tests import cases, triton_cases, triton_epilogue
 from tests.cases import Case
 from tests.support import bind, padded, rows
@@ -63,19 +65,16 @@ def _check_operations(log: Log, case: Case, dry: bool, must: bool = False) -> No
     """One line for each operation of a case, which may be declined unless it ``must`` run."""
     x, w, g = case.arrays()
     x, g = rows(padded(x, case)), rows(g)
-    for operation, (lhs, rhs) in {
-        "conv1d": (x, w),
-        "conv1d_input_grad": (g, w),
-        "conv1d_kernel_grad": (x, g),
-    }.items():
+    for operation in OPERATIONS:
         problem = case.problem(operation)
+        lhs, rhs, _ = lhs_rhs_out(operation, x, w, g)
 
         def run(problem=problem, lhs=lhs, rhs=rhs, operation=operation):
             compute = lambda lhs, rhs: bind(problem, lhs, rhs, device_layers.ours(dry))  # noqa: E731
             out = np.asarray(jax.jit(compute)(lhs, rhs))
             check(
                 out, operation, lhs, rhs, case.spec, out_dtype=problem.out_dtype,
-                precision=case.precision, platform=device_layers.platform(),
+                precision=case.precision, platform=default_platform(),
             )  # fmt: skip
 
         _told(log, run, must, case=case.name, T=case.T, D=case.D, operation=operation)

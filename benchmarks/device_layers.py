@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from benchmarks import baselines
 from conv_pallas._layers import Layer
 from conv_pallas.kernels import xla
-from conv_pallas.spec import Problem
+from conv_pallas.spec import Problem, lhs_rhs_out
 
 
 def _layer(dry: bool, source: str, name: str, *sizes: int, **more) -> Layer:
@@ -61,11 +61,7 @@ def smaller(layer: Layer) -> Layer:
 @functools.lru_cache(maxsize=1)
 def arrays(layer: Layer) -> list[jax.Array]:
     """x, kernel, bias and g, random, on the device; those of the last layer are kept."""
-    spec = baselines.spec_of(layer)
-    shapes = (
-        (layer.N, layer.T, layer.C), baselines.kernel_shape(layer), (layer.O,),
-        (layer.N, spec.out_time, layer.O),
-    )  # fmt: skip
+    shapes = (layer.x_shape, layer.kernel_shape, (layer.O,), layer.y_shape)
     keys = jax.random.split(jax.random.key(0), len(shapes))
     return [
         jax.random.normal(k, s, jnp.dtype(layer.dtype)) for k, s in zip(keys, shapes, strict=True)
@@ -108,9 +104,7 @@ def formulation(name: str, problem: Problem):
 
     def run(x, w, b, g):
         del b
-        lhs, rhs = {
-            "conv1d": (x, w), "conv1d_input_grad": (g, w), "conv1d_kernel_grad": (x, g)
-        }[problem.operation]  # fmt: skip
+        lhs, rhs, _ = lhs_rhs_out(problem.operation, x, w, g)
         return xla.run_as(name, problem, lhs, rhs)
 
     return run
@@ -119,10 +113,6 @@ def formulation(name: str, problem: Problem):
 def passes(name: str) -> int:
     """How many tensors of x's or y's size an operation reads and writes at least."""
     return 3 if name == "backward" else 2
-
-
-def platform() -> str:
-    return "cuda" if jax.default_backend() == "gpu" else jax.default_backend()
 
 
 def ours(dry: bool) -> str:

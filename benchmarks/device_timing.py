@@ -157,7 +157,7 @@ def formulations(log: Log, dry: bool) -> None:
     every = device_layers.formulations(dry)
     plan = [(layer, operation) for layer in every for operation in OPERATIONS]
     for layer, operation in log.each(plan, lambda item: item[0].name):
-        problem = baselines.problem_of(layer, operation, "cuda")
+        problem = layer.problem(operation, "cuda")
         names = GPU_FORMULATIONS["depthwise" if problem.depthwise else "dense"][operation]
         chosen = xla.choose(problem)
         programs = {

@@ -9,7 +9,6 @@ take over three times as long.
 """
 
 import argparse
-import dataclasses
 import functools
 import json
 import sys
@@ -23,55 +22,27 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import baselines, layers, stored
+from benchmarks import layers, stored
 from conv_pallas import _measure
-from conv_pallas._layers import Layer
+from conv_pallas._layers import Layer, select
+from conv_pallas.explanation import default_platform
 from conv_pallas.kernels import xla
 from conv_pallas.kernels.xla_formulations import FORWARD, KERNEL_GRAD
 from conv_pallas.kernels.xla_pieces import UNROLLED
-from conv_pallas.spec import OPERATIONS, Operation, Problem
+from conv_pallas.spec import OPERATIONS, Problem
 
 SETTINGS = _measure.Settings(least=0.005, rounds=(5, 15), settled=0.03, limit=3.0)
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One convolution. The letters are those of `conv_pallas.spec`."""
+def label(layer: Layer) -> str:
+    """The convolution of a layer, without what it is by default."""
+    sizes = [f"{k}{v}" for k in "NTCOKDSG" if (v := getattr(layer, k)) > 1 or k in "NTCOK"]
+    return " ".join([*sizes, layer.dtype, *([layer.padding] * (layer.padding != "CAUSAL"))])
 
-    N: int
-    T: int
-    C: int
-    O: int
-    K: int
-    D: int = 1
-    S: int = 1
-    G: int = 1
-    dtype: str = "float32"
-    padding: str = "CAUSAL"
 
-    @classmethod
-    def of(cls, layer: Layer) -> "Case":
-        """The convolution of a layer."""
-        return cls(**{f.name: getattr(layer, f.name) for f in dataclasses.fields(cls)})
-
-    @property
-    def stock(self) -> str:
-        """The formulation that nnx.Conv takes."""
-        return "padded" if self.padding == "CAUSAL" else "native"
-
-    def __str__(self) -> str:
-        always = ("N", "T", "C", "O", "K", "dtype")
-        fields = dataclasses.asdict(self).items()
-        words = [
-            str(v) if k == "dtype" else f"{k}{v}"
-            for k, v in fields
-            if k in always or v not in (1, "CAUSAL", "SAME", "VALID")
-        ]
-        return " ".join(words + [self.padding] * (self.padding != "CAUSAL"))
-
-    def problem(self, operation: Operation) -> Problem:
-        platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
-        return baselines.problem_of(self, operation, platform)
+def stock_of(layer: Layer) -> str:
+    """The formulation that nnx.Conv takes."""
+    return "padded" if layer.padding == "CAUSAL" else "native"
 
 
 # N, T, C, O, K, D, S, G; padding is CAUSAL.
@@ -227,40 +198,34 @@ FLOAT16 = (
 QUICK = ((2, 64, 8, 8, 3, 2), (2, 64, 8, 8, 3, 2, 1, 8), (2, 64, 8, 8, 3, 1, 1, 2))
 
 
-def sweep(quick: bool = False) -> Iterator[Case]:
-    for sizes in QUICK if quick else CASES:
-        yield Case(*sizes)
-    if not quick:
-        for more, cases in (
-            ({"padding": "SAME"}, SAME),
-            ({"dtype": "bfloat16"}, BFLOAT16),
-            ({"dtype": "float16"}, FLOAT16),
-        ):
-            for sizes in cases:
-                yield dataclasses.replace(Case(*sizes), **more)
+def sweep(quick: bool = False) -> Iterator[Layer]:
+    for more, cases in (
+        ({}, QUICK if quick else CASES),
+        ({"padding": "SAME"}, () if quick else SAME),
+        ({"dtype": "bfloat16"}, () if quick else BFLOAT16),
+        ({"dtype": "float16"}, () if quick else FLOAT16),
+    ):
+        for sizes in cases:
+            yield Layer("case", "made up", *sizes, **more)
 
 
-def published(text: str) -> list[Case]:
-    """Of the layers that the benchmarks time those that `stored.select` finds, each size once."""
-    chosen = (layer for layer in stored.select(text) if isinstance(layer, Layer))
+def published(text: str) -> list[Layer]:
+    """Of the layers that the benchmarks time those that `select` finds, each size once."""
+    chosen = (layer for layer in select(text, layers.ALL) if isinstance(layer, Layer))
     platform = jax.default_backend()
-    return list(dict.fromkeys(Case.of(layers.fit(layer, platform)) for layer in chosen))
+    fitted = (layers.fit(layer, platform) for layer in chosen)
+    return list({label(layer): layer for layer in fitted}.values())
 
 
 def operands(problem: Problem) -> tuple[jax.Array, jax.Array]:
-    shapes = {
-        "conv1d": (problem.x_shape, problem.w_shape),
-        "conv1d_input_grad": (problem.y_shape, problem.w_shape),
-        "conv1d_kernel_grad": (problem.x_shape, problem.y_shape),
-    }[problem.operation]
     rng = np.random.default_rng(0)
-    return tuple(jnp.asarray(rng.standard_normal(s), problem.lhs_dtype) for s in shapes)
+    return tuple(jnp.asarray(rng.standard_normal(s), problem.lhs_dtype) for s in problem.shapes[:2])
 
 
 def candidates(problem: Problem, stock: str) -> list[str]:
     """Stock first, then all that are worth compiling."""
     spec, c, m = problem.spec, problem.C // problem.spec.groups, problem.O // problem.spec.groups
-    products = spec.kernel_size * (m if problem.operation == "conv1d_input_grad" else c)
+    products = spec.kernel_size * (problem.as_convolution[1] // spec.groups)
     each_its_own = spec.groups > 1 and c == m == 1
     few = each_its_own or spec.kernel_size <= UNROLLED
     worth = {
@@ -329,13 +294,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         cases = sweep(options.quick) if options.layers is None else published(options.layers)
         for case in cases:
-            if options.only not in str(case):
+            if options.only not in label(case):
                 continue
+            stock = stock_of(case)
             for operation in OPERATIONS:
-                problem = case.problem(operation)
+                problem = case.problem(operation, default_platform())
                 results.append({
-                    "case": str(case), "operation": operation, "stock": case.stock,
-                    "chosen": xla.choose(problem), "formulations": measure(problem, case.stock),
+                    "case": label(case), "operation": operation, "stock": stock,
+                    "chosen": xla.choose(problem), "formulations": measure(problem, stock),
                 })  # fmt: skip
                 console.print(line(results[-1]), soft_wrap=True)
     except KeyboardInterrupt:

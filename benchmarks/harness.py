@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
 
 from benchmarks import baselines
 from benchmarks.baselines import NotApplicableError
@@ -363,12 +362,7 @@ def _several(function, arguments):
     """Runs a function on several x, one after the other."""
 
     def run(xs, *rest):
-        outs = []
-        for x in xs:
-            if outs:  # else XLA might run them side by side
-                x, outs[-1] = lax.optimization_barrier((x, outs[-1]))
-            outs.append(function(*_joined(x, rest, arguments)))
-        return outs
+        return _measure.several(lambda x: function(*_joined(x, rest, arguments)))(xs)
 
     return run
 

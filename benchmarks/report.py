@@ -27,6 +27,7 @@ from conv_pallas._measure import FORWARD, OURS, PASSES, STOCK
 
 RESULTS = Path(__file__).parent / "results"
 STATIC_TPU = RESULTS / "tpu-static"
+# Below this a layer counts as slower, above its inverse as faster; in between is noise.
 SLOWER = 0.95
 
 STYLES = {
@@ -458,16 +459,13 @@ def static_tpu(folder: Path) -> list[tuple[str, str]]:
     """Figures from libtpu's schedules: estimates, and called so."""
     parts = []
     for file in sorted(folder.glob("*.json")):
-        stored_ = json.loads(file.read_text(encoding="utf-8"))
-        rows = _records(stored_)
-        if rows:
-            fields = {k: v for k, v in stored_.items() if not isinstance(v, list | dict)} \
-                if isinstance(stored_, dict) else {}  # fmt: skip
-            about = ", ".join(f"{k} {v}" for k, v in fields.items())
-            parts.append(
-                f"<details><summary>{escape(file.stem)}: {len(rows)} rows</summary>"
-                f"<p>{escape(about)}</p>{_generic(rows)}</details>"
-            )
+        estimates = json.loads(file.read_text(encoding="utf-8"))
+        rows = estimates["rows"]
+        about = ", ".join(f"{k} {v}" for k, v in estimates.items() if not isinstance(v, list))
+        parts.append(
+            f"<details><summary>{escape(file.stem)}: {len(rows)} rows</summary>"
+            f"<p>{escape(about)}</p>{_generic(rows)}</details>"
+        )
     if not parts:
         return []
     note = (
@@ -490,14 +488,6 @@ def device_results(folder: Path) -> list[tuple[str, str]]:
             )
         sections.append((f"Measured on {escape(device.name)}", "".join(parts)))
     return sections
-
-
-def _records(value: Any) -> list[dict[str, Any]]:
-    """The longest list of objects anywhere in a JSON value."""
-    if isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
-        return value
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return max((_records(v) for v in inner), key=len, default=[])
 
 
 def _generic(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -20,6 +20,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -28,14 +29,16 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.pallas import tpu as pltpu
 from rich.console import Console
 
 from benchmarks import progress, stored, traffic
 from benchmarks.layers import LAYERS, quick
-from conv_pallas import aot, conv1d, schedule
+from conv_pallas import aot, schedule
 from conv_pallas._layers import Layer, select
-from conv_pallas.primitives import conv1d_input_grad_p, conv1d_kernel_grad_p, conv1d_p
-from conv_pallas.spec import OPERATIONS, make_spec
+from conv_pallas.inspection import structs
+from conv_pallas.primitives import PRIMITIVES
+from conv_pallas.spec import OPERATIONS, lhs_rhs_out
 
 RESULTS = Path(__file__).parent / "results" / "tpu-static"
 # Cycles a second; the vendor's peak rates are those at this clock.
@@ -66,16 +69,8 @@ class Chip:
 
     @classmethod
     def named(cls, name: str) -> "Chip":
-        infos = []
-
-        def ask():
-            from jax.experimental.pallas import tpu as pltpu
-
-            infos.append(pltpu.get_tpu_info())
-            return 0
-
-        aot.lower_for(name, ask)
-        (info,) = infos
+        with aot.as_on(name):
+            info = pltpu.get_tpu_info()
         return cls(CLOCK[name], info.bf16_ops_per_second, info.mem_bw_bytes_per_second)
 
 
@@ -110,9 +105,7 @@ class Estimate:
 
 def _products(layer: Layer) -> int:
     """Of one operation, those with padding left out."""
-    spec, _ = make_spec((layer.N, layer.T, layer.C), (layer.K, layer.C // layer.G, layer.O),
-                        strides=layer.S, padding=layer.padding, kernel_dilation=layer.D,
-                        feature_group_count=layer.G)  # fmt: skip
+    spec = layer.spec
     u = np.arange(spec.out_time) * spec.stride - spec.padding[0]
     steps = sum(int(((0 <= u + k * layer.D) & (u + k * layer.D < layer.T)).sum())
                 for k in range(layer.K))  # fmt: skip
@@ -146,17 +139,9 @@ def estimate(chip: str, rates: Chip, folder: Path, program, products: int) -> Es
 
 def single(layer: Layer, operation: str, implementation: str):
     """One of the three primitives."""
-    x = aot.struct((layer.N, layer.T, layer.C), layer.dtype)
-    w = aot.struct((layer.K, layer.C // layer.G, layer.O), layer.dtype)
-    spec, _ = make_spec(x.shape, w.shape, strides=layer.S, padding=layer.padding,
-                        kernel_dilation=layer.D, feature_group_count=layer.G)  # fmt: skip
-    g = aot.struct((layer.N, spec.out_time, layer.O), layer.dtype)
-    primitive, operands = {
-        "conv1d": (conv1d_p, (x, w)),
-        "conv1d_input_grad": (conv1d_input_grad_p, (g, w)),
-        "conv1d_kernel_grad": (conv1d_kernel_grad_p, (x, g)),
-    }[operation]
-    params = dict(spec=spec, kernel_batch=0, precision=None, out_dtype=jnp.dtype(layer.dtype),
+    x, w, _, g = structs(layer)
+    primitive, operands = PRIMITIVES[operation], lhs_rhs_out(operation, x, w, g)[:2]
+    params = dict(spec=layer.spec, kernel_batch=0, precision=None, out_dtype=jnp.dtype(layer.dtype),
                   implementation=(implementation,), out_sharding=None)  # fmt: skip
     return lambda lhs, rhs: primitive.bind(lhs, rhs, **params), operands
 
@@ -164,20 +149,19 @@ def single(layer: Layer, operation: str, implementation: str):
 def chain(layer: Layer, biased: bool, training: bool, implementation: str):
     """`LINKS` layers with their activation; ``training``: with all gradients."""
 
+    run = layer.ours(implementation)
+
     def forward(params, x):
         for w, bias in params:
-            x = conv1d(x, w, bias, padding=layer.padding, kernel_dilation=layer.D,
-                       feature_group_count=layer.G, activation=layer.activation,
-                       implementation=implementation)  # fmt: skip
+            x = run(x, w, bias)
         return x
 
     def step(params, x, gy):
         y, vjp = jax.vjp(forward, params, x)
         return y, vjp(gy)
 
-    w = aot.struct((layer.K, layer.C // layer.G, layer.O), layer.dtype)
-    params = [(w, aot.struct((layer.O,), layer.dtype) if biased else None)] * LINKS
-    x = aot.struct((layer.N, layer.T, layer.C), layer.dtype)
+    x, w, bias, _ = structs(layer)
+    params = [(w, bias if biased else None)] * LINKS
     return (step, (params, x, x)) if training else (forward, (params, x))
 
 
@@ -232,13 +216,9 @@ def compare(chip: str, folder: Path, layers, chains, only_ours: bool, known_rows
         yield described | known[key]
 
 
-def ratio(row: dict, *theirs: str) -> float | None:
-    """The least of XLA's estimates over ours; None where one of them has none.
-
-    Args:
-      theirs: of `XLA`, which are compared; all.
-    """
-    against = [row[i]["estimate"] for i in theirs or XLA if "estimate" in row.get(i, {})]
+def ratio(row: dict) -> float | None:
+    """The least of XLA's estimates over ours; None where one of them has none."""
+    against = [row[i]["estimate"] for i in XLA if "estimate" in row.get(i, {})]
     return min(against) / row[OURS]["estimate"] if against and "estimate" in row[OURS] else None
 
 
@@ -354,8 +334,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def _in_a_process(chip: str, argv: list[str]) -> int:
     """libtpu reads its flags once, as it is loaded: where it writes is a process's own."""
-    import subprocess
-
     folder = tempfile.mkdtemp(prefix="bundles_")
     flags = schedule.DUMP_FLAGS.format(folder=folder)
     environment = os.environ | dict(

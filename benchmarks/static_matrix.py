@@ -20,6 +20,7 @@ from benchmarks import progress
 from benchmarks.layers import LAYERS
 from conv_pallas import aot, conv1d
 from conv_pallas._layers import Layer, select
+from conv_pallas.inspection import structs
 
 IMPLEMENTATION = "pallas_tpu"
 
@@ -40,25 +41,20 @@ def all_three(layer: Layer):
 
     def run(x, kernel):
         y, vjp = jax.vjp(
-            lambda x, w: conv1d(
-                x, w, padding=layer.padding, kernel_dilation=layer.D,
-                feature_group_count=layer.G, implementation=IMPLEMENTATION,
-            ),
-            x, kernel,
-        )  # fmt: skip
+            lambda x, w: conv1d(x, w, **layer.geometry, implementation=IMPLEMENTATION), x, kernel
+        )
         return y, *vjp(y)
 
-    x = aot.struct((layer.N, layer.T, layer.C), layer.dtype)
-    return run, (x, aot.struct((layer.K, layer.C // layer.G, layer.O), layer.dtype))
+    return run, structs(layer)[:2]
 
 
 def compiled(chip: str, layers: Sequence[Layer]) -> Iterator[tuple[Layer, str | None, float]]:
     """``(layer, what went wrong or None, seconds that it took)``."""
     for layer in layers:
-        f, structs = all_three(layer)
+        f, operands = all_three(layer)
         start, wrong = time.perf_counter(), None
         try:
-            program = aot.compile_for(chip, f, *structs)
+            program = aot.compile_for(chip, f, *operands)
             kernels = program.as_text().count('custom_call_target="tpu_custom_call"')
             if kernels < 3:
                 wrong = f"{kernels} kernels instead of 3"

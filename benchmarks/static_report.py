@@ -22,6 +22,7 @@ from benchmarks.layers import LAYERS
 from benchmarks.static import BFLOAT16, LINKS, OURS, RESULTS, XLA, ratio
 from conv_pallas import aot, explain
 from conv_pallas._layers import find
+from conv_pallas.inspection import structs
 from conv_pallas.spec import OPERATIONS
 
 
@@ -54,17 +55,9 @@ def bound(estimate: dict) -> str:
 def is_default(chip: str, row: dict) -> bool:
     """Whether our kernel runs this single operation on ``chip`` where none is asked for."""
     layer = find(row["layer"], LAYERS + BFLOAT16)
-    told = []
-
-    def ask():
-        x, w = (aot.struct(shape, layer.dtype) for shape in (
-            (layer.N, layer.T, layer.C), (layer.K, layer.C // layer.G, layer.O)))  # fmt: skip
-        told.append(explain(x, w, platform="tpu", strides=layer.S, padding=layer.padding,
-                            kernel_dilation=layer.D, feature_group_count=layer.G))  # fmt: skip
-        return 0
-
-    aot.lower_for(chip, ask)  # there a kernel sees which chip it is
-    return told[0].chosen[row["program"]] == OURS
+    with aot.as_on(chip):
+        told = explain(*structs(layer)[:2], platform="tpu", **layer.geometry)
+    return told.chosen[row["program"]] == OURS
 
 
 class Verdict(NamedTuple):

@@ -10,7 +10,6 @@ from typing import Any
 from benchmarks import harness
 from benchmarks.harness import Measurement
 from benchmarks.layers import ALL, Subject
-from conv_pallas import _layers
 from conv_pallas._measure import STOCK, Settings
 
 FORMAT = 2
@@ -157,8 +156,3 @@ def commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return git[0].stdout.strip() + ("+" if git[1].stdout else "")
-
-
-def select(text: str, subjects: Sequence[Subject] = ALL) -> tuple[Subject, ...]:
-    """As `conv_pallas._layers.select`, stacks included."""
-    return _layers.select(text, tuple(subjects))

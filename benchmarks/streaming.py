@@ -41,7 +41,7 @@ def network(dilations, seed: int = 0) -> TCN:
     return model
 
 
-def stepper(model: TCN, batch: int, warm_up: int = 3):
+def stepper(model: TCN, batch: int):
     """A call without arguments that does one step, of a stream that has begun."""
     step, state = compiled_step(model), model.init_state(batch)
     x = jnp.ones((batch, 1, CHANNELS))
@@ -51,7 +51,7 @@ def stepper(model: TCN, batch: int, warm_up: int = 3):
         y, state = step(x, state)
         return y
 
-    for _ in range(warm_up):
+    for _ in range(3):  # the first compiles
         call().block_until_ready()
     return call
 
@@ -87,7 +87,7 @@ def measure(batch: int, settings: _measure.Settings) -> dict:
     check(models["1k"])
     calls = {f"step {name}": stepper(model, batch) for name, model in models.items()}
     calls["forward 1k"] = forward(models["1k"], batch)
-    seconds = _measure.interleaved(calls, settings)
+    seconds, ratio = _measure.interleaved(calls, settings), _measure.ratio
     return {
         "batch": batch,
         "receptive_field": {name: model.receptive_field for name, model in models.items()},
@@ -96,13 +96,9 @@ def measure(batch: int, settings: _measure.Settings) -> dict:
             for name, model in models.items()
         },
         "seconds": {name: [float(f"{s:.4g}") for s in times] for name, times in seconds.items()},
-        "100k_over_1k": round(_ratio(seconds["step 100k"], seconds["step 1k"]), 3),
-        "forward_over_step": round(_ratio(seconds["forward 1k"], seconds["step 1k"]), 1),
+        "100k_over_1k": round(ratio(seconds["step 100k"], seconds["step 1k"]).median, 3),
+        "forward_over_step": round(ratio(seconds["forward 1k"], seconds["step 1k"]).median, 1),
     }
-
-
-def _ratio(a, b) -> float:
-    return statistics.median(x / y for x, y in zip(a, b, strict=True))
 
 
 def table(results: list[dict]) -> Table:

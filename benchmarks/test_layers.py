@@ -13,9 +13,10 @@ import functools
 import jax
 import pytest
 
-from benchmarks import harness, stored
+from benchmarks import harness
 from benchmarks.layers import ALL, fit, quick
 from conv_pallas import dispatch
+from conv_pallas._layers import select
 from conv_pallas._measure import FORWARD, PASSES
 
 
@@ -43,7 +44,7 @@ def pytest_generate_tests(metafunc):
     option = metafunc.config.getoption
     text, names = option("--layers", None), option("--implementation", None)
     try:
-        subjects = quick() if not text else ALL if text == "all" else stored.select(text)
+        subjects = quick() if not text else ALL if text == "all" else select(text, ALL)
         implementations = None
         if names:
             implementations = [name.strip() for name in names.split(",")]

@@ -6,52 +6,16 @@ that the tests would not pass. Around the convolution, bias and activation are N
 
 import dataclasses
 import functools
-import math
 
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.baselines import arguments, spec_of
+from benchmarks.baselines import arguments
 from conv_pallas._layers import Layer
 from tests import reference
+from tests.reference import SLOPES, STEEPEST, VALUES
 from tests.tolerance import UNIT, assert_within, bound
 
-_erf = np.vectorize(math.erf, otypes=[float])
-
-
-def _sigmoid(z):
-    return 1 / (1 + np.exp(-z))
-
-
-def _gelu(z):
-    inner = math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)
-    return 0.5 * z * (1 + np.tanh(inner))
-
-
-def _gelu_slope(z):
-    tanh = np.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))
-    slope = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * z**2)
-    return 0.5 * (1 + tanh) + 0.5 * z * (1 - tanh**2) * slope
-
-
-def _normal(z):
-    return np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
-
-
-# Function and slope. Of all the smooth ones slope and curvature stay below 1.2.
-_ACTIVATIONS = {
-    None: (lambda z: z, np.ones_like),
-    "relu": (lambda z: np.maximum(z, 0), lambda z: (z > 0).astype(float)),
-    "silu": (lambda z: z * _sigmoid(z), lambda z: _sigmoid(z) * (1 + z * (1 - _sigmoid(z)))),
-    "sigmoid": (_sigmoid, lambda z: _sigmoid(z) * (1 - _sigmoid(z))),
-    "tanh": (np.tanh, lambda z: 1 - np.tanh(z) ** 2),
-    "gelu": (_gelu, _gelu_slope),
-    "gelu_exact": (
-        lambda z: z * (1 + _erf(z / math.sqrt(2))) / 2,
-        lambda z: (1 + _erf(z / math.sqrt(2))) / 2 + z * _normal(z),
-    ),
-}
-_STEEPEST = 1.2
 _ROUNDINGS = 8  # of the few operations that make up a smooth activation, each rounded
 
 
@@ -88,9 +52,9 @@ class Truth:
     def y(self) -> tuple[np.ndarray, np.ndarray]:
         """The output, and how far each element may be off."""
         z, off = self._before_activation(*self.arguments[:3])
-        y = _ACTIVATIONS[self.layer.activation][0](z)
+        y = VALUES[self.layer.activation](z)
         if self._smooth:
-            off = _STEEPEST * off + _ROUNDINGS * self._unit * (np.abs(y) + np.abs(z))
+            off = STEEPEST * off + _ROUNDINGS * self._unit * (np.abs(y) + np.abs(z))
         return y, off
 
     @functools.cached_property
@@ -98,13 +62,13 @@ class Truth:
         """Those by x, kernel and bias, each with how far its elements may be off."""
         x, kernel, bias, g = self.arguments
         z, off = self._before_activation(x, kernel, bias)
-        slope = _ACTIVATIONS[self.layer.activation][1]
+        slope = SLOPES[self.layer.activation]
         gz = np.asarray(g, float) * slope(z)
         # What the activation's own derivative is off by travels on through the convolution.
-        loose = np.abs(np.asarray(g, float)) * (_STEEPEST * off + _ROUNDINGS * self._unit)
+        loose = np.abs(np.asarray(g, float)) * (STEEPEST * off + _ROUNDINGS * self._unit)
         if not self._smooth:
             loose = None
-        spec = spec_of(self.layer)
+        spec = self.layer.spec
         dx = self._operation(reference.input_grad_reference, gz, kernel, spec, loose)
         dw = self._operation(
             lambda gz, x, spec: reference.kernel_grad_reference(x, gz, spec), gz, x, spec, loose
@@ -142,7 +106,7 @@ class Truth:
 
     def _before_activation(self, x, kernel, bias):
         if not hasattr(self, "_z"):
-            z, off = self._operation(reference.conv1d_reference, x, kernel, spec_of(self.layer))
+            z, off = self._operation(reference.conv1d_reference, x, kernel, self.layer.spec)
             z += np.asarray(bias, float)
             self._z = z, off + self._unit * np.abs(z)
         return self._z

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from conv_pallas import dispatch
+from conv_pallas import aot, dispatch
 
 _EXTRAS = {"demo": ("matplotlib", "optax", "rich", "sklearn")}
 
@@ -84,7 +84,7 @@ def _add_inspect(commands) -> None:
     inspect.set_defaults(run=_inspect)
     _add_layer(inspect, "+")
     inspect.add_argument(
-        "--chip", required=True, metavar="CHIP", help=f"one of {', '.join(_chips())}"
+        "--chip", required=True, metavar="CHIP", help=f"one of {', '.join(aot.CHIPS)}"
     )
     inspect.add_argument("--dtype", metavar="DTYPE", help="instead of the layer's own")
     inspect.add_argument(
@@ -140,7 +140,7 @@ def _layer(words: Sequence[str], dtype: str | None):
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from conv_pallas import aot, inspection
+    from conv_pallas import inspection
 
     inspection.jax_without_devices()
     try:
@@ -174,19 +174,12 @@ def _explain(options: argparse.Namespace) -> int:
             print(f"{layer.name}: {layer}, {layer.dtype}")
             x, kernel, bias, _ = inspection.structs(layer)
             print(explain(
-                x, kernel, bias, platform=options.platform, strides=layer.S,
-                padding=layer.padding, kernel_dilation=layer.D, feature_group_count=layer.G,
+                x, kernel, bias, platform=options.platform, **layer.geometry,
                 activation=layer.activation, implementation=options.implementation,
             ))  # fmt: skip
     except (ValueError, TypeError, NotImplementedError) as e:
         return _fail(str(e))
     return 0
-
-
-def _chips() -> tuple[str, ...]:
-    from conv_pallas import aot
-
-    return aot.CHIPS
 
 
 def _demo(options: argparse.Namespace) -> int:

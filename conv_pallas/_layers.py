@@ -5,12 +5,17 @@ The demo, the benchmarks and whoever asks for a layer by name read this one tabl
 
 import dataclasses
 import difflib
+import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from flax import nnx
 
+from conv_pallas.dispatch import Implementation
 from conv_pallas.nn import Conv
-from conv_pallas.ops import ACTIVATIONS
+from conv_pallas.ops import ACTIVATIONS, conv1d
+from conv_pallas.spec import ConvSpec, Operation, Problem, make_spec, problem_of
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -20,7 +25,7 @@ class Layer:
     Attributes:
       name: the model, then what tells its layers apart: ``"wavenet/D512"``.
       source: where the model is described.
-      padding: as in `conv_pallas.conv1d`.
+      padding: as in `conv_pallas.conv1d`, of those that pad with zeros.
       activation: what directly follows the convolution, as in `conv_pallas.conv1d`; None where
         nothing elementwise does (a gate over pairs of channels, a norm, another convolution).
       dtype: of parameters and activations.
@@ -53,21 +58,37 @@ class Layer:
         return kind if self.S == 1 else f"{kind}, stride {self.S}"
 
     @property
-    def span(self) -> int:
-        """Steps from a window's first tap to its last, both counted."""
-        return (self.K - 1) * self.D + 1
+    def x_shape(self) -> tuple[int, int, int]:
+        return (self.N, self.T, self.C)
+
+    @property
+    def kernel_shape(self) -> tuple[int, int, int]:
+        return (self.K, self.C // self.G, self.O)
+
+    @property
+    def y_shape(self) -> tuple[int, int, int]:
+        return (self.N, self.spec.out_time, self.O)
+
+    @property
+    def geometry(self) -> dict[str, Any]:
+        """The arguments of `conv_pallas.conv1d` that say what shape the result has."""
+        return dict(
+            strides=self.S, padding=self.padding, kernel_dilation=self.D, feature_group_count=self.G
+        )
+
+    @property
+    def spec(self) -> ConvSpec:
+        return make_spec(self.x_shape, self.kernel_shape, **self.geometry)[0]
+
+    def problem(self, operation: Operation, platform: str) -> Problem:
+        """An operation as kernels are asked for it."""
+        x, w = (jax.ShapeDtypeStruct(s, self.dtype) for s in (self.x_shape, self.kernel_shape))
+        return problem_of(operation, x, w, self.spec, None, x.dtype, platform)
 
     @property
     def products(self) -> int:
         """Multiplications in one forward pass, those with padding counted."""
-        return self.N * -(-self.T // self.S) * self.K * (self.C // self.G) * self.O
-
-    @property
-    def out_time(self) -> int:
-        """Steps of the output."""
-        if self.padding == "VALID":
-            return max(0, (self.T - self.span) // self.S + 1)
-        return -(-self.T // self.S)
+        return self.N * self.spec.out_time * self.K * (self.C // self.G) * self.O
 
     def costs(self, training: bool = False) -> tuple[tuple[int, int], ...]:
         """Arithmetic operations and bytes of each operation of a pass, products with padding too.
@@ -77,9 +98,8 @@ class Layer:
         carries the bias's.
         """
         size = 2 if self.dtype in ("bfloat16", "float16") else 4
-        x, y = self.N * self.T * self.C, self.N * self.out_time * self.O
-        w = self.K * (self.C // self.G) * self.O + self.O
-        forward = (2 * self.products, size * (x + w + y))
+        x, w, y = map(math.prod, (self.x_shape, self.kernel_shape, self.y_shape))
+        forward = (2 * self.products, size * (x + w + self.O + y))
         return (forward,) * 3 if training else (forward,)  # the gradients swap the parts
 
     def __str__(self) -> str:
@@ -113,6 +133,27 @@ class Layer:
             rngs=nnx.Rngs(0) if rngs is None else rngs,
             **more,
         )
+
+    def ours(self, implementation: Implementation = None) -> Callable[..., jax.Array]:
+        """``(x, kernel, bias) -> y`` by `conv_pallas.conv1d`, the activation included."""
+
+        def forward(x, kernel, bias):
+            more = dict(activation=self.activation, implementation=implementation)
+            return conv1d(x, kernel, bias, **self.geometry, **more)
+
+        return forward
+
+    def stock(self) -> Callable[..., jax.Array]:
+        """``(x, kernel, bias) -> y`` by `flax.nnx.Conv`, and then the activation."""
+        graph, state = nnx.split(nnx.eval_shape(lambda: self.build(nnx.Conv)))
+
+        def forward(x, kernel, bias):
+            filled = nnx.State(
+                {"kernel": state["kernel"].replace(kernel), "bias": state["bias"].replace(bias)}
+            )
+            return self.activate(nnx.merge(graph, filled)(x))
+
+        return forward
 
     def activate(self, y: jax.Array) -> jax.Array:
         """What the model does to the convolution's output."""
@@ -213,7 +254,7 @@ def fit(layer: Layer, platform: str, most: int = 1 << 30) -> Layer:
         return layer
     while _work_on_cpu(layer) > most and layer.N > 1:
         layer = dataclasses.replace(layer, N=layer.N // 2)
-    while _work_on_cpu(layer) > most and layer.T // 2 >= max(64, 4 * layer.span):
+    while _work_on_cpu(layer) > most and layer.T // 2 >= max(64, 4 * layer.spec.span):
         layer = dataclasses.replace(layer, T=layer.T // 2)
     return layer
 

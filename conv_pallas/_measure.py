@@ -225,15 +225,10 @@ class Program:
 def inputs(layer: Layer, seed: int = 0) -> tuple[jax.Array, jax.Array]:
     """x, and an output gradient g."""
     rng = np.random.default_rng(seed)
-    y = jax.eval_shape(layer.build(nnx.Conv), jax.ShapeDtypeStruct(x_shape(layer), layer.dtype))
     return tuple(
         jnp.asarray(rng.standard_normal(shape, np.float32), layer.dtype)
-        for shape in (x_shape(layer), y.shape)
+        for shape in (layer.x_shape, layer.y_shape)
     )
-
-
-def x_shape(layer: Layer) -> tuple[int, int, int]:
-    return (layer.N, layer.T, layer.C)
 
 
 def prepare(layer: Layer, which: str, module: nnx.Conv, x: jax.Array, g: jax.Array) -> Program:
@@ -274,14 +269,12 @@ class Measurement:
     Attributes:
       layer: as it was measured; see `conv_pallas._layers.fit`.
       seconds: for each variant, a call's time in every round.
-      difference: the largest one between the two results, relative to the largest element.
       identical: whether both compiled to the same program; their ratio then shows the noise.
     """
 
     layer: Layer
     which: str
     seconds: dict[str, tuple[float, ...]]
-    difference: float
     identical: bool
 
     @property
@@ -324,13 +317,8 @@ def compare(
             f"{layer.name}, {which}: ours is off by {off:.2g} of the largest element, "
             f"{tolerance(layer):.2g} is allowed"
         )
-    return Measurement(
-        layer,
-        which,
-        interleaved(programs, settings),
-        off,
-        programs[STOCK].text == programs[OURS].text,
-    )
+    identical = programs[STOCK].text == programs[OURS].text
+    return Measurement(layer, which, interleaved(programs, settings), identical)
 
 
 def difference(expected, actual) -> float:

@@ -9,8 +9,8 @@ there, and what they emit here is what would run, but for one thing. Autotuning 
 device, so choices among cuDNN's or Triton's algorithms are defaults, not the measured best.
 
 Needs the extra ``aot``: the CUDA plugin's wheels without NVIDIA's libraries, triton (for
-its ptxas) and libtpu. Nothing else of the package imports this module. Where those wheels
-stand but not the chips, set ``JAX_PLATFORMS=cpu``, or JAX looks for the chips at its start.
+its ptxas) and libtpu. ``import conv_pallas`` does not import this module. Where those wheels stand
+but not the chips, set ``JAX_PLATFORMS=cpu``, or JAX looks for the chips at its start.
 """
 
 import functools
@@ -133,7 +133,7 @@ def compile_for(chip: str, f: Callable, *structs: Any) -> jax.stages.Compiled:
     lowered, options = lower_for(chip, f, *structs), {}
     if chip in _GPUS:
         options["xla_gpu_cuda_data_dir"] = _toolkit()
-    with _as_on(chip):  # what is split over chips is lowered only then
+    with as_on(chip):  # what is split over chips is lowered only then
         return lowered.compile(compiler_options=options)
 
 
@@ -148,12 +148,15 @@ def lower_for(chip: str, f: Callable, *structs: Any) -> jax.stages.Lowered:
 
     structs = jax.tree.map(placed, structs)
     platform = "cuda" if chip in _GPUS else "tpu"
-    with _as_on(chip):
+    with as_on(chip):
         return jax.jit(f).trace(*structs).lower(lowering_platforms=(platform,))
 
 
-def _as_on(chip: str):
-    """Without an abstract device Pallas asks the default backend's, and finds a CPU."""
+def as_on(chip: str):
+    """A context in which kernels see that chip as the one they are for, compiled or explained.
+
+    Without an abstract device Pallas asks the default backend's, and finds a CPU.
+    """
     (device,) = devices(chip, 1)
     kind = AbstractDevice(
         device_kind=device.device_kind,

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 # each function compiled twice.
 import jax._src.pallas.fuser.jaxpr_fusion  # noqa: F401
 
-from conv_pallas.spec import Epilogue, Problem
+from conv_pallas.spec import OPERATIONS, Epilogue, Problem
 
 IMPLEMENTATIONS = ("triton", "pallas_tpu", "xla", "xla_native")
 # Where an implementation runs that has no kernel to ask, for want of a package.
@@ -162,16 +162,11 @@ def backward(
 
     It has to be the one that would compute each of the wanted gradients by itself.
     """
-    x, w, y = problem.lhs_dtype, problem.rhs_dtype, problem.out_dtype
-    alone = (("conv1d_input_grad", y, w, x), ("conv1d_kernel_grad", x, y, w))
     kernels = []
-    for (operation, lhs, rhs, out), needed in zip(alone, wanted[:2], strict=True):
+    for operation, needed in zip(OPERATIONS[1:], wanted[:2], strict=True):
         if needed:
-            this = dataclasses.replace(
-                problem, operation=operation, lhs_dtype=lhs, rhs_dtype=rhs, out_dtype=out
-            )
             try:
-                kernels.append(select(this, implementation))
+                kernels.append(select(problem.gradient(operation), implementation))
             except NotImplementedError:
                 return None  # raised once that gradient is lowered by itself
     if not kernels or any(kernel is not kernels[0] for kernel in kernels):

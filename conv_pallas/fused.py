@@ -34,7 +34,7 @@ from jax.experimental import jet
 from jax.sharding import PartitionSpec as P
 
 from conv_pallas import dispatch, fused_sharding, halo, primitives
-from conv_pallas.spec import ConvSpec, Epilogue, Problem
+from conv_pallas.spec import ConvSpec, Epilogue, Problem, problem_of
 
 FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
@@ -176,14 +176,6 @@ def _place(aval):
 # --- Lowering: a kernel that fuses, or the composition ---
 
 
-def _problem(x, w, spec, out_dtype, precision, platform) -> Problem:
-    """One device's forward convolution; its epilogue comes once a kernel is chosen."""
-    return Problem(
-        "conv1d", spec, math.prod(x.shape[:-2]), x.shape[-1], w.shape[-1], np.dtype(x.dtype),
-        np.dtype(w.dtype), np.dtype(out_dtype), precision, platform,
-    )  # fmt: skip
-
-
 def _rows(a):
     """All batch axes as one."""
     return a.reshape(math.prod(a.shape[:-2]), *a.shape[-2:])
@@ -214,7 +206,9 @@ def _forward_alone(x, w, bias, *, platform, activation, has_bias, keep, **conv):
     def composed():
         return _forward(x, w, bias, activation=activation, has_bias=has_bias, keep=keep, **conv)
 
-    problem = _problem(x, w, conv["spec"], conv["out_dtype"], conv["precision"], platform)
+    problem = problem_of(
+        "conv1d", x, w, conv["spec"], conv["precision"], conv["out_dtype"], platform
+    )
     if _empty(problem):
         return composed()
     kernel = dispatch.select(problem, conv["implementation"])
@@ -249,7 +243,7 @@ def _backward_local(
     x, w, bias, saved, (gy,) = _split(operands, activation, has_bias)
     found, own = None, time.own(spec)
     if whole and own is not None:
-        problem = _problem(x, w, own, conv["out_dtype"], conv["precision"], platform)
+        problem = problem_of("conv1d", x, w, own, conv["precision"], conv["out_dtype"], platform)
         epilogue = Epilogue(has_bias, activation)
         if not _empty(problem):
             found = dispatch.backward(problem, epilogue, conv["implementation"], wanted)
@@ -286,8 +280,8 @@ def _lowering(ctx, *operands, platform, local, composed, **params):
         call = fused_sharding.by_types(local, ctx.avals_in, ctx.avals_out, **params)
         return mlir.lower_fun(call, multiple_results=True)(ctx, *operands)
     if primitives.can_partition(ctx):
-        avals = (primitives.without_sharding(a) for a in (ctx.avals_in, ctx.avals_out))
-        call = fused_sharding.by_xla(local, *avals, **params)
+        avals = primitives.without_sharding(ctx.avals_in)
+        call = fused_sharding.by_xla(local, avals, **params)
     else:
         call = functools.partial(local, **params)
     return primitives.lower_locally(ctx, call, operands, multiple_results=True)

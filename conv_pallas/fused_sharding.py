@@ -80,7 +80,7 @@ class Split:
         return backward
 
 
-def by_xla(local, avals_in, avals_out, **params):
+def by_xla(local, avals_in, **params):
     """For meshes with automatic axes: a call that XLA's partitioner asks how to split."""
     split = Split.of(avals_in[0].ndim, **params)
 

@@ -16,11 +16,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
-from flax import nnx
 from jax.experimental.pallas import tpu as pltpu
 
-from conv_pallas import aot, conv1d, schedule
-from conv_pallas._layers import PUBLISHED, Layer, find
+from conv_pallas import aot, schedule
+from conv_pallas._layers import Layer, find
 from conv_pallas.dispatch import Implementation
 from conv_pallas.explanation import explain
 
@@ -40,7 +39,7 @@ _SIZES = {"N", "T", "C", "O", "K", "D", "S", "G"}
 _WORDS = {"padding", "activation", "dtype"}
 
 
-def parse_layer(words: Sequence[str], layers: tuple[Layer, ...] = PUBLISHED) -> Layer:
+def parse_layer(words: Sequence[str]) -> Layer:
     """A layer by its name, or by its shape as ``N=8 T=4096 C=512 K=3 D=4``.
 
     Of a shape N is 1, O is C, D, S and G are 1 where they are not given; ``padding``,
@@ -51,7 +50,7 @@ def parse_layer(words: Sequence[str], layers: tuple[Layer, ...] = PUBLISHED) -> 
     """
     words = " ".join(words).split()  # a shape may have been quoted
     if len(words) == 1 and "=" not in words[0]:
-        return find(words[0], layers)
+        return find(words[0])
     fields: dict[str, str | int] = {}
     for word in words:
         key, _, value = word.partition("=")
@@ -74,36 +73,14 @@ def parse_layer(words: Sequence[str], layers: tuple[Layer, ...] = PUBLISHED) -> 
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {fields['dtype']!r}")
     defaults = {"N": 1, "O": fields["C"]}
     layer = Layer(name="layer", source="the command line", **(defaults | fields))
-    jax.eval_shape(_forward(layer, None), *structs(layer)[:3])  # says what does not fit
+    jax.eval_shape(layer.ours(), *structs(layer)[:3])  # says what does not fit
     return layer
 
 
 def structs(layer: Layer) -> tuple[jax.ShapeDtypeStruct, ...]:
     """x, kernel, bias and g without values."""
-    shapes = (
-        (layer.N, layer.T, layer.C),
-        (layer.K, layer.C // layer.G, layer.O),
-        (layer.O,),
-        (layer.N, layer.out_time, layer.O),
-    )
+    shapes = (layer.x_shape, layer.kernel_shape, (layer.O,), layer.y_shape)
     return tuple(aot.struct(shape, layer.dtype) for shape in shapes)
-
-
-def _forward(layer: Layer, implementation: Implementation) -> Callable:
-    return lambda x, kernel, bias: conv1d(
-        x, kernel, bias, strides=layer.S, padding=layer.padding, kernel_dilation=layer.D,
-        feature_group_count=layer.G, activation=layer.activation, implementation=implementation,
-    )  # fmt: skip
-
-
-def _stock(layer: Layer) -> Callable:
-    graph, state = nnx.split(nnx.eval_shape(lambda: layer.build(nnx.Conv)))
-
-    def forward(x, kernel, bias):
-        filled = {"kernel": state["kernel"].replace(kernel), "bias": state["bias"].replace(bias)}
-        return layer.activate(nnx.merge(graph, nnx.State(filled))(x))
-
-    return forward
 
 
 def _gradients(forward: Callable) -> Callable:
@@ -133,11 +110,8 @@ def limits(chip: str, dtype: str) -> Limits:
     if chip in aot.GPUS:
         bytes_, operations = _GPU_LIMITS[chip]
         return Limits(bytes_, operations[dtype], "data sheet")
-    found = []
-    aot.lower_for(
-        chip, lambda x: (found.append(pltpu.get_tpu_info()), x)[1], aot.struct((8, 128), "float32")
-    )
-    (info,) = found
+    with aot.as_on(chip):
+        info = pltpu.get_tpu_info()
     # float32 products are rounded to bfloat16 unless told otherwise.
     return Limits(info.mem_bw_bytes_per_second, info.bf16_ops_per_second, "jax's table")
 
@@ -202,10 +176,9 @@ def inspect(
         chain = implementation or KERNELS[platform]
         _tell_choice(layer, platform, chain, tell)
         for which, ours, stock, arguments in (
-            ("forward", _forward(layer, chain), _stock(layer), structs(layer)[:3]),
-            ("gradients", _gradients(_forward(layer, chain)), _gradients(_stock(layer)),
-             structs(layer)),
-        ):  # fmt: skip
+            ("forward", layer.ours(chain), layer.stock(), structs(layer)[:3]),
+            ("gradients", _gradients(layer.ours(chain)), _gradients(layer.stock()), structs(layer)),
+        ):
             tell(f"\n{which}")
             costs = layer.costs(training=True)
             for line in _bound(costs[:1] if which == "forward" else costs[1:], most):
@@ -222,10 +195,7 @@ def inspect(
 
 def _tell_choice(layer: Layer, platform: str, chain: Implementation, tell) -> None:
     x, kernel, bias, _ = structs(layer)
-    geometry = dict(
-        strides=layer.S, padding=layer.padding, kernel_dilation=layer.D,
-        feature_group_count=layer.G, activation=layer.activation,
-    )  # fmt: skip
+    geometry = layer.geometry | dict(activation=layer.activation)
     asked = explain(x, kernel, bias, platform=platform, implementation=chain, **geometry)
     picked = explain(x, kernel, bias, platform=platform, **geometry)
     for operation, answers in asked.candidates.items():
@@ -253,7 +223,6 @@ def _compiled(chip, f, arguments, folder: Path, dump: Path | None, label: str) -
     called = _called(text) if found else []
     found = [code for code in found if any(re.search(rf"\b{code.name}\b", call) for call in called)]
     cost = compiled.cost_analysis() or {}
-    cost = cost[0] if isinstance(cost, list) else cost
     memory = compiled.memory_analysis()
     entry = text[text.rfind("\nENTRY ") :]
     moved = "bytes accessed"

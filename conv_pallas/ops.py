@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from conv_pallas import dispatch, fused, halo, primitives, segments
 from conv_pallas.dispatch import Implementation
-from conv_pallas.spec import ConvSpec, Problem, UnknownPaddingError, make_spec
+from conv_pallas.spec import ConvSpec, UnknownPaddingError, make_spec, problem_of
 
 ACTIVATIONS = fused.FUNCTIONS
 
@@ -428,25 +428,3 @@ def result_dtype(dtype, preferred_element_type) -> np.dtype:
     preferred = np.dtype(jax.dtypes.canonicalize_dtype(preferred_element_type))
     lax_internal._validate_preferred_element_type(dtype, preferred)  # raises TypeError
     return preferred
-
-
-def problem_of(operation, x, w, spec: ConvSpec, precision, out_dtype, platform="cpu") -> Problem:
-    """What each device would be given were nothing sharded or vmapped."""
-    lhs, rhs = {
-        "conv1d": (x.dtype, w.dtype),
-        "conv1d_input_grad": (out_dtype, w.dtype),
-        "conv1d_kernel_grad": (x.dtype, out_dtype),
-    }[operation]
-    result = {"conv1d": out_dtype, "conv1d_input_grad": x.dtype, "conv1d_kernel_grad": w.dtype}
-    return Problem(
-        operation,
-        spec,
-        math.prod(x.shape[:-2]),
-        x.shape[-1],
-        w.shape[-1],
-        np.dtype(lhs),
-        np.dtype(rhs),
-        np.dtype(result[operation]),
-        precision,
-        platform,
-    )

@@ -340,15 +340,14 @@ def _make(operation: Operation):
     return p
 
 
-_PRIMITIVES = {operation: _make(operation) for operation in OPERATIONS}
-conv1d_p, conv1d_input_grad_p, conv1d_kernel_grad_p = _PRIMITIVES.values()
+PRIMITIVES = {operation: _make(operation) for operation in OPERATIONS}
 
 
 def _bind(operation: Operation, lhs, rhs, **params):
     # In a shard_map operands have to vary along the same mesh axes; in a rule, too, one may have
     # come to vary where the other did not.
     operands = jax_core.auto_insert_reshard(lhs, rhs)
-    return _PRIMITIVES[operation].bind(*operands, **params)
+    return PRIMITIVES[operation].bind(*operands, **params)
 
 
 def _apply(operation: Operation, lhs, rhs, *, out_dtype, **params):

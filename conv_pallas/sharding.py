@@ -18,7 +18,7 @@ from jax._src.sharding_impls import parse_flatten_op_sharding
 from jax.sharding import PartitionSpec as P
 
 from conv_pallas import halo
-from conv_pallas.spec import ConvSpec, Operation
+from conv_pallas.spec import ConvSpec, Operation, lhs_rhs_out
 
 WHOLE = ("tap", "inner")  # labels that are never split
 # Labels of dimensions that are split as another is, but have their own number of channels or steps.
@@ -52,11 +52,8 @@ class Axes:
         x = (*V, *B, "time", C)
         w = (*V, "tap", inner, O)
         y = (*V, *B, "outtime", O)
-        if operation == "conv1d":
-            return cls((x, w, y), (0, 2, 1), spec)
-        if operation == "conv1d_input_grad":
-            return cls((y, w, x), (0, 2, 1), spec)
-        return cls((x, y, w), (0, 1, 2), spec)
+        order = (0, 1, 2) if operation == "conv1d_kernel_grad" else (0, 2, 1)
+        return cls(lhs_rhs_out(operation, x, w, y), order, spec)
 
     def place(self, mesh, *arrays: tuple[Sequence[int], Sequence | None]) -> Placement:
         """Places mesh axes on labels as the arrays' own shardings suggest.

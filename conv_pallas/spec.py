@@ -11,6 +11,7 @@ and group ``g`` of the outputs sees group ``g`` of the inputs only.
 """
 
 import dataclasses
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -19,6 +20,19 @@ import numpy as np
 
 Operation = Literal["conv1d", "conv1d_input_grad", "conv1d_kernel_grad"]
 OPERATIONS: tuple[Operation, ...] = ("conv1d", "conv1d_input_grad", "conv1d_kernel_grad")
+
+
+def lhs_rhs_out[T](operation: Operation, x: T, w: T, y: T) -> tuple[T, T, T]:
+    """Of what stands for x, w and y: what stands for the operands and the result of an operation.
+
+    An output gradient is like y; dx and dw are like x and w.
+    """
+    return {
+        "conv1d": (x, w, y),
+        "conv1d_input_grad": (y, w, x),
+        "conv1d_kernel_grad": (x, y, w),
+    }[operation]
+
 
 STRING_PADDINGS = ("SAME", "SAME_LOWER", "VALID", "CAUSAL", "CIRCULAR", "REFLECT")
 
@@ -171,18 +185,51 @@ class Problem:
         return (self.N, self.spec.out_time, self.O)
 
     @property
+    def shapes(self) -> tuple[tuple[int, int, int], ...]:
+        """Those of lhs, of rhs and of what the operation computes."""
+        return lhs_rhs_out(self.operation, self.x_shape, self.w_shape, self.y_shape)
+
+    @property
     def out_shape(self) -> tuple[int, int, int]:
         """The shape of what the operation computes."""
-        return {
-            "conv1d": self.y_shape,
-            "conv1d_input_grad": self.x_shape,
-            "conv1d_kernel_grad": self.w_shape,
-        }[self.operation]
+        return self.shapes[2]
 
     @property
     def depthwise(self) -> bool:
         """Whether every input channel is a group of its own."""
         return self.spec.groups == self.C and self.C > 1
+
+    @property
+    def as_convolution(self) -> tuple[ConvSpec, int, int]:
+        """Geometry, channels in and channels out of the convolution that an operation is.
+
+        An input gradient is one of g. A kernel gradient sums over time instead; it is told of as
+        the forward convolution.
+        """
+        if self.operation == "conv1d_input_grad":
+            return self.spec.transposed(), self.O, self.C
+        return self.spec, self.C, self.O
+
+    def gradient(self, operation: Operation) -> "Problem":
+        """A gradient of this forward convolution, with its epilogue."""
+        lhs, rhs, out = lhs_rhs_out(operation, self.lhs_dtype, self.rhs_dtype, self.out_dtype)
+        return dataclasses.replace(
+            self, operation=operation, lhs_dtype=lhs, rhs_dtype=rhs, out_dtype=out
+        )
+
+
+def problem_of(
+    operation: Operation, x, w, spec: ConvSpec, precision, out_dtype, platform: str = "cpu"
+) -> Problem:
+    """What each device would be given were nothing sharded or vmapped.
+
+    Args:
+      x, w: ``(*batch, T, C)`` and ``(K, C // G, O)``, or what has their shapes and dtypes.
+      out_dtype: of y.
+    """
+    dtypes = map(np.dtype, lhs_rhs_out(operation, x.dtype, w.dtype, out_dtype))
+    N, C, O = math.prod(x.shape[:-2]), x.shape[-1], w.shape[-1]
+    return Problem(operation, spec, N, C, O, *dtypes, precision, platform)
 
 
 def _is_sequence(value: Any) -> bool:

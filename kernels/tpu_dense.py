@@ -222,11 +222,8 @@ def _plan_of(
         sizes[problem.operation == "conv1d_kernel_grad"] *= 2
     if problem.operation == "conv1d" and problem.epilogue.keep:
         sizes[2] *= 2
-    spec, C, O = problem.spec, problem.C, problem.O
-    if problem.operation == "conv1d_input_grad":
-        spec, C, O = spec.transposed(), O, C
     sums = problem.operation == "conv1d_kernel_grad"
-    return _plan(spec, C, O, sizes, passes, sums, chip, longest)
+    return _plan(*problem.as_convolution, sizes, passes, sums, chip, longest)
 
 
 # --- Launchers ---

@@ -154,9 +154,7 @@ def _plan_of(
     problem: Problem, chip: Chip, longest: int = LONGEST, saved: bool = False
 ) -> Plan | None:
     """The longest tile of time and the widest of channels that fit; ``saved``: and is read too."""
-    spec, C = problem.spec, problem.O
-    if problem.operation == "conv1d_input_grad":
-        spec = spec.transposed()
+    (spec, _, _), C = problem.as_convolution, problem.O
     sums = problem.operation == "conv1d_kernel_grad"
     keep = problem.operation == "conv1d" and problem.epilogue.keep
 

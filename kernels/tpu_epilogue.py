@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from conv_pallas.kernels.tpu_window import Chip, gradient_problem, rows_of, sees_nothing
+from conv_pallas.kernels.tpu_window import Chip, rows_of, sees_nothing
 from conv_pallas.spec import OPERATIONS, Problem
 
 _A, _B = math.sqrt(2 / math.pi), 0.044715  # of the approximate GELU
@@ -142,10 +142,10 @@ def backward(
     want_dx, want_dw, want_db = wanted
     want_db = want_db and bias is not None
     if want_dx:
-        part = gradient_problem(problem, "conv1d_input_grad")
+        part = problem.gradient("conv1d_input_grad")
         dx = launch(part, gy, w, chip, saved=saved, **options)
     if want_dw:
-        part = gradient_problem(problem, "conv1d_kernel_grad")
+        part = problem.gradient("conv1d_kernel_grad")
         dw = launch(part, x, gy, chip, saved=saved, sum_bias=want_db, **options)
         dw, db = dw if want_db else (dw, None)
     elif want_db:
@@ -166,6 +166,6 @@ def decline_backward(plan_of, problem: Problem, wanted: tuple[bool, bool, bool])
         return "there is nothing to compute"
     saved, chip = problem.epilogue.activation is not None, Chip.current()
     for needed, operation in zip(wanted, OPERATIONS[1:], strict=False):
-        if needed and plan_of(gradient_problem(problem, operation), chip, saved=saved) is None:
+        if needed and plan_of(problem.gradient(operation), chip, saved=saved) is None:
             return "the halo does not fit in VMEM with what was saved"
     return None

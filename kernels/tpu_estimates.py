@@ -3,7 +3,7 @@
 import dataclasses
 
 from conv_pallas.kernels.tpu_matmul import passes_of
-from conv_pallas.kernels.tpu_window import LANES, Chip, gradient_problem, sees_nothing
+from conv_pallas.kernels.tpu_window import LANES, Chip, sees_nothing
 from conv_pallas.spec import Problem
 
 # Chips for which there are estimates.
@@ -38,8 +38,8 @@ def wins(plan_of, problem: Problem, chip: Chip) -> bool:
         if chip.name == "v5e" or problem.N * problem.spec.time < 2**15:
             return False
     for operation, low in (("conv1d", True), ("conv1d_input_grad", False)):
-        part = gradient_problem(problem, operation) if not low else problem
-        plan = plan_of(dataclasses.replace(part, operation=operation), chip)
+        # All dtypes are one.
+        plan = plan_of(dataclasses.replace(problem, operation=operation), chip)
         if plan is None:
             return False
         walk = plan.walk

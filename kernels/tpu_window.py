@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from conv_pallas.spec import ConvSpec, Operation, Problem
+from conv_pallas.spec import ConvSpec, Problem
 
 LANES, SUBLANES = 128, 8
 TILE_ROWS = 16  # rows of a tile of the narrowest dtype: aligned for any of them
@@ -270,15 +270,6 @@ def decline_any(problem: Problem) -> str | None:
         # "'arith.muli' op requires the same type for all operands".
         return "does not compile where jax_enable_x64 is on"
     return None
-
-
-def gradient_problem(problem: Problem, operation: Operation) -> Problem:
-    """A gradient of a forward problem, with its epilogue."""
-    x, w, y = problem.lhs_dtype, problem.rhs_dtype, problem.out_dtype
-    lhs, rhs, out = {"conv1d_input_grad": (y, w, x), "conv1d_kernel_grad": (x, y, w)}[operation]
-    return dataclasses.replace(
-        problem, operation=operation, lhs_dtype=lhs, rhs_dtype=rhs, out_dtype=out
-    )
 
 
 def vmem_bytes(rows: int, lanes: int, itemsize: int) -> int:

@@ -274,9 +274,9 @@ def run(problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
     common = dict(out_dtype=problem.out_dtype, precision=_precision(problem))
     if problem.operation == "conv1d_kernel_grad":
         return kernel_grad(lhs, rhs, problem.spec, **common)[0]
-    if problem.operation == "conv1d_input_grad":
-        return forward(lhs, rhs, problem.spec.transposed(), O=problem.C, transposed=True, **common)
-    return forward(lhs, rhs, problem.spec, O=problem.O, **common)
+    spec, _, O = problem.as_convolution
+    transposed = problem.operation == "conv1d_input_grad"
+    return forward(lhs, rhs, spec, O=O, transposed=transposed, **common)
 
 
 def fused(problem: Problem, x: jax.Array, w: jax.Array, bias: jax.Array | None):

@@ -206,7 +206,6 @@ def conv_depthwise_kernel_grad(
 def forward(
     x: jax.Array, w: jax.Array, spec: ConvSpec, *, O: int, out_dtype, transposed: bool = False,
     bias: jax.Array | None = None, activation: str | None = None,
-    tile: tuple[int, int] | None = None,
 ) -> jax.Array:  # fmt: skip
     """``activation(conv(x, w) + bias)``.
 
@@ -215,18 +214,17 @@ def forward(
       spec: of this convolution: for an input gradient the transposed one.
       O: channels out; a multiple of C, or if ``transposed`` (its taps to be reversed) C of it.
       bias, activation: as in `triton_dense.forward`.
-      tile: steps and channels of one program.
     """
     N, T, C = x.shape
     for better in (walk, taps):
-        if tile is None and better.decline(spec, C, O) is None:
+        if better.decline(spec, C, O) is None:
             return better.forward(
                 x, w, spec, out_dtype=out_dtype, transposed=transposed, bias=bias,
                 activation=activation,
             )  # fmt: skip
     K, phases = spec.kernel_size, Phases.of(spec)
     J = triton.cdiv(spec.out_time, phases.phases)
-    BT, BC = tile or (32, max(16, min(128, triton.next_power_of_2(O))))
+    BT, BC = 32, max(16, min(128, triton.next_power_of_2(O)))
     in_per_out = C // O if transposed else 1
     terms = triton.cdiv(K, phases.tap_step) * in_per_out
     halo = (K - 1) * spec.kernel_dilation // spec.input_dilation * C * x.dtype.itemsize
@@ -247,7 +245,6 @@ def forward(
 def kernel_grad(
     x: jax.Array, gy: jax.Array, spec: ConvSpec, *, out_dtype, bias: bool = False,
     saved: jax.Array | None = None, activation: str | None = None,
-    tile: tuple[int, int] | None = None, splits: int | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
     """``dw (K, 1, O)`` of x ``(N, T, C)`` and gy ``(N, T', O)``; and db ``(O,)``, or None.
 
@@ -257,17 +254,17 @@ def kernel_grad(
       saved, activation: with them ``gz = gy * activation'``, else gz is gy; not with phases.
     """
     (N, T, C), (_, U, O) = x.shape, gy.shape
-    if tile is None and saved is None and taps.decline(spec, C, O) is None:
+    if saved is None and taps.decline(spec, C, O) is None:
         return taps.kernel_grad(x, gy, spec, out_dtype=out_dtype, bias=bias)
     K, phases = spec.kernel_size, Phases.of(spec)
     J = triton.cdiv(U, phases.phases)
     BK = min(TAPS, triton.next_power_of_2(K))
     # With a multiplier the loads of x are narrower, and so more.
     rows = 64 if C == O else 32
-    BU, BO = tile or (rows // BK, max(16, min(128, triton.next_power_of_2(O))))
+    BU, BO = rows // BK, max(16, min(128, triton.next_power_of_2(O)))
     blocks = N * triton.cdiv(J, BU)
     tiles = triton.cdiv(K, BK) * triton.cdiv(O, BO)
-    splits = splits or min(blocks, triton.cdiv(8 * PROCESSORS, tiles), 256)
+    splits = min(blocks, triton.cdiv(8 * PROCESSORS, tiles), 256)
     per_split = triton.cdiv(blocks, splits)
     splits = triton.cdiv(blocks, per_split)
     narrow = splits == 1 and not bias
@@ -287,7 +284,7 @@ def kernel_grad(
 
 
 def run(problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-    spec, out_dtype = problem.spec, problem.out_dtype
+    (spec, _, O), out_dtype = problem.as_convolution, problem.out_dtype
     if problem.operation == "conv1d_kernel_grad":
         if walk.decline(spec, problem.C, problem.O) is None:
             wanted = (False, True, False)
@@ -296,10 +293,8 @@ def run(problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
                 dw_dtype=out_dtype,
             )[1]  # fmt: skip
         return kernel_grad(lhs, rhs, spec, out_dtype=out_dtype)[0]
-    if problem.operation == "conv1d_input_grad":
-        spec = spec.transposed()
-        return forward(lhs, rhs, spec, O=problem.C, out_dtype=out_dtype, transposed=True)
-    return forward(lhs, rhs, spec, O=problem.O, out_dtype=out_dtype)
+    transposed = problem.operation == "conv1d_input_grad"
+    return forward(lhs, rhs, spec, O=O, out_dtype=out_dtype, transposed=transposed)
 
 
 def fused(problem: Problem, x: jax.Array, w: jax.Array, bias: jax.Array | None) -> jax.Array:

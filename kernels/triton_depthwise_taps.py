@@ -67,7 +67,7 @@ def _zeros(COUNT: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr):
 
 
 @triton.jit
-def _until(end, rows, c, C: tl.constexpr, BC: tl.constexpr):
+def _until(end, rows, c, C: tl.constexpr):
     """A tile: ``end`` in those rows, and in the channels that there are; 0 elsewhere."""
     return tl.where(rows[:, None] & (c < C)[None, :], end, 0)
 
@@ -135,7 +135,7 @@ def conv_taps(
     piece = piece % PIECES
     u = piece // SERIES * (R * D) + piece % SERIES
     t = tl.broadcast_to((u - LOW)[:, None], (BP, BC))
-    end = _until(T, n < N, c, C, BC)
+    end = _until(T, n < N, c, C)
     step = tl.full((), D, tl.int64) * C
     px = x + (n * T + u - LOW)[:, None] * C + c[None, :]
     w_step = tl.full((), -C if REVERSE else C, tl.int64)
@@ -161,7 +161,7 @@ def conv_taps(
     if HAS_BIAS:
         b = tl.load(bias + c, c < C, 0.0).to(tl.float32)[None, :]
     py = y + (n * U + u)[:, None] * C + c[None, :]
-    end = _until(U, n < N, c, C, BC)
+    end = _until(U, n < N, c, C)
     for r in tl.static_range(R):
         z = sums[r] + b if HAS_BIAS else sums[r]
         z = activate(z, ACTIVATION).to(y.dtype.element_ty)
@@ -187,7 +187,7 @@ def conv_taps_kernel_grad(
     pid = pid // TILES_C
     k = (pid % TILES_K * BP + tl.arange(0, BP)) * R
     split = pid // TILES_K
-    end = _until(T, k < K, c, C, BC)
+    end = _until(T, k < K, c, C)
     step = tl.full((), D, tl.int64) * C
 
     columns = (c < C)[None, :]

@@ -60,11 +60,8 @@ def _kernel_taps(w, c, C: tl.constexpr, K: tl.constexpr, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def _steps_ahead(
-    x, start, t, T, real, D, step,
-    COUNT: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    """COUNT tiles ``(BR, BC)``, the steps t, t + D, ... of rows that are `real`; zeros outside."""
+def _steps_ahead(x, start, t, T, real, D, step, COUNT: tl.constexpr):
+    """COUNT tiles, the steps t, t + D, ... of the rows that are `real`; zeros outside."""
     tiles = ()
     for i in tl.static_range(COUNT):
         here = t + i * D
@@ -104,18 +101,18 @@ def conv_walk(
     px = n * T * C + t.to(tl.int64)[:, None] * C + c[None, :]
     py = y + n * U * C + u.to(tl.int64)[:, None] * C + c[None, :]
     xs = ()
-    before = _steps_ahead(x, px, t, T, real, D, step, K - 1, BR, BC)
+    before = _steps_ahead(x, px, t, T, real, D, step, K - 1)
     for k in tl.static_range(K - 1):
         xs = xs + (to_float32(before[k]),)
     t += (K - 1) * D
     px += (K - 1) * step
-    ahead = _steps_ahead(x, px, t, T, real, D, step, AHEAD, BR, BC)
+    ahead = _steps_ahead(x, px, t, T, real, D, step, AHEAD)
     for group in tl.range(0, GROUPS):
         now = ahead
         t += AHEAD * D
         px += AHEAD * step
         end = tl.where(group + 1 < GROUPS, T, 0)
-        ahead = _steps_ahead(x, px, t, end, real, D, step, AHEAD, BR, BC)
+        ahead = _steps_ahead(x, px, t, end, real, D, step, AHEAD)
         for i in tl.static_range(AHEAD):
             xs = xs + (to_float32(now[i]),)
             z = xs[0] * taps[0] + b if HAS_BIAS else xs[0] * taps[0]
@@ -170,14 +167,14 @@ def conv_walk_backward(
         pg = n * U * C + u.to(tl.int64)[:, None] * C + c[None, :]
         pd = dx + px
         xs, gs = (), ()
-        before = _steps_ahead(x, px, t, T, real, D, step, K - 1, BR, BC)
+        before = _steps_ahead(x, px, t, T, real, D, step, K - 1)
         for k in tl.static_range(K - 1):
             xs = xs + (to_float32(before[k]),)
             gs = gs + (tl.zeros((BR, BC), tl.float32),)
         px += (K - 1) * step
         t += (K - 1) * D
-        x_ahead = _steps_ahead(x, px, t, T, real, D, step, AHEAD, BR, BC)
-        g_ahead = _steps_ahead(gy, pg, u, U, real, D, step, AHEAD, BR, BC)
+        x_ahead = _steps_ahead(x, px, t, T, real, D, step, AHEAD)
+        g_ahead = _steps_ahead(gy, pg, u, U, real, D, step, AHEAD)
         for group in tl.range(0, GROUPS):
             x_now, g_now = x_ahead, g_ahead
             t_end = tl.where(group + 1 < GROUPS, T, 0)
@@ -185,8 +182,8 @@ def conv_walk_backward(
             px += AHEAD * step
             pg += AHEAD * step
             t += AHEAD * D
-            x_ahead = _steps_ahead(x, px, t, t_end, real, D, step, AHEAD, BR, BC)
-            g_ahead = _steps_ahead(gy, pg, u + AHEAD * D, u_end, real, D, step, AHEAD, BR, BC)
+            x_ahead = _steps_ahead(x, px, t, t_end, real, D, step, AHEAD)
+            g_ahead = _steps_ahead(gy, pg, u + AHEAD * D, u_end, real, D, step, AHEAD)
             for i in tl.static_range(AHEAD):
                 here = u + i * D
                 halo = group * AHEAD + i < K - 1

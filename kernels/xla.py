@@ -65,8 +65,8 @@ GPU_TAPS = 8  # that are written out: matmuls hold a copy of x for each, reducti
 def _gpu_in_parts(formulation: Formulation, name: str, problem: Problem) -> Formulation:
     """The formulation of that name, as many taps at a time as can be compiled and held.
 
-    A kernel gradient of 87 taps, depthwise, is 132 kernels that take 12 s to compile; in a loop it
-    is 17, and 1.5 s.
+    A depthwise kernel gradient of 87 taps would be over a hundred kernels, which take many times as
+    long to compile as a loop.
     """
     K, sums = problem.spec.kernel_size, problem.operation == "conv1d_kernel_grad"
     if name == "matmuls" and K > GPU_TAPS:
@@ -100,7 +100,7 @@ def _gpu_forward(problem: Problem) -> str:
         return "matmuls"
     if gradient and spec.stride > 1 and spec.kernel_dilation == 1:
         return "transposed"
-    low, high = (spec.transposed() if gradient else spec).padding
+    low, high = problem.as_convolution[0].padding
     return "native" if low == high or spec.kernel_dilation == 1 else "barrier"
 
 
@@ -134,13 +134,13 @@ def run_as(name: str, problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.A
     """The operation of ``problem`` by the formulation ``name``."""
     operand, numbers = numbers_of(problem)
     lhs, rhs = lhs.astype(operand), rhs.astype(operand)
-    spec = problem.spec
     if name == "transposed":
         return xla_native.run(problem, lhs, rhs)
+    spec, _, _ = problem.as_convolution
     table = KERNEL_GRAD if problem.operation == "conv1d_kernel_grad" else FORWARD
     formulation = table[name]
     if problem.operation == "conv1d_input_grad":
-        rhs, spec = flip(rhs, spec.groups), spec.transposed()
+        rhs = flip(rhs, spec.groups)
     if problem.platform == "cpu":
         formulation = xla_cpu.in_parts(formulation, name, problem)
     elif problem.platform != "tpu":
@@ -153,8 +153,7 @@ def run(problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
     name = choose(problem)
     if problem.platform == "cpu":
         # What a gradient reads has to be in memory. Else XLA computes it anew in what cuts and
-        # transposes it: of a residual network all blocks before, in every block. Training steps
-        # of tcn-mnist take 280 ms with this and 438 without, of tcn-adding 88 and 100.
+        # transposes it: of a residual network all blocks before, in every block.
         if problem.operation == "conv1d_kernel_grad":
             lhs, rhs = lax.optimization_barrier((lhs, rhs))
         elif problem.operation == "conv1d_input_grad":
@@ -162,8 +161,8 @@ def run(problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
     out = run_as(name, problem, lhs, rhs)
     if problem.platform == "cpu" and name in ("own_pads", "shifts", "matmuls", "scatter", "blocks"):
         # Fused into a reduction that consumes it, such as a loss, the sum over taps is done
-        # element by element: 54 ms for a training step of 4 MiB that takes 7 ms behind a barrier.
-        # Bias and activation lose next to nothing by it.
+        # element by element, which takes several times as long. Bias and activation lose next to
+        # nothing by it.
         out = lax.optimization_barrier(out)
     return out
 

@@ -33,13 +33,12 @@ def choose(problem: Problem) -> str:
 
 def in_parts(formulation: Formulation, name: str, problem: Problem) -> Formulation:
     """The formulation of that name, as many taps, steps and sequences at a time as suits it."""
-    spec, sums = _spec(problem), problem.operation == "conv1d_kernel_grad"
+    (spec, _, _), sums = problem.as_convolution, problem.operation == "conv1d_kernel_grad"
     if (taps := _taps_at_once(name, problem)) < spec.kernel_size:
         if name == "tree":
-            # Compiled layer by layer: 4.2 s written out, 1.3 in a loop of 8 taps, 0.3 of one. More
-            # than 4 blocks of x and of g, and where channels are a power of two they all want the
-            # same few lines of the L1: 75 taps of N4 T1024 C512 take 134 ms of 8 taps and 16
-            # blocks, 193 of one tap and 8, 75 of one and 4; 33 of N4 T200 C64 0.37 and 0.27.
+            # In a loop of one tap it takes a fraction of the time to compile, which a network takes
+            # layer by layer. Of more than 4 blocks x and g want the same few lines of the L1 where
+            # channels are a power of two.
             formulation = functools.partial(formulation, ways=4, then=8)
         formulation = in_taps(formulation, taps, sums, written_out=1 if name == "tree" else None)
     if (steps := _steps_at_once(name, problem)) < spec.out_time:
@@ -49,16 +48,10 @@ def in_parts(formulation: Formulation, name: str, problem: Problem) -> Formulati
     return formulation
 
 
-def _spec(problem: Problem) -> ConvSpec:
-    """Of what the formulation computes: an input gradient is a convolution too."""
-    gradient_of_input = problem.operation == "conv1d_input_grad"
-    return problem.spec.transposed() if gradient_of_input else problem.spec
-
-
-def _channels(problem: Problem) -> tuple[int, int]:
-    """Channels that one output sums over, and outputs, for each group."""
-    c, o = problem.C // problem.spec.groups, problem.O // problem.spec.groups
-    return (o, c) if problem.operation == "conv1d_input_grad" else (c, o)
+def _of_group(problem: Problem) -> tuple[ConvSpec, int, int]:
+    """The geometry, and of each group the channels that one output sums over, and the outputs."""
+    spec, C, O = problem.as_convolution
+    return spec, C // spec.groups, O // spec.groups
 
 
 def forward(problem: Problem) -> str:
@@ -135,11 +128,11 @@ def forward(problem: Problem) -> str:
     Of bfloat16 depthwise with up to 8 taps takes "matmuls" all the same: on a CPU with AVX2 alone
     they were ahead, in the input gradient by far.
     """
-    spec = _spec(problem)
+    spec, c, o = _of_group(problem)
     # nnx.Conv writes CAUSAL zeros first. Where nothing is faster, be the same program.
     causal = problem.operation == "conv1d" and spec.padding == (spec.span - 1, 0)
     stock = "padded" if causal and spec.input_dilation == 1 else "native"
-    K, G, (c, o) = spec.kernel_size, spec.groups, _channels(problem)
+    K, G = spec.kernel_size, spec.groups
     every_step = spec.stride == spec.input_dilation == 1
     if G > 1:
         return _grouped(problem) or stock
@@ -185,7 +178,7 @@ def forward(problem: Problem) -> str:
 
 def _grouped(problem: Problem) -> str | None:
     """Of more than one group; None where nothing is faster than stock."""
-    spec, (c, o) = _spec(problem), _channels(problem)
+    spec, c, o = _of_group(problem)
     N, G, K = problem.N, spec.groups, spec.kernel_size
     every_step = spec.stride == spec.input_dilation == 1
     narrow = problem.out_dtype.itemsize < 4
@@ -295,7 +288,7 @@ def _filters_kernel_grad(problem: Problem) -> bool:
     A tap that sees next to nothing but padding would get, from what its neighbours see, what is
     rounding to them.
     """
-    spec, (c, o) = problem.spec, _channels(problem)
+    spec, c, o = problem.spec, problem.C, problem.O
     every_step = spec.stride == spec.input_dilation == 1
     few = spec.kernel_size == 3 or (spec.kernel_size == 5 and min(c, o) >= 256)
     sees = 2 * (spec.span - 1) <= spec.time
@@ -354,7 +347,7 @@ def kernel_grad(problem: Problem) -> str:
 
     "native" is the same program as "canonical" outside of loops.
     """
-    spec, (c, _) = problem.spec, _channels(problem)
+    spec, c, _ = _of_group(problem)
     K, G = spec.kernel_size, spec.groups
     causal = spec.input_dilation == 1 and spec.padding == (spec.span - 1, 0)
     if G > 1:
@@ -381,7 +374,7 @@ def kernel_grad(problem: Problem) -> str:
 
 
 def _grouped_kernel_grad(problem: Problem) -> str:
-    spec, (c, _) = problem.spec, _channels(problem)
+    spec, c, _ = _of_group(problem)
     K, G = spec.kernel_size, spec.groups
     if c == 1:
         return "tree"
@@ -407,7 +400,7 @@ WHOLE, MOST = 9 * 2**20, 2**23
 def _held(name: str, problem: Problem) -> int:
     """Bytes that a formulation of `PIECE` holds for one sequence beside x and y."""
     operand, numbers = numbers_of(problem)
-    spec, (c, o) = _spec(problem), _channels(problem)
+    spec, c, o = _of_group(problem)
     if name == "blocks":
         a = math.isqrt(spec.kernel_size)
         b = spec.kernel_size // a
@@ -423,7 +416,7 @@ def _held(name: str, problem: Problem) -> int:
 
 def _steps_at_once(name: str, problem: Problem) -> int:
     """How many of the outputs of one sequence; of a kernel gradient how many of gy."""
-    spec = _spec(problem)
+    spec, _, _ = problem.as_convolution
     every_step = spec.stride == spec.input_dilation == 1
     if spec.groups > 1 or not every_step or name not in ("im2col", "blocks", "winograd"):
         return spec.out_time

@@ -336,7 +336,7 @@ def canonical_kernel_grad(x, g, spec, numbers):
     A channel of x is one of a batch, the samples are the channels, and stride and dilation have
     changed places. XLA:CPU moves the axes of a transposed convolution by itself, but nowhere else
     than in the entry computation: in the body of a loop, what `lax.scan` makes of a training step,
-    it multiplies element by element, at a twentieth of the speed (jax-ml/jax issue 12868).
+    it multiplies element by element, and is many times slower (jax-ml/jax issue 12868).
     """
     if spec.groups > 1:
         return KERNEL_GRAD["native"](x, g, spec, numbers)
@@ -380,7 +380,7 @@ def tree_kernel_grad(x, g, spec, numbers, ways=16, then=16):
 
     XLA:CPU sums over rows one column at a time, a cache line for each number; additions of
     arrays it does in the order of memory. Barriers keep it from computing a level of the sum
-    anew for each number of the next: some shapes took 15 times as long, and 40 s to compile.
+    anew for each number of the next: some shapes took many times as long, to compile too.
     """
     (_, U, O), G = g.shape, spec.groups
     c, m = x.shape[2] // G, O // G

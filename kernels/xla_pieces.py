@@ -16,9 +16,9 @@ from conv_pallas.kernels.xla_formulations import Formulation, pad, some_steps, s
 # The most taps that are written out one by one; beyond, compiling takes longer than it saves.
 UNROLLED = 64
 # Pieces that are written out one by one. Each is compiled by itself, and for a moment their results
-# are there twice, so that what has many gets a loop instead: in whole networks slower by 5 to 40 %,
-# for a loop's outputs are zeros first, which XLA copies once for each loop that starts with them,
-# and go to their place by another copy.
+# are there twice, so that what has many gets a loop instead. In whole networks that is slower: a
+# loop's outputs are zeros first, which XLA copies once for each loop that starts with them, and
+# another copy brings them to their place.
 PIECES = 16
 
 

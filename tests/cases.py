@@ -12,7 +12,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from conv_pallas.spec import ConvSpec, Operation, Problem, make_spec
+from conv_pallas.spec import ConvSpec, Operation, Problem, lhs_rhs_out, make_spec
 
 
 def numpy_dtype(name: str) -> np.dtype:
@@ -94,16 +94,10 @@ class Case:
     def problem(self, operation: Operation, platform: str = "cpu") -> Problem:
         """The problem that a kernel is given."""
         operand, out = numpy_dtype(self.dtype), numpy_dtype(self.out_dtype or self.dtype)
-        lhs, rhs, result = {
-            "conv1d": (operand, operand, out),
-            "conv1d_input_grad": (out, operand, operand),
-            "conv1d_kernel_grad": (operand, out, operand),
-        }[operation]
+        dtypes = lhs_rhs_out(operation, operand, operand, out)
         precision = self.precision and jax.lax.Precision(self.precision)
         N = math.prod(self.batch)
-        return Problem(
-            operation, self.spec, N, self.C, self.O, lhs, rhs, result, precision, platform
-        )
+        return Problem(operation, self.spec, N, self.C, self.O, *dtypes, precision, platform)
 
     def arrays(self, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """x, kernel, and an output gradient g."""

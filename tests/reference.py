@@ -1,9 +1,11 @@
-"""The three operations in float64 NumPy, written plainly from the formula in `ConvSpec`.
+"""The operations and the activations in float64 NumPy, written plainly from their formulas.
 
     y[n, u, o] = sum over k, c of  xE[n, u*S + k*D - low, c] * w[k, c, o]
 
-Arrays are ``x (N, T, C)``, ``w (K, C//G, O)`` and ``y, g (N, T', O)``.
+which is that of `ConvSpec`. Arrays are ``x (N, T, C)``, ``w (K, C//G, O)`` and ``y, g (N, T', O)``.
 """
+
+import math
 
 import numpy as np
 
@@ -52,3 +54,35 @@ def kernel_grad_reference(x: np.ndarray, g: np.ndarray, spec: ConvSpec) -> np.nd
         u, t = _steps(spec, k)
         dw[k] = np.einsum("nugc,nugo->cgo", _grouped(x, G)[:, t], _grouped(g, G)[:, u])
     return dw.reshape(spec.kernel_size, C // G, O)
+
+
+_erf = np.vectorize(math.erf, otypes=[float])
+_sigmoid = lambda z: 1 / (1 + np.exp(-z))  # noqa: E731
+_A, _B = math.sqrt(2 / math.pi), 0.044715
+_inner = lambda z: np.tanh(_A * (z + _B * z**3))  # noqa: E731
+
+# Activations, and their slopes.
+VALUES = {
+    None: lambda z: z,
+    "relu": lambda z: np.where(z < 0, 0, z),
+    "gelu": lambda z: 0.5 * z * (1 + _inner(z)),
+    "gelu_exact": lambda z: 0.5 * z * (1 + _erf(z / math.sqrt(2))),
+    "silu": lambda z: z * _sigmoid(z),
+    "tanh": np.tanh,
+    "sigmoid": _sigmoid,
+}
+SLOPES = {
+    None: np.ones_like,
+    "relu": lambda z: (z > 0).astype(float),
+    "gelu": lambda z: (
+        0.5 * (1 + _inner(z)) + 0.5 * z * (1 - _inner(z) ** 2) * _A * (1 + 3 * _B * z**2)
+    ),
+    "gelu_exact": lambda z: (
+        0.5 * (1 + _erf(z / math.sqrt(2))) + z * np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
+    ),
+    "silu": lambda z: _sigmoid(z) * (1 + z * (1 - _sigmoid(z))),
+    "tanh": lambda z: 1 - np.tanh(z) ** 2,
+    "sigmoid": lambda z: _sigmoid(z) * (1 - _sigmoid(z)),
+}
+# How fast values and slopes change, at most; but for the slope of relu.
+STEEPEST = 1.2

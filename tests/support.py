@@ -1,6 +1,7 @@
 """What several test files need."""
 
 import math
+import os
 import re
 import sys
 
@@ -30,11 +31,7 @@ def rows(a: np.ndarray) -> np.ndarray:
 
 def bind(problem: Problem, lhs, rhs, implementation: str):
     """One of the three primitives, as the library's own code binds it."""
-    return {
-        "conv1d": primitives.conv1d_p,
-        "conv1d_input_grad": primitives.conv1d_input_grad_p,
-        "conv1d_kernel_grad": primitives.conv1d_kernel_grad_p,
-    }[problem.operation].bind(
+    return primitives.PRIMITIVES[problem.operation].bind(
         lhs, rhs, spec=problem.spec, kernel_batch=0, precision=problem.precision,
         out_dtype=problem.out_dtype, implementation=order(implementation), out_sharding=None,
     )  # fmt: skip
@@ -135,6 +132,15 @@ def tree_close(actual, want, rtol=1e-5):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
         scale = np.max(np.abs(b), initial=0.0)
         np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * scale)
+
+
+def environment() -> dict[str, str]:
+    """For a program that a user would start: without what the tests set for themselves.
+
+    Eight devices would only get in each other's way.
+    """
+    unwanted = ("XLA_FLAGS", "CONV_PALLAS_IMPLEMENTATION", "LIBTPU_INIT_ARGS")
+    return {k: v for k, v in os.environ.items() if k not in unwanted} | {"PYTHONUNBUFFERED": "1"}
 
 
 # A shell that starts tests in the background has everything that they start ignore Ctrl-C.

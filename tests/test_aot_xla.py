@@ -43,11 +43,7 @@ def problem_of(layer: str, operation, platform: str, dtype: str = "bfloat16") ->
 
 
 def compiled(chip: str, problem: Problem, run):
-    lhs, rhs = {
-        "conv1d": (problem.x_shape, problem.w_shape),
-        "conv1d_input_grad": (problem.y_shape, problem.w_shape),
-        "conv1d_kernel_grad": (problem.x_shape, problem.y_shape),
-    }[problem.operation]
+    lhs, rhs, _ = problem.shapes
     return aot.compile_for(
         chip,
         functools.partial(run, problem),

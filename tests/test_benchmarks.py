@@ -24,7 +24,7 @@ from benchmarks.truth import Truth, WrongResultError
 from conv_pallas import _measure, explain, kernels
 from conv_pallas._layers import Layer
 from conv_pallas._measure import FORWARD, PASSES, STEP, STOCK, Settings
-from tests.support import heeding_ctrl_c
+from tests.support import environment, heeding_ctrl_c
 
 BRIEF = Settings(least=1e-4, rounds=(3, 3), limit=0.1)
 SMALL = Layer("small/D2", "no model", 2, 96, 8, 8, 3, D=2, activation="relu")
@@ -157,7 +157,7 @@ def pytest_configure():  # once conftest.py has set what JAX reads
         [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider",
          "-p", "plugin_of_toys", "-k", chosen, "tests"],
         timeout=240, cwd=on_device.ROOT, text=True, stdout=subprocess.PIPE,
-        env=_environment() | {"PYTHONPATH": str(tmp_path / "plugin")},
+        env=environment() | {"PYTHONPATH": str(tmp_path / "plugin")},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 5
@@ -366,16 +366,11 @@ def test_page_holds_what_other_tools_left(tmp_path):
 # --- the command ---------------------------------------------------------------------------------
 
 
-def _environment():
-    unwanted = ("XLA_FLAGS", "CONV_PALLAS_IMPLEMENTATION")
-    return {k: v for k, v in os.environ.items() if k not in unwanted} | {"PYTHONUNBUFFERED": "1"}
-
-
 def test_ctrl_c_keeps_what_was_measured(tmp_path):
     process = subprocess.Popen(
         heeding_ctrl_c([sys.executable, "-m", "benchmarks", "--quick",
                         "--layers", "length/depthwise", "--json", tmp_path / "out.json"]),
-        env=_environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     assert "stock" in process.stdout.readline()  # the first is measured
     process.send_signal(signal.SIGINT)

@@ -1,30 +1,22 @@
 """``python -m conv_pallas demo``, as somebody types it."""
 
-import os
 import signal
 import subprocess
 import sys
 
 import pytest
 
-from tests.support import heeding_ctrl_c
+from tests.support import environment, heeding_ctrl_c
 
 DEMO = [sys.executable, "-m", "conv_pallas", "demo"]
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @pytest.fixture
-def environment():
-    """Without the eight devices of the tests, which would only get in each other's way."""
-    unwanted = ("XLA_FLAGS", "CONV_PALLAS_IMPLEMENTATION")
-    return {k: v for k, v in os.environ.items() if k not in unwanted} | {"PYTHONUNBUFFERED": "1"}
-
-
-@pytest.fixture
-def demo(tmp_path, environment):
+def demo(tmp_path):
     def run(*arguments, **more):
         return subprocess.run(
-            [*DEMO, *arguments], cwd=tmp_path, env=environment | more, capture_output=True,
+            [*DEMO, *arguments], cwd=tmp_path, env=environment() | more, capture_output=True,
             text=True, timeout=300,
         )  # fmt: skip
 
@@ -44,9 +36,9 @@ def test_quick(demo, tmp_path):
         assert (tmp_path / "out/pictures" / name).read_bytes().startswith(PNG)
 
 
-def test_ctrl_c(tmp_path, environment):
+def test_ctrl_c(tmp_path):
     process = subprocess.Popen(
-        heeding_ctrl_c([*DEMO, "--quick"]), cwd=tmp_path, env=environment, text=True,
+        heeding_ctrl_c([*DEMO, "--quick"]), cwd=tmp_path, env=environment(), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     assert "JAX" in process.stdout.readline()  # it has begun

@@ -1,6 +1,5 @@
 """Which kernel runs, how a user asks for one, and what `explain` says about it."""
 
-import dataclasses
 import functools
 import sys
 import textwrap
@@ -50,9 +49,8 @@ def test_explain_on_this_machine():
     told = explain(X, W)
     assert told.platform == "cpu"
     assert set(told.chosen.values()) == {"xla"}
-    assert "not on cpu" in {c.implementation: c for c in told.candidates["conv1d"]}[
-        "triton"
-    ].reason or "not installed" in str(told) or "no such kernel" in str(told)  # fmt: skip
+    (triton, *_) = (c for c in told.candidates["conv1d"] if c.implementation == "triton")
+    assert triton.reason.endswith(("not on cpu", "which is not installed"))
 
 
 def test_explain_follows_the_order():
@@ -68,10 +66,8 @@ def test_explain_follows_the_order():
     (lambda: _layer(implementation="xla_native"), (2, 16, 8), ["xla_native"]),
 ], ids=["2d", "3d", "complex", "own", "stock"])  # fmt: skip
 def test_explain_says_what_is_left_to_lax(layer, shape, words):
-    for told in (
-        explain(layer(), jax.ShapeDtypeStruct(shape, jnp.float32)),
-        layer().explain(jax.ShapeDtypeStruct(shape, jnp.float32)),
-    ):
+    made, x = layer(), jax.ShapeDtypeStruct(shape, jnp.float32)
+    for told in (explain(made, x), made.explain(x)):
         assert told.chosen == {}
         assert all(word in told.note and word in str(told) for word in words)
 
@@ -358,7 +354,6 @@ def test_kernels_say_what_they_are():
     assert {"xla", "xla_native"} <= {k.implementation for k in found.values()}
     for kernel in found.values():
         assert set(kernel.platforms) <= set(dispatch.PLATFORMS)
-        assert {f.name for f in dataclasses.fields(kernel)} >= {"run", "decline", "describe"}
     assert all("package" in reason for reason in missing.values())
 
 

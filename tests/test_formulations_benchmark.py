@@ -23,8 +23,8 @@ def test_one_case_from_the_command_line(tmp_path, capsys, monkeypatch):
     case = next(c for c in formulations.sweep(quick=True) if c.G == 8)
     printed = capsys.readouterr().out
     for row in stored["results"]:
-        problem = case.problem(row["operation"])
-        assert row["case"] == str(case)
+        problem = case.problem(row["operation"], "cpu")
+        assert row["case"] == formulations.label(case)
         assert row["chosen"] == xla.choose(problem)
         found = row["formulations"]
         assert {row["stock"], row["chosen"]} <= set(found)
@@ -40,7 +40,7 @@ def test_what_is_worth_compiling():
     """Stock first, each once, and each by a name that runs."""
     for case in formulations.sweep():
         for operation in OPERATIONS:
-            problem = case.problem(operation)
-            names = formulations.candidates(problem, case.stock)
-            assert names[0] == case.stock and len(names) == len(set(names))
+            problem = case.problem(operation, "cpu")
+            names = formulations.candidates(problem, formulations.stock_of(case))
+            assert names[0] == formulations.stock_of(case) and len(names) == len(set(names))
             assert xla.choose(problem) in names

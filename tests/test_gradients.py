@@ -9,6 +9,7 @@ import pytest
 from jax.test_util import check_grads
 
 from conv_pallas import conv1d
+from conv_pallas.spec import OPERATIONS, lhs_rhs_out
 from tests import cases
 from tests.cases import Case
 from tests.support import IMPLEMENTATIONS, bind
@@ -39,15 +40,14 @@ def test_the_table_is_not_thinned_out():
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("operation", ["conv1d", "conv1d_input_grad", "conv1d_kernel_grad"])
+@pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("name", ["stride_grouped", "input_dilation_stride", "multiplier"])
 def test_each_primitive(name, operation, implementation):
     case = dataclasses.replace(cases.named(name), dtype="float64", batch=(1,))
     with jax.enable_x64(True):
-        x, w, g = case.arrays()
-        operands = {"conv1d": (x, w), "conv1d_input_grad": (g, w), "conv1d_kernel_grad": (x, g)}
+        operands = lhs_rhs_out(operation, *case.arrays())[:2]
         problem = case.problem(operation)
-        _check(lambda lhs, rhs: bind(problem, lhs, rhs, implementation), operands[operation])
+        _check(lambda lhs, rhs: bind(problem, lhs, rhs, implementation), operands)
 
 
 KNOBS = {

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from conv_pallas.halo import apart, divisor, share
-from conv_pallas.spec import ConvSpec
+from conv_pallas.spec import OPERATIONS, ConvSpec, lhs_rhs_out
 from tests.tolerance import REFERENCES
 
 RATES = [(1, 1), (2, 1), (3, 1), (1, 2), (2, 3), (2, 2)]  # S, E
@@ -39,9 +39,8 @@ def test_the_shares_make_the_whole(rate):
         assert divisor(spec) % shards == 0
         x, w = rng.standard_normal((2, spec.time, 2)), rng.standard_normal((spec.kernel_size, 2, 3))
         g = rng.standard_normal((2, spec.out_time, 3))
-        for operation, (lhs, rhs) in dict(
-            conv1d=(x, w), conv1d_input_grad=(g, w), conv1d_kernel_grad=(x, g)
-        ).items():
+        for operation in OPERATIONS:
+            lhs, rhs, _ = lhs_rhs_out(operation, x, w, g)
             length = lhs.shape[1] // shards
             left, right, local = share(operation, spec, shards)
             ways = {local: [(-left, length + right)]}

@@ -1,7 +1,6 @@
 """``python -m conv_pallas inspect`` and ``explain``, as somebody types them."""
 
 import collections
-import os
 import re
 import subprocess
 import sys
@@ -10,16 +9,15 @@ import pytest
 
 from conv_pallas import inspection, schedule
 from conv_pallas._layers import find
+from tests.support import environment
 
 SHAPE = "T=200 C=32 K=3 D=4 N=2 activation=relu dtype=bfloat16".split()
 
 
 def run(*arguments):
-    unwanted = ("XLA_FLAGS", "CONV_PALLAS_IMPLEMENTATION", "LIBTPU_INIT_ARGS")
-    environment = {k: v for k, v in os.environ.items() if k not in unwanted}
     return subprocess.run(
         [sys.executable, "-m", "conv_pallas", *map(str, arguments)], capture_output=True,
-        text=True, timeout=300, env=environment | {"JAX_PLATFORMS": "cpu"},
+        text=True, timeout=300, env=environment() | {"JAX_PLATFORMS": "cpu"},
     )  # fmt: skip
 
 

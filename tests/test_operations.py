@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from conv_pallas import conv1d, dispatch
-from conv_pallas.spec import OPERATIONS
+from conv_pallas.spec import OPERATIONS, lhs_rhs_out
 from tests import cases, tolerance
 from tests.cases import CASES, Case
 from tests.support import (
@@ -32,11 +32,7 @@ each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_case(case: Case, implementation):
     x, kernel, g = case.arrays()
     copied = padded(x, case)
-    operands = {
-        "conv1d": (rows(copied), kernel),
-        "conv1d_input_grad": (rows(g), kernel),
-        "conv1d_kernel_grad": (rows(copied), rows(g)),
-    }
+    operands = {op: lhs_rhs_out(op, rows(copied), kernel, rows(g))[:2] for op in OPERATIONS}
 
     @jax.jit  # all at once: most of this test's time is compilation
     def run(x, kernel, g, operands):

@@ -3,15 +3,13 @@
 import functools
 import json
 
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from benchmarks.layers import LAYERS
 from benchmarks.static import BFLOAT16, CHAINS, OURS, RESULTS, ratio
 from conv_pallas.kernels import tpu_dense, tpu_estimates
 from conv_pallas.kernels.tpu_window import Chip
-from conv_pallas.spec import OPERATIONS, Problem, make_spec
+from conv_pallas.spec import OPERATIONS, Problem
 
 wins = functools.partial(tpu_estimates.wins, tpu_dense._plan_of)
 CHIPS = {
@@ -26,14 +24,7 @@ def _rows(chip: str) -> list[dict]:
 
 def _problem(row: dict) -> Problem:
     (layer,) = (c for c in (*LAYERS, *BFLOAT16) if c.name == row["layer"])
-    spec, _ = make_spec(
-        (layer.N, layer.T, layer.C), (layer.K, layer.C // layer.G, layer.O), strides=layer.S,
-        padding=layer.padding, kernel_dilation=layer.D, feature_group_count=layer.G,
-    )  # fmt: skip
-    dtype = np.dtype(getattr(jnp, layer.dtype))
-    return Problem(
-        row["program"], spec, layer.N, layer.C, layer.O, dtype, dtype, dtype, None, "tpu"
-    )
+    return layer.problem(row["program"], "tpu")
 
 
 @pytest.mark.parametrize("chip", CHIPS)

@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from conv_pallas.kernels import tpu_dense, tpu_depthwise, tpu_in_place
 from conv_pallas.kernels.tpu_window import Chip
-from conv_pallas.spec import OPERATIONS
+from conv_pallas.spec import OPERATIONS, lhs_rhs_out
 from tests.cases import Case
 from tests.tolerance import check
 
@@ -83,19 +83,10 @@ def raced() -> bool:
     return interpreter.races is not None and interpreter.races.races_found
 
 
-def operands(case: Case, operation: str):
-    x, w, g = case.arrays()
-    return {
-        "conv1d": (x, w),
-        "conv1d_input_grad": (g, w),
-        "conv1d_kernel_grad": (x, g),
-    }[operation]
-
-
 def check_kernel(module, case: Case, operation: str, chip: Chip = V5E, longest=16) -> np.ndarray:
     """Interprets one operation in tiles of ``longest`` steps; returns what it computed."""
     problem = case.problem(operation, "tpu")
-    lhs, rhs = operands(case, operation)
+    lhs, rhs, _ = lhs_rhs_out(operation, *case.arrays())
     assert module.decline(problem) is None
     out = module.launch(problem, lhs, rhs, chip, longest=longest, interpret=params())
     check(

@@ -11,7 +11,7 @@ from conv_pallas import _layers
 from conv_pallas.kernels import triton_dense, triton_depthwise
 from conv_pallas.kernels import triton_depthwise_walk as walk
 from conv_pallas.kernels.triton_common import PROCESSORS, most_programs
-from conv_pallas.spec import ConvSpec, Epilogue
+from conv_pallas.spec import OPERATIONS, ConvSpec, Epilogue, lhs_rhs_out
 from tests.cases import Case
 
 pytestmark = pytest.mark.aot
@@ -79,9 +79,8 @@ def test_all_of_a_quartznet_slides_through_registers(layer, monkeypatch):
     )  # fmt: skip
     arrays = [np.zeros(shape) for shape in (case.x_shape, case.kernel_shape, case.out_shape)]
     x, w, g = (a.astype(np.float32) for a in arrays)
-    for operation, lhs, rhs in (
-        ("conv1d", x, w), ("conv1d_input_grad", g, w), ("conv1d_kernel_grad", x, g)
-    ):  # fmt: skip
+    for operation in OPERATIONS:
+        lhs, rhs, _ = lhs_rhs_out(operation, x, w, g)
         triton_depthwise.run(case.problem(operation, "cuda"), lhs, rhs)
     assert [meta["REVERSE"] for _, meta in seen["conv_taps"]] == [False, True]
     ((programs, meta),) = seen["conv_taps_kernel_grad"]
@@ -98,7 +97,7 @@ def test_a_grid_holds_all_programs():
     assert most_programs(narrow.problem("conv1d")) == 2**24
     assert triton_dense.decline(narrow.problem("conv1d", "cuda")) is None
     many = dataclasses.replace(narrow, batch=(2**27,))
-    for operation in ("conv1d", "conv1d_input_grad", "conv1d_kernel_grad"):
+    for operation in OPERATIONS:
         problem = many.problem(operation, "cuda")
         assert triton_dense.decline(problem) == "has more tiles than a grid has programs"
 
@@ -118,9 +117,8 @@ def test_a_launch_takes_no_more_programs_than_were_counted(G, S, E, monkeypatch)
     case = Case("case", T=1000, C=32, O=48, K=3, S=S, E=E, G=G, padding=[(2, 0)])
     assert case.spec == spec
     x, w, g = case.arrays()
-    for operation, lhs, rhs in (
-        ("conv1d", x, w), ("conv1d_input_grad", g, w), ("conv1d_kernel_grad", x, g)
-    ):  # fmt: skip
+    for operation in OPERATIONS:
+        lhs, rhs, _ = lhs_rhs_out(operation, x, w, g)
         triton_dense.run(case.problem(operation, "cuda"), lhs, rhs)
     assert len(seen) == 3
     assert max(seen) <= most_programs(case.problem("conv1d"))

@@ -1,6 +1,5 @@
 """`jax.vmap` is never a loop, reads nothing twice, and equals a loop in Python."""
 
-import dataclasses
 import functools
 import math
 
@@ -9,20 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conv_pallas import conv1d, primitives
+from conv_pallas import conv1d
+from conv_pallas.spec import OPERATIONS, lhs_rhs_out
 from tests import cases
 from tests.support import IMPLEMENTATIONS, bind, order, primitives_of, tree_close
 
 NAMES = ["stride_grouped", "multiplier", "dense"]
 SIZE = 3
-OPERATIONS = ("conv1d", "conv1d_input_grad", "conv1d_kernel_grad")
 
 
 def _operands(name, operation):
     case = cases.named(name)
-    x, w, g = case.arrays()
-    pair = {"conv1d": (x, w), "conv1d_input_grad": (g, w), "conv1d_kernel_grad": (x, g)}[operation]
-    return case.problem(operation), *pair
+    return case.problem(operation), *lhs_rhs_out(operation, *case.arrays())[:2]
 
 
 def _stacked(array, axis, seed=0):
@@ -176,28 +173,3 @@ def test_of_size_zero_and_one():
             assert out.shape == (size, *case.out_shape)
             for entry in out:
                 tree_close(entry, f(x, w))
-
-
-def test_an_axis_of_kernels_is_kept_apart_where_the_kernel_wants_it(monkeypatch):
-    """For kernels that can't be vmapped, kernels become groups; still one call, same numbers."""
-    case = cases.named("stride_grouped")
-    x, w, g = (_stacked(a, 0) for a in case.arrays())
-    f = lambda x, w, g: jax.vjp(lambda x, w: conv1d(x, w, **case.kwargs), x, w)[1](g)  # noqa: E731
-    want = jax.jit(jax.vmap(f))(x, w, g)
-    calls = []
-    run_as_groups = primitives._run_as_groups
-
-    def spy(*args, **kwargs):
-        calls.append(args)
-        return run_as_groups(*args, **kwargs)
-
-    select = primitives.dispatch.select
-
-    def without_vmap(*args):
-        return dataclasses.replace(select(*args), vmappable=False)
-
-    monkeypatch.setattr(primitives, "_run_as_groups", spy)
-    monkeypatch.setattr(primitives.dispatch, "select", without_vmap)
-    got = jax.jit(lambda *args: jax.vmap(f)(*args))(x, w, g)
-    assert len(calls) == 2
-    tree_close(got, want, rtol=1e-4)

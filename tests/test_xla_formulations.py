@@ -15,7 +15,7 @@ from conv_pallas import conv1d
 from conv_pallas.kernels import xla, xla_cpu, xla_pieces
 from conv_pallas.kernels.xla_formulations import FORWARD, KERNEL_GRAD, flip, numbers_of
 from conv_pallas.kernels.xla_pieces import in_steps, in_taps
-from conv_pallas.spec import OPERATIONS, ConvSpec, Problem
+from conv_pallas.spec import OPERATIONS, ConvSpec, Problem, lhs_rhs_out
 from tests.cases import CASES, Case, named
 from tests.support import padded, rows
 from tests.tolerance import check
@@ -51,12 +51,7 @@ TESTS += [(case, "conv1d") for case in INTEGERS]  # integers have no gradients
 def operands(case: Case, operation):
     """The two operands of ``operation``, with one batch axis."""
     x, kernel, g = case.arrays()
-    x, g = rows(padded(x, case)), rows(g)
-    return {
-        "conv1d": (x, kernel),
-        "conv1d_input_grad": (g, kernel),
-        "conv1d_kernel_grad": (x, g),
-    }[operation]
+    return lhs_rhs_out(operation, rows(padded(x, case)), kernel, rows(g))[:2]
 
 
 def check_all(case: Case, operation) -> None:
@@ -129,10 +124,7 @@ def test_in_pieces(operation, dtype, loop, monkeypatch):
     """As exact as all at once, and one by one less is held at any moment."""
     case = Case("pieces", batch=(6,), T=128, C=16, O=8, K=5, D=3, dtype=dtype)
     problem = case.problem(operation)
-    x, w, g = case.arrays()
-    lhs, rhs = {
-        "conv1d": (x, w), "conv1d_input_grad": (g, w), "conv1d_kernel_grad": (x, g)
-    }[operation]  # fmt: skip
+    lhs, rhs = operands(case, operation)
     names = ("im2col",) if operation == "conv1d_kernel_grad" else ("im2col", "scatter")
 
     def compiled(name):
@@ -179,9 +171,10 @@ def test_in_steps_and_in_taps(case, operation, loop, pieces, monkeypatch):
     problem = case.problem(operation)
     lhs, rhs = operands(case, operation)
     operand, numbers = numbers_of(problem)
-    sums, spec, w = operation == "conv1d_kernel_grad", problem.spec, rhs.astype(operand)
+    sums, w = operation == "conv1d_kernel_grad", rhs.astype(operand)
+    spec, _, _ = problem.as_convolution
     if operation == "conv1d_input_grad":
-        w, spec = flip(w, spec.groups), spec.transposed()
+        w = flip(w, spec.groups)
     of = spec.out_time if pieces is in_steps else spec.kernel_size
     for name in ("im2col", "tree") if sums else ("blocks", "own_pads"):
         for n in {1, (of + 1) // 2, max(1, of - 1)}:

@@ -14,37 +14,8 @@ import numpy as np
 from conv_pallas.spec import ACTIVATIONS, Epilogue, Problem
 from tests import tolerance
 from tests.cases import Case
+from tests.reference import SLOPES, STEEPEST, VALUES
 from tests.support import rows
-
-erf = np.vectorize(math.erf)
-sigmoid = lambda z: 1 / (1 + np.exp(-z))  # noqa: E731
-_A, _B = math.sqrt(2 / math.pi), 0.044715
-_inner = lambda z: np.tanh(_A * (z + _B * z**3))  # noqa: E731
-
-VALUES = {
-    None: lambda z: z,
-    "relu": lambda z: np.where(z < 0, 0, z),
-    "gelu": lambda z: 0.5 * z * (1 + _inner(z)),
-    "gelu_exact": lambda z: 0.5 * z * (1 + erf(z / math.sqrt(2))),
-    "silu": lambda z: z * sigmoid(z),
-    "tanh": np.tanh,
-    "sigmoid": sigmoid,
-}
-SLOPES = {
-    None: np.ones_like,
-    "relu": lambda z: (z > 0).astype(float),
-    "gelu": lambda z: (
-        0.5 * (1 + _inner(z)) + 0.5 * z * (1 - _inner(z) ** 2) * _A * (1 + 3 * _B * z**2)
-    ),
-    "gelu_exact": lambda z: (
-        0.5 * (1 + erf(z / math.sqrt(2))) + z * np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
-    ),
-    "silu": lambda z: sigmoid(z) * (1 + z * (1 - sigmoid(z))),
-    "tanh": lambda z: 1 - np.tanh(z) ** 2,
-    "sigmoid": lambda z: sigmoid(z) * (1 - sigmoid(z)),
-}
-# How fast values and slopes change, at most.
-STEEPEST = 1.2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,7 +29,7 @@ from triton.runtime import interpreter
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from conv_pallas.kernels import triton_compat
-from conv_pallas.spec import Epilogue
+from conv_pallas.spec import Epilogue, lhs_rhs_out
 from tests.cases import Case
 from tests.support import padded, rows
 from tests.tolerance import REFERENCES, check
@@ -197,11 +197,7 @@ def run_case(case: Case, operation: str, capability: int) -> None:
     triton_compat.compute_capability = lambda: capability
     x, w, g = case.arrays()
     x, g = rows(padded(x, case)), rows(g)
-    lhs, rhs = {
-        "conv1d": (x, w),
-        "conv1d_input_grad": (g, w),
-        "conv1d_kernel_grad": (x, g),
-    }[operation]
+    lhs, rhs, _ = lhs_rhs_out(operation, x, w, g)
     problem = case.problem(operation, "cuda")
     kernel = dispatch.select(problem, ("triton",))
     _ran.clear()
