@@ -48,7 +48,7 @@ venv-oldest: .venv-oldest/installed ## make .venv-oldest
 
 clean: ## remove all that these targets made, environments too
 	rm -rf .venv .venv-aot .venv-oldest demo-output examples-output bench-output build dist *.egg-info
-	rm -rf .benchmarks .hypothesis .pytest_cache .ruff_cache
+	rm -rf .benchmarks .cache .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/installed: EXTRAS := demo,bench,test

@@ -13,6 +13,7 @@ from conv_pallas import dispatch, segments
 from conv_pallas.dispatch import Implementation
 from conv_pallas.ops import (
     activation_function,
+    check_bias,
     is_stock,
     lax_reason,
     problem_of,
@@ -126,7 +127,7 @@ def explain(
         all its three operations. A kernel with more than one spatial dimension is fine here.
       platform: ``"cpu"``, ``"cuda"``, ``"rocm"``, ``"tpu"``, or ``"other"`` for all others;
         None: the default device's.
-      others: as in `conv1d`.
+      others: as in `conv1d`. Time that is split inside of `jax.shard_map` is a function's.
 
     Raises:
       ValueError, TypeError, NotImplementedError: as `conv1d` with these arguments.
@@ -165,6 +166,7 @@ def explain(
         kernel_dilation=kernel_dilation,
         feature_group_count=feature_group_count,
     )
+    check_bias(bias, kernel)
     x, w = (jax.ShapeDtypeStruct(a.shape, dtype) for a in (x, kernel))
     if segment_ids is not None:
         separate = functools.partial(segments.separate, spec=spec, mode=mode)

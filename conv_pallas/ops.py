@@ -143,8 +143,7 @@ def convolve(
     spec, mode = make_spec(time.whole(x.shape), kernel.shape, padding=padding, **geometry)
     if axis_name is not None:
         _check_splits(time, spec, mode, axis_name)
-    if bias is not None and bias.shape != kernel.shape[-1:]:
-        raise ValueError(f"bias must have shape {kernel.shape[-1:]}, got {bias.shape}")
+    check_bias(bias, kernel)
     if mask is not None:
         x = segments.hide(x, mask)
     if segment_ids is not None:
@@ -176,6 +175,12 @@ def convolve(
     if place is not None and out_sharding is None:
         y = jax.sharding.reshard(y, place)
     return activation(y) if callable(activation) else y
+
+
+def check_bias(bias, kernel) -> None:
+    """Refuses, of arrays or structs, a bias that is not ``(O,)``."""
+    if bias is not None and bias.shape != kernel.shape[-1:]:
+        raise ValueError(f"bias must have shape {kernel.shape[-1:]}, got {bias.shape}")
 
 
 def _check_splits(time: halo.TimeSplit, spec: ConvSpec, mode: str | None, axis_name) -> None:
