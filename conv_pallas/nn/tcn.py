@@ -248,7 +248,7 @@ class TCN(nnx.Module):
         """The next chunk of a stream.
 
         The outputs, one chunk after the other, are those of a call with the whole sequence. With
-        a lookahead of ``L`` they come ``L`` steps late: the first ``L`` are zero, and to get the
+        a lookahead of ``L`` they come ``L`` steps late: the first ``L`` mean nothing, and to get the
         last ``L`` go on with chunks whose mask is False throughout.
 
         The cost grows with the length of the chunk, the taps and the blocks, with neither the
