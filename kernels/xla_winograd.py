@@ -82,7 +82,8 @@ def winograd(x, w, spec, numbers):
 def winograd_kernel_grad(x, g, spec, numbers):
     """The transpose of `winograd`: the same sums of steps, with sums of two output gradients.
 
-    Each product is a matmul over batch and time, one for all pairs.
+    Each product is a matmul over batch and time, one for all pairs. Taps share sums of steps: a NaN
+    that one of them sees reaches its neighbours' gradients too.
     """
     K, G, (N, _, C), O = spec.kernel_size, spec.groups, x.shape, g.shape[2]
     if G > 1:
@@ -144,8 +145,10 @@ def _pairs(K: int) -> int:
 
 
 def _sight(x, spec: ConvSpec):
-    """A function of a step and a number of tiles: what the first outputs of those see through the
-    tap of that number, ``(N, tiles, D, C)``."""
+    """What outputs see, as a function of a tap and of how many tiles.
+
+    It gives ``(N, tiles, D, C)``, of the first output of each; the second sees as much a tap later.
+    """
     (N, _, C), D = x.shape, spec.kernel_dilation
     rows = _tiles(spec) + spec.kernel_size // 2
     zero = jnp.zeros((), x.dtype)
@@ -154,7 +157,7 @@ def _sight(x, spec: ConvSpec):
     x = x[:, : _length(spec) + spec.span - 1]
     x = lax.pad(x, zero, ((0, 0, 0), (0, 2 * D * rows - x.shape[1], 0), (0, 0, 0)))
     blocks = x.reshape(N, rows, 2, D, C)
-    return lambda step, tiles: blocks[:, step // 2 : step // 2 + tiles, step % 2]
+    return lambda tap, tiles: blocks[:, tap // 2 : tap // 2 + tiles, tap % 2]
 
 
 def share(spec: ConvSpec) -> float:
