@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import jax
 import jax.extend
-from flax import nnx
 from jax._src.lax import lax as lax_internal
 
 from conv_pallas import dispatch, segments
@@ -198,6 +197,8 @@ def _explain_problem(
 
 
 def _explain_model(model: Callable, x, platform: str) -> ModelExplanation:
+    from flax import nnx  # which functions alone do without
+
     if isinstance(model, nnx.Module):  # its state may change in a call, and none outside of one may
         graph, state = nnx.split(model)
         closed = jax.make_jaxpr(lambda state, x: nnx.merge(graph, state)(x))(state, x)
