@@ -248,8 +248,8 @@ class TCN(nnx.Module):
         """The next chunk of a stream.
 
         The outputs, one chunk after the other, are those of a call with the whole sequence. With
-        a lookahead of ``L`` they come ``L`` steps late: the first ``L`` mean nothing, and to get the
-        last ``L`` go on with chunks whose mask is False throughout.
+        a lookahead of ``L`` they come ``L`` steps late: the first ``L`` mean nothing, and to get
+        the last ``L`` go on with chunks whose mask is False throughout.
 
         The cost grows with the length of the chunk, the taps and the blocks, with neither the
         receptive field nor the age of the stream, as long as ``state`` is donated to the
