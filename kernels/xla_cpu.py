@@ -1,7 +1,8 @@
 """Which formulation of a convolution XLA does best on a CPU, and in parts of what size.
 
-Rules, from measurements: ``benchmarks/results/cpu/formulations.json``, which ``python -m
-benchmarks.formulations`` repeats. `forward` and `kernel_grad` show what they stand on.
+Rules, from measurements: ``benchmarks/results/cpu/formulations.json`` and, newer, of the dense and
+the grouped layers of float32 ``formulations_wide.json`` beside it. ``python -m
+benchmarks.formulations`` repeats them. `forward` and `kernel_grad` show what they stand on.
 """
 
 import dataclasses
@@ -59,32 +60,32 @@ def forward(problem: Problem) -> str:
 
     Times faster than nnx.Conv's convolution, CAUSAL and float32 where nothing is said. Measured on
     two busy cores with AVX512 and AVX512-BF16, which XLA's matmuls make use of and its convolution
-    does not; the stored result has these and more. Other tenants of a machine move a figure by 10
+    does not; the stored results have these and more. Other tenants of a machine move a figure by 10
     to 20 %, and the rules leave to stock what is closer than that.
 
     ===================================  ==========================  ==========================
                                          forward                     input gradient
     ===================================  ==========================  ==========================
-    N4 T1024 C512 O512 K4 G512           scatter 99  own_pads 93     scatter 86  own_pads 67
-    N1 T2000 C512 O512 K4 G512           own_pads 123  scatter 123   scatter 130  own_pads 111
-    N8 T1000 C64 O64 K7 G64              own_pads 92  scatter 88     scatter 85  own_pads 53
-    N4 T1000 C64 O64 K16 G64             own_pads 17  matmuls 16     matmuls 20  own_pads 19
-    N4 T512 C64 O256 K4 D2 G64           scatter 35  own_pads 29     shifts 21  own_pads 16
+    N4 T1024 C512 O512 K4 G512           own_pads 95  scatter 79     scatter 113  own_pads 111
+    N1 T2000 C512 O512 K4 G512           scatter 134  own_pads 124   scatter 126  own_pads 115
+    N8 T1000 C64 O64 K7 G64              own_pads 101  scatter 98    scatter 76  own_pads 57
+    N4 T1000 C64 O64 K16 G64             own_pads 17  matmuls 17     matmuls 20  own_pads 18
+    N4 T512 C64 O256 K4 D2 G64           own_pads 42  scatter 38     shifts 19  own_pads 14
     N4 T1024 C512 O512 K4 G512 bfloat16  own_pads 73  scatter 73     own_pads 83  scatter 68
-    N4 T500 C128 O128 K5 G32             shifts 11  scatter 6.7      shifts 10  scatter 6.0
-    N2 T512 C1024 O1024 K3 G64           scatter 1.3  matmuls 1.2    scatter 1.5  matmuls 1.2
-    N4 T1024 C256 O256 K3 D4 G8          split 1.5  scatter 1.1      split 2.1  matmuls 1.6
-    N1 T1024 C256 O256 K3 D4 G4          scatter 1.1  matmuls 1.0    scatter 1.1  matmuls 1.0
+    N4 T500 C128 O128 K5 G32             shifts 12  scatter 5.9      shifts 8.7  scatter 5.3
+    N2 T512 C1024 O1024 K3 G64           scatter 1.2  matmuls 1.0    scatter 1.4  matmuls 1.1
+    N4 T1024 C256 O256 K3 D4 G8          split 1.7  matmuls 1.5      split 1.6  scatter 1.1
+    N1 T1024 C256 O256 K3 D4 G4          scatter 1.1  matmuls 1.0    scatter 1.1  matmuls 1.1
     N4 T512 C128 O128 K3 D4 G8 bfloat16  im2col 1.8  scatter 1.8     im2col 1.7  matmuls 1.7
-    N4 T1000 C1 O25 K7                   matmuls 2.7  shifts 2.7     scatter 2.1  blocks 1.7
-    N16 T500 C1 O128 K7                  matmuls 2.5  own_pads 2.5   scatter 2.7  blocks 0.5
-    N4 T2000 C2 O256 K7 D4               shifts 1.9  own_pads 1.8    scatter 7.9  fold 2.2
-    N4 T2000 C64 O1 K3                   scatter 2.9  matmuls 0.6    matmuls 2.9  shifts 2.9
-    N8 T500 C256 O4 K5 D4                scatter 3.9  blocks 1.7     shifts 1.8  im2col 1.6
-    N8 T1000 C64 O10 K3                  scatter 1.1  im2col 0.7     im2col 1.3  scatter 1.1
-    N8 T500 C64 O24 K3 D2                scatter 0.9  im2col 0.7     scatter 1.1  im2col 1.0
-    N4 T4000 C2 O2 K3                    shifts 7.2  own_pads 5.4    shifts 7.4  own_pads 6.6
-    N4 T2000 C8 O8 K3                    shifts 2.1  scatter 2.0     shifts 2.0  im2col 1.5
+    N4 T1000 C1 O25 K7                   matmuls 2.7  shifts 2.6     scatter 1.9  blocks 1.7
+    N16 T500 C1 O128 K7                  own_pads 2.6  matmuls 2.5   scatter 3.2  blocks 0.7
+    N4 T2000 C2 O256 K7 D4               shifts 1.9  im2col 1.8      scatter 5.4  fold 2.1
+    N4 T2000 C64 O1 K3                   scatter 2.4  winograd 0.7   shifts 2.8  matmuls 2.8
+    N8 T500 C256 O4 K5 D4                scatter 3.9  blocks 1.9     im2col 1.5  shifts 1.2
+    N8 T1000 C64 O10 K3                  scatter 0.9  winograd 0.8   im2col 1.4  scatter 1.3
+    N8 T500 C64 O24 K3 D2                scatter 1.1  winograd 0.9   scatter 1.1  winograd 1.0
+    N4 T4000 C2 O2 K3                    shifts 5.2  own_pads 4.2    shifts 5.5  own_pads 4.6
+    N4 T2000 C8 O8 K3                    shifts 2.6  scatter 2.1     scatter 2.4  shifts 2.3
     N4 T4000 C1 O32 K8 S2                matmuls 1.9  shifts 1.8     scatter 1.4  blocks 0.7
     N4 T1000 C128 O128 K3 S2             matmuls 0.8  im2col 0.8     scatter 1.1  matmuls 0.5
     N4 T500 C25 O25 K5 S2                scatter 0.7  im2col 0.6     scatter 1.2  im2col 0.8
@@ -92,37 +93,42 @@ def forward(problem: Problem) -> str:
     N4 T500 C768 O768 K3 S2 G64          matmuls 1.8  shifts 1.8     scatter 2.6  shifts 2.5
     N8 T500 C64 O64 K3 S2 G8 bfloat16    im2col 1.7  scatter 1.4     scatter 2.1  im2col 1.9
     N16 T500 C64 O64 K5 S2 G8 float16    scatter 1.2  split 1.1      scatter 1.9  split 1.5
-    N32 T1000 C3 O16 K1 S2               shifts 3.0  own_pads 3.0    scatter 1.4  shifts 1.3
-    N16 T500 C128 O8 K1                  matmuls 1.1  scatter 1.0    matmuls 1.0  im2col 1.0
-    N8 T64 C16 O16 K3                    scatter 1.4  im2col 1.2     im2col 1.6  scatter 1.6
-    N32 T1020 C10 O10 K8 D32             blocks 1.8  scatter 1.8     blocks 1.9  scatter 1.7
-    N32 T400 C16 O16 K3                  scatter 1.1  im2col 1.0     scatter 1.0  im2col 0.9
-    N8 T400 C20 O20 K5 D8                scatter 1.6  blocks 1.2     scatter 1.4  im2col 1.1
-    N32 T784 C25 O25 K7 D16              scatter 1.3  blocks 1.1     scatter 1.3  blocks 1.0
-    N32 T784 C25 O25 K7                  scatter 0.9  blocks 0.8     scatter 0.9  blocks 0.7
-    N32 T400 C30 O30 K7 D16              scatter 0.9  fold 0.8       scatter 0.9  fold 0.8
-    N8 T1000 C64 O64 K3 D16              scatter 1.0  im2col 0.9     scatter 0.9  im2col 0.8
-    N1 T80 C600 O600 K3 D4               im2col 1.0  matmuls 1.0     matmuls 1.2  im2col 1.1
+    N32 T1000 C3 O16 K1 S2               shifts 3.1  own_pads 3.0    scatter 1.6  own_pads 1.1
+    N16 T500 C128 O8 K1                  scatter 1.8  im2col 1.3     im2col 1.0  scatter 1.0
+    N8 T64 C16 O16 K3                    scatter 1.3  im2col 1.3     scatter 1.3  im2col 1.2
+    N32 T1020 C10 O10 K8 D32             blocks 2.0  scatter 1.8     blocks 2.0  scatter 1.8
+    N32 T400 C16 O16 K3                  scatter 1.1  im2col 0.9     scatter 1.1  im2col 0.9
+    N8 T400 C20 O20 K5 D8                scatter 1.7  im2col 1.2     scatter 1.7  im2col 1.2
+    N32 T784 C25 O25 K7 D16              scatter 1.4  blocks 1.1     scatter 1.3  winograd 1.0
+    N32 T784 C25 O25 K7                  scatter 0.5  blocks 0.4     scatter 1.1  winograd 0.8
+    N32 T400 C30 O30 K7 D16              scatter 0.9  blocks 0.8     scatter 0.9  winograd 0.7
+    N8 T1000 C64 O64 K3 D16              winograd 1.1  scatter 0.9   winograd 1.2  im2col 0.9
+    N1 T80 C600 O600 K3 D4               winograd 1.1  matmuls 1.0   matmuls 1.2  scatter 1.0
     N4 T1000 C64 O128 K1 bfloat16        matmuls 1.6  im2col 1.6     matmuls 1.7  scatter 1.7
     N16 T4096 C16 O16 K3 D4 bfloat16     im2col 1.8  scatter 1.2     im2col 1.9  scatter 1.2
     N16 T4096 C25 O25 K7 D4 bfloat16     blocks 2.3  scatter 2.3     scatter 2.1  blocks 2.0
     N4 T1000 C128 O128 K3 D8 bfloat16    scatter 1.8  im2col 1.7     scatter 1.8  im2col 1.7
     N16 T4096 C64 O64 K7 D4 bfloat16     scatter 1.9  blocks 1.9     scatter 2.0  blocks 1.7
     N8 T1000 C16 O8 K7 bfloat16          scatter 2.2  blocks 1.3     scatter 1.4  im2col 1.1
-    N4 T2000 C4 O4 K31 D4                blocks 6.4  scatter 4.5     blocks 8.0  im2col 5.2
-    N4 T2000 C12 O12 K21 D4              blocks 1.6  im2col 1.3      blocks 1.5  im2col 1.1
-    N4 T2000 C20 O20 K21 D4              blocks 1.5  scatter 1.0     blocks 1.3  scatter 1.1
-    N4 T2000 C25 O25 K31 D4              blocks 1.0  scatter 0.8     blocks 1.1  scatter 0.9
-    N4 T2000 C32 O8 K31 D2               blocks 1.8  scatter 1.7     blocks 0.7  fold 0.6
+    N4 T2000 C4 O4 K31 D4                blocks 6.9  im2col 5.7      blocks 7.4  scatter 5.0
+    N4 T2000 C12 O12 K21 D4              blocks 1.5  scatter 1.2     blocks 1.5  im2col 1.4
+    N4 T2000 C20 O20 K21 D4              blocks 1.4  winograd 1.1    blocks 1.4  scatter 1.1
+    N4 T2000 C25 O25 K31 D4              winograd 0.9  blocks 0.9    winograd 1.1  blocks 1.1
+    N4 T2000 C32 O8 K31 D2               blocks 2.1  scatter 2.0     winograd 0.9  blocks 0.7
     N1 T7500 C15 O15 K51 D8 SAME         blocks 1.7  scatter 0.9     blocks 1.7  fold 0.9
     N1 T100000 C15 O15 K51 D8 SAME       blocks 1.8  im2col 0.9      blocks 1.8  im2col 0.9
     N16 T4096 C16 O16 K15 D4 bfloat16    blocks 2.1  scatter 1.7     blocks 2.1  scatter 1.6
     N4 T1000 C64 O64 K51 D4 bfloat16     blocks 1.5  im2col 1.3      blocks 1.5  im2col 1.2
     N1 T100000 C64 O64 K3 D16 bfloat16   im2col 2.7  fold 0.9        im2col 2.9  fold 1.0
-    N2 T1000 C256 O256 K33 G256          own_pads 18  shifts 13      own_pads 22  shifts 16
-    N1 T1000 C512 O512 K87 D2 G512       matmuls 57  own_pads 54     matmuls 58  scatter 55
+    N2 T1000 C256 O256 K33 G256          own_pads 22  shifts 15      own_pads 17  shifts 15
+    N1 T1000 C512 O512 K87 D2 G512       matmuls 56  own_pads 52     scatter 56  matmuls 53
     N4 T1000 C64 O64 K7 G8 bfloat16      blocks 2.0  scatter 1.5     blocks 1.8  scatter 1.5
     N4 T1000 C64 O64 K4 G16 float16      scatter 5.9  blocks 5.4     scatter 6.4  blocks 5.9
+    N8 T1000 C128 O128 K3 D16            winograd 1.2  scatter 0.9   winograd 1.2  fold 0.9
+    N1 T4096 C512 O512 K3 D64            winograd 1.3  scatter 1.0   winograd 1.3  scatter 1.0
+    N4 T1000 C256 O256 K5 D4             winograd 1.3  scatter 1.0   winograd 1.3  scatter 1.0
+    N4 T1000 C128 O128 K7 D8             winograd 1.2  fold 0.9      winograd 1.2  scatter 0.9
+    N16 T80 C600 O600 K3 D4              winograd 1.3  scatter 1.0   winograd 1.3  scatter 1.0
     ===================================  ==========================  ==========================
 
     Of bfloat16 depthwise with up to 8 taps takes "matmuls" all the same: on a CPU with AVX2 alone
@@ -308,41 +314,44 @@ def kernel_grad(problem: Problem) -> str:
     """Kernel gradient; measured as in `forward`.
 
     ===================================  ==================================================
-    N4 T1024 C512 O512 K4 G512           tree 25  shifts 10  im2col 2.0  matmuls 1.8
-    N4 T64 C32 O32 K3 D2 G32             tree 10  shifts 2.3  matmuls 1.3  im2col 1.1
-    N4 T512 C64 O256 K4 D2 G64           tree 70  im2col 68  shifts 46  dense 25
-    N4 T512 C32 O32 K3 G2                dense 2249  im2col 2242  matmuls 1917  split 1389
-    N1 T1024 C256 O256 K3 D4 G4          im2col 16  matmuls 15  split 11  dense 5.2
-    N4 T1024 C256 O256 K3 D4 G32         split 51  tree 44  im2col 35  matmuls 33
-    N4 T500 C128 O128 K5 G32             split 54  tree 46  im2col 42  matmuls 33
-    N2 T512 C1024 O1024 K3 G64           im2col 117  matmuls 69  tree 66  shifts 31
-    N2 T1000 C512 O512 K3 D2 G128        tree 240  shifts 140  im2col 105  matmuls 79
-    N4 T1000 C128 O128 K5 S2 G8          im2col 16  matmuls 10  dense 4.6  split 4.3
+    N4 T1024 C512 O512 K4 G512           tree 25  shifts 9.5  im2col 2.2  matmuls 1.8
+    N4 T64 C32 O32 K3 D2 G32             tree 4.7  shifts 1.8  matmuls 1.5  im2col 1.4
+    N4 T512 C64 O256 K4 D2 G64           tree 66  im2col 52  shifts 46  dense 20
+    N4 T512 C32 O32 K3 G2                im2col 2548  dense 2275  matmuls 2159  split 1958
+    N1 T1024 C256 O256 K3 D4 G4          im2col 18  matmuls 16  split 11  dense 5.3
+    N4 T1024 C256 O256 K3 D4 G32         split 48  tree 46  im2col 42  matmuls 37
+    N4 T500 C128 O128 K5 G32             split 57  tree 42  im2col 40  matmuls 34
+    N2 T512 C1024 O1024 K3 G64           im2col 109  tree 75  matmuls 71  shifts 38
+    N2 T1000 C512 O512 K3 D2 G128        tree 391  shifts 177  matmuls 127  im2col 107
+    N4 T1000 C128 O128 K5 S2 G8          im2col 17  matmuls 11  dense 4.7  split 4.5
     N4 T512 C128 O128 K3 D4 G8 bfloat16  im2col 17  split 14  matmuls 14  dense 6.9
-    N4 T1000 C1 O25 K7                   im2col 1.5  tree 1.1  matmuls 1.1  padded 1.0
-    N4 T1000 C64 O128 K1                 matmuls 1.3  im2col 1.2  canonical 1.0  padded 1.0
-    N4 T128 C32 O32 K3                   im2col 1.5  matmuls 1.3  canonical 1.0  padded 1.0
-    N4 T1000 C128 O128 K3 S2             im2col 1.9  matmuls 1.4  canonical 1.2  padded 1.0
-    N1 T64 C512 O512 K3 D4               im2col 1.2  matmuls 1.0  padded 1.0  canonical 0.8
-    N1 T100 C450 O450 K3 D4              im2col 1.4  padded 1.0  matmuls 1.0  canonical 0.7
+    N4 T1000 C1 O25 K7                   im2col 1.4  matmuls 1.1  padded 1.0  canonical 1.0
+    N4 T1000 C64 O128 K1                 matmuls 1.1  im2col 1.1  canonical 1.0  padded 1.0
+    N4 T128 C32 O32 K3                   im2col 1.8  winograd 1.7  matmuls 1.6
+    N4 T1000 C128 O128 K3 S2             im2col 1.9  matmuls 1.5  canonical 1.2  padded 1.0
+    N1 T64 C512 O512 K3 D4               winograd 1.5  im2col 1.3  matmuls 1.0  padded 1.0
+    N1 T100 C450 O450 K3 D4              winograd 1.6  im2col 1.4  matmuls 1.0  padded 1.0
     N1 T1024 C128 O128 K7 D3 SAME        padded 1.5  matmuls 1.2  im2col 1.2  canonical 1.0
     N1 T3750 C32 O32 K21 D10 SAME        padded 1.6  canonical 1.0  matmuls 0.9  im2col 0.9
     N1 T5000 C64 O64 K3 D16 SAME         im2col 1.0  padded 1.0  canonical 1.0  matmuls 0.7
     N2 T256 C256 O256 K3 D3 SAME         im2col 1.3  padded 1.1  matmuls 1.1  canonical 1.0
     N2 T4096 C64 O64 K3 D3 SAME          im2col 1.1  canonical 1.0  padded 1.0  matmuls 0.8
     N4 T8192 C32 O32 K3 D3 SAME          canonical 1.0  padded 0.8  im2col 0.7  matmuls 0.6
-    N1 T5000 C32 O32 K3 D512             padded 1.0  im2col 0.9  matmuls 0.8  canonical 0.7
-    N8 T1000 C64 O64 K3 D16              canonical 1.2  im2col 1.0  padded 1.0  matmuls 0.7
-    N32 T784 C25 O25 K7 D16              canonical 1.1  padded 1.0  im2col 0.8  fold 0.7
-    N4 T2000 C32 O32 K21                 padded 1.0  canonical 0.9  im2col 0.5  matmuls 0.5
+    N1 T5000 C32 O32 K3 D512             winograd 1.0  padded 1.0  im2col 0.9  matmuls 0.8
+    N8 T1000 C64 O64 K3 D16              winograd 1.4  canonical 1.2  im2col 1.0
+    N32 T784 C25 O25 K7 D16              canonical 1.2  padded 1.0  winograd 0.9
+    N4 T2000 C32 O32 K21                 padded 1.0  canonical 1.0  winograd 0.6
     N4 T1000 C128 O128 K3 D8 bfloat16    im2col 2.0  matmuls 1.6  canonical 1.0  padded 1.0
     N16 T4096 C64 O64 K7 D4 bfloat16     im2col 1.9  canonical 1.1  padded 1.0  matmuls 0.6
     N16 T4096 C25 O25 K7 D4 bfloat16     canonical 1.1  padded 1.0  im2col 0.8  matmuls 0.6
     N4 T2000 C64 O1 K3 bfloat16          canonical 1.4  padded 1.0  im2col 0.9  matmuls 0.4
-    N2 T1000 C512 O512 K3 G512           tree 34  shifts 28  matmuls 3.7  im2col 2.4
-    N2 T1000 C256 O256 K33 G256          tree 19  shifts 12  matmuls 1.1  padded 1.0
-    N1 T1000 C512 O512 K87 D2 G512       tree 48  shifts 30  im2col 3.9  matmuls 3.9
+    N2 T1000 C512 O512 K3 G512           tree 29  shifts 27  matmuls 3.2  im2col 2.6
+    N2 T1000 C256 O256 K33 G256          tree 19  shifts 11  matmuls 1.1  padded 1.0
+    N1 T1000 C512 O512 K87 D2 G512       tree 47  shifts 30  im2col 4.5  matmuls 4.1
     N1 T100000 C64 O64 K3 D16 bfloat16   im2col 2.3  matmuls 1.2  canonical 1.0  padded 1.0
+    N8 T1000 C128 O128 K3 D16            winograd 1.4  im2col 1.2  canonical 1.1
+    N1 T4096 C512 O512 K3 D64            winograd 1.7  canonical 1.3  im2col 1.2
+    N4 T1000 C256 O256 K5 D4             winograd 1.4  canonical 1.2  im2col 1.1
     ===================================  ==================================================
 
     "native" is the same program as "canonical" outside of loops.
