@@ -319,7 +319,7 @@ def test_choice_on_a_cpu(sizes, dtype, forward, input_grad):
 
 
 def test_the_rules_show_what_was_measured():
-    """The figures in their docstrings are those of the stored results, the newer before the older."""
+    """The figures in their docstrings are those of the stored results, newer ones first."""
     folder = Path(__file__).parents[1] / "benchmarks/results/cpu"
     files = [folder / name for name in ("formulations.json", "formulations_wide.json")]
     found = {}
