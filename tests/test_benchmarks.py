@@ -346,7 +346,8 @@ def test_two_results_on_the_screen(result, tmp_path, capsys):
         path.write_text(json.dumps(stored_))
     assert report.main([*map(str, paths)]) == 0
     printed = capsys.readouterr().out
-    lines = [line.split() for line in printed.splitlines() if first["layer"]["name"] in line]
+    name = first["layer"]["name"]
+    lines = [line.split() for line in printed.splitlines() if line.strip().startswith(name)]
     assert [line[-2:] for line in lines] == [["4.00", "1.00"], ["1.50", "1.00"]]
     assert f"wrote {tmp_path / 'new.html'}" in printed
 
