@@ -176,8 +176,8 @@ def explain(
     named = activation if isinstance(activation, str) else None
     promoted = bias if bias is None else jax.ShapeDtypeStruct(bias.shape, dtype)
     outside = unfused_reason(dtype, out_dtype, promoted, out_sharding)
-    ask = functools.partial(problem_of, x=x, w=w, spec=spec, precision=precision)
-    ask = functools.partial(ask, out_dtype=out_dtype, platform=platform)
+    given = dict(x=x, w=w, spec=spec, precision=precision, out_dtype=out_dtype)
+    ask = functools.partial(problem_of, **given, platform=platform)
     return _explain_problem(ask, chain, Epilogue(bias is not None, named), outside)
 
 

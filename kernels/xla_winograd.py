@@ -21,8 +21,8 @@ rounding errors are up to twice the definition's.
 K taps are pairs, and three more at the end where K is odd. One pair is two D steps from the next,
 so that all pairs are three convolutions of K/2 taps over every other block of D steps.
 
-Products: ``3/4`` of the convolution's, ``2/3`` for three taps, ``5/7`` for seven. Beside x and y it
-holds up to two of each, 1.5 for an even K.
+Products: ``3/4`` of the convolution's, ``2/3`` for three taps, ``5/7`` for seven. Bytes: x, w and y
+once each at least; beside x and y it holds 1.5 of each for the pairs, and two for the three.
 """
 
 import dataclasses
@@ -162,6 +162,5 @@ def _sight(x, spec: ConvSpec):
 
 def share(spec: ConvSpec) -> float:
     """How many of the convolution's products it takes: more for a D near T, which it rounds up."""
-    K, D, U = spec.kernel_size, spec.kernel_dilation, spec.out_time
-    each = 3 * (K // 2) if K % 2 == 0 else 3 * ((K - 3) // 2) + 4
-    return each * D * -(-U // (2 * D)) / (K * U)
+    K, D = spec.kernel_size, spec.kernel_dilation
+    return (3 * _pairs(K) + 4 * (K % 2)) * D * _tiles(spec) / (K * spec.out_time)

@@ -11,10 +11,11 @@ from jax import lax
 
 from benchmarks.formulations import operands
 from conv_pallas import conv1d
+from conv_pallas._layers import Layer
 from conv_pallas.kernels import xla, xla_native
 from conv_pallas.kernels.xla_formulations import numbers_of
 from conv_pallas.kernels.xla_winograd import share, winograd
-from conv_pallas.spec import OPERATIONS, ConvSpec, Problem
+from conv_pallas.spec import OPERATIONS, ConvSpec, lhs_rhs_out
 from tests.cases import Case, named
 from tests.support import rows
 from tests.tolerance import REFERENCES, check
@@ -49,9 +50,7 @@ TESTS += [(case, "conv1d_kernel_grad") for case in LONG]
 @pytest.mark.parametrize(("case", "operation"), TESTS, ids=str)
 def test_arithmetic(case, operation):
     x, kernel, g = case.arrays()
-    lhs, rhs = {
-        "conv1d": (x, kernel), "conv1d_input_grad": (g, kernel), "conv1d_kernel_grad": (x, g)
-    }[operation]  # fmt: skip
+    lhs, rhs, _ = lhs_rhs_out(operation, x, kernel, g)
     lhs = rows(lhs)
     rhs = rows(rhs) if rhs is g else rhs
     with jax.enable_x64(case.dtype == "float64"):
@@ -95,10 +94,8 @@ def test_no_output_sees_more_than_by_definition(K, high):
 
 
 def _problem(operation, sizes, precision=None, dtype="float32"):
-    N, T, C, O, K, D, S = (*sizes, 1, 1)[:7]
-    spec = ConvSpec(T, K, S, ((K - 1) * D, 0), D)
-    dtype = np.dtype(jnp.dtype(dtype))
-    return Problem(operation, spec, N, C, O, dtype, dtype, dtype, precision, "cpu")
+    problem = Layer("case", "made up", *sizes, dtype=dtype).problem(operation, "cpu")
+    return dataclasses.replace(problem, precision=precision)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
