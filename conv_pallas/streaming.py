@@ -184,13 +184,11 @@ def convolve_chunk(
         # So long a chunk that to sort the ring costs no more than to read its taps. What runs
         # is then the convolution of the whole sequence.
         whole = jnp.concatenate([_read(past, index, rows), x], -2)
-        # The age at the chunk's start, if it is one's own; 0 where no step says it, whose outputs
+        # The age at the chunk's start, if it is one's own; -1 where no step says it, whose outputs
         # nobody reads. What they would have seen stays in the ring, for the steps that follow.
         start = jnp.max(age - segments.numbered(age.shape), -1, keepdims=True)
         before = rows - segments.numbered((*age.shape[:-1], rows + T))
-        seen = jnp.where(
-            (before <= jnp.maximum(start, 0))[..., None], whole, jnp.zeros((), past.dtype)
-        )
+        seen = jnp.where((before <= start)[..., None], whole, jnp.zeros((), past.dtype))
         y = convolve(seen, kernel, **(segments.POINTWISE | {"kernel_dilation": dilation}))
         return y, age, push(state, whole[..., T:, :])
     backs = [(K - 1 - k) * dilation for k in range(K)]
