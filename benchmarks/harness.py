@@ -269,8 +269,8 @@ def _verifier_of_stack(stack, which, arguments) -> Callable:
 
     Where a ReLU is given something close to zero, rounding decides what comes back through it,
     and among millions there is one such now and then: gradients in float32, stock's too, are then
-    up to some 0.5 % from those in float64. What computes something else is off for every input, or
-    by more than that.
+    off by more than rounding, up to `STACK_FAR`. What computes something else is off for every
+    input, or by more than that.
     """
     stock = []
 

@@ -100,7 +100,7 @@ def candidates(problem: Problem) -> list[tuple[Candidate, object | None]]:
     present = {c.implementation for c, _ in answers}
     for name in IMPLEMENTATIONS:
         if name not in present:
-            reasons = [r for module, r in missing.items() if module.startswith(name.split("_")[0])]
+            reasons = [r for module, r in missing.items() if module.startswith(name.split("_")[-1])]
             reason = reasons[0] if reasons else "this version has no such kernel"
             if reasons and problem.platform != (home := HOMES.get(name, problem.platform)):
                 reason = f"runs on {home}, not on {problem.platform}; there it {reason}"

@@ -46,10 +46,9 @@ def _within(code: int, rows: int, passes: str, each: int) -> int:
 def gradient_chunk_rows(rows: int, passes: str, taps: int, C: int, O: int, mxu: int) -> int:
     """Rows of one product of the kernel gradient.
 
-    As many as there are, for each chunk moves all of dw once: at C=512, K=3, D=64 on v6e 113k
-    bundles with 2048 rows, 124k with 1024. But on a matrix unit 128 wide so many sums spill too
-    much: there 358k with 512 rows, 382k with 2048 (libtpu 0.0.50.1). 41 taps of 32 channels
-    compile for 3 s; more passes of that many are cut.
+    As many as there are, for each chunk moves all of dw once. But on a matrix unit 128 wide so
+    many sums spill too much: of 512 channels libtpu 0.0.50.1 schedules fewer bundles for chunks of
+    512 rows. The code grows with taps and passes, so of many they are cut.
     """
     if mxu < 256 and min(C, O) > 256:
         rows = min(rows, 512)

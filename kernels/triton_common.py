@@ -14,7 +14,6 @@ from conv_pallas.kernels import triton_compat
 from conv_pallas.spec import ConvSpec, Problem
 
 SUPPORTED = ("bfloat16", "float16", "float32")
-PROCESSORS = 132  # of an H100 or H200; an A100 has 108, a B200 148, an H100 for PCIe 114
 
 
 @triton.jit

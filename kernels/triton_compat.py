@@ -43,6 +43,7 @@ if not _lib._TMA_DTYPE_DEVICE_TO_HOST:
     _lib.cb, _lib._TMA_TF32 = _compiler, _nvidia.TMA_TF32
     _lib._TMA_DTYPE_DEVICE_TO_HOST = _nvidia.TMA_DTYPE_DEVICE_TO_HOST
 
+PROCESSORS = 132  # of an H100 or H200; an A100 has 108, a B200 148, an H100 for PCIe 114
 VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 if "is_im2col" in _lib.TensorDescMeta.__required_keys__ and VERSION < (3, 9):
@@ -133,9 +134,10 @@ def compute_capability() -> int | None:
 
 
 def processors() -> int:
-    """Of the chip that is compiled for, if it is here; else of an H100 or H200 (SXM)."""
+    """Of the chip that is compiled for, if it is here; else `PROCESSORS`."""
     device = _device_here()
-    return device.core_count if device is not None and device.device_kind == device_kind() else 132
+    here = device is not None and device.device_kind == device_kind()
+    return device.core_count if here else PROCESSORS
 
 
 @functools.cache

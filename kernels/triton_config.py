@@ -8,7 +8,7 @@ import triton
 
 from conv_pallas.kernels import triton_compat
 from conv_pallas.kernels import triton_tuned as tuned
-from conv_pallas.kernels.triton_common import PROCESSORS
+from conv_pallas.kernels.triton_compat import PROCESSORS
 
 # Of a processor of Hopper or data-centre Blackwell; each program costs 1 KiB on top of its own.
 SHARED_BYTES = 228 * 2**10

@@ -41,7 +41,6 @@ import triton
 from conv_pallas.kernels import Kernel, triton_compat, triton_resident
 from conv_pallas.kernels.triton_activation import gradient_in_xla
 from conv_pallas.kernels.triton_common import (
-    PROCESSORS,
     Phases,
     add_in_order,
     bias_grad_in_xla,
@@ -49,6 +48,7 @@ from conv_pallas.kernels.triton_common import (
     operand_dtype,
 )
 from conv_pallas.kernels.triton_common import decline as decline_any
+from conv_pallas.kernels.triton_compat import PROCESSORS
 from conv_pallas.kernels.triton_config import LARGEST, Config, choose_splits, configure
 from conv_pallas.kernels.triton_matmul import conv_dense, conv_dense_kernel_grad
 from conv_pallas.spec import ConvSpec, Problem

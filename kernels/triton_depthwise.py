@@ -40,7 +40,6 @@ from conv_pallas.kernels import triton_depthwise_taps as taps
 from conv_pallas.kernels import triton_depthwise_walk as walk
 from conv_pallas.kernels.triton_activation import activate, activate_grad, gradient_in_xla
 from conv_pallas.kernels.triton_common import (
-    PROCESSORS,
     Phases,
     add_in_order,
     bias_grad_in_xla,
@@ -264,7 +263,7 @@ def kernel_grad(
     BU, BO = rows // BK, max(16, min(128, triton.next_power_of_2(O)))
     blocks = N * triton.cdiv(J, BU)
     tiles = triton.cdiv(K, BK) * triton.cdiv(O, BO)
-    splits = min(blocks, triton.cdiv(8 * PROCESSORS, tiles), 256)
+    splits = min(blocks, triton.cdiv(8 * compat.PROCESSORS, tiles), 256)
     per_split = triton.cdiv(blocks, splits)
     splits = triton.cdiv(blocks, per_split)
     narrow = splits == 1 and not bias

@@ -37,7 +37,8 @@ import triton.language as tl
 from conv_pallas.kernels import triton_compat as compat
 from conv_pallas.kernels import triton_tuned as tuned
 from conv_pallas.kernels.triton_activation import activate, activate_grad_of_z
-from conv_pallas.kernels.triton_common import PROCESSORS, add_in_order, to_float32
+from conv_pallas.kernels.triton_common import add_in_order, to_float32
+from conv_pallas.kernels.triton_compat import PROCESSORS
 from conv_pallas.spec import ConvSpec
 
 AHEAD = 4  # steps that are loaded at a time

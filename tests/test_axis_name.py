@@ -11,7 +11,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from conv_pallas import conv1d
-from conv_pallas.nn import Conv
+from conv_pallas.nn import TCN, Conv, TemporalBlock
 from tests.streams import numbers
 from tests.support import collectives, compiled_quickly, sent, tree_close
 
@@ -127,6 +127,63 @@ def test_a_layer(implementation):
     flat = Conv(4, 6, (3, 3), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"^axis_name= is for 1-D convolutions"):
         flat(SHORT[None], axis_name="a")
+
+
+NETWORKS = {
+    "causal": dict(skip_connections=True, norm="weight"),
+    "same": dict(causal=False, norm="layer", activation="glu"),
+    "late": dict(lookahead=3, conditioning=2, remat=True),
+    "concat": dict(conditioning=2, conditioning_mode="concat"),
+}
+
+
+@each_vma
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network(name, check_vma):
+    options = NETWORKS[name]
+    model = TCN(4, [6, 6, 3], 5, 3, 0.0, rngs=nnx.Rngs(0), **options)
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    condition = numbers(2, 24, 2, seed=3) if "conditioning" in options else None
+    mask = np.arange(24) < np.array([[24], [15]])
+    ids = np.stack([np.searchsorted(ends, np.arange(24), "right") for ends in ((5, 18), (12, 13))])
+
+    def run(params, x, condition, mask, ids, **more):
+        model = nnx.merge(graph, params, rest)
+        return model(x, condition=condition, mask=mask, segment_ids=ids, **more)
+
+    def value_and_gradients(f):
+        loss = lambda *a: jnp.sum(jnp.sin(f(*a)))  # noqa: E731
+        return jax.jit(lambda *a: (f(*a), jax.grad(loss, (0, 1))(*a)))
+
+    steps = P(None, "a")
+    split = jax.shard_map(
+        functools.partial(run, axis_name="a"), mesh=_mesh(), check_vma=check_vma,
+        in_specs=(P(), steps, steps, steps, steps), out_specs=steps,
+    )  # fmt: skip
+    for packed in ((None, None), (mask, ids)):
+        arguments = params, SHORT, condition, *packed
+        out, want = value_and_gradients(split)(*arguments), value_and_gradients(run)(*arguments)
+        tree_close(out, want, rtol=1e-4)
+
+
+def test_what_a_network_can_not_split():
+    run = lambda model: jax.eval_shape(  # noqa: E731
+        jax.shard_map(
+            functools.partial(model, axis_name="a"),
+            mesh=_mesh(), in_specs=P(None, "a"), out_specs=P(None, "a"),
+        ),
+        SHORT,
+    )  # fmt: skip
+    normed = dict(norm="batch", rngs=nnx.Rngs(0))
+    for model in (TCN(4, [6], 5, **normed), TemporalBlock(4, 6, 3, 1, 0.0, **normed)):
+        with pytest.raises(ValueError, match=r"^batch norm in training .* axis_name='a' each"):
+            run(model)
+        model.eval()
+        run(model)
+    with pytest.raises(ValueError, match=r"^axis_name='a' is for return_sequences=True"):
+        run(TCN(4, [6], 5, return_sequences=False))
+    with pytest.raises(ValueError, match=r"^axis_name= needs layers of conv_pallas\.nn\.Conv"):
+        run(TCN(4, [6], 5, conv=nnx.Conv))
 
 
 def test_what_travels():

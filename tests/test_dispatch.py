@@ -349,6 +349,18 @@ def test_a_missing_optional_package_is_a_reason(add_kernel, monkeypatch):
     assert missing["triton_toy"] == "needs the package jax_triton, which is not installed"
 
 
+@pytest.mark.parametrize(
+    ("name", "module"), [("triton", "triton_dense"), ("pallas_tpu", "tpu_dense")]
+)
+def test_an_implementation_whose_package_is_missing_says_which(name, module, monkeypatch):
+    found = {n: k for n, k in kernels.discover()[0].items() if k.implementation != name}
+    missing = {module: "needs the package it_needs, which is not installed"}
+    monkeypatch.setattr(kernels, "discover", lambda: (found, missing))
+    told = explain(X, W, platform=dispatch.HOMES[name])
+    reason = next(c.reason for c in told.candidates["conv1d"] if c.implementation == name)
+    assert reason == missing[module]
+
+
 def test_kernels_say_what_they_are():
     found, missing = kernels.discover()
     assert {"xla", "xla_native"} <= {k.implementation for k in found.values()}

@@ -1,7 +1,9 @@
 """``python -m conv_pallas inspect`` and ``explain``, as somebody types them."""
 
 import collections
+import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -14,10 +16,11 @@ from tests.support import environment
 SHAPE = "T=200 C=32 K=3 D=4 N=2 activation=relu dtype=bfloat16".split()
 
 
-def run(*arguments):
+def run(*arguments, stdout=subprocess.PIPE):
     return subprocess.run(
-        [sys.executable, "-m", "conv_pallas", *map(str, arguments)], capture_output=True,
-        text=True, timeout=300, env=environment() | {"JAX_PLATFORMS": "cpu"},
+        [sys.executable, "-m", "conv_pallas", *map(str, arguments)], stdout=stdout,
+        stderr=subprocess.PIPE, text=True, timeout=300,
+        env=environment() | {"JAX_PLATFORMS": "cpu"},
     )  # fmt: skip
 
 
@@ -60,6 +63,14 @@ def test_explain():
     assert done.returncode == 0, done.stderr
     assert "conv1d on tpu: xla" in done.stdout and "pallas_tpu" in done.stdout
     assert "conv1d_kernel_grad on tpu" in done.stdout
+
+
+def test_a_reader_who_has_enough():
+    read, write = os.pipe()
+    os.close(read)
+    done = run("explain", *SHAPE, stdout=write)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def test_bound():

@@ -182,5 +182,5 @@ def test_of_a_layer():
     hidden = jnp.where(mask[:, None], numbers(2, 5, 5, 3), jnp.nan)
     assert jnp.isfinite(plane(hidden, mask=jnp.broadcast_to(mask, (2, 5, 5)))).all()
     stock = model_of(conv=nnx.Conv)
-    with pytest.raises(ValueError, match=r"^segment_ids need layers of conv_pallas\.nn\.Conv"):
+    with pytest.raises(ValueError, match=r"^segment_ids= needs layers of conv_pallas\.nn\.Conv"):
         stock(numbers(12, 3), segment_ids=IDS)

@@ -10,7 +10,8 @@ pytest.importorskip("jax_triton")
 from conv_pallas import _layers
 from conv_pallas.kernels import triton_dense, triton_depthwise
 from conv_pallas.kernels import triton_depthwise_walk as walk
-from conv_pallas.kernels.triton_common import PROCESSORS, most_programs
+from conv_pallas.kernels.triton_common import most_programs
+from conv_pallas.kernels.triton_compat import PROCESSORS
 from conv_pallas.spec import OPERATIONS, ConvSpec, Epilogue, lhs_rhs_out
 from tests.cases import Case
 

@@ -127,6 +127,7 @@ class TemporalBlock(nnx.Module):
         condition: jax.Array | None = None,
         mask: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        axis_name: str | tuple[str, ...] | None = None,
     ) -> jax.Array:
         """``(*batch, T, C)`` to ``(*batch, T, O)``.
 
@@ -135,11 +136,14 @@ class TemporalBlock(nnx.Module):
           mask: ``(*batch, T)`` bool, False for padding, where the output is zero; as in
             `conv_pallas.conv1d`.
           segment_ids: ``(*batch, T)`` integers, packed sequences; as in `conv_pallas.conv1d`.
+          axis_name: inside `jax.shard_map` the mesh axis, or axes, over which time is split: as in
+            `conv_pallas.conv1d`. A batch norm has to be in eval mode.
 
         Raises:
           ValueError: an argument does not fit x or the block.
         """
-        y, _ = self.run(x, condition, Whole(*check_sequences(x, mask, segment_ids)))
+        mask, segment_ids = check_sequences(x, mask, segment_ids)
+        y, _ = self.run(x, condition, Whole(mask, segment_ids, self.check_axis(axis_name)))
         return y
 
     def init_state(self, batch_size, dtype=None) -> dict:
@@ -229,6 +233,22 @@ class TemporalBlock(nnx.Module):
                 state["condition"] = streaming.ring(batch, rows, width, dtypes["condition"])
         return state, results
 
+    def check_axis(self, axis_name):
+        """The axis over which time is split, or None.
+
+        Raises:
+          ValueError: a batch norm would take its statistics over one device's part alone.
+        """
+        if axis_name is not None and self._trains_batch_norm():
+            raise ValueError(
+                "batch norm in training takes its statistics over all steps, of which with "
+                f"axis_name={axis_name!r} each device has a part: call model.eval() first"
+            )
+        return axis_name
+
+    def _trains_batch_norm(self) -> bool:
+        return isinstance(self.norm1, nnx.BatchNorm) and not self.norm1.use_running_average
+
     def check_streams(self) -> None:
         """One line about why this block can't stream, if so.
 
@@ -243,7 +263,7 @@ class TemporalBlock(nnx.Module):
                     f"only layers of conv_pallas.nn.Conv can stream, got {type(layer).__name__}; "
                     f"see replace_convs"
                 )
-        if isinstance(self.norm1, nnx.BatchNorm) and not self.norm1.use_running_average:
+        if self._trains_batch_norm():
             raise ValueError("batch norm streams in eval mode alone: call model.eval() first")
 
 

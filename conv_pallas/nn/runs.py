@@ -23,7 +23,7 @@ class WeightNorm(nnx.WeightNorm):
     """
 
     def __call__(self, x, **kwargs):
-        given = dict(activation=None, mask=None, segment_ids=None) | kwargs
+        given = dict(activation=None, mask=None) | kwargs
         return self.layer_instance._call(x, self._kernel(), **given)
 
     def _kernel(self) -> jax.Array:
@@ -54,19 +54,22 @@ class Whole:
 
     Attributes:
       mask, segment_ids: ``(*batch, T)`` or None, as in `conv_pallas.conv1d`.
+      axis_name: over which time is split, or None, as in `conv_pallas.conv1d`.
     """
 
-    def __init__(self, mask=None, segment_ids=None):
-        self.mask, self.segment_ids = mask, segment_ids
+    def __init__(self, mask=None, segment_ids=None, axis_name=None):
+        self.mask, self.segment_ids, self.axis_name = mask, segment_ids, axis_name
 
     def conv(self, name: str, layer: nnx.Module, x: jax.Array, activation=None) -> jax.Array:
         """The layer of what is real in x, and the activation."""
         if is_ours(layer):
-            return layer(x, activation=activation, mask=self.mask, segment_ids=self.segment_ids)
-        if self.segment_ids is not None:
-            raise ValueError(
-                f"segment_ids need layers of conv_pallas.nn.Conv, got {type(layer).__name__}"
-            )
+            more = dict(segment_ids=self.segment_ids, axis_name=self.axis_name)
+            return layer(x, activation=activation, mask=self.mask, **more)
+        for name in ("segment_ids", "axis_name"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}= needs layers of conv_pallas.nn.Conv, got {type(layer).__name__}"
+                )
         act = ops.activation_function(activation)
         y = layer(self.hide(x))
         return y if act is None else act(y)

@@ -170,6 +170,7 @@ class TCN(nnx.Module):
         condition: jax.Array | None = None,
         mask: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        axis_name: str | tuple[str, ...] | None = None,
     ) -> jax.Array:
         """``(*batch, T, in_channels)`` to ``(*batch, T, out_features)``.
 
@@ -178,10 +179,18 @@ class TCN(nnx.Module):
           mask: ``(*batch, T)`` bool, False for padding, where the output is zero; as in
             `conv_pallas.conv1d`. The last step is then the last real one.
           segment_ids: ``(*batch, T)`` integers, packed sequences; as in `conv_pallas.conv1d`.
+          axis_name: inside `jax.shard_map` the mesh axis, or axes, over which time is split: as in
+            `conv_pallas.conv1d`. It takes ``return_sequences=True``, and a batch norm in eval
+            mode; dropout draws the same for each part, unless its rngs differ.
 
         Raises:
           ValueError: an argument does not fit x or the model.
         """
+        if axis_name is not None and not self.return_sequences:
+            raise ValueError(
+                f"axis_name={axis_name!r} is for return_sequences=True: the last step is another "
+                "device's"
+            )
         condition, changing = check_condition(condition, x, self.conditioning)
         mask, segment_ids = check_sequences(x, mask, segment_ids)  # before they are cut
         sum_of_skips = None
@@ -196,7 +205,7 @@ class TCN(nnx.Module):
                 segment_ids = None if segment_ids is None else segment_ids[..., -1 - beyond :]
                 beyond -= block.receptive_field - 1
             given = condition if changing or condition is None else condition[..., 0, :]
-            x, added = self._block(block, x, given, mask, segment_ids)
+            x, added = self._block(block, x, given, mask, segment_ids, axis_name)
             sum_of_skips = self._skip(sum_of_skips, level, added[..., -1:, :] if cut else added)
         y = self._finish(x, sum_of_skips)
         if not self.return_sequences:
@@ -314,9 +323,11 @@ class TCN(nnx.Module):
         """
         return streaming.restart(state, members)
 
-    def _block(self, block, x, condition, mask, segment_ids):
+    def _block(self, block, x, condition, mask, segment_ids, axis_name):
+        block.check_axis(axis_name)
+
         def forward(block, x, condition, mask, segment_ids):
-            return block.run(x, condition, Whole(mask, segment_ids))
+            return block.run(x, condition, Whole(mask, segment_ids, axis_name))
 
         if self.remat:
             policy = self.remat if callable(self.remat) else None
