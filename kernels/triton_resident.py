@@ -21,6 +21,10 @@ L2 gives 7 TB/s, which nothing here has measured, for the 4.3 of its memory.) In
 it leaves more partial sums to be added, and ptxas lets each product wait for the one before (its
 C7515: the sums of several taps are under way from one tile to the next); it is only among the tiles
 that `conv_pallas.tuning.tune` tries.
+
+No warps of their own for the copies: Triton's ``tl.range(warp_specialize=True)`` splits such tiles
+among two groups of warps, and for sm_90a can't do that to descriptors of three axes (3.9.0), of
+which the first keeps the zeros of one sample apart from the next sample's steps.
 """
 
 import triton

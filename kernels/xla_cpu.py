@@ -1,8 +1,7 @@
 """Which formulation of a convolution XLA does best on a CPU, and in parts of what size.
 
-Rules, from measurements: ``benchmarks/results/cpu/formulations.json`` and, newer, of the dense and
-the grouped layers of float32 ``formulations_wide.json`` beside it. ``python -m
-benchmarks.formulations`` repeats them. `forward` and `kernel_grad` show what they stand on.
+Rules, from measurements: ``benchmarks/results/cpu/formulations.json``, which ``python -m
+benchmarks.formulations`` repeats. `forward` and `kernel_grad` show what they stand on.
 """
 
 import dataclasses
@@ -66,68 +65,68 @@ def forward(problem: Problem) -> str:
     ===================================  ==========================  ==========================
                                          forward                     input gradient
     ===================================  ==========================  ==========================
-    N4 T1024 C512 O512 K4 G512           own_pads 95  scatter 79     scatter 113  own_pads 111
-    N1 T2000 C512 O512 K4 G512           scatter 134  own_pads 124   scatter 126  own_pads 115
-    N8 T1000 C64 O64 K7 G64              own_pads 101  scatter 98    scatter 76  own_pads 57
-    N4 T1000 C64 O64 K16 G64             own_pads 17  matmuls 17     matmuls 20  own_pads 18
-    N4 T512 C64 O256 K4 D2 G64           own_pads 42  scatter 38     shifts 19  own_pads 14
-    N4 T1024 C512 O512 K4 G512 bfloat16  own_pads 73  scatter 73     own_pads 83  scatter 68
-    N4 T500 C128 O128 K5 G32             shifts 12  scatter 5.9      shifts 8.7  scatter 5.3
-    N2 T512 C1024 O1024 K3 G64           scatter 1.2  matmuls 1.0    scatter 1.4  matmuls 1.1
-    N4 T1024 C256 O256 K3 D4 G8          split 1.7  matmuls 1.5      split 1.6  scatter 1.1
-    N1 T1024 C256 O256 K3 D4 G4          scatter 1.1  matmuls 1.0    scatter 1.1  matmuls 1.1
-    N4 T512 C128 O128 K3 D4 G8 bfloat16  im2col 1.8  scatter 1.8     im2col 1.7  matmuls 1.7
-    N4 T1000 C1 O25 K7                   matmuls 2.7  shifts 2.6     scatter 1.9  blocks 1.7
-    N16 T500 C1 O128 K7                  own_pads 2.6  matmuls 2.5   scatter 3.2  blocks 0.7
-    N4 T2000 C2 O256 K7 D4               shifts 1.9  im2col 1.8      scatter 5.4  fold 2.1
-    N4 T2000 C64 O1 K3                   scatter 2.4  winograd 0.7   shifts 2.8  matmuls 2.8
-    N8 T500 C256 O4 K5 D4                scatter 3.9  blocks 1.9     im2col 1.5  shifts 1.2
-    N8 T1000 C64 O10 K3                  scatter 0.9  winograd 0.8   im2col 1.4  scatter 1.3
-    N8 T500 C64 O24 K3 D2                scatter 1.1  winograd 0.9   scatter 1.1  winograd 1.0
-    N4 T4000 C2 O2 K3                    shifts 5.2  own_pads 4.2    shifts 5.5  own_pads 4.6
-    N4 T2000 C8 O8 K3                    shifts 2.6  scatter 2.1     scatter 2.4  shifts 2.3
-    N4 T4000 C1 O32 K8 S2                matmuls 1.9  shifts 1.8     scatter 1.4  blocks 0.7
-    N4 T1000 C128 O128 K3 S2             matmuls 0.8  im2col 0.8     scatter 1.1  matmuls 0.5
-    N4 T500 C25 O25 K5 S2                scatter 0.7  im2col 0.6     scatter 1.2  im2col 0.8
-    N4 T2000 C32 O1 K16 S4               scatter 1.2  matmuls 0.6    matmuls 3.3  shifts 3.1
-    N4 T500 C768 O768 K3 S2 G64          matmuls 1.8  shifts 1.8     scatter 2.6  shifts 2.5
-    N8 T500 C64 O64 K3 S2 G8 bfloat16    im2col 1.7  scatter 1.4     scatter 2.1  im2col 1.9
-    N16 T500 C64 O64 K5 S2 G8 float16    scatter 1.2  split 1.1      scatter 1.9  split 1.5
-    N32 T1000 C3 O16 K1 S2               shifts 3.1  own_pads 3.0    scatter 1.6  own_pads 1.1
-    N16 T500 C128 O8 K1                  scatter 1.8  im2col 1.3     im2col 1.0  scatter 1.0
-    N8 T64 C16 O16 K3                    scatter 1.3  im2col 1.3     scatter 1.3  im2col 1.2
-    N32 T1020 C10 O10 K8 D32             blocks 2.0  scatter 1.8     blocks 2.0  scatter 1.8
-    N32 T400 C16 O16 K3                  scatter 1.1  im2col 0.9     scatter 1.1  im2col 0.9
-    N8 T400 C20 O20 K5 D8                scatter 1.7  im2col 1.2     scatter 1.7  im2col 1.2
-    N32 T784 C25 O25 K7 D16              scatter 1.4  blocks 1.1     scatter 1.3  winograd 1.0
-    N32 T784 C25 O25 K7                  scatter 0.5  blocks 0.4     scatter 1.1  winograd 0.8
-    N32 T400 C30 O30 K7 D16              scatter 0.9  blocks 0.8     scatter 0.9  winograd 0.7
-    N8 T1000 C64 O64 K3 D16              winograd 1.1  scatter 0.9   winograd 1.2  im2col 0.9
-    N1 T80 C600 O600 K3 D4               winograd 1.1  matmuls 1.0   matmuls 1.2  scatter 1.0
-    N4 T1000 C64 O128 K1 bfloat16        matmuls 1.6  im2col 1.6     matmuls 1.7  scatter 1.7
-    N16 T4096 C16 O16 K3 D4 bfloat16     im2col 1.8  scatter 1.2     im2col 1.9  scatter 1.2
-    N16 T4096 C25 O25 K7 D4 bfloat16     blocks 2.3  scatter 2.3     scatter 2.1  blocks 2.0
-    N4 T1000 C128 O128 K3 D8 bfloat16    scatter 1.8  im2col 1.7     scatter 1.8  im2col 1.7
-    N16 T4096 C64 O64 K7 D4 bfloat16     scatter 1.9  blocks 1.9     scatter 2.0  blocks 1.7
-    N8 T1000 C16 O8 K7 bfloat16          scatter 2.2  blocks 1.3     scatter 1.4  im2col 1.1
-    N4 T2000 C4 O4 K31 D4                blocks 6.9  im2col 5.7      blocks 7.4  scatter 5.0
-    N4 T2000 C12 O12 K21 D4              blocks 1.5  scatter 1.2     blocks 1.5  im2col 1.4
-    N4 T2000 C20 O20 K21 D4              blocks 1.4  winograd 1.1    blocks 1.4  scatter 1.1
-    N4 T2000 C25 O25 K31 D4              winograd 0.9  blocks 0.9    winograd 1.1  blocks 1.1
-    N4 T2000 C32 O8 K31 D2               blocks 2.1  scatter 2.0     winograd 0.9  blocks 0.7
-    N1 T7500 C15 O15 K51 D8 SAME         blocks 1.7  scatter 0.9     blocks 1.7  fold 0.9
-    N1 T100000 C15 O15 K51 D8 SAME       blocks 1.8  im2col 0.9      blocks 1.8  im2col 0.9
-    N16 T4096 C16 O16 K15 D4 bfloat16    blocks 2.1  scatter 1.7     blocks 2.1  scatter 1.6
-    N4 T1000 C64 O64 K51 D4 bfloat16     blocks 1.5  im2col 1.3      blocks 1.5  im2col 1.2
-    N1 T100000 C64 O64 K3 D16 bfloat16   im2col 2.7  fold 0.9        im2col 2.9  fold 1.0
-    N2 T1000 C256 O256 K33 G256          own_pads 22  shifts 15      own_pads 17  shifts 15
-    N1 T1000 C512 O512 K87 D2 G512       matmuls 56  own_pads 52     scatter 56  matmuls 53
-    N4 T1000 C64 O64 K7 G8 bfloat16      blocks 2.0  scatter 1.5     blocks 1.8  scatter 1.5
-    N4 T1000 C64 O64 K4 G16 float16      scatter 5.9  blocks 5.4     scatter 6.4  blocks 5.9
-    N8 T1000 C128 O128 K3 D16            winograd 1.2  scatter 0.9   winograd 1.2  fold 0.9
-    N1 T4096 C512 O512 K3 D64            winograd 1.3  scatter 1.0   winograd 1.3  scatter 1.0
+    N4 T1024 C512 O512 K4 G512           own_pads 90  scatter 73     scatter 88  own_pads 72
+    N1 T2000 C512 O512 K4 G512           scatter 110  own_pads 99    own_pads 112  scatter 105
+    N8 T1000 C64 O64 K7 G64              scatter 107  own_pads 105   scatter 97  shifts 71
+    N4 T1000 C64 O64 K16 G64             matmuls 21  own_pads 21     own_pads 24  matmuls 21
+    N4 T512 C64 O256 K4 D2 G64           own_pads 32  scatter 29     shifts 26  own_pads 19
+    N4 T1024 C512 O512 K4 G512 bfloat16  own_pads 84  scatter 84     scatter 79  matmuls 55
+    N4 T500 C128 O128 K5 G32             shifts 10  scatter 6.6      shifts 9.9  scatter 5.5
+    N2 T512 C1024 O1024 K3 G64           scatter 1.2  matmuls 1.0    scatter 1.3  matmuls 1.0
+    N4 T1024 C256 O256 K3 D4 G8          split 2.1  matmuls 1.3      split 2.1  matmuls 1.3
+    N1 T1024 C256 O256 K3 D4 G4          scatter 1.1  matmuls 1.0    scatter 1.2  matmuls 1.1
+    N4 T512 C128 O128 K3 D4 G8 bfloat16  im2col 1.6  scatter 1.6     scatter 1.8  im2col 1.7
+    N4 T1000 C1 O25 K7                   own_pads 3.2  shifts 3.1    scatter 2.1  matmuls 0.7
+    N16 T500 C1 O128 K7                  own_pads 2.4  matmuls 2.3   scatter 3.1  winograd 0.5
+    N4 T2000 C2 O256 K7 D4               own_pads 2.0  shifts 1.8    scatter 7.4  fold 2.2
+    N4 T2000 C64 O1 K3                   scatter 2.7  winograd 0.7   own_pads 2.8  shifts 2.7
+    N8 T500 C256 O4 K5 D4                scatter 4.1  fold 1.6       shifts 1.7  im2col 1.5
+    N8 T1000 C64 O10 K3                  scatter 1.3  winograd 0.8   im2col 1.3  scatter 1.3
+    N8 T500 C64 O24 K3 D2                scatter 1.1  winograd 0.9   winograd 1.1  scatter 1.1
+    N4 T4000 C2 O2 K3                    shifts 6.6  own_pads 4.9    shifts 7.7  own_pads 7.0
+    N4 T2000 C8 O8 K3                    shifts 1.9  scatter 1.4     shifts 2.2  scatter 1.6
+    N4 T4000 C1 O32 K8 S2                shifts 2.0  matmuls 1.8     scatter 1.6  blocks 0.8
+    N4 T1000 C128 O128 K3 S2             im2col 0.9  matmuls 0.9     scatter 0.9  im2col 0.5
+    N4 T500 C25 O25 K5 S2                scatter 0.7  im2col 0.6     scatter 1.2  im2col 0.7
+    N4 T2000 C32 O1 K16 S4               scatter 1.2  matmuls 0.7    matmuls 3.8  shifts 3.7
+    N4 T500 C768 O768 K3 S2 G64          shifts 2.1  matmuls 2.0     shifts 2.1  scatter 2.0
+    N8 T500 C64 O64 K3 S2 G8 bfloat16    im2col 2.0  scatter 1.8     scatter 2.0  im2col 1.9
+    N16 T500 C64 O64 K5 S2 G8 float16    split 1.2  dense 1.1        scatter 1.6  blocks 1.4
+    N32 T1000 C3 O16 K1 S2               own_pads 3.1  shifts 3.1    scatter 1.8  own_pads 1.3
+    N16 T500 C128 O8 K1                  im2col 1.7  matmuls 1.7     im2col 1.0  matmuls 0.9
+    N8 T64 C16 O16 K3                    scatter 1.4  im2col 1.4     scatter 1.6  im2col 1.5
+    N32 T1020 C10 O10 K8 D32             blocks 2.1  scatter 1.8     blocks 2.1  scatter 1.7
+    N32 T400 C16 O16 K3                  scatter 1.2  im2col 1.0     scatter 1.2  im2col 0.9
+    N8 T400 C20 O20 K5 D8                scatter 1.5  im2col 1.1     scatter 1.5  blocks 1.2
+    N32 T784 C25 O25 K7 D16              scatter 1.4  blocks 1.2     scatter 1.3  blocks 1.0
+    N32 T784 C25 O25 K7                  scatter 1.0  blocks 0.9     scatter 1.0  winograd 0.8
+    N32 T400 C30 O30 K7 D16              scatter 1.0  blocks 0.8     scatter 0.9  fold 0.7
+    N8 T1000 C64 O64 K3 D16              winograd 1.1  scatter 0.9   winograd 1.2  scatter 1.0
+    N1 T80 C600 O600 K3 D4               im2col 1.1  winograd 1.0    matmuls 1.0  im2col 1.0
+    N4 T1000 C64 O128 K1 bfloat16        scatter 1.6  im2col 1.6     im2col 1.9  matmuls 1.8
+    N16 T4096 C16 O16 K3 D4 bfloat16     im2col 2.0  scatter 1.2     im2col 1.9  scatter 1.2
+    N16 T4096 C25 O25 K7 D4 bfloat16     blocks 2.3  scatter 2.3     scatter 2.2  blocks 2.0
+    N4 T1000 C128 O128 K3 D8 bfloat16    im2col 1.7  scatter 1.6     scatter 1.8  im2col 1.7
+    N16 T4096 C64 O64 K7 D4 bfloat16     scatter 2.9  blocks 2.6     scatter 2.9  blocks 2.4
+    N8 T1000 C16 O8 K7 bfloat16          scatter 1.6  blocks 1.1     scatter 2.0  im2col 1.3
+    N4 T2000 C4 O4 K31 D4                blocks 6.6  im2col 4.6      blocks 6.7  im2col 5.6
+    N4 T2000 C12 O12 K21 D4              blocks 1.6  im2col 1.3      scatter 1.5  blocks 1.4
+    N4 T2000 C20 O20 K21 D4              fold 0.9  winograd 0.9      fold 1.0  winograd 0.8
+    N4 T2000 C25 O25 K31 D4              winograd 1.2  blocks 1.2    winograd 1.2  blocks 1.2
+    N4 T2000 C32 O8 K31 D2               blocks 2.1  scatter 2.1     winograd 1.0  blocks 0.9
+    N1 T7500 C15 O15 K51 D8 SAME         blocks 2.1  winograd 1.2    blocks 1.7  winograd 1.2
+    N1 T100000 C15 O15 K51 D8 SAME       blocks 1.8  winograd 1.3    blocks 2.1  winograd 1.2
+    N16 T4096 C16 O16 K15 D4 bfloat16    blocks 1.9  scatter 1.8     blocks 2.1  scatter 1.7
+    N4 T1000 C64 O64 K51 D4 bfloat16     blocks 1.5  winograd 1.2    blocks 1.5  im2col 1.3
+    N1 T100000 C64 O64 K3 D16 bfloat16   im2col 2.8  winograd 2.3    im2col 2.8  winograd 1.2
+    N2 T1000 C256 O256 K33 G256          own_pads 27  shifts 22      own_pads 25  shifts 18
+    N1 T1000 C512 O512 K87 D2 G512       matmuls 73  scatter 69      shifts 76  own_pads 71
+    N4 T1000 C64 O64 K7 G8 bfloat16      blocks 1.9  scatter 1.6     blocks 1.7  scatter 1.5
+    N4 T1000 C64 O64 K4 G16 float16      blocks 5.5  scatter 4.9     scatter 5.8  im2col 5.2
+    N8 T1000 C128 O128 K3 D16            winograd 1.1  fold 0.8      winograd 1.2  scatter 0.9
+    N1 T4096 C512 O512 K3 D64            winograd 1.3  scatter 1.0   winograd 1.2  scatter 1.0
     N4 T1000 C256 O256 K5 D4             winograd 1.3  scatter 1.0   winograd 1.3  scatter 1.0
-    N4 T1000 C128 O128 K7 D8             winograd 1.2  fold 0.9      winograd 1.2  scatter 0.9
+    N4 T1000 C128 O128 K7 D8             winograd 1.2  fold 0.9      winograd 1.2  fold 0.9
     N16 T80 C600 O600 K3 D4              winograd 1.3  scatter 1.0   winograd 1.3  scatter 1.0
     ===================================  ==========================  ==========================
 
@@ -314,42 +313,42 @@ def kernel_grad(problem: Problem) -> str:
     """Kernel gradient; measured as in `forward`.
 
     ===================================  ==================================================
-    N4 T1024 C512 O512 K4 G512           tree 25  shifts 9.5  im2col 2.2  matmuls 1.8
-    N4 T64 C32 O32 K3 D2 G32             tree 4.7  shifts 1.8  matmuls 1.5  im2col 1.4
-    N4 T512 C64 O256 K4 D2 G64           tree 66  im2col 52  shifts 46  dense 20
-    N4 T512 C32 O32 K3 G2                im2col 2548  dense 2275  matmuls 2159  split 1958
-    N1 T1024 C256 O256 K3 D4 G4          im2col 18  matmuls 16  split 11  dense 5.3
-    N4 T1024 C256 O256 K3 D4 G32         split 48  tree 46  im2col 42  matmuls 37
-    N4 T500 C128 O128 K5 G32             split 57  tree 42  im2col 40  matmuls 34
-    N2 T512 C1024 O1024 K3 G64           im2col 109  tree 75  matmuls 71  shifts 38
-    N2 T1000 C512 O512 K3 D2 G128        tree 391  shifts 177  matmuls 127  im2col 107
-    N4 T1000 C128 O128 K5 S2 G8          im2col 17  matmuls 11  dense 4.7  split 4.5
-    N4 T512 C128 O128 K3 D4 G8 bfloat16  im2col 17  split 14  matmuls 14  dense 6.9
-    N4 T1000 C1 O25 K7                   im2col 1.4  matmuls 1.1  padded 1.0  canonical 1.0
-    N4 T1000 C64 O128 K1                 matmuls 1.1  im2col 1.1  canonical 1.0  padded 1.0
-    N4 T128 C32 O32 K3                   im2col 1.8  winograd 1.7  matmuls 1.6
-    N4 T1000 C128 O128 K3 S2             im2col 1.9  matmuls 1.5  canonical 1.2  padded 1.0
-    N1 T64 C512 O512 K3 D4               winograd 1.5  im2col 1.3  matmuls 1.0  padded 1.0
-    N1 T100 C450 O450 K3 D4              winograd 1.6  im2col 1.4  matmuls 1.0  padded 1.0
-    N1 T1024 C128 O128 K7 D3 SAME        padded 1.5  matmuls 1.2  im2col 1.2  canonical 1.0
-    N1 T3750 C32 O32 K21 D10 SAME        padded 1.6  canonical 1.0  matmuls 0.9  im2col 0.9
-    N1 T5000 C64 O64 K3 D16 SAME         im2col 1.0  padded 1.0  canonical 1.0  matmuls 0.7
-    N2 T256 C256 O256 K3 D3 SAME         im2col 1.3  padded 1.1  matmuls 1.1  canonical 1.0
-    N2 T4096 C64 O64 K3 D3 SAME          im2col 1.1  canonical 1.0  padded 1.0  matmuls 0.8
-    N4 T8192 C32 O32 K3 D3 SAME          canonical 1.0  padded 0.8  im2col 0.7  matmuls 0.6
-    N1 T5000 C32 O32 K3 D512             winograd 1.0  padded 1.0  im2col 0.9  matmuls 0.8
-    N8 T1000 C64 O64 K3 D16              winograd 1.4  canonical 1.2  im2col 1.0
-    N32 T784 C25 O25 K7 D16              canonical 1.2  padded 1.0  winograd 0.9
-    N4 T2000 C32 O32 K21                 padded 1.0  canonical 1.0  winograd 0.6
-    N4 T1000 C128 O128 K3 D8 bfloat16    im2col 2.0  matmuls 1.6  canonical 1.0  padded 1.0
-    N16 T4096 C64 O64 K7 D4 bfloat16     im2col 1.9  canonical 1.1  padded 1.0  matmuls 0.6
-    N16 T4096 C25 O25 K7 D4 bfloat16     canonical 1.1  padded 1.0  im2col 0.8  matmuls 0.6
-    N4 T2000 C64 O1 K3 bfloat16          canonical 1.4  padded 1.0  im2col 0.9  matmuls 0.4
-    N2 T1000 C512 O512 K3 G512           tree 29  shifts 27  matmuls 3.2  im2col 2.6
-    N2 T1000 C256 O256 K33 G256          tree 19  shifts 11  matmuls 1.1  padded 1.0
-    N1 T1000 C512 O512 K87 D2 G512       tree 47  shifts 30  im2col 4.5  matmuls 4.1
-    N1 T100000 C64 O64 K3 D16 bfloat16   im2col 2.3  matmuls 1.2  canonical 1.0  padded 1.0
-    N8 T1000 C128 O128 K3 D16            winograd 1.4  im2col 1.2  canonical 1.1
+    N4 T1024 C512 O512 K4 G512           tree 29  shifts 9.2  im2col 2.3  matmuls 2.2
+    N4 T64 C32 O32 K3 D2 G32             tree 9.3  shifts 2.7  matmuls 1.5  im2col 1.4
+    N4 T512 C64 O256 K4 D2 G64           tree 71  im2col 54  shifts 42  dense 21
+    N4 T512 C32 O32 K3 G2                matmuls 2322  im2col 2153  dense 2026  split 2021
+    N1 T1024 C256 O256 K3 D4 G4          matmuls 14  im2col 14  split 9.9  dense 4.6
+    N4 T1024 C256 O256 K3 D4 G32         split 53  tree 51  matmuls 40  im2col 39
+    N4 T500 C128 O128 K5 G32             split 60  tree 50  im2col 42  matmuls 35
+    N2 T512 C1024 O1024 K3 G64           im2col 113  tree 95  matmuls 86  shifts 33
+    N2 T1000 C512 O512 K3 D2 G128        tree 434  shifts 185  matmuls 125  im2col 112
+    N4 T1000 C128 O128 K5 S2 G8          im2col 15  matmuls 10  dense 3.9  split 3.7
+    N4 T512 C128 O128 K3 D4 G8 bfloat16  im2col 16  matmuls 14  split 12  dense 6.8
+    N4 T1000 C1 O25 K7                   im2col 2.4  matmuls 1.9  tree 1.8  winograd 1.2
+    N4 T1000 C64 O128 K1                 im2col 1.1  matmuls 1.1  padded 1.0  canonical 1.0
+    N4 T128 C32 O32 K3                   im2col 1.5  matmuls 1.3  winograd 1.3
+    N4 T1000 C128 O128 K3 S2             im2col 2.0  matmuls 1.7  canonical 1.2  padded 1.0
+    N1 T64 C512 O512 K3 D4               winograd 1.4  im2col 1.1  padded 1.0  matmuls 1.0
+    N1 T100 C450 O450 K3 D4              winograd 1.4  im2col 1.4  matmuls 1.0  padded 1.0
+    N1 T1024 C128 O128 K7 D3 SAME        padded 1.6  winograd 1.5  im2col 1.2  matmuls 1.2
+    N1 T3750 C32 O32 K21 D10 SAME        padded 1.5  canonical 1.0  im2col 1.0
+    N1 T5000 C64 O64 K3 D16 SAME         padded 1.1  canonical 1.0  winograd 0.9
+    N2 T256 C256 O256 K3 D3 SAME         winograd 1.5  im2col 1.3  padded 1.1  matmuls 1.1
+    N2 T4096 C64 O64 K3 D3 SAME          winograd 1.4  canonical 1.0  padded 1.0
+    N4 T8192 C32 O32 K3 D3 SAME          canonical 1.0  winograd 1.0  im2col 0.8
+    N1 T5000 C32 O32 K3 D512             padded 1.0  winograd 1.0  im2col 0.9
+    N8 T1000 C64 O64 K3 D16              winograd 1.4  canonical 1.3  im2col 1.1
+    N32 T784 C25 O25 K7 D16              canonical 1.3  padded 1.0  winograd 0.9
+    N4 T2000 C32 O32 K21                 padded 1.0  canonical 1.0  im2col 0.6
+    N4 T1000 C128 O128 K3 D8 bfloat16    im2col 2.0  matmuls 1.7  winograd 1.5
+    N16 T4096 C64 O64 K7 D4 bfloat16     im2col 2.5  canonical 1.6  winograd 1.1
+    N16 T4096 C25 O25 K7 D4 bfloat16     winograd 1.1  canonical 1.0  padded 1.0
+    N4 T2000 C64 O1 K3 bfloat16          winograd 1.4  canonical 1.3  padded 1.0
+    N2 T1000 C512 O512 K3 G512           tree 21  shifts 13  matmuls 3.0  im2col 2.5
+    N2 T1000 C256 O256 K33 G256          tree 19  shifts 8.6  matmuls 1.1  padded 1.0
+    N1 T1000 C512 O512 K87 D2 G512       tree 47  shifts 28  matmuls 4.2  im2col 4.0
+    N1 T100000 C64 O64 K3 D16 bfloat16   im2col 3.6  matmuls 1.5  canonical 1.2
+    N8 T1000 C128 O128 K3 D16            winograd 1.3  im2col 1.1  canonical 1.1
     N1 T4096 C512 O512 K3 D64            winograd 1.7  canonical 1.3  im2col 1.2
     N4 T1000 C256 O256 K5 D4             winograd 1.4  canonical 1.2  im2col 1.1
     ===================================  ==================================================

@@ -319,11 +319,10 @@ def test_choice_on_a_cpu(sizes, dtype, forward, input_grad):
 
 
 def test_the_rules_show_what_was_measured():
-    """The figures in their docstrings are those of the stored results, newer ones first."""
-    folder = Path(__file__).parents[1] / "benchmarks/results/cpu"
-    files = [folder / name for name in ("formulations.json", "formulations_wide.json")]
+    """The figures in their docstrings are those of the stored result."""
+    file = Path(__file__).parents[1] / "benchmarks/results/cpu/formulations.json"
     found = {}
-    for row in (r for f in files for r in json.loads(f.read_text(encoding="utf-8"))["results"]):
+    for row in json.loads(file.read_text(encoding="utf-8"))["results"]:
         name = row["case"].replace(" float32", "")
         speedups = {n: f["speedup"] for n, f in row["formulations"].items()}
         found.setdefault(name, {})[row["operation"]] = speedups
