@@ -23,6 +23,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import stored
 from conv_pallas import _measure
 from conv_pallas.nn import TCN, compiled_step
 
@@ -128,11 +129,11 @@ def main(arguments=None) -> int:
     console.print(
         f"× : times that forward takes longer than a step; {time.perf_counter() - start:.0f} s"
     )
-    host = _measure.host()
+    host = _measure.host() | {"commit": stored.commit()}
     path = options.output or Path(__file__).parent / "results" / host["platform"] / "streaming.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    stored = {"host": host, "channels": CHANNELS, "levels": LEVELS, "taps": TAPS}
-    path.write_text(json.dumps(stored | {"measurements": results}, indent=1) + "\n")
+    result = {"host": host, "channels": CHANNELS, "levels": LEVELS, "taps": TAPS}
+    path.write_text(json.dumps(result | {"measurements": results}, indent=1) + "\n")
     console.print(f"stored in {path}")
     return 0
 
