@@ -123,17 +123,9 @@ def forward(
         tma and phases.row_step == 1 and grad_of is None and _tileable(x, c if G > 1 else 0)
     )  # fmt: skip
     config = _config(N, spec, C, O, dtype, precision, tma_x and x.dtype == w.dtype, keep)
-    # The last axis of w is that of the sum in a transposed kernel. For float32 the tensor
-    # cores of Hopper take nothing else, and transposing the kernel is cheap.
-    contract_last, reverse = transposed, transposed
-    if not transposed and dtype.itemsize == 4 and tma and precision != "ieee":
-        w, contract_last = jnp.swapaxes(w, 1, 2), True
-    if transposed:
-        w_row, w_col = 0, c  # (K, o, G * c)
-    elif contract_last:
-        w_row, w_col = o, 0  # (K, G * o, c)
-    else:
-        w_row, w_col = 0, o  # (K, c, G * o)
+    w, w_row, w_col, contract_last = _laid_out(
+        w, c, o, transposed, tensor_cores=tma and dtype.itemsize == 4 and precision != "ieee"
+    )
     # What a tile holds past a group's end only feeds results that are not stored, but for what
     # is summed over: there the next group begins, and the engine has no mask.
     whole = G == 1 or c % config.depth == 0
@@ -141,46 +133,56 @@ def forward(
     tma_w = tma and whole and _tileable(w, w_col if G > 1 else 0)
     block = (config.columns, config.depth) if contract_last else (config.depth, config.columns)
     rounded = precision == "tf32"
-    tile = lambda a, block: triton_compat.Tile(a, (1, *block), rounded and a.dtype == np.float32)  # noqa: E731
-    programs = N * G * phases.phases * triton.cdiv(J, config.rows) * triton.cdiv(o, config.columns)
     y = jax.ShapeDtypeStruct((N, spec.out_time, O), out_dtype)
-    may_stay = (
-        config.resident and _may_stay(spec, dtype) and tma_x and x.dtype == w.dtype
+    programs = N * G * phases.phases * triton.cdiv(J, config.rows) * triton.cdiv(o, config.columns)
+    xt, wt = _tile(x, (config.rows, config.depth), rounded), _tile(w, block, rounded)
+    common = dict(
+        out=(y, y) if keep else y, warps=config.warps, stages=config.stages, C=c, O=o, K=K,
+        CONTRACT_LAST=contract_last, REVERSE=transposed, PRECISION=precision,
+        HAS_BIAS=bias is not None, ACTIVATION=activation,
+        BT=config.rows, BO=config.columns, BC=config.depth, **({} if keep else {"z": None}),
     )  # fmt: skip
+    bias = x if bias is None else bias  # a pointer that is not read
+    may_stay = config.resident and _may_stay(spec, dtype) and tma_x and x.dtype == w.dtype
     stays = may_stay and (
         C <= config.depth and O <= config.columns and triton_resident.fits(config, K)
     )  # fmt: skip
     # What a tile of 32 bits takes on its way out is not free while the next is fetched.
-    goes_on = may_stay and tma_w and np.dtype(out_dtype).itemsize == 2
-    if stays or goes_on:
+    if stays or (may_stay and tma_w and np.dtype(out_dtype).itemsize == 2):
         kernel = triton_resident.conv_resident if stays else triton_resident.conv_onward
         tiles, programs = programs, min(programs, triton_compat.processors() * config.resident)
         return triton_compat.call(
-            kernel, tile(x, (config.rows, config.depth)), w if stays else tile(w, block),
-            x if bias is None else bias,
+            kernel, xt, w if stays else wt, bias,
             spec.out_time, spec.kernel_dilation, spec.padding[0], tiles, programs,
-            out=(y, y) if keep else y,
-            programs=programs, warps=config.warps, stages=config.stages, C=C, O=O, K=K,
-            CONTRACT_LAST=contract_last, REVERSE=reverse, PRECISION=precision,
-            HAS_BIAS=bias is not None, ACTIVATION=activation,
-            BT=config.rows, BO=config.columns, BC=config.depth, **({} if keep else {"z": None}),
+            programs=programs, **common,
         )  # fmt: skip
     return triton_compat.call(
-        conv_dense,
-        tile(x, (config.rows, config.depth)) if tma_x else x,
-        tile(w, block) if tma_w else w,
-        x if bias is None else bias, x if saved is None else saved,  # pointers that are not read
-        T, J, spec.out_time, spec.kernel_dilation, spec.padding[0],
-        out=(y, y) if keep else y, programs=programs, warps=config.warps, stages=config.stages,
-        C=c, O=o, G=G, K=K, S=spec.stride, E=spec.input_dilation, PHASES=phases.phases,
+        conv_dense, xt if tma_x else x, wt if tma_w else w, bias, x if saved is None else saved,
+        T, J, spec.out_time, spec.kernel_dilation, spec.padding[0], programs=programs,
+        G=G, S=spec.stride, E=spec.input_dilation, PHASES=phases.phases,
         ROW_STEP=phases.row_step, TAP_STEP=phases.tap_step, W_ROW=w_row, W_COL=w_col,
-        W_ROWS=w.shape[1], W_COLS=w.shape[2], CONTRACT_LAST=contract_last, REVERSE=reverse,
-        TMA_X=tma_x, TMA_W=tma_w, PRECISION=precision, WIDEN=x.dtype != w.dtype,
+        W_ROWS=w.shape[1], W_COLS=w.shape[2], TMA_X=tma_x, TMA_W=tma_w, WIDEN=x.dtype != w.dtype,
         ROUND_X=rounded and not tma_x and x.dtype == np.float32,
-        ROUND_W=rounded and not tma_w and w.dtype == np.float32,
-        HAS_BIAS=bias is not None, ACTIVATION=activation, GRAD_OF=grad_of,
-        BT=config.rows, BO=config.columns, BC=config.depth, **({} if keep else {"z": None}),
+        ROUND_W=rounded and not tma_w and w.dtype == np.float32, GRAD_OF=grad_of, **common,
     )  # fmt: skip
+
+
+def _tile(array: jax.Array, block: tuple[int, int], rounded: bool) -> triton_compat.Tile:
+    """Of one sample, or tap."""
+    return triton_compat.Tile(array, (1, *block), rounded and array.dtype == np.float32)
+
+
+def _laid_out(w, c: int, o: int, transposed: bool, tensor_cores: bool):
+    """w as the kernel reads it, a group's first row and column, whether its last axis is summed.
+
+    It is in a transposed kernel, ``(K, o, G * c)``. Else w is ``(K, c, G * o)``; but for float32
+    the tensor cores of Hopper take nothing else, and transposing the kernel is cheap.
+    """
+    if transposed:
+        return w, 0, c, True
+    if tensor_cores:
+        return jnp.swapaxes(w, 1, 2), o, 0, True
+    return w, 0, o, False
 
 
 def kernel_grad(
@@ -221,7 +223,8 @@ def kernel_grad(
     per_split = triton.cdiv(blocks, splits)
     splits = triton.cdiv(blocks, per_split) if blocks else splits
     rounded = precision == "tf32"
-    tile = lambda a, block: triton_compat.Tile(a, (1, *block), rounded and a.dtype == np.float32)  # noqa: E731
+    xt = _tile(x, (config.depth, config.rows), rounded)
+    gt = _tile(gy, (config.depth, config.columns), rounded)
     narrow = splits == 1 and not bias
     stays = (
         config.resident and _may_stay(spec, dtype) and tma_x and tma_g and not tail
@@ -232,8 +235,7 @@ def kernel_grad(
         splits = min(blocks, triton_compat.processors() * config.resident)
         partial = triton_compat.call(
             triton_resident.conv_resident_kernel_grad,
-            tile(x, (config.depth, config.rows)), tile(gy, (config.depth, config.columns)),
-            U, spec.kernel_dilation, spec.padding[0], blocks, splits,
+            xt, gt, U, spec.kernel_dilation, spec.padding[0], blocks, splits,
             out=jax.ShapeDtypeStruct((splits, K * c + bias, O), np.dtype(np.float32)),
             programs=splits, warps=config.warps, stages=config.stages, C=c, O=o, K=K,
             PRECISION=precision, BIAS=bias, BU=config.depth, BC=config.rows, BO=config.columns,
@@ -241,8 +243,7 @@ def kernel_grad(
         return _added(partial, (K, c, O), out_dtype, bias)
     partial = triton_compat.call(
         conv_dense_kernel_grad,
-        tile(x, (config.depth, config.rows)) if tma_x else x,
-        tile(gy, (config.depth, config.columns)) if tma_g else gy,
+        xt if tma_x else x, gt if tma_g else gy,
         gy if saved is None else saved,  # a pointer that is not read
         T, U, J, N, spec.kernel_dilation, spec.padding[0], per_split, splits,
         out=jax.ShapeDtypeStruct(
