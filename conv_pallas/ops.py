@@ -77,7 +77,8 @@ def conv1d(
         then one device's parts of a sequence that goes on from device to device, and each gets
         from the others the steps that its outputs see; None: they are whole sequences. There have
         to be as many outputs as inputs, or a fixed ratio of them, on each device.
-      precision: as in `jax.lax.conv_general_dilated`.
+      precision: as in `jax.lax.conv_general_dilated`. With any, ``"default"`` too, there is no
+        minimal filtering on a CPU: weights of zero then let nothing through, not even rounding.
       preferred_element_type: dtype of the convolution's result, not narrower than the
         operands'; bias and activation are applied to it.
       out_sharding: how the result is sharded on a mesh with explicit axes; as in

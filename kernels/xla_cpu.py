@@ -9,7 +9,6 @@ import functools
 import math
 
 import numpy as np
-from jax import lax
 
 from conv_pallas.kernels.xla_formulations import Formulation, numbers_of, some_taps
 from conv_pallas.kernels.xla_pieces import UNROLLED, in_pieces, in_steps, in_taps
@@ -272,13 +271,13 @@ def _few_channels(problem: Problem, spec: ConvSpec, c: int, o: int) -> bool:
 def _filters(problem: Problem, spec: ConvSpec, c: int, o: int) -> bool:
     """Whether float32 "winograd" saves more products than its sums cost.
 
-    Who asks for a precision gets the sums that the definition has. An even number of taps saves
+    Who asks for a precision, be it the default one, gets the sums that the definition has, and with
+    them nothing of a step whose weights are zero. An even number of taps saves
     too little, a few channels or steps do not make up for what is written to memory and read again,
     and beyond 16 MiB the pieces' results are too much to put together.
     """
     types = {np.dtype(a).name for a in (problem.lhs_dtype, problem.rhs_dtype, problem.out_dtype)}
-    usual = problem.precision in (None, lax.Precision.DEFAULT, (lax.Precision.DEFAULT,) * 2)
-    if types != {"float32"} or not usual or spec.kernel_size % 2 == 0:
+    if types != {"float32"} or problem.precision is not None or spec.kernel_size % 2 == 0:
         return False
     steps = problem.N * spec.out_time
     few = steps < (512 if problem.operation == "conv1d_kernel_grad" else 1024)

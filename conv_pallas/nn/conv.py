@@ -309,10 +309,15 @@ class Conv(nnx.Conv):
             feature_group_count=self.feature_group_count,
         )
 
+    def _precision(self):
+        # What minimal filtering leaves of a step that is masked is small, but not nothing.
+        unsaid = self.precision is None and jax.config.jax_default_matmul_precision is None
+        return lax.Precision.DEFAULT if unsaid and self.mask is not None else self.precision
+
     def _arguments(self) -> dict:
         return dict(
             self._geometry(),
-            precision=self.precision,
+            precision=self._precision(),
             preferred_element_type=getattr(self, "preferred_element_type", None),
             implementation=self.implementation,
         )
