@@ -72,6 +72,20 @@ def some_taps(spec: ConvSpec, first: int, count: int) -> ConvSpec:
     return dataclasses.replace(spec, kernel_size=count, padding=(low - first * D, high - after * D))
 
 
+def live_taps(spec: ConvSpec) -> tuple[int, int]:
+    """The first tap through which any output sees a step, and how many there are from it on.
+
+    At least one. All others see padding alone, where a dilation reaches beyond the sequence.
+    """
+    K, D, low = spec.kernel_size, spec.kernel_dilation, spec.padding[0]
+    if not isinstance(spec.time, int):  # an export's symbol
+        return 0, K
+    # Tap k's last output sees position ``(U - 1) * S + k * D - low``, its first ``k * D - low``.
+    first = min(K - 1, max(0, -(((spec.out_time - 1) * spec.stride - low) // D)))
+    end = min(K, -(-(spec.dilated_time + low) // D))
+    return first, max(1, end - first)
+
+
 def some_steps(spec: ConvSpec, first: int, count: int) -> ConvSpec:
     """The convolution whose outputs are ``count`` of this one's, from the ``first`` on."""
     low = spec.padding[0] - first * spec.stride
