@@ -223,9 +223,12 @@ def lower_locally(ctx, call, operands, *, multiple_results: bool):
         avals_in=without_sharding(ctx.avals_in), avals_out=without_sharding(ctx.avals_out)
     )
     chip = mesh_lib.get_abstract_mesh().abstract_device
+    # What was traced with 64 bits may be lowered where they are off.
+    wide = any(a.dtype.itemsize == 8 for a in (*ctx.avals_in, *ctx.avals_out))
     with (
         mesh_lib.use_abstract_mesh(mesh_lib.AbstractMesh((), (), abstract_device=chip)),
         jax.numpy_dtype_promotion("standard"),  # what a user forbids himself, kernels may do
+        jax.enable_x64(jax.config.jax_enable_x64 or wide),
     ):
         return mlir.lower_fun(call, multiple_results=multiple_results)(ctx, *operands)
 
@@ -248,6 +251,7 @@ def _batching_rule(axis_data, args, dims, *, kernel_batch, out_sharding, operati
         and axis_data.size  # none at all can't be split off again
         and out_sharding is None
         and mesh_axis is None
+        and axis_data.spmd_name is None  # a sharded axis stays one of its own
     ):
         return _widen(bind, operation, lhs, rhs, lhs_dim, rhs_dim, V, params["spec"].groups)
     else:
@@ -394,8 +398,10 @@ def conv1d_kernel_grad(
 def convs_saveable(prim, *_, **__) -> bool:
     """A policy for `jax.checkpoint`: keep what convolutions compute, recompute the rest.
 
+    Those of `jax.lax` among them, which run what is of another rank or ordered as `"xla_native"`.
+
     `jax.checkpoint_policies.dots_saveable` and the like know `jax.lax`'s own primitives, not
     these. To keep what both are for, give `jax.checkpoint_policies.save_from_both_policies`
     the two of them.
     """
-    return prim.name in ("conv1d", "conv1d_fused")
+    return prim.name in ("conv1d", "conv1d_fused", "conv_general_dilated")

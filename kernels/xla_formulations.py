@@ -37,8 +37,8 @@ Formulation = Callable[[jax.Array, jax.Array, ConvSpec, Numbers], jax.Array]
 
 def numbers_of(problem: Problem) -> tuple[np.dtype, Numbers]:
     """The dtype of both operands, and how to calculate."""
-    operand = jnp.promote_types(problem.lhs_dtype, problem.rhs_dtype)
-    acc = jnp.promote_types(operand, problem.out_dtype)
+    operand = xla_native.holds(problem.lhs_dtype, problem.rhs_dtype)
+    acc = xla_native.holds(operand, problem.out_dtype)
     if jnp.issubdtype(acc, jnp.floating) and acc.itemsize < 4:
         acc = np.dtype(np.float32)
     if jnp.issubdtype(acc, jnp.floating) and not jnp.issubdtype(operand, jnp.floating):

@@ -17,12 +17,20 @@ from conv_pallas.kernels import Kernel
 from conv_pallas.spec import ConvSpec, Problem
 
 
+def holds(a: np.dtype, b: np.dtype) -> np.dtype:
+    """A dtype for both. JAX promotes no float of 8 bits; bfloat16 holds each of them."""
+    if a == b:
+        return a
+    narrow = lambda d: jnp.issubdtype(d, jnp.floating) and np.dtype(d).itemsize == 1  # noqa: E731
+    return jnp.promote_types(*(np.dtype(jnp.bfloat16) if narrow(d) else d for d in (a, b)))
+
+
 def conv(
     x: jax.Array, w: jax.Array, spec: ConvSpec, out_dtype: np.dtype, precision=None
 ) -> jax.Array:
     """The forward convolution of ``x (N, T, C)`` with ``w (K, C//G, O)``, padded in the window."""
-    dtype = jnp.promote_types(x.dtype, w.dtype)  # lax takes operands of one dtype only
-    narrower = jnp.promote_types(dtype, out_dtype) != out_dtype  # lax accumulates in no such type
+    dtype = holds(x.dtype, w.dtype)  # lax takes operands of one dtype only
+    narrower = holds(dtype, out_dtype) != out_dtype  # lax accumulates in no such type
     return lax.conv_general_dilated(
         x.astype(dtype),
         w.astype(dtype),

@@ -244,6 +244,11 @@ def test_a_policy_that_saves_convolutions():
 
         assert saved(jax.checkpoint_policies.dots_saveable) == []
         assert saved(convs_saveable)
+    stock = lambda x, w: jnp.sin(conv1d(x, w, implementation="xla_native"))  # noqa: E731
+    checkpointed = jax.checkpoint(stock, policy=convs_saveable)
+    assert any(
+        "conv_general_dilated" in source for _, source in saved_residuals(checkpointed, x, w)
+    )
 
 
 def test_strict_promotion():

@@ -4,8 +4,10 @@ Once as a user calls it, `conv1d` and its vjp, and once primitive by primitive.
 """
 
 import dataclasses
+import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -155,6 +157,35 @@ def test_float64(name):
         check_operation(y, "conv1d", x, w, case)
         check_operation(dx, "conv1d_input_grad", g, w, case)
         check_operation(dw, "conv1d_kernel_grad", x, g, case)
+
+
+def test_float64_lowered_where_it_is_off():
+    case = dataclasses.replace(cases.named("grouped"), dtype="float64")
+    arrays = case.arrays()
+    for implementation in IMPLEMENTATIONS:
+        with jax.enable_x64(True):
+            traced = jax.jit(value_and_gradients(case, implementation)).trace(*arrays)
+        assert {a.dtype for a in traced.lower().out_info} == {np.dtype("float64")}
+
+
+@pytest.mark.parametrize("name", ["dense", "depthwise", "stride_same"])
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_float8_into_a_wider_result(dtype, name):
+    """JAX promotes no float of 8 bits by itself."""
+    case = cases.named(name)
+    x, w, g = (a.astype(jnp.dtype(dtype)) for a in case.arrays())
+
+    def run(implementation):
+        f = functools.partial(
+            conv1d, preferred_element_type=jnp.float32, implementation=implementation,
+            **case.geometry,
+        )  # fmt: skip
+        y, back = jax.vjp(f, x, w)
+        return y, *back(g.astype(y.dtype))
+
+    for got, want in zip(run(None), run("xla_native"), strict=True):
+        assert got.dtype == want.dtype
+        np.testing.assert_allclose(*(a.astype(np.float32) for a in (got, want)), rtol=0.13)
 
 
 def test_the_tolerance_tells_a_wrong_kernel():

@@ -324,6 +324,19 @@ def test_vmap_of_a_shard_map_over_the_mesh(bias):
         tree_close(run(x, w), jax.vmap(f, in_axes=(0, None))(x, w), rtol=1e-4)
 
 
+@pytest.mark.parametrize("G", [1, 2])
+def test_vmap_over_sharded_kernels(G):
+    """Told which axis of the mesh splits them, nothing is gathered, nor its gradient."""
+    mesh = jax.make_mesh((4,), ("a",), axis_types=(AxisType.Auto,))
+    x, w = jnp.ones((2, 12, 4)), jnp.ones((4, 3, 4 // G, 8))
+    w = jax.device_put(w, NamedSharding(mesh, P("a")))
+    f = functools.partial(conv1d, feature_group_count=G)
+    each = lambda x, w: jnp.sum(jnp.sin(f(x, w)))  # noqa: E731
+    for g in (f, jax.grad(each, 1)):
+        run = jax.jit(jax.vmap(g, (None, 0), spmd_axis_name="a"), out_shardings=w.sharding)
+        assert not collectives(run.lower(x, w).compile())
+
+
 def test_transpose_inside_shard_map():
     """Of an affine layer by itself, as solvers of linear systems ask for it."""
     layout, mesh = LAYOUTS["batch"], _mesh(AxisType.Auto)

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from conv_pallas import streaming
-from conv_pallas.nn import TCN, Conv, TemporalBlock, compiled_step
+from conv_pallas.nn import TCN, Conv, TemporalBlock, compiled_step, replace_convs
 from tests.streams import check, functions, model_of, numbers, stream, with_tail
 
 # Every pair of norm, activation, dilations, lookahead, chunks and batch is in one of the rows,
@@ -382,3 +382,13 @@ def test_errors_in_one_line(call, message):
     with pytest.raises(ValueError, match="^" + re.escape(message)) as error:
         call(model, model.init_state(2))
     assert "\n" not in str(error.value)
+
+
+def test_a_weight_normed_network_of_stock_layers_streams_once_they_are_replaced():
+    model = TCN(3, [4, 4], 2, 3, norm="weight", conv=nnx.Conv, rngs=nnx.Rngs(0))
+    model.eval()
+    x = numbers(2, 18, 3)
+    y = model(x)
+    replace_convs(model)
+    check(model, x, (7, 11))
+    np.testing.assert_allclose(model(x), y, rtol=1e-4, atol=1e-5)

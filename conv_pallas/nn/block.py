@@ -233,6 +233,12 @@ class TemporalBlock(nnx.Module):
                 state["condition"] = streaming.ring(batch, rows, width, dtypes["condition"])
         return state, results
 
+    def adopt_convs(self) -> None:
+        """Makes of flax's weight norm ours, where the layer in it has become ours."""
+        for layer in (self.conv1, self.conv2):
+            if type(layer) is nnx.WeightNorm and is_ours(layer.layer_instance):
+                layer.__class__ = WeightNorm
+
     def check_axis(self, axis_name):
         """The axis over which time is split, or None.
 

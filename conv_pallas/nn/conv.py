@@ -353,6 +353,9 @@ def replace_convs[M: nnx.Module](model: M, *, implementation: Implementation = N
             _order(module, implementation)
         elif type(module) is Conv:
             _order(module, implementation)
+    for module in modules:
+        if hasattr(module, "adopt_convs"):
+            module.adopt_convs()
     return model
 
 
