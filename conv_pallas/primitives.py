@@ -102,15 +102,15 @@ def _compute(
     with jax.named_scope(operation):  # so that a profile says what its matmuls and pads belong to
         if kernels == 1:
             out = kernel.run(problem, lhs[0], rhs[0])
-        elif kernel.vmappable:
-            out = jax.vmap(functools.partial(kernel.run, problem))(lhs, rhs)
+        elif many := kernel.many(problem):
+            out = many(lhs, rhs)
         else:
             out = _run_as_groups(problem, kernels, lhs, rhs, implementation)
     return out.reshape(out_shape)
 
 
 def _run_as_groups(problem: Problem, kernels: int, lhs, rhs, implementation):
-    """V convolutions as one with V times the groups, for kernels that can't be vmapped."""
+    """V convolutions as one with V times the groups."""
     join = lambda a: jnp.moveaxis(a, 0, -2).reshape(*a.shape[1:-1], kernels * a.shape[-1])  # noqa: E731
     spec = dataclasses.replace(problem.spec, groups=problem.spec.groups * kernels)
     wide = dataclasses.replace(problem, spec=spec, C=problem.C * kernels, O=problem.O * kernels)

@@ -33,8 +33,9 @@ class Kernel:
         wins; None: only when asked for by name. It may be a function of the problem, for a kernel
         that wins here and loses there.
       by_name: ``by_name(problem) -> why``, in a few words, where `priority` gives it none.
-      vmappable: whether `jax.vmap` of `run` over both operands is sound and fast. Where it
-        is not, a batch of kernels is folded into groups.
+      many: ``many(problem) -> f``, where ``f(lhs, rhs) -> array``, all three with one axis more,
+        the first, is what a batch of kernels of such a problem is best done by, as `jax.vmap`
+        asks for it; None: it is folded into groups.
       fused: ``fused(problem, x, w, bias) -> y``, the forward convolution with
         ``problem.epilogue`` around it; bias is None where there is none. None: the kernel
         has no such thing, and XLA adds bias and activation to what `run` returns.
@@ -60,7 +61,7 @@ class Kernel:
     describe: Callable[[Problem], str]
     priority: int | Callable[[Problem], int | None] | None
     by_name: Callable[[Problem], str] = lambda problem: "only when asked for by name"
-    vmappable: bool = False
+    many: Callable[[Problem], Callable[..., jax.Array] | None] = lambda problem: None
     fused: Callable[..., jax.Array | tuple[jax.Array, jax.Array]] | None = None
     decline_fused: Callable[[Problem], str | None] = lambda problem: None
     backward: Callable[..., tuple[jax.Array | None, ...]] | None = None

@@ -441,7 +441,6 @@ KERNEL = Kernel(
     describe=describe,
     priority=priority,
     by_name=lambda problem: "by name only: no estimate says that it is faster than XLA",
-    vmappable=False,
     fused=fused,
     decline_fused=tpu_epilogue.decline_fused,
     backward=backward,

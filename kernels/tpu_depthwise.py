@@ -322,7 +322,6 @@ KERNEL = Kernel(
     describe=describe,
     priority=None,
     by_name=lambda problem: "by name only: by estimate XLA's sum of taps is as fast",
-    vmappable=False,
     fused=fused,
     decline_fused=tpu_epilogue.decline_fused,
     backward=backward,

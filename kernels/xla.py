@@ -13,6 +13,7 @@ without the device; nothing was timed there.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -187,6 +188,16 @@ def run(problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
     return out
 
 
+def many(problem: Problem):
+    """What a batch of kernels is best done by, or None for groups: then the rules see them.
+
+    Mapped, most formulations would run as the dense case that they no longer are.
+    """
+    problem, first = _of_live_taps(problem)
+    name = xla_cpu.many(problem) if problem.platform == "cpu" and first == 0 else None
+    return name and jax.vmap(functools.partial(run_as, name, problem))
+
+
 KERNEL = Kernel(
     implementation="xla",
     platforms=("cpu", "cuda", "rocm", "tpu"),
@@ -194,7 +205,5 @@ KERNEL = Kernel(
     decline=lambda problem: None,
     describe=lambda problem: DESCRIPTIONS[choose(problem)],
     priority=0,
-    # A batch of kernels becomes groups, and the rules see them. Mapped, each would run as the
-    # dense case that it no longer is.
-    vmappable=False,
+    many=many,
 )

@@ -380,6 +380,18 @@ def kernel_grad(problem: Problem) -> str:
     return "padded" if spec.input_dilation == 1 and pays else "canonical"
 
 
+def many(problem: Problem) -> str | None:
+    """The formulation that a batch of kernels is mapped by, or None for groups.
+
+    Kernel gradients alone, as each example of a batch has its own: convolutions of groups are slow
+    at them, batched matmuls are not.
+    """
+    spec, c, _ = _of_group(problem)
+    if problem.operation != "conv1d_kernel_grad" or c == 1 or spec.kernel_size > FEW:
+        return None
+    return "matmuls" if spec.groups == 1 or spec.kernel_size <= 4 else None
+
+
 def _grouped_kernel_grad(problem: Problem) -> str:
     spec, c, _ = _of_group(problem)
     K, G = spec.kernel_size, spec.groups

@@ -8,6 +8,8 @@ Operations: ``2 N T' K (C / G) O``, and whatever XLA multiplies by zeros. Bytes:
 each at least, and the copies that XLA makes.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,5 +74,5 @@ KERNEL = Kernel(
     describe=lambda problem: "lax.conv_general_dilated and its transposes, as nnx.Conv has it",
     # Of a platform that nobody has read or measured nothing is known to be better.
     priority=lambda problem: 0 if problem.platform == "other" else None,
-    vmappable=True,
+    many=lambda problem: jax.vmap(functools.partial(run, problem)),
 )

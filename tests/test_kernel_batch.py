@@ -1,4 +1,4 @@
-"""A batch of kernels, for implementations that `jax.vmap` can't map: folded into groups."""
+"""A batch of kernels: folded into groups, or matmuls."""
 
 import dataclasses
 
@@ -26,8 +26,9 @@ def unmappable(monkeypatch):
         return found["xla"].run(problem, lhs, rhs)
 
     toy = dataclasses.replace(
-        found["xla"], implementation="toy", run=run, priority=None, vmappable=False
-    )
+        found["xla"], implementation="toy", run=run, priority=None,
+        many=lambda problem: None,
+    )  # fmt: skip
     monkeypatch.setattr(kernels, "discover", lambda: ({**found, "toy": toy}, missing))
     return calls
 
@@ -59,3 +60,12 @@ def test_folding_kernels_into_groups(unmappable, groups, nested):
     kernels_at_once = int(np.prod(shape))
     assert {p.spec.groups for p in unmappable} == {groups * kernels_at_once}
     assert {p.operation for p in unmappable} == set(OPERATIONS)
+
+
+def test_a_kernel_gradient_for_each_example_is_matmuls_on_a_cpu():
+    """Convolutions of groups take several times as long."""
+    x, w = jnp.zeros((16, 1, 512, 32)), jnp.zeros((3, 32, 32))
+    per_example = jax.vmap(jax.grad(lambda w, x: jnp.sum(jnp.sin(conv1d(x, w)))), (None, 0))
+    hlo = jax.jit(per_example).lower(w, x).as_text()
+    assert hlo.count("dot_general") == 3  # a tap each
+    assert "batch_group_count = 1 : i64, feature_group_count = 16" not in hlo
