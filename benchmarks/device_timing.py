@@ -7,7 +7,6 @@ tensor cores of this device give, measured in the same process, stands beside.
 import dataclasses
 import functools
 import json
-import shutil
 import time
 from collections.abc import Callable
 
@@ -15,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import baselines, device_layers
-from benchmarks.on_device import Log
+from benchmarks.on_device import Log, write_whole
 from conv_pallas import _measure, aot, inspection
 from conv_pallas._layers import Layer
 from conv_pallas.kernels import xla
@@ -201,7 +200,7 @@ def tuning(log: Log, dry: bool) -> None:
     def told(line: str) -> None:
         log.write(tried=line)
         if file.exists():
-            shutil.copy(file, log.path.with_name(file.name))
+            write_whole(log.path.with_name(file.name), file.read_bytes())
 
     for layer in log.each(device_layers.goals(dry)[:3], lambda layer: layer.name):
         x, w, _, _ = device_layers.arrays(layer)

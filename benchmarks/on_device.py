@@ -1,7 +1,8 @@
 """All that needs an NVIDIA GPU, in one command and under ten minutes.
 
     python -m benchmarks.on_device                # into benchmarks/results/<device>/
-    python -m benchmarks.on_device --steps against,layers --minutes 20     # some, for longer
+    python -m benchmarks.on_device --bundle results.tgz    # all that is left, in one file as well
+    python -m benchmarks.on_device --steps against,layers  # some, each for longer
     python -m benchmarks.on_device --dry-run      # the same code, small, on whatever is here
 
 Steps run one after the other, what matters most first, each in a process of its own, so that a
@@ -10,17 +11,23 @@ as it knows something: a run that is cut short leaves what it has measured. Wher
 step dies, another goes on after the item that killed it. A step exits with 1 where something is
 wrong, and so does the whole; what was wrong, and the goals, are told once more at the end.
 
+A machine may be lent for some minutes only, and be taken back with what lies on it. The bundle is
+whole at any time, and seconds old.
+
 What the steps do is in `benchmarks.device_checks` and `benchmarks.device_timing`.
 """
 
 import argparse
+import functools
 import importlib.util
+import io
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -48,6 +55,7 @@ STEPS = {
 
 MINUTES = 9.0  # for all of them, unless told otherwise
 GRACE = 20  # seconds after its end at which a step is stopped
+RENEWED = 20  # seconds after which the bundle is made anew while a step goes on
 DIED = 3  # exit status of a process that another may take over from; so are those of signals
 
 
@@ -151,6 +159,8 @@ def run_all(args) -> int:
     out = args.out or RESULTS / re.sub("[^a-z0-9]+", "-", kind.lower()).strip("-")
     out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * args.minutes
+    renew = functools.partial(bundle, out, args.bundle) if args.bundle else lambda: None
+    renew()  # where it can't be written, that is told before anything is measured
     worst, report, waiting = 0, out / "summary.json", list(args.steps)
     summary = json.loads(report.read_text(encoding="utf-8")) if report.exists() else {}
     while waiting:
@@ -164,21 +174,55 @@ def run_all(args) -> int:
             stale.unlink()
         if left < 10:
             summary[step] = "no time left"
-            report.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+            write_whole(report, (json.dumps(summary, indent=1) + "\n").encode())
+            renew()
             continue
         print(f"{step} (at most {seconds:.0f} s)", flush=True)
-        codes = _run_processes(out, step, seconds, processes, args.dry_run)
+        codes = _run_processes(out, step, seconds, processes, args.dry_run, renew)
         _join_shards(out, step)
         summary[step] = {"exit": max(codes, key=abs), "seconds": round(time.monotonic() - start, 1)}
         worst = max(worst, *map(abs, codes))
-        report.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        write_whole(report, (json.dumps(summary, indent=1) + "\n").encode())
+        renew()
     print("\n".join(_conclusions(out, args.steps, summary)))
     return min(1, worst)
 
 
-def _run_processes(out: Path, step: str, seconds: float, processes: int, dry: bool) -> list[int]:
-    """The exit statuses of a step's processes, those included that took over from others."""
-    end = time.monotonic() + seconds
+def bundle(out: Path, path: Path) -> None:
+    """Packs the files of a folder into one, which never is half of it."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+        for file in sorted(out.iterdir()):
+            if not file.is_file() or file.suffix in (".new", path.suffix):
+                continue
+            try:
+                content = file.read_bytes()
+            except FileNotFoundError:  # its step has just begun it anew
+                continue
+            # By what was read, as a step may go on writing meanwhile.
+            info = tarfile.TarInfo(f"{out.name}/{file.name}")
+            info.size, info.mtime = len(content), time.time()
+            tar.addfile(info, io.BytesIO(content))
+    write_whole(path, packed.getvalue())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Replaces a file at once: who reads it meanwhile gets the old one or the new one."""
+    new = path.with_name(path.name + ".new")
+    new.write_bytes(content)
+    os.replace(new, path)
+
+
+def _run_processes(
+    out: Path, step: str, seconds: float, processes: int, dry: bool,
+    renew: Callable[[], None] = lambda: None,
+) -> list[int]:  # fmt: skip
+    """The exit statuses of a step's processes, those included that took over from others.
+
+    Args:
+      renew: is called every `RENEWED` seconds meanwhile.
+    """
+    end, renewed = time.monotonic() + seconds, time.monotonic()
 
     def start(shard: int, first: int) -> subprocess.Popen:
         command = [
@@ -193,6 +237,9 @@ def _run_processes(out: Path, step: str, seconds: float, processes: int, dry: bo
     try:
         while running:
             time.sleep(0.05)
+            if time.monotonic() > renewed + RENEWED:
+                renew()
+                renewed = time.monotonic()
             for shard, (process, first) in list(running.items()):
                 code = process.poll()
                 if code is None and time.monotonic() > end + GRACE:
@@ -302,6 +349,9 @@ def main(argv: list[str] | None = None) -> int:
         "python -m benchmarks.on_device", description=__doc__.partition("\n")[0]
     )
     parser.add_argument("--out", type=Path, help="folder for the results")
+    parser.add_argument(
+        "--bundle", type=Path, metavar="PATH", help="a .tgz of that folder, kept up to date"
+    )
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for all steps together")
     parser.add_argument(
         "--steps", type=_steps, default=list(STEPS), metavar="NAMES",

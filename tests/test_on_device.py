@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tarfile
 import time
 import types
 from pathlib import Path
@@ -271,6 +273,64 @@ def test_some_steps_leave_the_results_of_others(tmp_path, capsys):
 
 def test_all_steps_fit_into_ten_minutes():
     assert on_device.MINUTES + on_device.GRACE / 60 < 10
+    assert all(float(m) < 10 for m in re.findall(r"--minutes (\S+)", on_device.__doc__))
+
+
+def _bundled(path):
+    with tarfile.open(path) as tar:
+        return {name.partition("/")[2]: tar.extractfile(name).read() for name in tar.getnames()}
+
+
+def test_all_that_is_left_comes_in_one_file(tmp_path):
+    out, path = tmp_path / "out", tmp_path / "out" / "results.tgz"
+    args = ["--dry-run", "--steps", "sanitizer,tuning", "--out", str(out), "--bundle", str(path)]
+    out.mkdir()
+    (out / "triton_tuned_nvidia-h200.json").write_text("{}")
+    assert on_device.main(args) == 0 == on_device.main(args)
+    assert _bundled(path) == {
+        f.name: f.read_bytes() for f in out.iterdir() if f.is_file() and f != path
+    }
+    assert {"summary.json", "sanitizer.jsonl", "tuning.jsonl", "triton_tuned_nvidia-h200.json"} == (
+        _bundled(path).keys()
+    )
+
+
+def test_a_run_that_is_killed_leaves_its_bundle(tmp_path, monkeypatch):
+    """What a step has written is in it while the step goes on."""
+    path, seen = tmp_path / "results.tgz", []
+    _python_that_runs("log.write(item=0)\ntime.sleep(1)\n", tmp_path, monkeypatch)
+    monkeypatch.setattr(on_device, "RENEWED", 0.1)
+    out = tmp_path / "out"
+
+    def renew():
+        on_device.bundle(out, path)
+        seen.append(_bundled(path))
+
+    out.mkdir()
+    on_device._run_processes(out, "goals", 10, 1, False, renew)
+    assert {"goals.jsonl": b'{"item": 0}\n'} in seen
+
+
+def test_a_bundle_is_never_half(tmp_path, monkeypatch):
+    (tmp_path / "goals.jsonl").write_text("{}\n")
+    path = tmp_path / "results.tgz"
+    on_device.bundle(tmp_path, path)
+    before = path.read_bytes()
+
+    def killed(new, old):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(on_device.os, "replace", killed)
+    (tmp_path / "goals.jsonl").write_text("{}\n" * 2)
+    with pytest.raises(KeyboardInterrupt):
+        on_device.bundle(tmp_path, path)
+    assert path.read_bytes() == before
+    # A step that begins its file anew removes it first.
+    read = Path.read_bytes
+    monkeypatch.undo()
+    monkeypatch.setattr(Path, "read_bytes", lambda self: (self.unlink(), read(self))[1])
+    on_device.bundle(tmp_path, path)
+    assert path.stat().st_size < len(before)
 
 
 def test_nothing_has_to_be_installed_but_what_it_imports(tmp_path):
