@@ -36,7 +36,6 @@ GPU_FORMULATIONS = {
 BASELINES = (baselines.STOCK, baselines.BARRIER, baselines.SYMMETRIC, baselines.MATMULS)
 HOPELESS = 0.5  # seconds of a call after which a baseline is not called again
 MOST_TAPS = 128  # in one program: of a matmul for each XLA compiles no more in seconds
-OPERATION_TUNED = 30  # seconds that tuning takes for an operation of a layer
 
 
 def goals(log: Log, dry: bool) -> None:
@@ -202,10 +201,13 @@ def tuning(log: Log, dry: bool) -> None:
         if file.exists():
             write_whole(log.path.with_name(file.name), file.read_bytes())
 
-    for layer in log.each(device_layers.goals(dry)[:3], lambda layer: layer.name):
+    chosen = device_layers.goals(dry)[:3]
+    operations = [len(device_layers.operations(layer)) for layer in chosen]
+    for layer in log.each(chosen, lambda layer: layer.name):
         x, w, _, _ = device_layers.arrays(layer)
+        left = operations[chosen.index(layer) :]
         found = tune(
-            x, w, seconds=max(0, log.left() - OPERATION_TUNED), report=told,
+            x, w, seconds=log.left() * left[0] / sum(left), report=told,
             kernel_dilation=layer.D, feature_group_count=layer.G,
         )  # fmt: skip
         log.write(layer=layer.name, tiles=found)

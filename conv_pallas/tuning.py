@@ -48,6 +48,7 @@ TAPS_TILES = (
 )  # fmt: skip
 # The heuristic stays where nothing beats it by more than this.
 CLEARLY = 0.98
+TIMED = 5.0  # seconds for timing the tiles of an operation; what is left of its share compiles them
 
 
 def tune(
@@ -65,7 +66,8 @@ def tune(
       x, kernel: ``(*batch, T, C)`` and ``(K, C // G, O)``, arrays or anything with shape and
         dtype; their values do not matter.
       file: where to write; None: where the kernels look. What is in it for other shapes stays.
-      seconds: after so many no further operation is begun.
+      seconds: for all operations; each has its share of what those before it have left. Once it
+        is up no further tile is compiled, and the best of those that were is taken.
       report: is given a line for each thing that is tried.
       geometry: further arguments of `conv1d`, but for ``bias``, ``activation`` and
         ``implementation``.
@@ -87,11 +89,15 @@ def tune(
     kind, end = triton_compat.device_kind(), time.monotonic() + seconds
     file = triton_tuned.file_of(kind) if file is None else file
     found: dict[str, tuple[int, ...]] = {}
-    for name, program, arguments in _programs(x, kernel, geometry):
-        if time.monotonic() > end:
+    programs = list(_programs(x, kernel, geometry))
+    for i, (name, program, arguments) in enumerate(programs):
+        now = time.monotonic()
+        if now > end:
             report(f"{name}: no time left")
             continue
-        key, calls = _candidates(name, program, arguments, report)
+        share = (end - now) / (len(programs) - i)
+        compiling = now + max(share - TIMED, share / 3)
+        key, calls = _candidates(name, program, arguments, report, compiling)
         if len(calls) < 2:
             report(f"{name}: has no tiles to choose from")
             continue
@@ -145,26 +151,39 @@ def _struct(a):
     return jax.ShapeDtypeStruct(a.shape, a.dtype)
 
 
-def _candidates(name, program, arguments, report):
-    """The key that is asked for, and the call of the heuristic (None) and each tile that works."""
+def _candidates(name, program, arguments, report, end):
+    """The key that is asked for, and the call of the heuristic (None) and each tile that works.
+
+    Args:
+      end: when no further tile is begun, by `time.monotonic`.
+    """
     from conv_pallas.kernels import triton_tuned
 
-    def compiled(tile):
-        # A function of its own, or JAX would take what it compiled with the tile before.
+    def lowered(tile):
+        # A function of its own, or JAX would take what it lowered with the tile before.
         with triton_tuned.trial(tile) as keys:
-            return _compiled(_measure.several(lambda *a: program(*a)), arguments), keys
+            return _lowered(_measure.several(lambda *a: program(*a)), arguments), keys
 
-    heuristic, keys = compiled(None)
-    calls = {None: heuristic}
+    heuristic, keys = lowered(None)
+    calls = {None: _call(heuristic, arguments)}
     if not keys:
         return None, calls
     key, expected = keys[-1], calls[None]()  # the last kernel asked is that of the gradient
     tiles = {"conv_walk": WALK_TILES, "conv_taps": TAPS_TILES}.get(key[:9], DENSE_TILES)
-    for tile in tiles:
+    seen = {heuristic.as_text(): "the heuristic"}
+    for i, tile in enumerate(tiles):
+        if time.monotonic() > end:
+            report(f"{name}: no time for {len(tiles) - i} of {len(tiles)} tiles")
+            break
         try:
-            call, asked = compiled(tile)
+            made, asked = lowered(tile)
             if key not in asked:
                 raise RuntimeError(f"nobody asked for {key}")
+            same = seen.setdefault(made.as_text(), tile)
+            if same != tile:  # the kernel gradient, say, where its programs can't stay
+                report(f"{name} {tile}: the same program as that of {same}")
+                continue
+            call = _call(made, arguments)
             off = float(_measure.difference_there(expected, call()))
         except Exception as e:  # too large for this chip, say; what it was is reported
             report(f"{name} {tile}: {type(e).__name__}: {str(e).strip().splitlines()[:1]}")
@@ -176,8 +195,12 @@ def _candidates(name, program, arguments, report):
     return key, calls
 
 
-def _compiled(program, arguments) -> Callable[[], Any]:
-    compiled = jax.jit(program).lower(*arguments).compile()
+def _lowered(program, arguments) -> jax.stages.Lowered:
+    return jax.jit(program).lower(*arguments)
+
+
+def _call(lowered, arguments) -> Callable[[], Any]:
+    compiled = lowered.compile()
     return lambda: compiled(*arguments)
 
 
