@@ -9,6 +9,7 @@ kernels, where every later compilation on such a device finds them. Nothing else
 measures: without this call the kernels take what a heuristic says.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -48,7 +49,9 @@ TAPS_TILES = (
 )  # fmt: skip
 # The heuristic stays where nothing beats it by more than this.
 CLEARLY = 0.98
-TIMED = 5.0  # seconds for timing the tiles of an operation; what is left of its share compiles them
+# Three rounds of some thirty tiles tell those that are close, and the rest is theirs: a winner of
+# three samples would be whichever was lucky.
+SETTINGS = dataclasses.replace(_measure.DEVICE, limit=6.0, hopeless=1.1, rounds=(7, 15))
 
 
 def tune(
@@ -96,7 +99,7 @@ def tune(
             report(f"{name}: no time left")
             continue
         share = (end - now) / (len(programs) - i)
-        compiling = now + max(share - TIMED, share / 3)
+        compiling = now + max(share - SETTINGS.limit, share / 3)
         key, calls = _candidates(name, program, arguments, report, compiling)
         if len(calls) < 2:
             report(f"{name}: has no tiles to choose from")
@@ -104,7 +107,7 @@ def tune(
         runs = len(arguments[0])
         medians = {
             tile: _measure.Spread.of(times).median / runs
-            for tile, times in _measure.interleaved(calls, _measure.DEVICE).items()
+            for tile, times in _measure.interleaved(calls, SETTINGS).items()
         }
         for tile, median in medians.items():
             report(f"{name} {tile or 'heuristic'}: {1e6 * median:.1f} us")
