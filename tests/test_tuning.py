@@ -1,5 +1,6 @@
 """`tune`, with the timing of a chip that is not here."""
 
+import functools
 import json
 import types
 
@@ -9,10 +10,11 @@ import pytest
 
 from benchmarks import device_layers, device_timing
 from benchmarks.on_device import Log
-from conv_pallas import aot, tuning
+from conv_pallas import aot, conv1d, tuning
 
 pytest.importorskip("jax_triton")
 
+from conv_pallas import machine_code
 from conv_pallas.kernels import triton_compat, triton_tuned
 
 pytestmark = pytest.mark.aot
@@ -124,6 +126,34 @@ def test_every_layer_has_its_share_of_the_step(h200, tmp_path, monkeypatch):
     device_timing.tuning(Log(tmp_path, "tuning", 800), False)
     # Of eight operations, five, and two: where nothing takes any time, the last has it all.
     assert given == pytest.approx([800 * 3 / 8, 800 * 3 / 5, 800], rel=0.01)
+
+
+# A layer of fewer channels than a tile has columns has narrower ones to choose from.
+@pytest.mark.parametrize(
+    "C, tile",
+    [
+        (C, tile)
+        for C in (512, 64)
+        for tile in tuning.DENSE_TILES
+        if len(tile) == 6 and tile[1] <= C
+    ],
+)
+def test_a_processor_holds_the_programs_that_stay(C, tile):
+    """Else some would begin when the others are done, and all that time be waited for."""
+    x, w = aot.struct((8, 65536, C), jnp.bfloat16), aot.struct((3, C, C), jnp.bfloat16)
+    forward = functools.partial(conv1d, implementation="triton")
+    with triton_tuned.trial(tile):
+        (code,) = machine_code.codes("h200", forward, x, w)
+    assert code.name == ("conv_resident" if C == 64 else "conv_onward")
+    assert code.spills == 0 and code.blocks >= tile[5], code
+
+
+def test_a_processor_has_two_programs_of_four_warps():
+    """One group of warps alone would have nobody who multiplies while it waits."""
+    for rows, columns, depth, warps, stages, *_ in tuning.DENSE_TILES:
+        shared = 2 * stages * depth * (rows + columns) + machine_code.RESERVED
+        at_once = machine_code.SHARED_BYTES["h200"] // shared
+        assert at_once * warps >= 8, (rows, columns, depth, warps, stages)
 
 
 def test_tune_needs_a_gpu():
