@@ -49,12 +49,16 @@ def goals(log: Log, dry: bool) -> None:
 
 
 def against(log: Log, dry: bool) -> None:
-    """The same operations, ours, our best for XLA and every baseline taking turns.
+    """The same operations and whole steps, ours, our best for XLA and every baseline taking turns.
 
     With the tiles that were tuned, if any. XLA's own depthwise convolutions come last, and once
     more with ours: compiling one may take longer than there is time.
     """
-    every = device_layers.with_operations(device_layers.goals(dry))
+    every = [
+        (layer, operation)
+        for layer in device_layers.goals(dry)
+        for operation in device_layers.as_trained(layer)
+    ]
     names = ("ours", "xla", *BASELINES)
     plain = ("ours", "xla", baselines.MATMULS)
     plan = [(layer, operation, names) for layer, operation in every if layer.G == 1]
@@ -172,19 +176,31 @@ def formulations(log: Log, dry: bool) -> None:
 
 
 def pytorch(log: Log, dry: bool) -> None:
-    """PyTorch's convolution, with cudnn.benchmark, of the goals' layers."""
+    """PyTorch's convolution, with cudnn.benchmark, of the goals' layers, taking turns with ours."""
     # The host makes these arrays: the largest last.
     chosen = sorted(device_layers.goals(dry), key=lambda layer: layer.N * layer.T * layer.C)
     arguments = functools.lru_cache(maxsize=1)(baselines.arguments)
+    on_device = functools.lru_cache(maxsize=1)(lambda layer: jax.device_put(arguments(layer)))
     plan = [(layer, which) for layer in chosen for which in _measure.PASSES]
     for layer, which in log.each(plan, lambda item: item[0].name):
         try:
-            call, _ = baselines.torch_program(layer, which, arguments(layer))
+            torch, _ = baselines.torch_program(layer, which, arguments(layer))
         except baselines.NotApplicableError as e:
             return log.write(skipped=str(e))
-        jax.block_until_ready(call())  # cuDNN tries its algorithms
-        times = _measure.interleaved({"torch": call}, _settings(dry))["torch"]
-        log.write(layer=layer.name, which=which, **_told(_measure.Spread.of(times)))
+        jax.block_until_ready(torch())  # cuDNN tries its algorithms
+        # y as well as all gradients, as there: nothing may be left out because nobody asks for it.
+        operation = "forward" if which == _measure.FORWARD else "step"
+        f = device_layers.operation(operation, device_layers.forward("ours", layer, dry))
+        ours = functools.partial(jax.jit(f), *on_device(layer))
+        jax.block_until_ready(ours())
+        calls = {"ours": ours, baselines.TORCH: torch}
+        times = _measure.interleaved(calls, _settings(dry))
+        spreads = {name: _measure.Spread.of(t) for name, t in times.items()}
+        log.write(
+            layer=layer.name, which=which, ours=spreads["ours"].median,
+            speedup=spreads[baselines.TORCH].median / spreads["ours"].median,
+            seconds={name: _told(s) for name, s in spreads.items()},
+        )  # fmt: skip
 
 
 def tuning(log: Log, dry: bool) -> None:

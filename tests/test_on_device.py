@@ -44,16 +44,46 @@ def test_a_step_leaves_a_line_for_each_thing_it_learnt(step, tmp_path, monkeypat
             names = {"ours", "xla", "stock", "barrier", "matmuls"}
             assert set().union(*(line["seconds"] for line in timed)) >= names
             if step == "against":  # XLA's own depthwise convolutions are a second plan
-                assert [line["off_from_xla"] for line in timed if "xla" in line["seconds"]] == [
-                    0,
-                    0,
-                ]
-                assert len([line for line in timed if "stock" in line["seconds"]]) == 2
+                off = [line["off_from_xla"] for line in timed if "xla" in line["seconds"]]
+                stock = [line["operation"] for line in timed if "stock" in line["seconds"]]
+                assert off == [0] * 3 and stock == ["forward", "backward", "step"]
     if step == "formulations":
         assert len(lines) == 3 * 3 and all(line["behind"] >= 1 for line in lines)
         assert all(len(line["seconds"]) >= 3 and not line["errors"] for line in lines)
     if step in ("correctness", "negative_start", "repeatability"):
         assert all(line["ok"] for line in lines)
+
+
+def test_pytorch_takes_turns_with_ours(tmp_path, monkeypatch):
+    layers = device_timing.device_layers.goals(True)
+    monkeypatch.setattr(device_timing.device_layers, "goals", lambda dry: layers[2:3])
+    asked, operation = [], device_timing.device_layers.operation
+    monkeypatch.setattr(
+        device_timing.device_layers, "operation",
+        lambda name, f: asked.append(name) or operation(name, f),
+    )  # fmt: skip
+    monkeypatch.setattr(
+        device_timing.baselines, "torch_program", lambda *args: (lambda: time.sleep(0.05), None)
+    )
+    log = Log(tmp_path, "pytorch", 60)
+    device_timing.pytorch(log, True)
+    lines = _lines(log.path)
+    assert [line["which"] for line in lines] == ["forward", "training step"]
+    assert asked == ["forward", "step"]
+    for line in lines:
+        assert line["seconds"].keys() == {"ours", "torch"}
+        assert line["speedup"] == line["seconds"]["torch"]["median"] / line["ours"] > 1
+
+
+def test_a_step_gives_all_that_training_needs():
+    layer = device_timing.device_layers.goals(True)[2]
+    arrays = device_timing.device_layers.arrays(layer)
+    f = device_timing.device_layers.forward("xla", layer, True)
+    run = lambda name: device_timing.device_layers.operation(name, f)(*arrays)  # noqa: E731
+    y, dx, dw, db = run("step")
+    assert (y == run("forward")).all()
+    pairs = zip((dx, dw, db), run("backward"), strict=True)
+    assert all((a == b).all() for a, b in pairs)
 
 
 def test_time_that_is_up_is_told(tmp_path):
