@@ -3,6 +3,7 @@
     python -m benchmarks.on_device                # into benchmarks/results/<device>/
     python -m benchmarks.on_device --bundle results.tgz    # all that is left, in one file as well
     python -m benchmarks.on_device --steps against,layers  # some, each for longer
+    python -m benchmarks.on_device --steps layers --from 9 # on from where it came to, as it said
     python -m benchmarks.on_device --dry-run      # the same code, small, on whatever is here
 
 Steps run one after the other, what matters most first, each in a process of its own, so that a
@@ -64,7 +65,7 @@ class Log:
 
     Args:
       first: the first item of `each` that is still to do: others were begun by a process that
-        has died, whose lines stay.
+        has died or had no more time, whose lines stay.
     """
 
     def __init__(self, folder: Path, step: str, seconds: float, shard: int = 0, first: int = 0):
@@ -75,6 +76,7 @@ class Log:
         self.end = time.monotonic() + seconds
         self.failures = 0
         self.first = first
+        self.whole = True  # nothing was left out for want of time
 
     def write(self, ok: bool | None = None, **fields) -> None:
         """Adds a line. ``ok`` False makes the step, and so the whole, exit with 1."""
@@ -94,9 +96,10 @@ class Log:
         for i, item in enumerate(items):
             if i < self.first:
                 continue
-            if self.out_of_time(name(item)):
-                return
-            _reached(self.path).write_text(str(i + 1), encoding="utf-8")
+            self.whole = self.left() > 0
+            _reached(self.path).write_text(str(i + self.whole), encoding="utf-8")
+            if not self.whole:
+                return self.write(cut_short=name(item))
             before = self.failures
             yield item
             if self.failures > before:
@@ -106,16 +109,15 @@ class Log:
         """Seconds until the step has to end."""
         return self.end - time.monotonic()
 
-    def out_of_time(self, next_one: str) -> bool:
-        """Whether there is no time for more; writes down what is left out."""
-        if self.left() > 0:
-            return False
-        self.write(cut_short=next_one)
-        return True
-
 
 def _reached(path: Path) -> Path:
     return path.with_suffix(".reached")
+
+
+def _begun(path: Path) -> int:
+    """How many items a step has behind it that was not done with all; 0 where it was."""
+    reached = _reached(path)
+    return int(reached.read_text(encoding="utf-8")) if reached.exists() else 0
 
 
 def _ask_device() -> None:
@@ -144,7 +146,8 @@ def run_step(args) -> int:
         traceback.print_exc()
         log.write(ok=False, died=f"{type(e).__name__}: {e}"[:1500])
         return DIED
-    _reached(log.path).unlink(missing_ok=True)
+    if log.whole:
+        _reached(log.path).unlink(missing_ok=True)
     return min(1, log.failures)
 
 
@@ -170,7 +173,8 @@ def run_all(args) -> int:
         step = waiting.pop(0)
         seconds, processes = STEPS[step][0] * share, 1 if args.dry_run else STEPS[step][1]
         start = time.monotonic()
-        for stale in [*out.glob(f"{step}.*jsonl"), *out.glob(f"{step}.*reached")]:
+        lines = [] if args.first else out.glob(f"{step}.*jsonl")  # else it goes on with them
+        for stale in [*lines, *out.glob(f"{step}.*reached")]:
             stale.unlink()
         if left < 10:
             summary[step] = "no time left"
@@ -178,9 +182,11 @@ def run_all(args) -> int:
             renew()
             continue
         print(f"{step} (at most {seconds:.0f} s)", flush=True)
-        codes = _run_processes(out, step, seconds, processes, args.dry_run, renew)
-        _join_shards(out, step)
+        codes = _run_processes(out, step, seconds, processes, args.dry_run, renew, args.first)
         summary[step] = {"exit": max(codes, key=abs), "seconds": round(time.monotonic() - start, 1)}
+        if processes == 1 and (begun := _begun(out / f"{step}.jsonl")):
+            summary[step]["next"] = begun  # for --from
+        _join_shards(out, step)
         worst = max(worst, *map(abs, codes))
         write_whole(report, (json.dumps(summary, indent=1) + "\n").encode())
         renew()
@@ -215,24 +221,25 @@ def write_whole(path: Path, content: bytes) -> None:
 
 def _run_processes(
     out: Path, step: str, seconds: float, processes: int, dry: bool,
-    renew: Callable[[], None] = lambda: None,
+    renew: Callable[[], None] = lambda: None, first: int = 0,
 ) -> list[int]:  # fmt: skip
     """The exit statuses of a step's processes, those included that took over from others.
 
     Args:
       renew: is called every `RENEWED` seconds meanwhile.
+      first: the item to begin with.
     """
     end, renewed = time.monotonic() + seconds, time.monotonic()
 
     def start(shard: int, first: int) -> subprocess.Popen:
         command = [
             sys.executable, "-m", "benchmarks.on_device", "--step", step, "--out", str(out),
-            "--seconds", str(end - time.monotonic()), "--first", str(first),
+            "--seconds", str(end - time.monotonic()), "--from", str(first),
             "--shard", str(shard), "--shards", str(processes), *(["--dry-run"] if dry else []),
         ]  # fmt: skip
         return subprocess.Popen(command, env=_environment(), process_group=0)
 
-    running = {shard: (start(shard, 0), 0) for shard in range(processes)}
+    running = {shard: (start(shard, first), first) for shard in range(processes)}
     codes = []
     try:
         while running:
@@ -250,8 +257,7 @@ def _run_processes(
                 codes.append(code)
                 del running[shard]
                 name = f"{step}.jsonl" if shard == 0 else f"{step}.{shard}.jsonl"
-                reached = _reached(out / name)
-                begun = int(reached.read_text(encoding="utf-8")) if reached.exists() else 0
+                begun = _begun(out / name)
                 # One that died before it came any further would only die again.
                 if (code == DIED or code < 0) and begun > first and time.monotonic() < end - 5:
                     running[shard] = (start(shard, begun), begun)
@@ -357,16 +363,21 @@ def main(argv: list[str] | None = None) -> int:
         "--steps", type=_steps, default=list(STEPS), metavar="NAMES",
         help=f"only these, with commas: {', '.join(STEPS)}",
     )  # fmt: skip
+    parser.add_argument(
+        "--from", dest="first", type=int, default=0, metavar="N",
+        help="go on with that item of the one step, after what is there; summary.json tells it",
+    )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="small, with XLA in Triton's place")
     parser.add_argument("--step", choices=STEPS, help="only this step, in this process")
     parser.add_argument("--only", default="", help="names of cases for the step correctness")
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--shard", type=int, default=0, help=argparse.SUPPRESS)
-    parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--shards", type=int, default=1, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.step and not args.out:
         parser.error("--step needs --out")
+    if args.first and not args.step and [STEPS[step][1] for step in args.steps] != [1]:
+        parser.error("--from needs --steps with one step, of one process")
     return run_step(args) if args.step else run_all(args)
 
 

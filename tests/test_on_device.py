@@ -169,7 +169,7 @@ def _python_that_runs(source: str, tmp_path, monkeypatch) -> None:
         "from benchmarks.on_device import Log\n"
         "a = dict(zip(sys.argv[3::2], sys.argv[4::2]))\n"
         "log = Log(Path(a['--out']), a['--step'], float(a['--seconds']), int(a['--shard']),\n"
-        "          int(a['--first']))\n" + source
+        "          int(a['--from']))\n" + source
     )
     stub.chmod(0o755)
     monkeypatch.setattr(on_device.sys, "executable", str(stub))
@@ -195,6 +195,32 @@ for item in log.each(range(4)):
     on_device._join_shards(tmp_path, "goals")
     assert [line["item"] for line in _lines(tmp_path / "goals.jsonl")] == [0, 2, 3] * 2
     assert not list(tmp_path.glob("*reached"))
+
+
+def test_a_step_goes_on_in_the_next_call(tmp_path, monkeypatch, capsys):
+    source = """
+from benchmarks import device_timing, on_device
+def layers(log, dry):
+    for item in log.each(range(4)):
+        log.write(item=item)
+        if item == log.first + 1:
+            log.end = 0
+device_timing.layers = layers
+sys.exit(on_device.main(sys.argv[3:]))
+"""
+    _python_that_runs(source, tmp_path, monkeypatch)
+    monkeypatch.setattr(on_device, "_machine", lambda: ("H200", None))
+    args = ["--steps", "layers", "--out", str(tmp_path)]
+    assert on_device.main(args) == 0
+    assert '"next": 2' in capsys.readouterr().out
+    assert json.loads((tmp_path / "summary.json").read_text())["layers"]["next"] == 2
+    assert on_device.main([*args, "--from", "2"]) == 0
+    assert "next" not in json.loads((tmp_path / "summary.json").read_text())["layers"]
+    items = [line["item"] for line in _lines(tmp_path / "layers.jsonl") if "item" in line]
+    assert items == [0, 1, 2, 3]
+    with pytest.raises(SystemExit):
+        on_device.main(["--from", "2", "--out", str(tmp_path)])
+    assert "--from needs --steps with one step" in capsys.readouterr().err
 
 
 def test_a_crash_before_the_first_item_is_no_reason_to_go_on(tmp_path, monkeypatch):
