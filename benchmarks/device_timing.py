@@ -4,11 +4,12 @@ Variants take turns, and ours is compared with the fastest of the others. What t
 tensor cores of this device give, measured in the same process, stands beside.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -79,16 +80,16 @@ def _compared(log: Log, dry: bool, plan: list[tuple[Layer, str, tuple[str, ...]]
                 ))
                 for name in names
             }  # fmt: skip
-            seconds, errors, off = _timed(programs, layer, dry)
+            timed = _timed(programs, layer, dry)
             moved = device_layers.passes(operation) * device_layers.arrays(layer)[0].nbytes
-            extra = (
-                {} if off is None else dict(off_from_xla=off, ok=off <= _measure.tolerance(layer))
-            )
-            if "ours" in seconds:
-                ours = seconds["ours"].median
+            extra = {}
+            if timed.off is not None:
+                extra = dict(off_from_xla=timed.off, ok=timed.off <= _measure.tolerance(layer))
+            if "ours" in timed.seconds:
+                ours = timed.seconds["ours"].median
                 extra |= dict(tflops=2 * layer.products / ours / 1e12,
                               of_copy=moved / ours / 1e12 / copy)  # fmt: skip
-            _write(log, seconds, errors, layer=layer.name, operation=operation, **extra)
+            _write(log, timed, layer=layer.name, operation=operation, **extra)
     finally:
         text = log.path.read_text(encoding="utf-8") if log.path.exists() else ""
         lines = [json.loads(line) for line in text.splitlines()]
@@ -147,8 +148,7 @@ def layers(log: Log, dry: bool) -> None:
                 return baselines.step_of(f)
 
             programs[name] = program
-        seconds, errors, _ = _timed(programs, layer, dry)
-        _write(log, seconds, errors, layer=layer.name, which=which)
+        _write(log, _timed(programs, layer, dry), layer=layer.name, which=which)
 
 
 def formulations(log: Log, dry: bool) -> None:
@@ -166,12 +166,13 @@ def formulations(log: Log, dry: bool) -> None:
             name: (lambda name=name, problem=problem: device_layers.formulation(name, problem))
             for name in dict.fromkeys((chosen, *names))
         }
-        seconds, errors, _ = _timed(programs, layer, dry)
+        timed = _timed(programs, layer, dry)
+        seconds = timed.seconds
         best = min(seconds, key=lambda name: seconds[name].median, default=None)
         log.write(
             ok=chosen in seconds, layer=layer.name, operation=operation, chosen=chosen, best=best,
             behind=seconds[chosen].median / seconds[best].median if chosen in seconds else None,
-            seconds={name: _told(s) for name, s in seconds.items()}, errors=errors,
+            **timed.told(),
         )  # fmt: skip
 
 
@@ -199,7 +200,7 @@ def pytorch(log: Log, dry: bool) -> None:
         log.write(
             layer=layer.name, which=which, ours=spreads["ours"].median,
             speedup=spreads[baselines.TORCH].median / spreads["ours"].median,
-            seconds={name: _told(s) for name, s in spreads.items()},
+            seconds={name: dataclasses.asdict(s) for name, s in spreads.items()},
         )  # fmt: skip
 
 
@@ -269,14 +270,43 @@ def _warm(call: Callable, dry: bool) -> None:
         jax.block_until_ready(call())
 
 
-def _timed(
-    programs: dict[str, Callable], layer: Layer, dry: bool
-) -> tuple[dict, dict, float | None]:
-    """A `Spread` of seconds for each program that can run, and why the others can't.
+@dataclasses.dataclass
+class Timed:
+    """What is known of the programs of one operation of a layer.
 
-    And how far ours is off from XLA's, where both are there. One call runs a program several
-    times, each on other x and g, and calls queue up: so neither the host's part in them nor the
-    L2 cache counts.
+    Attributes:
+      seconds: of each that can run.
+      errors: why the others can't.
+      same_as: for one that lowers to what another before it does, that one; it has its seconds.
+      off: how far ours is off from XLA's, where both are there.
+    """
+
+    seconds: dict[str, _measure.Spread] = dataclasses.field(default_factory=dict)
+    errors: dict[str, str] = dataclasses.field(default_factory=dict)
+    same_as: dict[str, str] = dataclasses.field(default_factory=dict)
+    off: float | None = None
+
+    @contextlib.contextmanager
+    def tried(self, name: str) -> Iterator[None]:
+        """Within it what goes wrong is told: cuDNN has no algorithm for some of the baselines."""
+        try:
+            yield
+        except baselines.NotApplicableError as e:
+            self.errors[name] = str(e)
+        except Exception as e:
+            self.errors[name] = f"{type(e).__name__}: {e}"[:300]
+
+    def told(self) -> dict:
+        seconds = {name: dataclasses.asdict(spread) for name, spread in self.seconds.items()}
+        same = {"same_as": self.same_as} if self.same_as else {}
+        return dict(seconds=seconds, errors=self.errors) | same
+
+
+def _timed(programs: dict[str, Callable], layer: Layer, dry: bool) -> Timed:
+    """Times each program that can run, and each that lowers to the same only once.
+
+    One call runs a program several times, each on other x and g, and calls queue up: so neither
+    the host's part in them nor the L2 cache counts.
 
     Args:
       programs: makers of functions of x, kernel, bias and g.
@@ -285,10 +315,11 @@ def _timed(
     runs = 2 if dry else _measure.runs_in_a_call(2 * layer.products, x.nbytes + g.nbytes)
     runs = max(1, min(runs, MOST_TAPS // layer.K))
     arguments = (_measure.rolled(x, runs), [w] * runs, [b] * runs, _measure.rolled(g, runs))
-    calls, times, errors, off = {}, {}, {}, None
-    for name, make in programs.items():
-        try:
-            compiled = jax.jit(_measure.several(make())).lower(*arguments).compile()
+    timed, lowered = _lowered(programs, arguments)
+    calls, times = {}, {}
+    for name, program in lowered.items():
+        with timed.tried(name):
+            compiled = program.compile()
             jax.block_until_ready(compiled(*arguments))
             start = time.perf_counter()
             jax.block_until_ready(compiled(*arguments))
@@ -296,31 +327,41 @@ def _timed(
                 times[name] = (took,)
             else:
                 calls[name] = lambda compiled=compiled: compiled(*arguments)
-        except baselines.NotApplicableError as e:
-            errors[name] = str(e)
-        except Exception as e:  # cuDNN has no algorithm for some of the baselines; it is told
-            errors[name] = f"{type(e).__name__}: {e}"[:300]
-    if calls.keys() >= {"ours", "xla"}:
-        off = float(_measure.difference_there(calls["xla"](), calls["ours"]()))
+    found = {name: calls.get(timed.same_as.get(name, name)) for name in ("ours", "xla")}
+    if all(found.values()):
+        timed.off = float(_measure.difference_there(found["xla"](), found["ours"]()))
     if calls:
         _warm(next(iter(calls.values())), dry)
         times |= _measure.interleaved(calls, _settings(dry))
-    spreads = {name: _measure.Spread.of([s / runs for s in t]) for name, t in times.items()}
-    return spreads, errors, off
+    timed.seconds = {name: _measure.Spread.of([s / runs for s in t]) for name, t in times.items()}
+    for name, other in timed.same_as.items():
+        for of in (timed.seconds, timed.errors):
+            of.update({name: of[other]} if other in of else {})
+    return timed
 
 
-def _write(log: Log, seconds: dict, errors: dict, **what) -> None:
+def _lowered(
+    programs: dict[str, Callable], arguments: tuple
+) -> tuple[Timed, dict[str, jax.stages.Lowered]]:
+    """Those that differ, and what is known of the others."""
+    timed, lowered, texts = Timed(), {}, {}
+    for name, make in programs.items():
+        with timed.tried(name):
+            program = jax.jit(_measure.several(make())).lower(*arguments)
+            other = texts.setdefault(program.as_text(), name)
+            if other == name:
+                lowered[name] = program
+            else:
+                timed.same_as[name] = other
+    return timed, lowered
+
+
+def _write(log: Log, timed: Timed, **what) -> None:
     """One line: ours against the fastest of the baselines, and every time."""
-    if "ours" not in seconds:
-        return log.write(**what, ok=False, errors=errors)
-    rest = {name: s.median for name, s in seconds.items() if name in BASELINES}
+    if "ours" not in timed.seconds:
+        return log.write(**what, ok=False, errors=timed.errors)
+    ours = timed.seconds["ours"].median
+    rest = {name: s.median for name, s in timed.seconds.items() if name in BASELINES}
     best = min(rest, key=rest.get, default=None)
-    log.write(
-        **what, ours=seconds["ours"].median, best_baseline=best,
-        speedup=rest[best] / seconds["ours"].median if best else None,
-        seconds={name: _told(s) for name, s in seconds.items()}, errors=errors,
-    )  # fmt: skip
-
-
-def _told(spread: _measure.Spread) -> dict[str, float]:
-    return dataclasses.asdict(spread)
+    speedup = rest[best] / ours if best else None
+    log.write(**what, ours=ours, best_baseline=best, speedup=speedup, **timed.told())

@@ -86,6 +86,22 @@ def test_a_step_gives_all_that_training_needs():
     assert all((a == b).all() for a, b in pairs)
 
 
+def test_one_program_is_compiled_and_timed_once(monkeypatch):
+    layer = device_timing.device_layers.goals(True)[0]
+    doubled = lambda: lambda x, w, b, g: x * 2  # noqa: E731
+    added = lambda: lambda x, w, b, g: x + x  # noqa: E731
+    calls, interleaved = [], device_timing._measure.interleaved
+    monkeypatch.setattr(
+        device_timing._measure, "interleaved", lambda c, s: calls.extend(c) or interleaved(c, s)
+    )
+    programs = {"ours": doubled, "xla": doubled, "stock": added, "matmuls": added}
+    timed = device_timing._timed(programs, layer, True)
+    assert timed.told()["same_as"] == {"xla": "ours", "matmuls": "stock"}
+    assert sorted(calls) == ["ours", "stock"] and timed.off == 0
+    assert timed.seconds["xla"] == timed.seconds["ours"]
+    assert timed.seconds.keys() == programs.keys() and not timed.errors
+
+
 def test_time_that_is_up_is_told(tmp_path):
     log = Log(tmp_path, "goals", 0)
     device_timing.goals(log, True)
