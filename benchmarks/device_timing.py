@@ -7,7 +7,6 @@ tensor cores of this device give, measured in the same process, stands beside.
 import contextlib
 import dataclasses
 import functools
-import json
 import time
 from collections.abc import Callable, Iterator
 
@@ -15,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import baselines, device_layers
-from benchmarks.on_device import Log, write_whole
+from benchmarks.on_device import Log, lines_of, write_whole
 from conv_pallas import _measure, aot, inspection
 from conv_pallas._layers import Layer
 from conv_pallas.kernels import xla
@@ -35,7 +34,7 @@ GPU_FORMULATIONS = {
     },
 }
 BASELINES = (baselines.STOCK, baselines.BARRIER, baselines.SYMMETRIC, baselines.MATMULS)
-HOPELESS = 0.5  # seconds of a call after which a baseline is not called again
+HOPELESS = 0.5  # seconds of a call that a baseline may last to be called again
 MOST_TAPS = 128  # in one program: of a matmul for each XLA compiles no more in seconds
 
 
@@ -80,19 +79,18 @@ def _compared(log: Log, dry: bool, plan: list[tuple[Layer, str, tuple[str, ...]]
                 ))
                 for name in names
             }  # fmt: skip
-            timed = _timed(programs, layer, dry)
             moved = device_layers.passes(operation) * device_layers.arrays(layer)[0].nbytes
-            extra = {}
-            if timed.off is not None:
-                extra = dict(off_from_xla=timed.off, ok=timed.off <= _measure.tolerance(layer))
-            if "ours" in timed.seconds:
-                ours = timed.seconds["ours"].median
-                extra |= dict(tflops=2 * layer.products / ours / 1e12,
-                              of_copy=moved / ours / 1e12 / copy)  # fmt: skip
-            _write(log, timed, layer=layer.name, operation=operation, **extra)
+            for timed in _timed(log, programs, layer, dry):
+                extra = {}
+                if timed.off is not None:
+                    extra = dict(off_from_xla=timed.off, ok=timed.off <= _measure.tolerance(layer))
+                if "ours" in timed.seconds:
+                    ours = timed.seconds["ours"].median
+                    extra |= dict(tflops=2 * layer.products / ours / 1e12,
+                                  of_copy=moved / ours / 1e12 / copy)  # fmt: skip
+                _write(log, timed, layer=layer.name, operation=operation, **extra)
     finally:
-        text = log.path.read_text(encoding="utf-8") if log.path.exists() else ""
-        lines = [json.loads(line) for line in text.splitlines()]
+        lines = lines_of(log.path)
         reached = {(r["layer"], r["operation"]): r for r in lines if "tflops" in r}
         for verdict in verdicts(reached):
             log.write(**verdict)
@@ -148,7 +146,8 @@ def layers(log: Log, dry: bool) -> None:
                 return baselines.step_of(f)
 
             programs[name] = program
-        _write(log, _timed(programs, layer, dry), layer=layer.name, which=which)
+        for timed in _timed(log, programs, layer, dry):
+            _write(log, timed, layer=layer.name, which=which)
 
 
 def formulations(log: Log, dry: bool) -> None:
@@ -166,14 +165,15 @@ def formulations(log: Log, dry: bool) -> None:
             name: (lambda name=name, problem=problem: device_layers.formulation(name, problem))
             for name in dict.fromkeys((chosen, *names))
         }
-        timed = _timed(programs, layer, dry)
-        seconds = timed.seconds
-        best = min(seconds, key=lambda name: seconds[name].median, default=None)
-        log.write(
-            ok=chosen in seconds, layer=layer.name, operation=operation, chosen=chosen, best=best,
-            behind=seconds[chosen].median / seconds[best].median if chosen in seconds else None,
-            **timed.told(),
-        )  # fmt: skip
+        for timed in _timed(log, programs, layer, dry, (chosen,)):
+            medians = {name: spread.median for name, spread in timed.seconds.items()}
+            best = min(medians, key=medians.get, default=None)
+            log.write(
+                ok=chosen in medians, item=log.item, layer=layer.name, operation=operation,
+                chosen=chosen, best=best,
+                behind=medians[chosen] / medians[best] if chosen in medians else None,
+                **timed.told(),
+            )  # fmt: skip
 
 
 def pytorch(log: Log, dry: bool) -> None:
@@ -302,7 +302,9 @@ class Timed:
         return dict(seconds=seconds, errors=self.errors) | same
 
 
-def _timed(programs: dict[str, Callable], layer: Layer, dry: bool) -> Timed:
+def _timed(
+    log: Log, programs: dict[str, Callable], layer: Layer, dry: bool, sure=("ours", "xla")
+) -> Iterator[Timed]:
     """Times each program that can run, and each that lowers to the same only once.
 
     One call runs a program several times, each on other x and g, and calls queue up: so neither
@@ -310,34 +312,65 @@ def _timed(programs: dict[str, Callable], layer: Layer, dry: bool) -> Timed:
 
     Args:
       programs: makers of functions of x, kernel, bias and g.
+      sure: the names of those that come first, and are sure to be quick.
+
+    Yields:
+      What is known of those, and then of all: to compile one of the others may take longer than
+      there is time.
     """
     x, w, b, g = device_layers.arrays(layer)
     runs = 2 if dry else _measure.runs_in_a_call(2 * layer.products, x.nbytes + g.nbytes)
     runs = max(1, min(runs, MOST_TAPS // layer.K))
     arguments = (_measure.rolled(x, runs), [w] * runs, [b] * runs, _measure.rolled(g, runs))
     timed, lowered = _lowered(programs, arguments)
-    calls, times = {}, {}
-    for name, program in lowered.items():
+    calls = {}
+    for name in [name for name in lowered if name in sure]:
         with timed.tried(name):
-            compiled = program.compile()
-            jax.block_until_ready(compiled(*arguments))
-            start = time.perf_counter()
-            jax.block_until_ready(compiled(*arguments))
-            if name in BASELINES and (took := time.perf_counter() - start) > HOPELESS:
-                times[name] = (took,)
-            else:
-                calls[name] = lambda compiled=compiled: compiled(*arguments)
+            calls[name] = functools.partial(lowered.pop(name).compile(), *arguments)
+            jax.block_until_ready(calls[name]())
     found = {name: calls.get(timed.same_as.get(name, name)) for name in ("ours", "xla")}
     if all(found.values()):
         timed.off = float(_measure.difference_there(found["xla"](), found["ours"]()))
+    _take_turns(timed, calls, runs, dry)
+    yield timed
+    more = {}
+    for name, program in lowered.items():
+        if log.left() <= 0:
+            timed.errors[name] = "no time"
+            continue
+        with timed.tried(name):
+            # A single run tells whether it is worth while to compile several.
+            once = [a[:1] for a in arguments]
+            one = program if runs == 1 else jax.jit(_measure.several(programs[name]())).lower(*once)
+            call = functools.partial(one.compile(), *once)
+            seconds = _second_call(call)
+            if seconds > HOPELESS / runs:
+                timed.seconds[name] = _measure.Spread.of([seconds])
+                continue
+            more[name] = call if runs == 1 else functools.partial(program.compile(), *arguments)
+            jax.block_until_ready(more[name]())
+    if lowered:
+        _take_turns(timed, calls | more if more else {}, runs, dry)
+        yield timed
+
+
+def _second_call(call: Callable) -> float:
+    """Seconds of it; in the first a library may try its algorithms."""
+    jax.block_until_ready(call())
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - start
+
+
+def _take_turns(timed: Timed, calls: dict[str, Callable], runs: int, dry: bool) -> None:
+    """Adds the seconds of calls, each of so many runs, and what others have from them."""
     if calls:
         _warm(next(iter(calls.values())), dry)
-        times |= _measure.interleaved(calls, _settings(dry))
-    timed.seconds = {name: _measure.Spread.of([s / runs for s in t]) for name, t in times.items()}
+        for name, times in _measure.interleaved(calls, _settings(dry)).items():
+            timed.seconds[name] = _measure.Spread.of([s / runs for s in times])
     for name, other in timed.same_as.items():
         for of in (timed.seconds, timed.errors):
             of.update({name: of[other]} if other in of else {})
-    return timed
 
 
 def _lowered(
@@ -358,6 +391,7 @@ def _lowered(
 
 def _write(log: Log, timed: Timed, **what) -> None:
     """One line: ours against the fastest of the baselines, and every time."""
+    what["item"] = log.item
     if "ours" not in timed.seconds:
         return log.write(**what, ok=False, errors=timed.errors)
     ours = timed.seconds["ours"].median

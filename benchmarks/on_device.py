@@ -8,7 +8,8 @@
 
 Steps run one after the other, what matters most first, each in a process of its own, so that a
 crash or a hang of one costs the others nothing. Each appends a line to ``<step>.jsonl`` as soon
-as it knows something: a run that is cut short leaves what it has measured. Where the process of a
+as it knows something, and a later line with the same ``item`` replaces it: a run that is cut short
+leaves what it has measured. Where the process of a
 step dies, another goes on after the item that killed it. A step exits with 1 where something is
 wrong, and so does the whole; what was wrong, and the goals, are told once more at the end.
 
@@ -63,6 +64,9 @@ DIED = 3  # exit status of a process that another may take over from; so are tho
 class Log:
     """Lines of JSON, each on the disk before the next is measured.
 
+    Attributes:
+      item: the number of the one that `each` is at.
+
     Args:
       first: the first item of `each` that is still to do: others were begun by a process that
         has died or had no more time, whose lines stay.
@@ -75,7 +79,7 @@ class Log:
             self.path.unlink(missing_ok=True)
         self.end = time.monotonic() + seconds
         self.failures = 0
-        self.first = first
+        self.first = self.item = first
         self.whole = True  # nothing was left out for want of time
 
     def write(self, ok: bool | None = None, **fields) -> None:
@@ -100,7 +104,7 @@ class Log:
             _reached(self.path).write_text(str(i + self.whole), encoding="utf-8")
             if not self.whole:
                 return self.write(cut_short=name(item))
-            before = self.failures
+            before, self.item = self.failures, i
             yield item
             if self.failures > before:
                 _ask_device()
@@ -108,6 +112,14 @@ class Log:
     def left(self) -> float:
         """Seconds until the step has to end."""
         return self.end - time.monotonic()
+
+
+def lines_of(file: Path) -> list[dict]:
+    """What a step has written; of the lines about one item the last."""
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    lines = [json.loads(line) for line in text.splitlines()]
+    last = {line["item"]: line for line in lines if "item" in line}
+    return [line for line in lines if line is last.get(line.get("item"), line)]
 
 
 def _reached(path: Path) -> Path:
@@ -300,9 +312,7 @@ def _join_shards(out: Path, step: str) -> None:
 def _conclusions(out: Path, steps: Iterable[str], summary: dict) -> Iterator[str]:
     """What a reader of the last lines alone has to know."""
     for step in steps:
-        file = out / f"{step}.jsonl"
-        text = file.read_text(encoding="utf-8") if file.exists() else ""
-        lines = [json.loads(line) for line in text.splitlines()]
+        lines = lines_of(out / f"{step}.jsonl")
         counts = {
             "right": sum(line.get("ok") is True for line in lines),
             "wrong": sum(line.get("ok") is False for line in lines),

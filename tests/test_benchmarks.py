@@ -376,9 +376,11 @@ def test_page_holds_what_other_tools_left(tmp_path):
     ((title, text),) = report.static_tpu(tmp_path)
     assert "schedules" in title and "estimates" in text and "<td>7</td>" in text
     (tmp_path / "h200").mkdir()
-    (tmp_path / "h200" / "goals.jsonl").write_text('{"layer": "a", "ms": 0.25}\n')
+    (tmp_path / "h200" / "goals.jsonl").write_text(
+        '{"item": 0, "layer": "a", "ms": 0.25}\n{"item": 0, "layer": "a", "ms": 0.5}\n'
+    )
     ((title, text),) = report.device_results(tmp_path)
-    assert "h200" in title and "0.25" in text
+    assert "h200" in title and "0.5" in text and "0.25" not in text and "1 rows" in text
 
 
 # --- the command ---------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import time
 import types
 from pathlib import Path
 
+import jax
 import pytest
 
 from benchmarks import device_checks, device_timing, on_device
@@ -30,7 +31,7 @@ def test_a_step_leaves_a_line_for_each_thing_it_learnt(step, tmp_path, monkeypat
     log = Log(tmp_path, step, 60)
     module = device_checks if hasattr(device_checks, step) else device_timing
     getattr(module, step)(log, True)
-    lines = _lines(tmp_path / f"{step}.jsonl")
+    lines = on_device.lines_of(tmp_path / f"{step}.jsonl")
     assert lines
     assert log.failures == 0, lines
     if step in ("goals", "against", "layers"):
@@ -86,7 +87,7 @@ def test_a_step_gives_all_that_training_needs():
     assert all((a == b).all() for a, b in pairs)
 
 
-def test_one_program_is_compiled_and_timed_once(monkeypatch):
+def test_one_program_is_compiled_and_timed_once(tmp_path, monkeypatch):
     layer = device_timing.device_layers.goals(True)[0]
     doubled = lambda: lambda x, w, b, g: x * 2  # noqa: E731
     added = lambda: lambda x, w, b, g: x + x  # noqa: E731
@@ -95,11 +96,53 @@ def test_one_program_is_compiled_and_timed_once(monkeypatch):
         device_timing._measure, "interleaved", lambda c, s: calls.extend(c) or interleaved(c, s)
     )
     programs = {"ours": doubled, "xla": doubled, "stock": added, "matmuls": added}
-    timed = device_timing._timed(programs, layer, True)
+    *_, timed = device_timing._timed(Log(tmp_path, "against", 60), programs, layer, True)
     assert timed.told()["same_as"] == {"xla": "ours", "matmuls": "stock"}
-    assert sorted(calls) == ["ours", "stock"] and timed.off == 0
+    assert calls == ["ours", "ours", "stock"] and timed.off == 0
     assert timed.seconds["xla"] == timed.seconds["ours"]
     assert timed.seconds.keys() == programs.keys() and not timed.errors
+
+
+def test_a_slow_baseline_costs_two_calls_of_one_run(tmp_path, monkeypatch):
+    layer, called = device_timing.device_layers.goals(True)[0], []
+    monkeypatch.setattr(device_timing, "HOPELESS", 0.05)
+
+    def sleeping(x):
+        called.append(x.shape)
+        time.sleep(0.1)
+        return x
+
+    def slow(x, w, b, g):
+        return jax.pure_callback(sleeping, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+    programs = {"ours": lambda: lambda x, w, b, g: x, "stock": lambda: slow,
+                "barrier": lambda: lambda x, w, b, g: x * 2}  # fmt: skip
+    # What is known is told before the others are tried.
+    every = device_timing._timed(Log(tmp_path, "against", 60), programs, layer, True)
+    assert next(every).seconds.keys() == {"ours"} and not called
+    (timed,) = every
+    assert len(called) == 2  # of two runs each it would be more
+    assert 0.1 <= timed.seconds["stock"].median < 0.2
+    assert timed.seconds.keys() == programs.keys()
+
+
+def test_a_baseline_that_there_is_no_time_for_costs_ours_nothing(tmp_path):
+    layer = device_timing.device_layers.goals(True)[0]
+    programs = {"ours": lambda: lambda x, w, b, g: x, "stock": lambda: lambda x, w, b, g: x * 2}
+    *_, timed = device_timing._timed(Log(tmp_path, "against", 0), programs, layer, True)
+    assert timed.errors == {"stock": "no time"} and timed.seconds.keys() == {"ours"}
+
+
+def test_of_the_lines_about_an_item_the_last_counts(tmp_path):
+    log = Log(tmp_path, "goals", 60)
+    for _ in log.each("ab"):
+        log.write(item=log.item, ok=False)
+        log.write(item=log.item, ok=True)
+    log.write(goal="fast")
+    counted = [dict(item=0, ok=True), dict(item=1, ok=True), dict(goal="fast")]
+    assert on_device.lines_of(log.path) == counted
+    told = next(on_device._conclusions(tmp_path, ["goals"], {}))
+    assert told == "goals: null 3 lines: 2 right"
 
 
 def test_time_that_is_up_is_told(tmp_path):
@@ -165,7 +208,9 @@ def test_an_operation_that_is_off_fails_the_step(tmp_path, monkeypatch):
     monkeypatch.setattr(device_timing.device_layers, "forward", forward)
     log = Log(tmp_path, "against", 60)
     device_timing.against(log, True)
-    assert log.failures == 3
+    lines = on_device.lines_of(log.path)
+    assert [line["ok"] for line in lines if "off_from_xla" in line] == [False] * 3
+    assert log.failures
 
 
 def test_a_machine_without_a_gpu_is_told_so(tmp_path, capsys):
