@@ -7,6 +7,7 @@ tensor cores of this device give, measured in the same process, stands beside.
 import contextlib
 import dataclasses
 import functools
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import baselines, device_layers
-from benchmarks.on_device import Log, lines_of, write_whole
+from benchmarks.on_device import Log, kill, lines_of, write_whole
 from conv_pallas import _measure, aot, inspection
 from conv_pallas._layers import Layer
 from conv_pallas.kernels import xla
@@ -35,6 +36,7 @@ GPU_FORMULATIONS = {
 }
 BASELINES = (baselines.STOCK, baselines.BARRIER, baselines.SYMMETRIC, baselines.MATMULS)
 HOPELESS = 0.5  # seconds of a call that a baseline may last to be called again
+ASKED = 10  # seconds for nvidia-smi to answer
 MOST_TAPS = 128  # in one program: of a matmul for each XLA compiles no more in seconds
 
 
@@ -245,8 +247,35 @@ def _ceilings(log: Log, dry: bool) -> float:
     matmul = 2 * n**3 / seconds["matmul"] / 1e12
     kind = jax.devices()[0].device_kind
     log.write(copy_terabytes_per_second=copy, matmul_tflops=matmul, device=kind,
-              **_of_data_sheet(kind, copy, matmul))  # fmt: skip
+              **_of_data_sheet(kind, copy, matmul), at_work=_at_work(calls["matmul"]))  # fmt: skip
     return copy
+
+
+def _at_work(call: Callable) -> dict[str, str]:
+    """What nvidia-smi tells of clock and power while a call is repeated; or why it tells nothing.
+
+    A ceiling was low, say, because the device was too hot.
+    """
+    fields = ("clocks.sm", "power.draw", "clocks_event_reasons.active")
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0"]
+    try:
+        asked = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0
+        )
+    except OSError as e:
+        return {"unknown": f"{type(e).__name__}: {e}"}
+    end = time.monotonic() + ASKED
+    with asked.stdout:
+        while asked.poll() is None:
+            jax.block_until_ready(call())
+            if time.monotonic() > end:
+                kill(asked)
+                return {"unknown": f"nvidia-smi gave no answer in {ASKED} s"}
+        told = asked.stdout.read().strip()
+    values = told.split(", ")
+    if asked.returncode or len(values) != len(fields):
+        return {"unknown": told}
+    return dict(zip(fields, values, strict=True))
 
 
 def _of_data_sheet(kind: str, copy: float, matmul: float) -> dict[str, float]:

@@ -57,6 +57,7 @@ STEPS = {
 
 MINUTES = 9.0  # for all of them, unless told otherwise
 GRACE = 20  # seconds after its end at which a step is stopped
+REAPED = 10  # seconds for one that was killed to be gone
 RENEWED = 20  # seconds after which the bundle is made anew while a step goes on
 DIED = 3  # exit status of a process that another may take over from; so are those of signals
 
@@ -296,7 +297,10 @@ def kill(process: subprocess.Popen) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
         pass
-    process.wait()
+    try:
+        process.wait(REAPED)
+    except subprocess.TimeoutExpired:  # it waits in the driver, say, and the others can't wait
+        print(f"process {process.pid} outlives its end", file=sys.stderr)
 
 
 def _join_shards(out: Path, step: str) -> None:

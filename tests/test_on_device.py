@@ -161,6 +161,57 @@ def test_ceilings_are_judged_by_the_chip_at_hand():
     assert device_timing._of_data_sheet("cpu", 3.0, 790) == {}
 
 
+def _nvidia_smi(tmp_path, monkeypatch, source: str) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!{sys.executable}\nimport sys, time\n{source}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+
+def test_clock_and_power_are_told_of_a_device_at_work(tmp_path, monkeypatch):
+    answer = "time.sleep(0.2); print('1980 MHz, 690.12 W, 0x0000000000000004')"
+    _nvidia_smi(tmp_path, monkeypatch, answer)
+    log = Log(tmp_path, "goals", 60)
+    device_timing._ceilings(log, True)
+    (line,) = _lines(log.path)
+    assert line["at_work"] == {
+        "clocks.sm": "1980 MHz", "power.draw": "690.12 W",
+        "clocks_event_reasons.active": "0x0000000000000004",
+    }  # fmt: skip
+    runs = []
+    device_timing._at_work(lambda: runs.append(time.sleep(0.01)))
+    assert len(runs) > 5  # while it was asked
+
+
+@pytest.mark.parametrize(
+    "source, why",
+    [
+        ("print('Field \"power.draw\" is not a valid field'); sys.exit(2)", "not a valid field"),
+        ("time.sleep(100)", "no answer in 0.2 s"),
+        (None, "FileNotFoundError"),
+    ],
+)
+def test_why_nothing_is_known_of_clock_and_power_is_told(source, why, tmp_path, monkeypatch):
+    monkeypatch.setattr(device_timing, "ASKED", 0.2 if "100" in str(source) else 10)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if source:
+        _nvidia_smi(tmp_path, monkeypatch, source)
+    told = device_timing._at_work(lambda: time.sleep(0.01))
+    assert told.keys() == {"unknown"} and why in told["unknown"]
+
+
+def test_a_process_that_does_not_die_keeps_nobody(capsys):
+    class Stuck:
+        pid = 2**22 + 1  # more than there can be
+
+        def wait(self, timeout=None):
+            assert timeout == on_device.REAPED
+            raise subprocess.TimeoutExpired("step", timeout)
+
+    on_device.kill(Stuck())
+    assert "outlives its end" in capsys.readouterr().err
+
+
 def test_goals_are_judged_by_the_worst():
     dense = {
         (f"dense-512/D{D}", op): dict(tflops=650.0 - D / 10)
