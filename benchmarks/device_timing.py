@@ -4,17 +4,16 @@ Variants take turns, and ours is compared with the fastest of the others. What t
 tensor cores of this device give, measured in the same process, stands beside.
 """
 
-import contextlib
 import dataclasses
 import functools
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks import baselines, device_layers
+from benchmarks import baselines, device_layers, device_turns
 from benchmarks.on_device import Log, kill, lines_of, write_whole
 from conv_pallas import _measure, aot, inspection
 from conv_pallas._layers import Layer
@@ -35,9 +34,7 @@ GPU_FORMULATIONS = {
     },
 }
 BASELINES = (baselines.STOCK, baselines.BARRIER, baselines.SYMMETRIC, baselines.MATMULS)
-HOPELESS = 0.5  # seconds of a call that a baseline may last to be called again
 ASKED = 10  # seconds for nvidia-smi to answer
-MOST_TAPS = 128  # in one program: of a matmul for each XLA compiles no more in seconds
 
 
 def goals(log: Log, dry: bool) -> None:
@@ -82,7 +79,7 @@ def _compared(log: Log, dry: bool, plan: list[tuple[Layer, str, tuple[str, ...]]
                 for name in names
             }  # fmt: skip
             moved = device_layers.passes(operation) * device_layers.arrays(layer)[0].nbytes
-            for timed in _timed(log, programs, layer, dry):
+            for timed in device_turns.timed(log, programs, layer, dry):
                 extra = {}
                 if timed.off is not None:
                     extra = dict(off_from_xla=timed.off, ok=timed.off <= _measure.tolerance(layer))
@@ -148,7 +145,7 @@ def layers(log: Log, dry: bool) -> None:
                 return baselines.step_of(f)
 
             programs[name] = program
-        for timed in _timed(log, programs, layer, dry):
+        for timed in device_turns.timed(log, programs, layer, dry):
             _write(log, timed, layer=layer.name, which=which)
 
 
@@ -167,7 +164,7 @@ def formulations(log: Log, dry: bool) -> None:
             name: (lambda name=name, problem=problem: device_layers.formulation(name, problem))
             for name in dict.fromkeys((chosen, *names))
         }
-        for timed in _timed(log, programs, layer, dry, (chosen,)):
+        for timed in device_turns.timed(log, programs, layer, dry, (chosen,)):
             medians = {name: spread.median for name, spread in timed.seconds.items()}
             best = min(medians, key=medians.get, default=None)
             log.write(
@@ -197,7 +194,7 @@ def pytorch(log: Log, dry: bool) -> None:
         ours = functools.partial(jax.jit(f), *on_device(layer))
         jax.block_until_ready(ours())
         calls = {"ours": ours, baselines.TORCH: torch}
-        times = _measure.interleaved(calls, _settings(dry))
+        times = _measure.interleaved(calls, device_turns.settings(dry))
         spreads = {name: _measure.Spread.of(t) for name, t in times.items()}
         log.write(
             layer=layer.name, which=which, ours=spreads["ours"].median,
@@ -240,8 +237,8 @@ def _ceilings(log: Log, dry: bool) -> float:
     made = {"copy": lambda x, a, b: -x, "matmul": lambda x, a, b: a @ b}
     compiled = {name: jax.jit(f).lower(x, a, b).compile() for name, f in made.items()}
     calls = {name: (lambda f=f: f(x, a, b)) for name, f in compiled.items()}
-    _warm(calls["matmul"], dry)
-    times = _measure.interleaved(calls, _settings(dry))
+    device_turns.warm(calls["matmul"], dry)
+    times = _measure.interleaved(calls, device_turns.settings(dry))
     seconds = {name: _measure.Spread.of(t).median for name, t in times.items()}
     copy = 2 * x.nbytes / seconds["copy"] / 1e12
     matmul = 2 * n**3 / seconds["matmul"] / 1e12
@@ -288,137 +285,7 @@ def _of_data_sheet(kind: str, copy: float, matmul: float) -> dict[str, float]:
                 matmul_of_data_sheet=1e12 * matmul / most.operations)  # fmt: skip
 
 
-def _settings(dry: bool) -> _measure.Settings:
-    return _measure.Settings(0, (2, 2)) if dry else _measure.DEVICE
-
-
-def _warm(call: Callable, dry: bool) -> None:
-    """Keeps the device at work until its clock has settled."""
-    end = time.perf_counter() + (0 if dry else 0.2)
-    while time.perf_counter() < end:
-        jax.block_until_ready(call())
-
-
-@dataclasses.dataclass
-class Timed:
-    """What is known of the programs of one operation of a layer.
-
-    Attributes:
-      seconds: of each that can run.
-      errors: why the others can't.
-      same_as: for one that lowers to what another before it does, that one; it has its seconds.
-      off: how far ours is off from XLA's, where both are there.
-    """
-
-    seconds: dict[str, _measure.Spread] = dataclasses.field(default_factory=dict)
-    errors: dict[str, str] = dataclasses.field(default_factory=dict)
-    same_as: dict[str, str] = dataclasses.field(default_factory=dict)
-    off: float | None = None
-
-    @contextlib.contextmanager
-    def tried(self, name: str) -> Iterator[None]:
-        """Within it what goes wrong is told: cuDNN has no algorithm for some of the baselines."""
-        try:
-            yield
-        except baselines.NotApplicableError as e:
-            self.errors[name] = str(e)
-        except Exception as e:
-            self.errors[name] = f"{type(e).__name__}: {e}"[:300]
-
-    def told(self) -> dict:
-        seconds = {name: dataclasses.asdict(spread) for name, spread in self.seconds.items()}
-        same = {"same_as": self.same_as} if self.same_as else {}
-        return dict(seconds=seconds, errors=self.errors) | same
-
-
-def _timed(
-    log: Log, programs: dict[str, Callable], layer: Layer, dry: bool, sure=("ours", "xla")
-) -> Iterator[Timed]:
-    """Times each program that can run, and each that lowers to the same only once.
-
-    One call runs a program several times, each on other x and g, and calls queue up: so neither
-    the host's part in them nor the L2 cache counts.
-
-    Args:
-      programs: makers of functions of x, kernel, bias and g.
-      sure: the names of those that come first, and are sure to be quick.
-
-    Yields:
-      What is known of those, and then of all: to compile one of the others may take longer than
-      there is time.
-    """
-    x, w, b, g = device_layers.arrays(layer)
-    runs = 2 if dry else _measure.runs_in_a_call(2 * layer.products, x.nbytes + g.nbytes)
-    runs = max(1, min(runs, MOST_TAPS // layer.K))
-    arguments = (_measure.rolled(x, runs), [w] * runs, [b] * runs, _measure.rolled(g, runs))
-    timed, lowered = _lowered(programs, arguments)
-    calls = {}
-    for name in [name for name in lowered if name in sure]:
-        with timed.tried(name):
-            calls[name] = functools.partial(lowered.pop(name).compile(), *arguments)
-            jax.block_until_ready(calls[name]())
-    found = {name: calls.get(timed.same_as.get(name, name)) for name in ("ours", "xla")}
-    if all(found.values()):
-        timed.off = float(_measure.difference_there(found["xla"](), found["ours"]()))
-    _take_turns(timed, calls, runs, dry)
-    yield timed
-    more = {}
-    for name, program in lowered.items():
-        if log.left() <= 0:
-            timed.errors[name] = "no time"
-            continue
-        with timed.tried(name):
-            # A single run tells whether it is worth while to compile several.
-            once = [a[:1] for a in arguments]
-            one = program if runs == 1 else jax.jit(_measure.several(programs[name]())).lower(*once)
-            call = functools.partial(one.compile(), *once)
-            seconds = _second_call(call)
-            if seconds > HOPELESS / runs:
-                timed.seconds[name] = _measure.Spread.of([seconds])
-                continue
-            more[name] = call if runs == 1 else functools.partial(program.compile(), *arguments)
-            jax.block_until_ready(more[name]())
-    if lowered:
-        _take_turns(timed, calls | more if more else {}, runs, dry)
-        yield timed
-
-
-def _second_call(call: Callable) -> float:
-    """Seconds of it; in the first a library may try its algorithms."""
-    jax.block_until_ready(call())
-    start = time.perf_counter()
-    jax.block_until_ready(call())
-    return time.perf_counter() - start
-
-
-def _take_turns(timed: Timed, calls: dict[str, Callable], runs: int, dry: bool) -> None:
-    """Adds the seconds of calls, each of so many runs, and what others have from them."""
-    if calls:
-        _warm(next(iter(calls.values())), dry)
-        for name, times in _measure.interleaved(calls, _settings(dry)).items():
-            timed.seconds[name] = _measure.Spread.of([s / runs for s in times])
-    for name, other in timed.same_as.items():
-        for of in (timed.seconds, timed.errors):
-            of.update({name: of[other]} if other in of else {})
-
-
-def _lowered(
-    programs: dict[str, Callable], arguments: tuple
-) -> tuple[Timed, dict[str, jax.stages.Lowered]]:
-    """Those that differ, and what is known of the others."""
-    timed, lowered, texts = Timed(), {}, {}
-    for name, make in programs.items():
-        with timed.tried(name):
-            program = jax.jit(_measure.several(make())).lower(*arguments)
-            other = texts.setdefault(program.as_text(), name)
-            if other == name:
-                lowered[name] = program
-            else:
-                timed.same_as[name] = other
-    return timed, lowered
-
-
-def _write(log: Log, timed: Timed, **what) -> None:
+def _write(log: Log, timed: device_turns.Timed, **what) -> None:
     """One line: ours against the fastest of the baselines, and every time."""
     what["item"] = log.item
     if "ours" not in timed.seconds:
