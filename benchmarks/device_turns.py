@@ -88,8 +88,7 @@ def timed(
     calls = {}
     for name in [name for name in lowered if name in sure]:
         with found.tried(name):
-            calls[name] = functools.partial(lowered.pop(name).compile(), *arguments)
-            jax.block_until_ready(calls[name]())
+            calls[name] = _ran(functools.partial(lowered.pop(name).compile(), *arguments))
     both = {name: calls.get(found.same_as.get(name, name)) for name in ("ours", "xla")}
     if all(both.values()):
         found.off = float(_measure.difference_there(both["xla"](), both["ours"]()))
@@ -104,24 +103,24 @@ def timed(
             # A single run tells whether it is worth while to compile several.
             once = [a[:1] for a in arguments]
             one = program if runs == 1 else jax.jit(_measure.several(programs[name]())).lower(*once)
-            call = functools.partial(one.compile(), *once)
-            seconds = _second_call(call)
-            if seconds > HOPELESS / runs:
+            call = _ran(functools.partial(one.compile(), *once))
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            if (seconds := time.perf_counter() - start) > HOPELESS / runs:
                 found.seconds[name] = _measure.Spread.of([seconds])
-                continue
-            more[name] = call if runs == 1 else functools.partial(program.compile(), *arguments)
-            jax.block_until_ready(more[name]())
+            elif runs == 1:
+                more[name] = call
+            else:
+                more[name] = _ran(functools.partial(program.compile(), *arguments))
     if lowered:
         _take_turns(found, calls | more if more else {}, runs, dry)
         yield found
 
 
-def _second_call(call: Callable) -> float:
-    """Seconds of it; in the first a library may try its algorithms."""
+def _ran(call: Callable) -> Callable:
+    """The same, if it can run; a library may try its algorithms meanwhile."""
     jax.block_until_ready(call())
-    start = time.perf_counter()
-    jax.block_until_ready(call())
-    return time.perf_counter() - start
+    return call
 
 
 def _take_turns(found: Timed, calls: dict[str, Callable], runs: int, dry: bool) -> None:

@@ -112,6 +112,18 @@ def test_a_slow_baseline_costs_two_calls_of_one_run(tmp_path, monkeypatch):
     assert timed.seconds.keys() == programs.keys()
 
 
+@pytest.mark.parametrize("broken, other", [("ours", "stock"), ("stock", "ours")])
+def test_what_fails_costs_the_others_nothing(broken, other, tmp_path):
+    layer = device_layers.goals(True)[0]
+
+    def failing(x, w, b, g):
+        return jax.pure_callback(lambda x: 1 / 0, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+    programs = {broken: lambda: failing, other: lambda: lambda x, w, b, g: x * 2}
+    *_, timed = device_turns.timed(Log(tmp_path, "against", 60), programs, layer, True)
+    assert "error calling callback" in timed.errors[broken] and timed.seconds.keys() == {other}
+
+
 def test_a_baseline_that_there_is_no_time_for_costs_ours_nothing(tmp_path):
     layer = device_layers.goals(True)[0]
     programs = {"ours": lambda: lambda x, w, b, g: x, "stock": lambda: lambda x, w, b, g: x * 2}
