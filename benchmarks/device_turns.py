@@ -96,7 +96,7 @@ def timed(
     yield found
     more = {}
     for name, program in lowered.items():
-        if log.left() <= 0:
+        if log.out_of_time():
             found.errors[name] = "no time"
             continue
         with found.tried(name):

@@ -101,11 +101,11 @@ class Log:
         for i, item in enumerate(items):
             if i < self.first:
                 continue
-            self.whole = self.left() > 0
-            _reached(self.path).write_text(str(i + self.whole), encoding="utf-8")
-            if not self.whole:
+            self.item = i
+            if self.out_of_time():
                 return self.write(cut_short=name(item))
-            before, self.item = self.failures, i
+            _reached(self.path).write_text(str(i + 1), encoding="utf-8")
+            before = self.failures
             yield item
             if self.failures > before:
                 _ask_device()
@@ -113,6 +113,15 @@ class Log:
     def left(self) -> float:
         """Seconds until the step has to end."""
         return self.end - time.monotonic()
+
+    def out_of_time(self) -> bool:
+        """Whether there is no time for more; then another run has to begin with this item."""
+        if self.left() > 0:
+            return False
+        if self.whole:
+            _reached(self.path).write_text(str(self.item), encoding="utf-8")
+        self.whole = False
+        return True
 
 
 def lines_of(file: Path) -> list[dict]:
@@ -127,10 +136,10 @@ def _reached(path: Path) -> Path:
     return path.with_suffix(".reached")
 
 
-def _begun(path: Path) -> int:
-    """How many items a step has behind it that was not done with all; 0 where it was."""
+def _begun(path: Path) -> int | None:
+    """How many items a step has behind it that is not done with all; None where it is."""
     reached = _reached(path)
-    return int(reached.read_text(encoding="utf-8")) if reached.exists() else 0
+    return int(reached.read_text(encoding="utf-8")) if reached.exists() else None
 
 
 def _ask_device() -> None:
@@ -197,7 +206,7 @@ def run_all(args) -> int:
         print(f"{step} (at most {seconds:.0f} s)", flush=True)
         codes = _run_processes(out, step, seconds, processes, args.dry_run, renew, args.first)
         summary[step] = {"exit": max(codes, key=abs), "seconds": round(time.monotonic() - start, 1)}
-        if processes == 1 and (begun := _begun(out / f"{step}.jsonl")):
+        if processes == 1 and (begun := _begun(out / f"{step}.jsonl")) is not None:
             summary[step]["next"] = begun  # for --from
         _join_shards(out, step)
         worst = max(worst, *map(abs, codes))
@@ -270,7 +279,7 @@ def _run_processes(
                 codes.append(code)
                 del running[shard]
                 name = f"{step}.jsonl" if shard == 0 else f"{step}.{shard}.jsonl"
-                begun = _begun(out / name)
+                begun = _begun(out / name) or 0
                 # One that died before it came any further would only die again.
                 if (code == DIED or code < 0) and begun > first and time.monotonic() < end - 5:
                     running[shard] = (start(shard, begun), begun)

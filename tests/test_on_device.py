@@ -176,6 +176,18 @@ sys.exit(on_device.main(sys.argv[3:]))
     assert "--from needs --steps with one step" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("items, at", [(3, 0), (1, 0), (3, 2)])
+def test_an_item_that_time_was_up_in_is_begun_again(items, at, tmp_path, monkeypatch):
+    def step(log, dry):
+        for item in log.each(range(items)):
+            log.end = 0 if item == at else log.end
+            log.write(item=item, all=not log.out_of_time())
+
+    monkeypatch.setattr(device_timing, "goals", step)
+    assert on_device.main(["--step", "goals", "--out", str(tmp_path)]) == 0
+    assert on_device._begun(tmp_path / "goals.jsonl") == at
+
+
 def test_a_crash_before_the_first_item_is_no_reason_to_go_on(tmp_path, monkeypatch):
     _python_that_runs("sys.exit(3)", tmp_path, monkeypatch)
     assert on_device._run_processes(tmp_path, "goals", 60, 1, False) == [3]
