@@ -6,16 +6,15 @@ tensor cores of this device give, measured in the same process, stands beside.
 
 import dataclasses
 import functools
-import json
-import shutil
+import subprocess
 import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks import baselines, device_layers
-from benchmarks.on_device import Log
+from benchmarks import baselines, device_layers, device_turns
+from benchmarks.on_device import Log, kill, lines_of, write_whole
 from conv_pallas import _measure, aot, inspection
 from conv_pallas._layers import Layer
 from conv_pallas.kernels import xla
@@ -35,9 +34,7 @@ GPU_FORMULATIONS = {
     },
 }
 BASELINES = (baselines.STOCK, baselines.BARRIER, baselines.SYMMETRIC, baselines.MATMULS)
-HOPELESS = 0.5  # seconds of a call after which a baseline is not called again
-MOST_TAPS = 128  # in one program: of a matmul for each XLA compiles no more in seconds
-OPERATION_TUNED = 30  # seconds that tuning takes for an operation of a layer
+ASKED = 10  # seconds for nvidia-smi to answer
 
 
 def goals(log: Log, dry: bool) -> None:
@@ -51,12 +48,16 @@ def goals(log: Log, dry: bool) -> None:
 
 
 def against(log: Log, dry: bool) -> None:
-    """The same operations, ours, our best for XLA and every baseline taking turns.
+    """The same operations and whole steps, ours, our best for XLA and every baseline taking turns.
 
     With the tiles that were tuned, if any. XLA's own depthwise convolutions come last, and once
     more with ours: compiling one may take longer than there is time.
     """
-    every = device_layers.with_operations(device_layers.goals(dry))
+    every = [
+        (layer, operation)
+        for layer in device_layers.goals(dry)
+        for operation in device_layers.as_trained(layer)
+    ]
     names = ("ours", "xla", *BASELINES)
     plain = ("ours", "xla", baselines.MATMULS)
     plan = [(layer, operation, names) for layer, operation in every if layer.G == 1]
@@ -77,19 +78,18 @@ def _compared(log: Log, dry: bool, plan: list[tuple[Layer, str, tuple[str, ...]]
                 ))
                 for name in names
             }  # fmt: skip
-            seconds, errors, off = _timed(programs, layer, dry)
             moved = device_layers.passes(operation) * device_layers.arrays(layer)[0].nbytes
-            extra = (
-                {} if off is None else dict(off_from_xla=off, ok=off <= _measure.tolerance(layer))
-            )
-            if "ours" in seconds:
-                ours = seconds["ours"].median
-                extra |= dict(tflops=2 * layer.products / ours / 1e12,
-                              of_copy=moved / ours / 1e12 / copy)  # fmt: skip
-            _write(log, seconds, errors, layer=layer.name, operation=operation, **extra)
+            for timed in device_turns.timed(log, programs, layer, dry):
+                extra = {}
+                if timed.off is not None:
+                    extra = dict(off_from_xla=timed.off, ok=timed.off <= _measure.tolerance(layer))
+                if "ours" in timed.seconds:
+                    ours = timed.seconds["ours"].median
+                    extra |= dict(tflops=2 * layer.products / ours / 1e12,
+                                  of_copy=moved / ours / 1e12 / copy)  # fmt: skip
+                _write(log, timed, layer=layer.name, operation=operation, **extra)
     finally:
-        text = log.path.read_text(encoding="utf-8") if log.path.exists() else ""
-        lines = [json.loads(line) for line in text.splitlines()]
+        lines = lines_of(log.path)
         reached = {(r["layer"], r["operation"]): r for r in lines if "tflops" in r}
         for verdict in verdicts(reached):
             log.write(**verdict)
@@ -145,8 +145,8 @@ def layers(log: Log, dry: bool) -> None:
                 return baselines.step_of(f)
 
             programs[name] = program
-        seconds, errors, _ = _timed(programs, layer, dry)
-        _write(log, seconds, errors, layer=layer.name, which=which)
+        for timed in device_turns.timed(log, programs, layer, dry):
+            _write(log, timed, layer=layer.name, which=which)
 
 
 def formulations(log: Log, dry: bool) -> None:
@@ -164,29 +164,43 @@ def formulations(log: Log, dry: bool) -> None:
             name: (lambda name=name, problem=problem: device_layers.formulation(name, problem))
             for name in dict.fromkeys((chosen, *names))
         }
-        seconds, errors, _ = _timed(programs, layer, dry)
-        best = min(seconds, key=lambda name: seconds[name].median, default=None)
-        log.write(
-            ok=chosen in seconds, layer=layer.name, operation=operation, chosen=chosen, best=best,
-            behind=seconds[chosen].median / seconds[best].median if chosen in seconds else None,
-            seconds={name: _told(s) for name, s in seconds.items()}, errors=errors,
-        )  # fmt: skip
+        for timed in device_turns.timed(log, programs, layer, dry, (chosen,)):
+            medians = {name: spread.median for name, spread in timed.seconds.items()}
+            best = min(medians, key=medians.get, default=None)
+            log.write(
+                ok=chosen in medians, item=log.item, layer=layer.name, operation=operation,
+                chosen=chosen, best=best,
+                behind=medians[chosen] / medians[best] if chosen in medians else None,
+                **timed.told(),
+            )  # fmt: skip
 
 
 def pytorch(log: Log, dry: bool) -> None:
-    """PyTorch's convolution, with cudnn.benchmark, of the goals' layers."""
+    """PyTorch's convolution, with cudnn.benchmark, of the goals' layers, taking turns with ours."""
     # The host makes these arrays: the largest last.
     chosen = sorted(device_layers.goals(dry), key=lambda layer: layer.N * layer.T * layer.C)
     arguments = functools.lru_cache(maxsize=1)(baselines.arguments)
+    on_device = functools.lru_cache(maxsize=1)(lambda layer: jax.device_put(arguments(layer)))
     plan = [(layer, which) for layer in chosen for which in _measure.PASSES]
     for layer, which in log.each(plan, lambda item: item[0].name):
         try:
-            call, _ = baselines.torch_program(layer, which, arguments(layer))
+            torch, _ = baselines.torch_program(layer, which, arguments(layer))
         except baselines.NotApplicableError as e:
             return log.write(skipped=str(e))
-        jax.block_until_ready(call())  # cuDNN tries its algorithms
-        times = _measure.interleaved({"torch": call}, _settings(dry))["torch"]
-        log.write(layer=layer.name, which=which, **_told(_measure.Spread.of(times)))
+        jax.block_until_ready(torch())  # cuDNN tries its algorithms
+        # y as well as all gradients, as there: nothing may be left out because nobody asks for it.
+        operation = "forward" if which == _measure.FORWARD else "step"
+        f = device_layers.operation(operation, device_layers.forward("ours", layer, dry))
+        ours = functools.partial(jax.jit(f), *on_device(layer))
+        jax.block_until_ready(ours())
+        calls = {"ours": ours, baselines.TORCH: torch}
+        times = _measure.interleaved(calls, device_turns.settings(dry))
+        spreads = {name: _measure.Spread.of(t) for name, t in times.items()}
+        log.write(
+            layer=layer.name, which=which, ours=spreads["ours"].median,
+            speedup=spreads[baselines.TORCH].median / spreads["ours"].median,
+            seconds={name: dataclasses.asdict(s) for name, s in spreads.items()},
+        )  # fmt: skip
 
 
 def tuning(log: Log, dry: bool) -> None:
@@ -201,12 +215,15 @@ def tuning(log: Log, dry: bool) -> None:
     def told(line: str) -> None:
         log.write(tried=line)
         if file.exists():
-            shutil.copy(file, log.path.with_name(file.name))
+            write_whole(log.path.with_name(file.name), file.read_bytes())
 
-    for layer in log.each(device_layers.goals(dry)[:3], lambda layer: layer.name):
+    chosen = device_layers.goals(dry)[:3]
+    operations = [len(device_layers.operations(layer)) for layer in chosen]
+    for layer in log.each(chosen, lambda layer: layer.name):
         x, w, _, _ = device_layers.arrays(layer)
+        left = operations[chosen.index(layer) :]
         found = tune(
-            x, w, seconds=max(0, log.left() - OPERATION_TUNED), report=told,
+            x, w, seconds=log.left() * left[0] / sum(left), report=told,
             kernel_dilation=layer.D, feature_group_count=layer.G,
         )  # fmt: skip
         log.write(layer=layer.name, tiles=found)
@@ -220,15 +237,42 @@ def _ceilings(log: Log, dry: bool) -> float:
     made = {"copy": lambda x, a, b: -x, "matmul": lambda x, a, b: a @ b}
     compiled = {name: jax.jit(f).lower(x, a, b).compile() for name, f in made.items()}
     calls = {name: (lambda f=f: f(x, a, b)) for name, f in compiled.items()}
-    _warm(calls["matmul"], dry)
-    times = _measure.interleaved(calls, _settings(dry))
+    device_turns.warm(calls["matmul"], dry)
+    times = _measure.interleaved(calls, device_turns.settings(dry))
     seconds = {name: _measure.Spread.of(t).median for name, t in times.items()}
     copy = 2 * x.nbytes / seconds["copy"] / 1e12
     matmul = 2 * n**3 / seconds["matmul"] / 1e12
     kind = jax.devices()[0].device_kind
     log.write(copy_terabytes_per_second=copy, matmul_tflops=matmul, device=kind,
-              **_of_data_sheet(kind, copy, matmul))  # fmt: skip
+              **_of_data_sheet(kind, copy, matmul), at_work=_at_work(calls["matmul"]))  # fmt: skip
     return copy
+
+
+def _at_work(call: Callable) -> dict[str, str]:
+    """What nvidia-smi tells of clock and power while a call is repeated; or why it tells nothing.
+
+    A ceiling was low, say, because the device was too hot.
+    """
+    fields = ("clocks.sm", "power.draw", "clocks_event_reasons.active")
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0"]
+    try:
+        asked = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0
+        )
+    except OSError as e:
+        return {"unknown": f"{type(e).__name__}: {e}"}
+    end = time.monotonic() + ASKED
+    with asked.stdout:
+        while asked.poll() is None:
+            jax.block_until_ready(call())
+            if time.monotonic() > end:
+                kill(asked)
+                return {"unknown": f"nvidia-smi gave no answer in {ASKED} s"}
+        told = asked.stdout.read().strip()
+    values = told.split(", ")
+    if asked.returncode or len(values) != len(fields):
+        return {"unknown": told}
+    return dict(zip(fields, values, strict=True))
 
 
 def _of_data_sheet(kind: str, copy: float, matmul: float) -> dict[str, float]:
@@ -241,69 +285,13 @@ def _of_data_sheet(kind: str, copy: float, matmul: float) -> dict[str, float]:
                 matmul_of_data_sheet=1e12 * matmul / most.operations)  # fmt: skip
 
 
-def _settings(dry: bool) -> _measure.Settings:
-    return _measure.Settings(0, (2, 2)) if dry else _measure.DEVICE
-
-
-def _warm(call: Callable, dry: bool) -> None:
-    """Keeps the device at work until its clock has settled."""
-    end = time.perf_counter() + (0 if dry else 0.2)
-    while time.perf_counter() < end:
-        jax.block_until_ready(call())
-
-
-def _timed(
-    programs: dict[str, Callable], layer: Layer, dry: bool
-) -> tuple[dict, dict, float | None]:
-    """A `Spread` of seconds for each program that can run, and why the others can't.
-
-    And how far ours is off from XLA's, where both are there. One call runs a program several
-    times, each on other x and g, and calls queue up: so neither the host's part in them nor the
-    L2 cache counts.
-
-    Args:
-      programs: makers of functions of x, kernel, bias and g.
-    """
-    x, w, b, g = device_layers.arrays(layer)
-    runs = 2 if dry else _measure.runs_in_a_call(2 * layer.products, x.nbytes + g.nbytes)
-    runs = max(1, min(runs, MOST_TAPS // layer.K))
-    arguments = (_measure.rolled(x, runs), [w] * runs, [b] * runs, _measure.rolled(g, runs))
-    calls, times, errors, off = {}, {}, {}, None
-    for name, make in programs.items():
-        try:
-            compiled = jax.jit(_measure.several(make())).lower(*arguments).compile()
-            jax.block_until_ready(compiled(*arguments))
-            start = time.perf_counter()
-            jax.block_until_ready(compiled(*arguments))
-            if name in BASELINES and (took := time.perf_counter() - start) > HOPELESS:
-                times[name] = (took,)
-            else:
-                calls[name] = lambda compiled=compiled: compiled(*arguments)
-        except baselines.NotApplicableError as e:
-            errors[name] = str(e)
-        except Exception as e:  # cuDNN has no algorithm for some of the baselines; it is told
-            errors[name] = f"{type(e).__name__}: {e}"[:300]
-    if calls.keys() >= {"ours", "xla"}:
-        off = float(_measure.difference_there(calls["xla"](), calls["ours"]()))
-    if calls:
-        _warm(next(iter(calls.values())), dry)
-        times |= _measure.interleaved(calls, _settings(dry))
-    spreads = {name: _measure.Spread.of([s / runs for s in t]) for name, t in times.items()}
-    return spreads, errors, off
-
-
-def _write(log: Log, seconds: dict, errors: dict, **what) -> None:
+def _write(log: Log, timed: device_turns.Timed, **what) -> None:
     """One line: ours against the fastest of the baselines, and every time."""
-    if "ours" not in seconds:
-        return log.write(**what, ok=False, errors=errors)
-    rest = {name: s.median for name, s in seconds.items() if name in BASELINES}
+    what["item"] = log.item
+    if "ours" not in timed.seconds:
+        return log.write(**what, ok=False, errors=timed.errors)
+    ours = timed.seconds["ours"].median
+    rest = {name: s.median for name, s in timed.seconds.items() if name in BASELINES}
     best = min(rest, key=rest.get, default=None)
-    log.write(
-        **what, ours=seconds["ours"].median, best_baseline=best,
-        speedup=rest[best] / seconds["ours"].median if best else None,
-        seconds={name: _told(s) for name, s in seconds.items()}, errors=errors,
-    )  # fmt: skip
-
-
-def _told(spread: _measure.Spread) -> dict[str, float]:
-    return dataclasses.asdict(spread)
+    speedup = rest[best] / ours if best else None
+    log.write(**what, ours=ours, best_baseline=best, speedup=speedup, **timed.told())

@@ -1,26 +1,35 @@
 """All that needs an NVIDIA GPU, in one command and under ten minutes.
 
     python -m benchmarks.on_device                # into benchmarks/results/<device>/
-    python -m benchmarks.on_device --steps against,layers --minutes 20     # some, for longer
+    python -m benchmarks.on_device --bundle results.tgz    # all that is left, in one file as well
+    python -m benchmarks.on_device --steps against,layers  # some, each for longer
+    python -m benchmarks.on_device --steps layers --from 9 # on from where it came to, as it said
     python -m benchmarks.on_device --dry-run      # the same code, small, on whatever is here
 
 Steps run one after the other, what matters most first, each in a process of its own, so that a
 crash or a hang of one costs the others nothing. Each appends a line to ``<step>.jsonl`` as soon
-as it knows something: a run that is cut short leaves what it has measured. Where the process of a
+as it knows something, and a later line with the same ``item`` replaces it: a run that is cut short
+leaves what it has measured. Where the process of a
 step dies, another goes on after the item that killed it. A step exits with 1 where something is
 wrong, and so does the whole; what was wrong, and the goals, are told once more at the end.
+
+A machine may be lent for some minutes only, and be taken back with what lies on it. The bundle is
+whole at any time, and seconds old.
 
 What the steps do is in `benchmarks.device_checks` and `benchmarks.device_timing`.
 """
 
 import argparse
+import functools
 import importlib.util
+import io
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -48,15 +57,20 @@ STEPS = {
 
 MINUTES = 9.0  # for all of them, unless told otherwise
 GRACE = 20  # seconds after its end at which a step is stopped
+REAPED = 10  # seconds for one that was killed to be gone
+RENEWED = 20  # seconds after which the bundle is made anew while a step goes on
 DIED = 3  # exit status of a process that another may take over from; so are those of signals
 
 
 class Log:
     """Lines of JSON, each on the disk before the next is measured.
 
+    Attributes:
+      item: the number of the one that `each` is at.
+
     Args:
       first: the first item of `each` that is still to do: others were begun by a process that
-        has died, whose lines stay.
+        has died or had no more time, whose lines stay.
     """
 
     def __init__(self, folder: Path, step: str, seconds: float, shard: int = 0, first: int = 0):
@@ -66,7 +80,8 @@ class Log:
             self.path.unlink(missing_ok=True)
         self.end = time.monotonic() + seconds
         self.failures = 0
-        self.first = first
+        self.first = self.item = first
+        self.whole = True  # nothing was left out for want of time
 
     def write(self, ok: bool | None = None, **fields) -> None:
         """Adds a line. ``ok`` False makes the step, and so the whole, exit with 1."""
@@ -86,8 +101,9 @@ class Log:
         for i, item in enumerate(items):
             if i < self.first:
                 continue
-            if self.out_of_time(name(item)):
-                return
+            self.item = i
+            if self.out_of_time():
+                return self.write(cut_short=name(item))
             _reached(self.path).write_text(str(i + 1), encoding="utf-8")
             before = self.failures
             yield item
@@ -98,16 +114,32 @@ class Log:
         """Seconds until the step has to end."""
         return self.end - time.monotonic()
 
-    def out_of_time(self, next_one: str) -> bool:
-        """Whether there is no time for more; writes down what is left out."""
+    def out_of_time(self) -> bool:
+        """Whether there is no time for more; then another run has to begin with this item."""
         if self.left() > 0:
             return False
-        self.write(cut_short=next_one)
+        if self.whole:
+            _reached(self.path).write_text(str(self.item), encoding="utf-8")
+        self.whole = False
         return True
+
+
+def lines_of(file: Path) -> list[dict]:
+    """What a step has written; of the lines about one item the last."""
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    lines = [json.loads(line) for line in text.splitlines()]
+    last = {line["item"]: line for line in lines if "item" in line}
+    return [line for line in lines if line is last.get(line.get("item"), line)]
 
 
 def _reached(path: Path) -> Path:
     return path.with_suffix(".reached")
+
+
+def _begun(path: Path) -> int | None:
+    """How many items a step has behind it that is not done with all; None where it is."""
+    reached = _reached(path)
+    return int(reached.read_text(encoding="utf-8")) if reached.exists() else None
 
 
 def _ask_device() -> None:
@@ -136,7 +168,8 @@ def run_step(args) -> int:
         traceback.print_exc()
         log.write(ok=False, died=f"{type(e).__name__}: {e}"[:1500])
         return DIED
-    _reached(log.path).unlink(missing_ok=True)
+    if log.whole:
+        _reached(log.path).unlink(missing_ok=True)
     return min(1, log.failures)
 
 
@@ -151,6 +184,8 @@ def run_all(args) -> int:
     out = args.out or RESULTS / re.sub("[^a-z0-9]+", "-", kind.lower()).strip("-")
     out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * args.minutes
+    renew = functools.partial(bundle, out, args.bundle) if args.bundle else lambda: None
+    renew()  # where it can't be written, that is told before anything is measured
     worst, report, waiting = 0, out / "summary.json", list(args.steps)
     summary = json.loads(report.read_text(encoding="utf-8")) if report.exists() else {}
     while waiting:
@@ -160,39 +195,80 @@ def run_all(args) -> int:
         step = waiting.pop(0)
         seconds, processes = STEPS[step][0] * share, 1 if args.dry_run else STEPS[step][1]
         start = time.monotonic()
-        for stale in [*out.glob(f"{step}.*jsonl"), *out.glob(f"{step}.*reached")]:
+        lines = [] if args.first else out.glob(f"{step}.*jsonl")  # else it goes on with them
+        for stale in [*lines, *out.glob(f"{step}.*reached")]:
             stale.unlink()
         if left < 10:
             summary[step] = "no time left"
-            report.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+            write_whole(report, (json.dumps(summary, indent=1) + "\n").encode())
+            renew()
             continue
         print(f"{step} (at most {seconds:.0f} s)", flush=True)
-        codes = _run_processes(out, step, seconds, processes, args.dry_run)
-        _join_shards(out, step)
+        codes = _run_processes(out, step, seconds, processes, args.dry_run, renew, args.first)
         summary[step] = {"exit": max(codes, key=abs), "seconds": round(time.monotonic() - start, 1)}
+        if processes == 1 and (begun := _begun(out / f"{step}.jsonl")) is not None:
+            summary[step]["next"] = begun  # for --from
+        _join_shards(out, step)
         worst = max(worst, *map(abs, codes))
-        report.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        write_whole(report, (json.dumps(summary, indent=1) + "\n").encode())
+        renew()
     print("\n".join(_conclusions(out, args.steps, summary)))
     return min(1, worst)
 
 
-def _run_processes(out: Path, step: str, seconds: float, processes: int, dry: bool) -> list[int]:
-    """The exit statuses of a step's processes, those included that took over from others."""
-    end = time.monotonic() + seconds
+def bundle(out: Path, path: Path) -> None:
+    """Packs the files of a folder into one, which never is half of it."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+        for file in sorted(out.iterdir()):
+            if not file.is_file() or file.suffix in (".new", path.suffix):
+                continue
+            try:
+                content = file.read_bytes()
+            except FileNotFoundError:  # its step has just begun it anew
+                continue
+            # By what was read, as a step may go on writing meanwhile.
+            info = tarfile.TarInfo(f"{out.name}/{file.name}")
+            info.size, info.mtime = len(content), time.time()
+            tar.addfile(info, io.BytesIO(content))
+    write_whole(path, packed.getvalue())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Replaces a file at once: who reads it meanwhile gets the old one or the new one."""
+    new = path.with_name(path.name + ".new")
+    new.write_bytes(content)
+    os.replace(new, path)
+
+
+def _run_processes(
+    out: Path, step: str, seconds: float, processes: int, dry: bool,
+    renew: Callable[[], None] = lambda: None, first: int = 0,
+) -> list[int]:  # fmt: skip
+    """The exit statuses of a step's processes, those included that took over from others.
+
+    Args:
+      renew: is called every `RENEWED` seconds meanwhile.
+      first: the item to begin with.
+    """
+    end, renewed = time.monotonic() + seconds, time.monotonic()
 
     def start(shard: int, first: int) -> subprocess.Popen:
         command = [
             sys.executable, "-m", "benchmarks.on_device", "--step", step, "--out", str(out),
-            "--seconds", str(end - time.monotonic()), "--first", str(first),
+            "--seconds", str(end - time.monotonic()), "--from", str(first),
             "--shard", str(shard), "--shards", str(processes), *(["--dry-run"] if dry else []),
         ]  # fmt: skip
         return subprocess.Popen(command, env=_environment(), process_group=0)
 
-    running = {shard: (start(shard, 0), 0) for shard in range(processes)}
+    running = {shard: (start(shard, first), first) for shard in range(processes)}
     codes = []
     try:
         while running:
             time.sleep(0.05)
+            if time.monotonic() > renewed + RENEWED:
+                renew()
+                renewed = time.monotonic()
             for shard, (process, first) in list(running.items()):
                 code = process.poll()
                 if code is None and time.monotonic() > end + GRACE:
@@ -203,8 +279,7 @@ def _run_processes(out: Path, step: str, seconds: float, processes: int, dry: bo
                 codes.append(code)
                 del running[shard]
                 name = f"{step}.jsonl" if shard == 0 else f"{step}.{shard}.jsonl"
-                reached = _reached(out / name)
-                begun = int(reached.read_text(encoding="utf-8")) if reached.exists() else 0
+                begun = _begun(out / name) or 0
                 # One that died before it came any further would only die again.
                 if (code == DIED or code < 0) and begun > first and time.monotonic() < end - 5:
                     running[shard] = (start(shard, begun), begun)
@@ -231,7 +306,10 @@ def kill(process: subprocess.Popen) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
         pass
-    process.wait()
+    try:
+        process.wait(REAPED)
+    except subprocess.TimeoutExpired:  # it waits in the driver, say, and the others can't wait
+        print(f"process {process.pid} outlives its end", file=sys.stderr)
 
 
 def _join_shards(out: Path, step: str) -> None:
@@ -247,9 +325,7 @@ def _join_shards(out: Path, step: str) -> None:
 def _conclusions(out: Path, steps: Iterable[str], summary: dict) -> Iterator[str]:
     """What a reader of the last lines alone has to know."""
     for step in steps:
-        file = out / f"{step}.jsonl"
-        text = file.read_text(encoding="utf-8") if file.exists() else ""
-        lines = [json.loads(line) for line in text.splitlines()]
+        lines = lines_of(out / f"{step}.jsonl")
         counts = {
             "right": sum(line.get("ok") is True for line in lines),
             "wrong": sum(line.get("ok") is False for line in lines),
@@ -302,21 +378,29 @@ def main(argv: list[str] | None = None) -> int:
         "python -m benchmarks.on_device", description=__doc__.partition("\n")[0]
     )
     parser.add_argument("--out", type=Path, help="folder for the results")
+    parser.add_argument(
+        "--bundle", type=Path, metavar="PATH", help="a .tgz of that folder, kept up to date"
+    )
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for all steps together")
     parser.add_argument(
         "--steps", type=_steps, default=list(STEPS), metavar="NAMES",
         help=f"only these, with commas: {', '.join(STEPS)}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--from", dest="first", type=int, default=0, metavar="N",
+        help="go on with that item of the one step, after what is there; summary.json tells it",
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="small, with XLA in Triton's place")
     parser.add_argument("--step", choices=STEPS, help="only this step, in this process")
     parser.add_argument("--only", default="", help="names of cases for the step correctness")
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--shard", type=int, default=0, help=argparse.SUPPRESS)
-    parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--shards", type=int, default=1, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.step and not args.out:
         parser.error("--step needs --out")
+    if args.first and not args.step and [STEPS[step][1] for step in args.steps] != [1]:
+        parser.error("--from needs --steps with one step, of one process")
     return run_step(args) if args.step else run_all(args)
 
 

@@ -22,6 +22,7 @@ from rich.table import Table
 from benchmarks import charts, page_style, stored
 from benchmarks.baselines import BARRIER, MATMULS, SYMMETRIC, TORCH
 from benchmarks.charts import Series, escape
+from benchmarks.on_device import lines_of
 from benchmarks.ranking import agreement
 from conv_pallas._measure import FORWARD, OURS, PASSES, STOCK
 
@@ -481,7 +482,7 @@ def device_results(folder: Path) -> list[tuple[str, str]]:
     for device in sorted(p for p in folder.iterdir() if p.is_dir() and list(p.glob("*.jsonl"))):
         parts = []
         for file in sorted(device.glob("*.jsonl")):
-            rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+            rows = lines_of(file)
             parts.append(
                 f"<details><summary>{escape(file.stem)}: {len(rows)} rows</summary>"
                 f"{_generic(rows)}</details>"

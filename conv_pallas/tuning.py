@@ -9,6 +9,7 @@ kernels, where every later compilation on such a device finds them. Nothing else
 measures: without this call the kernels take what a heuristic says.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -24,14 +25,14 @@ from conv_pallas.ops import conv1d
 
 # Rows, columns, depth, warps, stages, and programs that stay: `kernels.triton_config.Config`.
 DENSE_TILES = (
-    (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 8, 3), (128, 128, 64, 4, 4),
-    (128, 128, 64, 8, 5), (256, 128, 64, 8, 3), (64, 256, 64, 4, 4), (128, 64, 64, 4, 4),
-    (64, 64, 64, 4, 4), (256, 64, 64, 8, 4), (128, 64, 64, 4, 3), (256, 64, 64, 8, 3),
-    (128, 64, 64, 4, 5), (128, 128, 64, 8, 4), (128, 128, 128, 8, 3), (64, 64, 128, 4, 3),
-    (128, 256, 32, 8, 4), (256, 128, 32, 8, 4), (128, 128, 32, 8, 3), (128, 128, 32, 8, 4),
-    (128, 64, 32, 4, 3), (64, 64, 32, 4, 4), (64, 128, 64, 4, 4), (64, 128, 32, 4, 4),
-    (64, 64, 64, 4, 3, 2), (64, 64, 64, 4, 2, 3), (128, 64, 64, 4, 3, 1), (64, 64, 128, 4, 2, 1),
-    (64, 128, 128, 4, 2, 1), (128, 128, 64, 8, 3, 1), (128, 128, 64, 8, 3, 2),
+    (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 8, 3), (128, 128, 64, 4, 3),
+    (128, 128, 64, 8, 5), (256, 128, 64, 8, 3), (128, 64, 64, 4, 4), (64, 64, 64, 4, 4),
+    (256, 64, 64, 8, 4), (128, 64, 64, 4, 3), (256, 64, 64, 8, 3), (128, 128, 64, 8, 4),
+    (128, 128, 128, 8, 3), (64, 64, 128, 4, 3), (128, 256, 32, 8, 4), (256, 128, 32, 8, 4),
+    (128, 128, 32, 8, 3), (128, 128, 32, 8, 4), (128, 64, 32, 4, 3), (64, 64, 32, 4, 4),
+    (64, 128, 64, 4, 4), (64, 128, 32, 4, 4), (64, 64, 64, 4, 3, 2), (128, 64, 64, 4, 3, 1),
+    (64, 64, 128, 4, 2, 1), (64, 128, 128, 4, 2, 1), (128, 128, 64, 8, 3, 1),
+    (128, 128, 64, 8, 2, 2), (128, 128, 32, 8, 4, 2), (128, 128, 64, 4, 2, 2),
     (128, 256, 64, 8, 4, 1), (128, 256, 64, 8, 3, 1), (256, 128, 64, 8, 3, 1),
 )  # fmt: skip
 # Pieces, channels, steps of a piece, warps: see `kernels.triton_depthwise_walk`.
@@ -48,6 +49,9 @@ TAPS_TILES = (
 )  # fmt: skip
 # The heuristic stays where nothing beats it by more than this.
 CLEARLY = 0.98
+# Three rounds of some thirty tiles tell those that are close, and the rest is theirs: a winner of
+# three samples would be whichever was lucky.
+SETTINGS = dataclasses.replace(_measure.DEVICE, limit=6.0, hopeless=1.1, rounds=(7, 15))
 
 
 def tune(
@@ -65,7 +69,8 @@ def tune(
       x, kernel: ``(*batch, T, C)`` and ``(K, C // G, O)``, arrays or anything with shape and
         dtype; their values do not matter.
       file: where to write; None: where the kernels look. What is in it for other shapes stays.
-      seconds: after so many no further operation is begun.
+      seconds: for all operations; each has its share of what those before it have left. Once it
+        is up no further tile is compiled, and the best of those that were is taken.
       report: is given a line for each thing that is tried.
       geometry: further arguments of `conv1d`, but for ``bias``, ``activation`` and
         ``implementation``.
@@ -87,18 +92,22 @@ def tune(
     kind, end = triton_compat.device_kind(), time.monotonic() + seconds
     file = triton_tuned.file_of(kind) if file is None else file
     found: dict[str, tuple[int, ...]] = {}
-    for name, program, arguments in _programs(x, kernel, geometry):
-        if time.monotonic() > end:
+    programs = list(_programs(x, kernel, geometry))
+    for i, (name, program, arguments) in enumerate(programs):
+        now = time.monotonic()
+        if now > end:
             report(f"{name}: no time left")
             continue
-        key, calls = _candidates(name, program, arguments, report)
+        share = (end - now) / (len(programs) - i)
+        compiling = now + max(share - SETTINGS.limit, share / 3)
+        key, calls = _candidates(name, program, arguments, report, compiling)
         if len(calls) < 2:
             report(f"{name}: has no tiles to choose from")
             continue
         runs = len(arguments[0])
         medians = {
             tile: _measure.Spread.of(times).median / runs
-            for tile, times in _measure.interleaved(calls, _measure.DEVICE).items()
+            for tile, times in _measure.interleaved(calls, SETTINGS).items()
         }
         for tile, median in medians.items():
             report(f"{name} {tile or 'heuristic'}: {1e6 * median:.1f} us")
@@ -145,26 +154,39 @@ def _struct(a):
     return jax.ShapeDtypeStruct(a.shape, a.dtype)
 
 
-def _candidates(name, program, arguments, report):
-    """The key that is asked for, and the call of the heuristic (None) and each tile that works."""
+def _candidates(name, program, arguments, report, end):
+    """The key that is asked for, and the call of the heuristic (None) and each tile that works.
+
+    Args:
+      end: when no further tile is begun, by `time.monotonic`.
+    """
     from conv_pallas.kernels import triton_tuned
 
-    def compiled(tile):
-        # A function of its own, or JAX would take what it compiled with the tile before.
+    def lowered(tile):
+        # A function of its own, or JAX would take what it lowered with the tile before.
         with triton_tuned.trial(tile) as keys:
-            return _compiled(_measure.several(lambda *a: program(*a)), arguments), keys
+            return _lowered(_measure.several(lambda *a: program(*a)), arguments), keys
 
-    heuristic, keys = compiled(None)
-    calls = {None: heuristic}
+    heuristic, keys = lowered(None)
+    calls = {None: _call(heuristic, arguments)}
     if not keys:
         return None, calls
     key, expected = keys[-1], calls[None]()  # the last kernel asked is that of the gradient
     tiles = {"conv_walk": WALK_TILES, "conv_taps": TAPS_TILES}.get(key[:9], DENSE_TILES)
-    for tile in tiles:
+    seen = {heuristic.as_text(): "the heuristic"}
+    for i, tile in enumerate(tiles):
+        if time.monotonic() > end:
+            report(f"{name}: no time for {len(tiles) - i} of {len(tiles)} tiles")
+            break
         try:
-            call, asked = compiled(tile)
+            made, asked = lowered(tile)
             if key not in asked:
                 raise RuntimeError(f"nobody asked for {key}")
+            same = seen.setdefault(made.as_text(), tile)
+            if same != tile:  # the kernel gradient, say, where its programs can't stay
+                report(f"{name} {tile}: the same program as that of {same}")
+                continue
+            call = _call(made, arguments)
             off = float(_measure.difference_there(expected, call()))
         except Exception as e:  # too large for this chip, say; what it was is reported
             report(f"{name} {tile}: {type(e).__name__}: {str(e).strip().splitlines()[:1]}")
@@ -176,8 +198,12 @@ def _candidates(name, program, arguments, report):
     return key, calls
 
 
-def _compiled(program, arguments) -> Callable[[], Any]:
-    compiled = jax.jit(program).lower(*arguments).compile()
+def _lowered(program, arguments) -> jax.stages.Lowered:
+    return jax.jit(program).lower(*arguments)
+
+
+def _call(lowered, arguments) -> Callable[[], Any]:
+    compiled = lowered.compile()
     return lambda: compiled(*arguments)
 
 

@@ -21,7 +21,7 @@ import pytest
 from benchmarks import __main__ as command
 from benchmarks import baselines, harness, layers, on_device, ranking, report, stored
 from benchmarks.truth import Truth, WrongResultError
-from conv_pallas import _measure, explain, kernels
+from conv_pallas import _measure, explain, kernels, tuning
 from conv_pallas._layers import Layer
 from conv_pallas._measure import FORWARD, PASSES, STEP, STOCK, Settings
 from tests.support import environment, heeding_ctrl_c
@@ -266,6 +266,23 @@ def test_slow_variants_take_few_rounds():
     assert len(times["slow"]) == 3 and len(times["fast"]) == 5
 
 
+def test_the_best_tile_is_told_by_more_than_a_few_samples(monkeypatch):
+    """Of as many as there are, of about a millisecond each, those that are close have the time."""
+    clock = [0.0]
+
+    def call(seconds):
+        clock[0] += seconds
+
+    monkeypatch.setattr(_measure.time, "perf_counter", lambda: clock[0])
+    # Each is slower than the last by 2 %.
+    tiles = {tile: 1e-3 * 1.02**i for i, tile in enumerate((None, *tuning.DENSE_TILES))}
+    calls = {tile: functools.partial(call, seconds) for tile, seconds in tiles.items()}
+    times = _measure.interleaved(calls, tuning.SETTINGS)
+    for tile, seconds in tiles.items():
+        close = seconds < 1.1 * tiles[None]
+        assert len(times[tile]) >= 7 if close else len(times[tile]) == 3, tile
+
+
 def test_nobody_pays_for_who_went_before(monkeypatch):
     called, clock = [], [0.0]
 
@@ -359,9 +376,11 @@ def test_page_holds_what_other_tools_left(tmp_path):
     ((title, text),) = report.static_tpu(tmp_path)
     assert "schedules" in title and "estimates" in text and "<td>7</td>" in text
     (tmp_path / "h200").mkdir()
-    (tmp_path / "h200" / "goals.jsonl").write_text('{"layer": "a", "ms": 0.25}\n')
+    (tmp_path / "h200" / "goals.jsonl").write_text(
+        '{"item": 0, "layer": "a", "ms": 0.25}\n{"item": 0, "layer": "a", "ms": 0.5}\n'
+    )
     ((title, text),) = report.device_results(tmp_path)
-    assert "h200" in title and "0.25" in text
+    assert "h200" in title and "0.5" in text and "0.25" not in text and "1 rows" in text
 
 
 # --- the command ---------------------------------------------------------------------------------

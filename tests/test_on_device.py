@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tarfile
 import time
 import types
 from pathlib import Path
@@ -28,7 +30,7 @@ def test_a_step_leaves_a_line_for_each_thing_it_learnt(step, tmp_path, monkeypat
     log = Log(tmp_path, step, 60)
     module = device_checks if hasattr(device_checks, step) else device_timing
     getattr(module, step)(log, True)
-    lines = _lines(tmp_path / f"{step}.jsonl")
+    lines = on_device.lines_of(tmp_path / f"{step}.jsonl")
     assert lines
     assert log.failures == 0, lines
     if step in ("goals", "against", "layers"):
@@ -42,16 +44,26 @@ def test_a_step_leaves_a_line_for_each_thing_it_learnt(step, tmp_path, monkeypat
             names = {"ours", "xla", "stock", "barrier", "matmuls"}
             assert set().union(*(line["seconds"] for line in timed)) >= names
             if step == "against":  # XLA's own depthwise convolutions are a second plan
-                assert [line["off_from_xla"] for line in timed if "xla" in line["seconds"]] == [
-                    0,
-                    0,
-                ]
-                assert len([line for line in timed if "stock" in line["seconds"]]) == 2
+                off = [line["off_from_xla"] for line in timed if "xla" in line["seconds"]]
+                stock = [line["operation"] for line in timed if "stock" in line["seconds"]]
+                assert off == [0] * 3 and stock == ["forward", "backward", "step"]
     if step == "formulations":
         assert len(lines) == 3 * 3 and all(line["behind"] >= 1 for line in lines)
         assert all(len(line["seconds"]) >= 3 and not line["errors"] for line in lines)
     if step in ("correctness", "negative_start", "repeatability"):
         assert all(line["ok"] for line in lines)
+
+
+def test_of_the_lines_about_an_item_the_last_counts(tmp_path):
+    log = Log(tmp_path, "goals", 60)
+    for _ in log.each("ab"):
+        log.write(item=log.item, ok=False)
+        log.write(item=log.item, ok=True)
+    log.write(goal="fast")
+    counted = [dict(item=0, ok=True), dict(item=1, ok=True), dict(goal="fast")]
+    assert on_device.lines_of(log.path) == counted
+    told = next(on_device._conclusions(tmp_path, ["goals"], {}))
+    assert told == "goals: null 3 lines: 2 right"
 
 
 def test_time_that_is_up_is_told(tmp_path):
@@ -62,28 +74,16 @@ def test_time_that_is_up_is_told(tmp_path):
     assert {line["met"] for line in lines if "goal" in line} == {None}
 
 
-def test_ceilings_are_judged_by_the_chip_at_hand():
-    found = device_timing._of_data_sheet("NVIDIA H100 80GB HBM3", 3.0, 790)
-    assert found == dict(copy_of_data_sheet=3 / 3.35, matmul_of_data_sheet=790 / 989)
-    found = device_timing._of_data_sheet("NVIDIA H200", 3.0, 790)
-    assert found == dict(copy_of_data_sheet=3 / 4.8, matmul_of_data_sheet=790 / 989)
-    assert device_timing._of_data_sheet("cpu", 3.0, 790) == {}
+def test_a_process_that_does_not_die_keeps_nobody(capsys):
+    class Stuck:
+        pid = 2**22 + 1  # more than there can be
 
+        def wait(self, timeout=None):
+            assert timeout == on_device.REAPED
+            raise subprocess.TimeoutExpired("step", timeout)
 
-def test_goals_are_judged_by_the_worst():
-    dense = {
-        (f"dense-512/D{D}", op): dict(tflops=650.0 - D / 10)
-        for D in (1, 4, 64, 512, 1024)
-        for op in ("forward", "input_grad", "kernel_grad")
-    }
-    dense |= {("depthwise/D1", op): dict(of_copy=0.9) for op in ("forward", "backward")}
-    told = {v["goal"]: (v["reached"], v["met"]) for v in device_timing.verdicts(dense)}
-    assert told["dense, forward, TFLOP/s"] == (650 - 102.4, False)
-    assert told["dense, gradients, TFLOP/s"] == (650 - 102.4, True)
-    assert told["dense, fastest D over slowest"] == (649.9 / (650 - 102.4), False)
-    assert told["dense-64, forward, of a copy"] == (None, None)
-    assert told["depthwise, forward, of a copy"] == (0.9, False)
-    assert told["depthwise, backward, of a copy"] == (0.9, True)
+    on_device.kill(Stuck())
+    assert "outlives its end" in capsys.readouterr().err
 
 
 def test_a_wrong_result_fails_the_step(tmp_path, monkeypatch):
@@ -105,21 +105,6 @@ def test_what_has_to_run_may_not_be_declined(tmp_path, monkeypatch):
     assert {line["declined"] for line in _lines(log.path)} == {"no Triton here"}
 
 
-def test_an_operation_that_is_off_fails_the_step(tmp_path, monkeypatch):
-    goals = device_timing.device_layers.goals(True)
-    monkeypatch.setattr(device_timing.device_layers, "goals", lambda dry: goals[:1])
-    right = device_timing.device_layers.forward
-
-    def forward(name, *more):
-        f = right(name, *more)
-        return (lambda x, w, b: f(x, w, b) * 1.1) if name == "ours" else f
-
-    monkeypatch.setattr(device_timing.device_layers, "forward", forward)
-    log = Log(tmp_path, "against", 60)
-    device_timing.against(log, True)
-    assert log.failures == 3
-
-
 def test_a_machine_without_a_gpu_is_told_so(tmp_path, capsys):
     assert on_device.main(["--out", str(tmp_path / "out")]) == 2
     assert "JAX runs on cpu, and sees no NVIDIA GPU" in capsys.readouterr().err
@@ -137,7 +122,7 @@ def _python_that_runs(source: str, tmp_path, monkeypatch) -> None:
         "from benchmarks.on_device import Log\n"
         "a = dict(zip(sys.argv[3::2], sys.argv[4::2]))\n"
         "log = Log(Path(a['--out']), a['--step'], float(a['--seconds']), int(a['--shard']),\n"
-        "          int(a['--first']))\n" + source
+        "          int(a['--from']))\n" + source
     )
     stub.chmod(0o755)
     monkeypatch.setattr(on_device.sys, "executable", str(stub))
@@ -163,6 +148,44 @@ for item in log.each(range(4)):
     on_device._join_shards(tmp_path, "goals")
     assert [line["item"] for line in _lines(tmp_path / "goals.jsonl")] == [0, 2, 3] * 2
     assert not list(tmp_path.glob("*reached"))
+
+
+def test_a_step_goes_on_in_the_next_call(tmp_path, monkeypatch, capsys):
+    source = """
+from benchmarks import device_timing, on_device
+def layers(log, dry):
+    for item in log.each(range(4)):
+        log.write(item=item)
+        if item == log.first + 1:
+            log.end = 0
+device_timing.layers = layers
+sys.exit(on_device.main(sys.argv[3:]))
+"""
+    _python_that_runs(source, tmp_path, monkeypatch)
+    monkeypatch.setattr(on_device, "_machine", lambda: ("H200", None))
+    args = ["--steps", "layers", "--out", str(tmp_path)]
+    assert on_device.main(args) == 0
+    assert '"next": 2' in capsys.readouterr().out
+    assert json.loads((tmp_path / "summary.json").read_text())["layers"]["next"] == 2
+    assert on_device.main([*args, "--from", "2"]) == 0
+    assert "next" not in json.loads((tmp_path / "summary.json").read_text())["layers"]
+    items = [line["item"] for line in _lines(tmp_path / "layers.jsonl") if "item" in line]
+    assert items == [0, 1, 2, 3]
+    with pytest.raises(SystemExit):
+        on_device.main(["--from", "2", "--out", str(tmp_path)])
+    assert "--from needs --steps with one step" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("items, at", [(3, 0), (1, 0), (3, 2)])
+def test_an_item_that_time_was_up_in_is_begun_again(items, at, tmp_path, monkeypatch):
+    def step(log, dry):
+        for item in log.each(range(items)):
+            log.end = 0 if item == at else log.end
+            log.write(item=item, all=not log.out_of_time())
+
+    monkeypatch.setattr(device_timing, "goals", step)
+    assert on_device.main(["--step", "goals", "--out", str(tmp_path)]) == 0
+    assert on_device._begun(tmp_path / "goals.jsonl") == at
 
 
 def test_a_crash_before_the_first_item_is_no_reason_to_go_on(tmp_path, monkeypatch):
@@ -271,6 +294,64 @@ def test_some_steps_leave_the_results_of_others(tmp_path, capsys):
 
 def test_all_steps_fit_into_ten_minutes():
     assert on_device.MINUTES + on_device.GRACE / 60 < 10
+    assert all(float(m) < 10 for m in re.findall(r"--minutes (\S+)", on_device.__doc__))
+
+
+def _bundled(path):
+    with tarfile.open(path) as tar:
+        return {name.partition("/")[2]: tar.extractfile(name).read() for name in tar.getnames()}
+
+
+def test_all_that_is_left_comes_in_one_file(tmp_path):
+    out, path = tmp_path / "out", tmp_path / "out" / "results.tgz"
+    args = ["--dry-run", "--steps", "sanitizer,tuning", "--out", str(out), "--bundle", str(path)]
+    out.mkdir()
+    (out / "triton_tuned_nvidia-h200.json").write_text("{}")
+    assert on_device.main(args) == 0 == on_device.main(args)
+    assert _bundled(path) == {
+        f.name: f.read_bytes() for f in out.iterdir() if f.is_file() and f != path
+    }
+    assert {"summary.json", "sanitizer.jsonl", "tuning.jsonl", "triton_tuned_nvidia-h200.json"} == (
+        _bundled(path).keys()
+    )
+
+
+def test_a_run_that_is_killed_leaves_its_bundle(tmp_path, monkeypatch):
+    """What a step has written is in it while the step goes on."""
+    path, seen = tmp_path / "results.tgz", []
+    _python_that_runs("log.write(item=0)\ntime.sleep(1)\n", tmp_path, monkeypatch)
+    monkeypatch.setattr(on_device, "RENEWED", 0.1)
+    out = tmp_path / "out"
+
+    def renew():
+        on_device.bundle(out, path)
+        seen.append(_bundled(path))
+
+    out.mkdir()
+    on_device._run_processes(out, "goals", 10, 1, False, renew)
+    assert {"goals.jsonl": b'{"item": 0}\n'} in seen
+
+
+def test_a_bundle_is_never_half(tmp_path, monkeypatch):
+    (tmp_path / "goals.jsonl").write_text("{}\n")
+    path = tmp_path / "results.tgz"
+    on_device.bundle(tmp_path, path)
+    before = path.read_bytes()
+
+    def killed(new, old):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(on_device.os, "replace", killed)
+    (tmp_path / "goals.jsonl").write_text("{}\n" * 2)
+    with pytest.raises(KeyboardInterrupt):
+        on_device.bundle(tmp_path, path)
+    assert path.read_bytes() == before
+    # A step that begins its file anew removes it first.
+    read = Path.read_bytes
+    monkeypatch.undo()
+    monkeypatch.setattr(Path, "read_bytes", lambda self: (self.unlink(), read(self))[1])
+    on_device.bundle(tmp_path, path)
+    assert path.stat().st_size < len(before)
 
 
 def test_nothing_has_to_be_installed_but_what_it_imports(tmp_path):

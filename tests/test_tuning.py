@@ -1,15 +1,20 @@
 """`tune`, with the timing of a chip that is not here."""
 
+import functools
 import json
+import types
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from conv_pallas import aot, tuning
+from benchmarks import device_layers, device_timing
+from benchmarks.on_device import Log
+from conv_pallas import aot, conv1d, tuning
 
 pytest.importorskip("jax_triton")
 
+from conv_pallas import machine_code
 from conv_pallas.kernels import triton_compat, triton_tuned
 
 pytestmark = pytest.mark.aot
@@ -22,14 +27,14 @@ def h200(monkeypatch, tmp_path):
     """A machine with an H200, as far as `tune` looks; its clock is this dictionary."""
     seconds = {}
 
-    def compiled(program, arguments):
+    def lowered(program, arguments):
         structs = jax.tree.map(lambda a: aot.struct(a.shape, a.dtype), arguments)
-        aot.lower_for("h200", program, *structs)
-        return lambda: jnp.zeros(())
+        return aot.lower_for("h200", program, *structs)
 
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(triton_compat, "device_kind", lambda: "NVIDIA H200")
-    monkeypatch.setattr(tuning, "_compiled", compiled)
+    monkeypatch.setattr(tuning, "_lowered", lowered)
+    monkeypatch.setattr(tuning, "_call", lambda lowered, arguments: lambda: jnp.zeros(()))
     monkeypatch.setattr(
         tuning._measure, "interleaved",
         lambda calls, settings: {tile: (seconds.get(tile, 1.0),) for tile in calls},
@@ -77,6 +82,78 @@ def test_what_is_hardly_faster_is_not_kept(h200):
     x, w = aot.struct((2, 512, 64), jnp.bfloat16), aot.struct((4, 1, 64), jnp.bfloat16)
     assert tuning.tune(x, w, feature_group_count=64, report=lambda line: None, seconds=30) == {}
     assert not file.exists()
+
+
+def test_a_tile_that_changes_nothing_is_not_tried(h200, monkeypatch):
+    """The kernel gradient has no programs that stay for so many channels."""
+    plain = (128, 128, 64, 8, 3)
+    monkeypatch.setattr(tuning, "DENSE_TILES", (plain, (*plain, 1)))
+    x, w = aot.struct((2, 512, 256), jnp.bfloat16), aot.struct((3, 256, 256), jnp.bfloat16)
+    lines = []
+    tuning.tune(x, w, report=lines.append)
+    same = [line for line in lines if "the same program as that of" in line]
+    assert same == [f"kernel gradient {(*plain, 1)}: the same program as that of {plain}"]
+    assert not any(f"kernel gradient {(*plain, 1)}: 1" in line for line in lines)
+    assert any(f"forward {(*plain, 1)}: 1" in line for line in lines)
+
+
+def test_every_operation_has_its_share_of_the_time(h200, monkeypatch):
+    """The first may not take all, and what is compiled by the end of a share is timed."""
+    clock, lowered = [0.0], tuning._lowered
+
+    def slowly(*args):
+        clock[0] += 10
+        return lowered(*args)
+
+    monkeypatch.setattr(tuning, "_lowered", slowly)
+    monkeypatch.setattr(tuning, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+    tiles = tuple((32, 32, 32, warps, stages) for warps in (1, 2, 4) for stages in (1, 2, 3))
+    monkeypatch.setattr(tuning, "DENSE_TILES", tiles)
+    x, w = aot.struct((2, 64, 32), jnp.bfloat16), aot.struct((3, 32, 32), jnp.bfloat16)
+    lines = []
+    tuning.tune(x, w, seconds=150, report=lines.append)
+    for name in ("forward", "input gradient", "kernel gradient"):
+        timed = [line for line in lines if line.startswith(name) and line.endswith(" us")]
+        assert 3 <= len(timed) <= 5, lines
+        assert any(line.startswith(f"{name}: no time for ") for line in lines)
+    assert clock[0] <= 150
+
+
+def test_every_layer_has_its_share_of_the_step(h200, tmp_path, monkeypatch):
+    given, layers = [], device_layers.goals(True)
+    monkeypatch.setattr(device_layers, "goals", lambda dry: layers)
+    monkeypatch.setattr(tuning, "tune", lambda x, w, seconds, **more: given.append(seconds))
+    device_timing.tuning(Log(tmp_path, "tuning", 800), False)
+    # Of eight operations, five, and two: where nothing takes any time, the last has it all.
+    assert given == pytest.approx([800 * 3 / 8, 800 * 3 / 5, 800], rel=0.01)
+
+
+# A layer of fewer channels than a tile has columns has narrower ones to choose from.
+@pytest.mark.parametrize(
+    "C, tile",
+    [
+        (C, tile)
+        for C in (512, 64)
+        for tile in tuning.DENSE_TILES
+        if len(tile) == 6 and tile[1] <= C
+    ],
+)
+def test_a_processor_holds_the_programs_that_stay(C, tile):
+    """Else some would begin when the others are done, and all that time be waited for."""
+    x, w = aot.struct((8, 65536, C), jnp.bfloat16), aot.struct((3, C, C), jnp.bfloat16)
+    forward = functools.partial(conv1d, implementation="triton")
+    with triton_tuned.trial(tile):
+        (code,) = machine_code.codes("h200", forward, x, w)
+    assert code.name == ("conv_resident" if C == 64 else "conv_onward")
+    assert code.spills == 0 and code.blocks >= tile[5], code
+
+
+def test_a_processor_has_two_programs_of_four_warps():
+    """One group of warps alone would have nobody who multiplies while it waits."""
+    for rows, columns, depth, warps, stages, *_ in tuning.DENSE_TILES:
+        shared = 2 * stages * depth * (rows + columns) + machine_code.RESERVED
+        at_once = machine_code.SHARED_BYTES["h200"] // shared
+        assert at_once * warps >= 8, (rows, columns, depth, warps, stages)
 
 
 def test_tune_needs_a_gpu():

@@ -1,0 +1,150 @@
+"""Times programs of one operation of a layer against each other, on the device at hand.
+
+They take turns. What is known first is told first: a GPU's compiler may take a minute for some of
+the programs that ours is compared with.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+
+from benchmarks import baselines, device_layers
+from benchmarks.on_device import Log
+from conv_pallas import _measure
+from conv_pallas._layers import Layer
+
+HOPELESS = 0.5  # seconds of a call that a baseline may last to be called again
+MOST_TAPS = 128  # in one program: of a matmul for each XLA compiles no more in seconds
+
+
+def settings(dry: bool) -> _measure.Settings:
+    return _measure.Settings(0, (2, 2)) if dry else _measure.DEVICE
+
+
+def warm(call: Callable, dry: bool) -> None:
+    """Keeps the device at work until its clock has settled."""
+    end = time.perf_counter() + (0 if dry else 0.2)
+    while time.perf_counter() < end:
+        jax.block_until_ready(call())
+
+
+@dataclasses.dataclass
+class Timed:
+    """What is known of the programs of one operation of a layer.
+
+    Attributes:
+      seconds: of each that can run.
+      errors: why the others can't.
+      same_as: for one that lowers to what another before it does, that one; it has its seconds.
+      off: how far ours is off from XLA's, where both are there.
+    """
+
+    seconds: dict[str, _measure.Spread] = dataclasses.field(default_factory=dict)
+    errors: dict[str, str] = dataclasses.field(default_factory=dict)
+    same_as: dict[str, str] = dataclasses.field(default_factory=dict)
+    off: float | None = None
+
+    @contextlib.contextmanager
+    def tried(self, name: str) -> Iterator[None]:
+        """Within it what goes wrong is told: cuDNN has no algorithm for some of the baselines."""
+        try:
+            yield
+        except baselines.NotApplicableError as e:
+            self.errors[name] = str(e)
+        except Exception as e:
+            self.errors[name] = f"{type(e).__name__}: {e}"[:300]
+
+    def told(self) -> dict:
+        seconds = {name: dataclasses.asdict(spread) for name, spread in self.seconds.items()}
+        same = {"same_as": self.same_as} if self.same_as else {}
+        return dict(seconds=seconds, errors=self.errors) | same
+
+
+def timed(
+    log: Log, programs: dict[str, Callable], layer: Layer, dry: bool, sure=("ours", "xla")
+) -> Iterator[Timed]:
+    """Times each program that can run, and each that lowers to the same only once.
+
+    One call runs a program several times, each on other x and g, and calls queue up: so neither
+    the host's part in them nor the L2 cache counts.
+
+    Args:
+      programs: makers of functions of x, kernel, bias and g.
+      sure: the names of those that come first, and are sure to be quick.
+
+    Yields:
+      What is known of those, and then of all: to compile one of the others may take longer than
+      there is time.
+    """
+    x, w, b, g = device_layers.arrays(layer)
+    runs = 2 if dry else _measure.runs_in_a_call(2 * layer.products, x.nbytes + g.nbytes)
+    runs = max(1, min(runs, MOST_TAPS // layer.K))
+    arguments = (_measure.rolled(x, runs), [w] * runs, [b] * runs, _measure.rolled(g, runs))
+    found, lowered = _lowered(programs, arguments)
+    calls = {}
+    for name in [name for name in lowered if name in sure]:
+        with found.tried(name):
+            calls[name] = _ran(functools.partial(lowered.pop(name).compile(), *arguments))
+    both = {name: calls.get(found.same_as.get(name, name)) for name in ("ours", "xla")}
+    if all(both.values()):
+        found.off = float(_measure.difference_there(both["xla"](), both["ours"]()))
+    _take_turns(found, calls, runs, dry)
+    yield found
+    more = {}
+    for name, program in lowered.items():
+        if log.out_of_time():
+            found.errors[name] = "no time"
+            continue
+        with found.tried(name):
+            # A single run tells whether it is worth while to compile several.
+            once = [a[:1] for a in arguments]
+            one = program if runs == 1 else jax.jit(_measure.several(programs[name]())).lower(*once)
+            call = _ran(functools.partial(one.compile(), *once))
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            if (seconds := time.perf_counter() - start) > HOPELESS / runs:
+                found.seconds[name] = _measure.Spread.of([seconds])
+            elif runs == 1:
+                more[name] = call
+            else:
+                more[name] = _ran(functools.partial(program.compile(), *arguments))
+    if lowered:
+        _take_turns(found, calls | more if more else {}, runs, dry)
+        yield found
+
+
+def _ran(call: Callable) -> Callable:
+    """The same, if it can run; a library may try its algorithms meanwhile."""
+    jax.block_until_ready(call())
+    return call
+
+
+def _take_turns(found: Timed, calls: dict[str, Callable], runs: int, dry: bool) -> None:
+    """Adds the seconds of calls, each of so many runs, and what others have from them."""
+    if calls:
+        warm(next(iter(calls.values())), dry)
+        for name, times in _measure.interleaved(calls, settings(dry)).items():
+            found.seconds[name] = _measure.Spread.of([s / runs for s in times])
+    for name, other in found.same_as.items():
+        for of in (found.seconds, found.errors):
+            of.update({name: of[other]} if other in of else {})
+
+
+def _lowered(
+    programs: dict[str, Callable], arguments: tuple
+) -> tuple[Timed, dict[str, jax.stages.Lowered]]:
+    """Those that differ, and what is known of the others."""
+    found, lowered, texts = Timed(), {}, {}
+    for name, make in programs.items():
+        with found.tried(name):
+            program = jax.jit(_measure.several(make())).lower(*arguments)
+            other = texts.setdefault(program.as_text(), name)
+            if other == name:
+                lowered[name] = program
+            else:
+                found.same_as[name] = other
+    return found, lowered

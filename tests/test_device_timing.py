@@ -1,0 +1,180 @@
+"""What the steps of `python -m benchmarks.on_device` that time something make of what they see."""
+
+import sys
+import time
+
+import jax
+import pytest
+
+from benchmarks import device_layers, device_timing, device_turns
+from benchmarks.on_device import Log, lines_of
+
+
+def test_ceilings_are_judged_by_the_chip_at_hand():
+    found = device_timing._of_data_sheet("NVIDIA H100 80GB HBM3", 3.0, 790)
+    assert found == dict(copy_of_data_sheet=3 / 3.35, matmul_of_data_sheet=790 / 989)
+    found = device_timing._of_data_sheet("NVIDIA H200", 3.0, 790)
+    assert found == dict(copy_of_data_sheet=3 / 4.8, matmul_of_data_sheet=790 / 989)
+    assert device_timing._of_data_sheet("cpu", 3.0, 790) == {}
+
+
+def _nvidia_smi(tmp_path, monkeypatch, source: str) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!{sys.executable}\nimport sys, time\n{source}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+
+def test_clock_and_power_are_told_of_a_device_at_work(tmp_path, monkeypatch):
+    answer = "time.sleep(0.2); print('1980 MHz, 690.12 W, 0x0000000000000004')"
+    _nvidia_smi(tmp_path, monkeypatch, answer)
+    log = Log(tmp_path, "goals", 60)
+    device_timing._ceilings(log, True)
+    (line,) = lines_of(log.path)
+    assert line["at_work"] == {
+        "clocks.sm": "1980 MHz", "power.draw": "690.12 W",
+        "clocks_event_reasons.active": "0x0000000000000004",
+    }  # fmt: skip
+    runs = []
+    device_timing._at_work(lambda: runs.append(time.sleep(0.01)))
+    assert len(runs) > 5  # while it was asked
+
+
+@pytest.mark.parametrize(
+    "source, why",
+    [
+        ("print('Field \"power.draw\" is not a valid field'); sys.exit(2)", "not a valid field"),
+        ("time.sleep(100)", "no answer in 0.2 s"),
+        (None, "FileNotFoundError"),
+    ],
+)
+def test_why_nothing_is_known_of_clock_and_power_is_told(source, why, tmp_path, monkeypatch):
+    monkeypatch.setattr(device_timing, "ASKED", 0.2 if "100" in str(source) else 10)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if source:
+        _nvidia_smi(tmp_path, monkeypatch, source)
+    told = device_timing._at_work(lambda: time.sleep(0.01))
+    assert told.keys() == {"unknown"} and why in told["unknown"]
+
+
+def test_goals_are_judged_by_the_worst():
+    dense = {
+        (f"dense-512/D{D}", op): dict(tflops=650.0 - D / 10)
+        for D in (1, 4, 64, 512, 1024)
+        for op in ("forward", "input_grad", "kernel_grad")
+    }
+    dense |= {("depthwise/D1", op): dict(of_copy=0.9) for op in ("forward", "backward")}
+    told = {v["goal"]: (v["reached"], v["met"]) for v in device_timing.verdicts(dense)}
+    assert told["dense, forward, TFLOP/s"] == (650 - 102.4, False)
+    assert told["dense, gradients, TFLOP/s"] == (650 - 102.4, True)
+    assert told["dense, fastest D over slowest"] == (649.9 / (650 - 102.4), False)
+    assert told["dense-64, forward, of a copy"] == (None, None)
+    assert told["depthwise, forward, of a copy"] == (0.9, False)
+    assert told["depthwise, backward, of a copy"] == (0.9, True)
+
+
+def test_one_program_is_compiled_and_timed_once(tmp_path, monkeypatch):
+    layer = device_layers.goals(True)[0]
+    doubled = lambda: lambda x, w, b, g: x * 2  # noqa: E731
+    added = lambda: lambda x, w, b, g: x + x  # noqa: E731
+    calls, interleaved = [], device_turns._measure.interleaved
+    monkeypatch.setattr(
+        device_turns._measure, "interleaved", lambda c, s: calls.extend(c) or interleaved(c, s)
+    )
+    programs = {"ours": doubled, "xla": doubled, "stock": added, "matmuls": added}
+    *_, timed = device_turns.timed(Log(tmp_path, "against", 60), programs, layer, True)
+    assert timed.told()["same_as"] == {"xla": "ours", "matmuls": "stock"}
+    assert calls == ["ours", "ours", "stock"] and timed.off == 0
+    assert timed.seconds["xla"] == timed.seconds["ours"]
+    assert timed.seconds.keys() == programs.keys() and not timed.errors
+
+
+def test_a_slow_baseline_costs_two_calls_of_one_run(tmp_path, monkeypatch):
+    layer, called = device_layers.goals(True)[0], []
+    monkeypatch.setattr(device_turns, "HOPELESS", 0.05)
+
+    def sleeping(x):
+        called.append(x.shape)
+        time.sleep(0.1)
+        return x
+
+    def slow(x, w, b, g):
+        return jax.pure_callback(sleeping, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+    programs = {"ours": lambda: lambda x, w, b, g: x, "stock": lambda: slow,
+                "barrier": lambda: lambda x, w, b, g: x * 2}  # fmt: skip
+    # What is known is told before the others are tried.
+    every = device_turns.timed(Log(tmp_path, "against", 60), programs, layer, True)
+    assert next(every).seconds.keys() == {"ours"} and not called
+    (timed,) = every
+    assert len(called) == 2  # of two runs each it would be more
+    assert 0.1 <= timed.seconds["stock"].median < 0.2
+    assert timed.seconds.keys() == programs.keys()
+
+
+@pytest.mark.parametrize("broken, other", [("ours", "stock"), ("stock", "ours")])
+def test_what_fails_costs_the_others_nothing(broken, other, tmp_path):
+    layer = device_layers.goals(True)[0]
+
+    def failing(x, w, b, g):
+        return jax.pure_callback(lambda x: 1 / 0, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+    programs = {broken: lambda: failing, other: lambda: lambda x, w, b, g: x * 2}
+    *_, timed = device_turns.timed(Log(tmp_path, "against", 60), programs, layer, True)
+    assert "error calling callback" in timed.errors[broken] and timed.seconds.keys() == {other}
+
+
+def test_a_baseline_that_there_is_no_time_for_costs_ours_nothing(tmp_path):
+    layer = device_layers.goals(True)[0]
+    programs = {"ours": lambda: lambda x, w, b, g: x, "stock": lambda: lambda x, w, b, g: x * 2}
+    *_, timed = device_turns.timed(Log(tmp_path, "against", 0), programs, layer, True)
+    assert timed.errors == {"stock": "no time"} and timed.seconds.keys() == {"ours"}
+
+
+def test_pytorch_takes_turns_with_ours(tmp_path, monkeypatch):
+    layers = device_layers.goals(True)
+    monkeypatch.setattr(device_layers, "goals", lambda dry: layers[2:3])
+    asked, operation = [], device_layers.operation
+    monkeypatch.setattr(
+        device_layers, "operation",
+        lambda name, f: asked.append(name) or operation(name, f),
+    )  # fmt: skip
+    monkeypatch.setattr(
+        device_timing.baselines, "torch_program", lambda *args: (lambda: time.sleep(0.05), None)
+    )
+    log = Log(tmp_path, "pytorch", 60)
+    device_timing.pytorch(log, True)
+    lines = lines_of(log.path)
+    assert [line["which"] for line in lines] == ["forward", "training step"]
+    assert asked == ["forward", "step"]
+    for line in lines:
+        assert line["seconds"].keys() == {"ours", "torch"}
+        assert line["speedup"] == line["seconds"]["torch"]["median"] / line["ours"] > 1
+
+
+def test_a_step_gives_all_that_training_needs():
+    layer = device_layers.goals(True)[2]
+    arrays = device_layers.arrays(layer)
+    f = device_layers.forward("xla", layer, True)
+    run = lambda name: device_layers.operation(name, f)(*arrays)  # noqa: E731
+    y, dx, dw, db = run("step")
+    assert (y == run("forward")).all()
+    pairs = zip((dx, dw, db), run("backward"), strict=True)
+    assert all((a == b).all() for a, b in pairs)
+
+
+def test_an_operation_that_is_off_fails_the_step(tmp_path, monkeypatch):
+    goals = device_layers.goals(True)
+    monkeypatch.setattr(device_layers, "goals", lambda dry: goals[:1])
+    right = device_layers.forward
+
+    def forward(name, *more):
+        f = right(name, *more)
+        return (lambda x, w, b: f(x, w, b) * 1.1) if name == "ours" else f
+
+    monkeypatch.setattr(device_layers, "forward", forward)
+    log = Log(tmp_path, "against", 60)
+    device_timing.against(log, True)
+    lines = lines_of(log.path)
+    assert [line["ok"] for line in lines if "off_from_xla" in line] == [False] * 3
+    assert log.failures
