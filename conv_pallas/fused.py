@@ -27,10 +27,11 @@ from jax import lax
 from jax._src import checkify
 from jax._src import core as jax_core
 from jax._src import dispatch as jax_dispatch
-from jax._src.interpreters import ad, batching, mlir
-from jax._src.interpreters import partial_eval as pe
 from jax._src.lax import utils as lax_utils
 from jax.experimental import jet
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir, xla
+from jax.interpreters import partial_eval as pe
 from jax.sharding import PartitionSpec as P
 
 from conv_pallas import dispatch, fused_sharding, halo, primitives
@@ -446,9 +447,9 @@ def _make(name, results, composed, local, shared):
       local: how one device computes it; None: as composed.
       shared: of the number of operands, which of them all members of a batch have in common.
     """
-    p = jax_core.Primitive(name)
+    p = Primitive(name)
     p.multiple_results = True
-    p.def_impl(functools.partial(jax_dispatch.apply_primitive, p))
+    p.def_impl(functools.partial(xla.apply_primitive, p))
 
     def rule(*avals, **params):
         types = results(*avals, **params)

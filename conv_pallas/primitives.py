@@ -24,14 +24,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax._src import checkify, sharding_impls
+from jax._src import checkify
 from jax._src import core as jax_core
 from jax._src import dispatch as jax_dispatch
 from jax._src import mesh as mesh_lib
-from jax._src.interpreters import ad, batching, mlir
+from jax._src.interpreters import batching
 from jax._src.lax import utils as lax_utils
 from jax.experimental import jet
 from jax.experimental.custom_partitioning import custom_partitioning
+from jax.interpreters import ad, mlir
 from jax.sharding import NamedSharding
 
 from conv_pallas import dispatch, sharding
@@ -177,9 +178,9 @@ def can_partition(ctx) -> bool:
         # XLA's partitioner works on what the formulation is made of.
         return False
     context = ctx.module_context.axis_context
-    if isinstance(context, sharding_impls.SPMDAxisContext):
+    if isinstance(context, mlir.SPMDAxisContext):
         return not context.manual_axes
-    if isinstance(context, sharding_impls.ShardingContext):
+    if isinstance(context, mlir.ShardingContext):
         mesh = context.abstract_mesh
         if mesh is not None and mesh.explicit_axes and mesh.are_all_axes_explicit:
             return False  # types alone say what is split there, and these operands' say nothing
@@ -211,7 +212,7 @@ def lower_everywhere(p, rule):
 
 def without_sharding(avals):
     """The same shapes and dtypes, of no mesh."""
-    return [jax_core.ShapedArray(a.shape, a.dtype) for a in avals]
+    return [jax.core.ShapedArray(a.shape, a.dtype) for a in avals]
 
 
 def lower_locally(ctx, call, operands, *, multiple_results: bool):
@@ -359,7 +360,7 @@ def conv1d(x, w, *, spec: ConvSpec, precision, out_dtype, implementation, out_sh
 
     Args:
       spec: the geometry; `conv_pallas.spec.make_spec` has checked the shapes against it.
-      precision: None or what `jax.lax.canonicalize_precision` returns.
+      precision: None, a `jax.lax.Precision`, or one for each operand.
       out_dtype: of the result; operands may differ from it and from each other.
       implementation: from `conv_pallas.dispatch.canonicalize`.
       out_sharding: a `NamedSharding` of the result on a mesh with explicit axes, or None.
