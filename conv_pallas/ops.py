@@ -163,7 +163,7 @@ def convolve(
     convolution = functools.partial(
         _convolve,
         precision=precision,
-        preferred_element_type=preferred_element_type,
+        preferred_element_type=out if ours else preferred_element_type,
         out_sharding=out_sharding,
         chain=chain,
         pad_first=isinstance(padding, str) and padding.upper() == "CAUSAL" and axis_name is None,
@@ -478,8 +478,21 @@ def activation_function(activation):
 
 
 def result_dtype(dtype, preferred_element_type) -> np.dtype:
+    """The dtype of the convolution's result, as `jax.lax` would have it.
+
+    Raises:
+      TypeError: `preferred_element_type` does not fit `dtype`.
+    """
     if preferred_element_type is None:
         return np.dtype(dtype)
-    preferred = np.dtype(jax.dtypes.canonicalize_dtype(preferred_element_type))
+    preferred = np.dtype(preferred_element_type)
+    if preferred != jax.dtypes.canonicalize_dtype(preferred):
+        # 64 bits that JAX does not have: it warns, or does as jax_explicit_x64_dtypes says.
+        conv = functools.partial(
+            lax.conv_general_dilated, window_strides=(1,), padding="VALID",
+            preferred_element_type=preferred_element_type,
+        )  # fmt: skip
+        one = jax.ShapeDtypeStruct((1, 1, 1), dtype)
+        preferred = jax.eval_shape(conv, one, one).dtype
     lax_internal._validate_preferred_element_type(dtype, preferred)  # raises TypeError
     return preferred

@@ -1,5 +1,6 @@
 """Bad input: one line that names the argument, what it was and what it may be, at trace time."""
 
+import functools
 import re
 
 import jax
@@ -341,6 +342,30 @@ def test_environment_variable(monkeypatch):
     monkeypatch.setenv("CONV_PALLAS_IMPLEMENTATION", "triton")
     with pytest.raises(NotImplementedError, match="'triton'"):
         jax.jit(conv1d).lower(X, KERNEL)
+
+
+@pytest.mark.parametrize("implementation", [None, "xla_native"])
+@pytest.mark.parametrize("preferred", [jnp.float64, "float64", jnp.dtype("float64")], ids=repr)
+@pytest.mark.parametrize("call", [
+    conv1d,
+    lambda x, kernel, **more: conv_general_dilated(x, kernel, **LAX, **more),
+    lambda x, kernel, **more: conv1d(x, kernel, jnp.ones(6), activation="silu", **more),
+], ids=["conv1d", "conv_general_dilated", "fused"])  # fmt: skip
+def test_64_bits_that_jax_does_not_have(call, preferred, implementation):
+    """One warning, as of `jax.lax`, and none where the dtype is Python's own."""
+    ask = functools.partial(call, implementation=implementation)
+    with pytest.warns(
+        UserWarning, match="dtype .*float64.* in conv_general_dilated .* will be truncated"
+    ) as told:
+        y = jax.eval_shape(functools.partial(ask, preferred_element_type=preferred), X, KERNEL)
+    assert y.dtype == jnp.float32
+    assert len(told) == 1
+    jax.eval_shape(functools.partial(ask, preferred_element_type=float), X, KERNEL)
+
+
+def test_explain_warns_of_64_bits_too():
+    with pytest.warns(UserWarning, match="float64.* will be truncated"):
+        explain(X, KERNEL, preferred_element_type=jnp.float64)
 
 
 NCW = dict(lhs=(2, 4, 11), rhs=(6, 4, 3), dimension_numbers=None)
