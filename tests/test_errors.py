@@ -368,6 +368,20 @@ def test_explain_warns_of_64_bits_too():
         explain(X, KERNEL, preferred_element_type=jnp.float64)
 
 
+@pytest.mark.parametrize("implementation", [None, "xla_native"])
+@pytest.mark.parametrize(
+    "mask", [jnp.zeros((2, 7), bool), jnp.zeros((2, 11), int), jnp.zeros((2, 11, 4), bool)]
+)
+def test_explain_checks_the_mask(mask, implementation):
+    words = ["mask must be bool of shape (2, 11)", f"got {mask.dtype} of shape {mask.shape}"]
+    for given in (mask, jax.ShapeDtypeStruct(mask.shape, mask.dtype)):
+        with pytest.raises(ValueError) as error:
+            explain(X, KERNEL, mask=given, implementation=implementation)
+        _assert_message(error.value, words)
+    for right in (jnp.ones((2, 11), bool), jax.ShapeDtypeStruct((2, 11), bool)):
+        assert str(explain(X, KERNEL, mask=right)) == str(explain(X, KERNEL))
+
+
 NCW = dict(lhs=(2, 4, 11), rhs=(6, 4, 3), dimension_numbers=None)
 BAD_OF_LAX = {
     "stride_negative": (dict(window_strides=(-1,)), ValueError, ["window_strides must", "(-1,)"]),
