@@ -323,7 +323,8 @@ _TRANSPOSES = {
 # --- The primitives ---
 
 
-def _make(operation: Operation):
+def _make(operation: Operation, *, asks: bool):
+    """A primitive; ``asks`` says whether XLA's partitioner may have to be told how to split it."""
     rule = functools.partial(functools.partial, operation=operation)
     p = lax_utils.standard_primitive(
         rule(_shape_rule),
@@ -336,19 +337,32 @@ def _make(operation: Operation):
     jet.jet_rules[p] = functools.partial(jet._bilinear_taylor_rule, p)
     batching.fancy_primitive_batchers[p] = rule(_batching_rule)
     lower_everywhere(p, rule(_lowering))
-    jax_dispatch.prim_requires_devices_during_lowering.add(p)
+    if asks:
+        jax_dispatch.prim_requires_devices_during_lowering.add(p)
     checkify.error_checks[p] = functools.partial(checkify.nan_error_check, p)
     return p
 
 
-PRIMITIVES = {operation: _make(operation) for operation in OPERATIONS}
+PRIMITIVES = {operation: _make(operation, asks=True) for operation in OPERATIONS}
+# The same for where `split_by_types`: a program of these alone is lowered without its devices.
+BY_TYPES = {operation: _make(operation, asks=False) for operation in OPERATIONS}
+
+
+def split_by_types(operands) -> bool:
+    """Whether no `custom_partitioning` will be needed: types say what one device computes.
+
+    So they do on a mesh of explicit axes alone, and inside of a `jax.shard_map` over all axes.
+    """
+    meshes = [jax.typeof(a).sharding.mesh for a in operands]
+    return any(mesh.are_all_axes_explicit or mesh.are_all_axes_manual for mesh in meshes)
 
 
 def _bind(operation: Operation, lhs, rhs, **params):
     # In a shard_map operands have to vary along the same mesh axes; in a rule, too, one may have
     # come to vary where the other did not.
     operands = jax_core.auto_insert_reshard(lhs, rhs)
-    return PRIMITIVES[operation].bind(*operands, **params)
+    family = BY_TYPES if split_by_types(operands) else PRIMITIVES
+    return family[operation].bind(*operands, **params)
 
 
 def _apply(operation: Operation, lhs, rhs, *, out_dtype, **params):
