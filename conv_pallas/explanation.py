@@ -147,10 +147,11 @@ def explain(
             f"explain takes x and kernel, or a model or a function and its input, "
             f"got {type(x).__module__}.{type(x).__name__} and {type(kernel).__name__}"
         )
-    del mask  # zeros of x change nothing
     activation_function(activation)
     chain = dispatch.canonicalize(implementation)
     dtype = promoted_dtype(x, kernel, *([] if bias is None else [bias]))
+    if mask is not None:  # that is all: zeros of x change nothing
+        jax.eval_shape(functools.partial(segments.check_mask, shape=x.shape[:-1]), mask)
     note = lax_reason(dtype, max(1, len(kernel.shape) - 2))  # of fewer `make_spec` complains
     if note is None and is_stock(chain):
         note = "xla_native: jax.lax.conv_general_dilated as nnx.Conv calls it"

@@ -27,10 +27,11 @@ from jax import lax
 from jax._src import checkify
 from jax._src import core as jax_core
 from jax._src import dispatch as jax_dispatch
-from jax._src.interpreters import ad, batching, mlir
-from jax._src.interpreters import partial_eval as pe
 from jax._src.lax import utils as lax_utils
 from jax.experimental import jet
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir, xla
+from jax.interpreters import partial_eval as pe
 from jax.sharding import PartitionSpec as P
 
 from conv_pallas import dispatch, fused_sharding, halo, primitives
@@ -335,11 +336,11 @@ def _forward_jvp(primals, tangents, *, keep, **params):
     if keep:  # the derivative of a derivative
         return _derivative_of_composition(_forward)(primals, tangents, keep=keep, **params)
     saved = Epilogue(params["has_bias"], params["activation"]).saved
-    y, *z = _bind(forward_p, *primals, keep=saved == "z", **params)
+    y, *z = _bind("conv1d_fused", *primals, keep=saved == "z", **params)
     residual = {"y": [y], "z": z, None: []}[saved]
     wanted = tuple(type(t) is not ad.Zero for t in tangents) + (False,) * (3 - len(tangents))
     live = [t for t in tangents if type(t) is not ad.Zero]
-    (dy,) = _bind(tangent_p, *primals, *residual, *live, wanted=wanted, **params)
+    (dy,) = _bind("conv1d_fused_tangent", *primals, *residual, *live, wanted=wanted, **params)
     return [y], [dy]
 
 
@@ -349,7 +350,7 @@ def _tangent_transpose(cts, *operands, wanted, **params):
     asked = iter([ad.is_undefined_primal(t) for t in tangents])
     still = tuple(there and next(asked) for there in wanted)
     (ct,) = map(ad.instantiate_zeros, cts)
-    grads = iter(_bind(backward_p, *constants, ct, wanted=still, **params))
+    grads = iter(_bind("conv1d_fused_backward", *constants, ct, wanted=still, **params))
     return [next(grads) if ad.is_undefined_primal(a) else None for a in operands]
 
 
@@ -385,10 +386,10 @@ def _backward_dce(used, *rest):
 # --- Batching ---
 
 
-def _batching(p, composed, shared, axis_data, args, dims, **params):
+def _batching(name, composed, shared, axis_data, args, dims, **params):
     """What is shared by the whole batch stays; an axis of anything else is one more batch axis."""
     if all(d is None for d in dims):
-        outs = _bind(p, *args, **params)
+        outs = _bind(name, *args, **params)
         return outs, [None] * len(outs)
     once = shared(len(args), **params)
     if all(dims[i] is None for i in once) and axis_data.explicit_mesh_axis is None:
@@ -396,7 +397,7 @@ def _batching(p, composed, shared, axis_data, args, dims, **params):
             a if i in once else batching.bdim_at_front(a, d, axis_data.size)
             for i, (a, d) in enumerate(zip(args, dims, strict=True))
         ]
-        outs = _bind(p, *args, **params)
+        outs = _bind(name, *args, **params)
     else:
         mapped = jax.vmap(
             functools.partial(composed, **params), in_axes=tuple(dims), axis_size=axis_data.size,
@@ -437,7 +438,7 @@ def _results_backward(x, w, *rest, wanted, **_):
     return [a for a, there in zip(like, wanted, strict=True) if there]
 
 
-def _make(name, results, composed, local, shared):
+def _make(name, results, composed, local, shared, *, asks):
     """A primitive.
 
     Args:
@@ -445,10 +446,11 @@ def _make(name, results, composed, local, shared):
       composed: what it means.
       local: how one device computes it; None: as composed.
       shared: of the number of operands, which of them all members of a batch have in common.
+      asks: whether XLA's partitioner may have to be told how to split it.
     """
-    p = jax_core.Primitive(name)
+    p = Primitive(name)
     p.multiple_results = True
-    p.def_impl(functools.partial(jax_dispatch.apply_primitive, p))
+    p.def_impl(functools.partial(xla.apply_primitive, p))
 
     def rule(*avals, **params):
         types = results(*avals, **params)
@@ -468,27 +470,37 @@ def _make(name, results, composed, local, shared):
     ad.primitive_jvps[p] = _derivative_of_composition(composed)
     ad.primitive_transposes[p] = _transpose_of_composition(composed)
     jet.jet_rules[p] = _series_of_composition(composed)
-    batching.fancy_primitive_batchers[p] = functools.partial(_batching, p, composed, shared)
+    batching.fancy_primitive_batchers[p] = functools.partial(_batching, name, composed, shared)
     lowering = functools.partial(_lowering, local=local, composed=composed)
     primitives.lower_everywhere(p, lowering)
-    jax_dispatch.prim_requires_devices_during_lowering.add(p)
+    if asks:
+        jax_dispatch.prim_requires_devices_during_lowering.add(p)
     checkify.error_checks[p] = functools.partial(checkify.nan_error_check, p)
     return p
 
 
-forward_p = _make("conv1d_fused", _results_forward, _forward, _forward_local, _shared_forward)
-tangent_p = _make("conv1d_fused_tangent", _results_tangent, _tangent, None, _shared_tangent)
-backward_p = _make(
-    "conv1d_fused_backward", _results_backward, _backward, _backward_local, _shared_backward
-)
-ad.primitive_jvps[forward_p] = _forward_jvp
-ad.primitive_transposes[tangent_p] = _tangent_transpose
-pe.dce_rules[forward_p] = _forward_dce
-pe.dce_rules[backward_p] = _backward_dce
+def _family(*, asks: bool):
+    """The three primitives by name."""
+    make = functools.partial(_make, asks=asks)
+    forward = make("conv1d_fused", _results_forward, _forward, _forward_local, _shared_forward)
+    tangent = make("conv1d_fused_tangent", _results_tangent, _tangent, None, _shared_tangent)
+    backward = make(
+        "conv1d_fused_backward", _results_backward, _backward, _backward_local, _shared_backward
+    )
+    ad.primitive_jvps[forward] = _forward_jvp
+    ad.primitive_transposes[tangent] = _tangent_transpose
+    pe.dce_rules[forward] = _forward_dce
+    pe.dce_rules[backward] = _backward_dce
+    return {p.name: p for p in (forward, tangent, backward)}
 
 
-def _bind(p, *operands, **params):
-    return p.bind(*jax_core.auto_insert_reshard(*operands), **params)
+PRIMITIVES, BY_TYPES = _family(asks=True), _family(asks=False)  # as those of `primitives`
+
+
+def _bind(name, *operands, **params):
+    operands = jax_core.auto_insert_reshard(*operands)
+    family = BY_TYPES if primitives.split_by_types(operands) else PRIMITIVES
+    return family[name].bind(*operands, **params)
 
 
 def conv1d(
@@ -508,6 +520,11 @@ def conv1d(
     )
     operands = (x, w) if bias is None else (x, w, bias)
     (y,) = _bind(
-        forward_p, *operands, activation=activation, has_bias=bias is not None, keep=False, **conv
+        "conv1d_fused",
+        *operands,
+        activation=activation,
+        has_bias=bias is not None,
+        keep=False,
+        **conv,
     )
     return y

@@ -164,7 +164,7 @@ def convolve(
     convolution = functools.partial(
         _convolve,
         precision=precision,
-        preferred_element_type=preferred_element_type,
+        preferred_element_type=out if ours else preferred_element_type,
         out_sharding=out_sharding,
         chain=chain,
         pad_first=isinstance(padding, str) and padding.upper() == "CAUSAL" and axis_name is None,
@@ -271,9 +271,10 @@ def conv_general_dilated(
         )
     if lhs.dtype != rhs.dtype:
         raise TypeError(f"lhs and rhs must have the same dtype, got {lhs.dtype} and {rhs.dtype}")
-    _check_as_lax(window_strides, padding, lhs_dilation, rhs_dilation)
     numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
     (n, c, t), (o, i, k), out = numbers
+    _check_channels(lhs.shape, rhs.shape, c, (o, i, k), feature_group_count)
+    _check_as_lax(lhs.shape[t], window_strides, padding, lhs_dilation, rhs_dilation)
     x, kernel = lhs.transpose(n, t, c), rhs.transpose(k, i, o)
     spec, _ = make_spec(
         x.shape,
@@ -302,24 +303,73 @@ def conv_general_dilated(
     return y.transpose(np.argsort((out[0], out[2], out[1])))
 
 
-def _check_as_lax(window_strides, padding, lhs_dilation, rhs_dilation) -> None:
-    """Refuses what `conv1d` takes and `jax.lax` does not, with the types of `jax.lax`."""
+def _check_channels(lhs_shape, rhs_shape, c: int, oik: Sequence[int], G) -> None:
+    """Refuses what `make_spec` would, of shapes as they were before any transpose.
+
+    Args:
+      c, oik: which dimension of lhs has the channels, and which of rhs those out, in and the taps.
+    """
+    C, (O, per_group, K) = lhs_shape[c], (rhs_shape[d] for d in oik)
+    if not hasattr(G, "__index__"):
+        raise TypeError(f"feature_group_count must be an int of 1 or more, got {G!r}")
+    if G < 1:
+        raise ValueError(f"feature_group_count must be an int of 1 or more, got {G!r}")
+    if C % G or O % G:
+        raise ValueError(
+            f"feature_group_count must divide lhs's {C} channels and rhs's {O} output channels, "
+            f"got {G}"
+        )
+    if C // G != per_group:
+        raise ValueError(
+            f"lhs must have {per_group * G} channels (rhs's {per_group} times "
+            f"feature_group_count={G}), got {C} in dimension {c} of shape {lhs_shape}"
+        )
+    if K < 1:
+        raise ValueError(
+            f"rhs must have at least one tap, got none in dimension {oik[2]} of shape {rhs_shape}"
+        )
+
+
+def _check_as_lax(T, window_strides, padding, lhs_dilation, rhs_dilation) -> None:
+    """Refuses what `make_spec` would and what only `conv1d` takes, with the types of `jax.lax`."""
     numbers = dict(
-        window_strides=window_strides, lhs_dilation=lhs_dilation, rhs_dilation=rhs_dilation
+        window_strides=(window_strides, ValueError),
+        lhs_dilation=((1,) if lhs_dilation is None else lhs_dilation, TypeError),
+        rhs_dilation=((1,) if rhs_dilation is None else rhs_dilation, TypeError),
     )
-    for name, value in numbers.items():
-        if value is not None and not isinstance(value, Sequence | np.ndarray):
-            raise TypeError(f"{name} must be a sequence of one int, got {value!r}")
+    for name, (value, error) in numbers.items():
+        expected = f"{name} must be a sequence of one int of 1 or more, got {value!r}"
+        if not isinstance(value, Sequence | np.ndarray) or np.ndim(value) != 1:
+            raise TypeError(expected)
+        if len(value) != 1:
+            raise ValueError(expected)
+        if not hasattr(value[0], "__index__"):
+            raise TypeError(expected)
+        if value[0] < 1:
+            raise error(expected)
     expected = f"padding must be SAME, SAME_LOWER, VALID or [(low, high)], got {padding!r}"
+    E = 1 if lhs_dilation is None else lhs_dilation[0]
     if isinstance(padding, str):
         if padding.upper() not in ("SAME", "SAME_LOWER", "VALID"):
             raise UnknownPaddingError(expected)
+        if E != 1:
+            raise ValueError(
+                f"padding must be [(low, high)] where lhs_dilation is not 1; got "
+                f"padding={padding!r}, lhs_dilation={lhs_dilation!r}"
+            )
         return
     pairs = padding if isinstance(padding, Sequence | np.ndarray) else (padding,)
-    if not all(isinstance(pair, Sequence | np.ndarray) and len(pair) == 2 for pair in pairs):
-        raise ValueError(expected)
+    for pair in pairs:
+        if not isinstance(pair, Sequence | np.ndarray) or len(pair) != 2:
+            raise ValueError(expected)
+        if not all(hasattr(amount, "__index__") for amount in pair):
+            raise ValueError(expected)
     if len(pairs) != 1:
         raise TypeError(expected)
+    low, high = pairs[0]
+    steps = ConvSpec(T, 1, input_dilation=E).dilated_time
+    if min(low, high) < 0 and steps + low + high < 0:
+        raise ValueError(f"padding must not crop more than lhs's {steps} steps, got {padding!r}")
 
 
 def lax_reason(dtype, spatial_rank: int) -> str | None:
@@ -429,8 +479,21 @@ def activation_function(activation):
 
 
 def result_dtype(dtype, preferred_element_type) -> np.dtype:
+    """The dtype of the convolution's result, as `jax.lax` would have it.
+
+    Raises:
+      TypeError: `preferred_element_type` does not fit `dtype`.
+    """
     if preferred_element_type is None:
         return np.dtype(dtype)
-    preferred = np.dtype(jax.dtypes.canonicalize_dtype(preferred_element_type))
+    preferred = np.dtype(preferred_element_type)
+    if preferred != jax.dtypes.canonicalize_dtype(preferred):
+        # 64 bits that JAX does not have: it warns, or does as jax_explicit_x64_dtypes says.
+        conv = functools.partial(
+            lax.conv_general_dilated, window_strides=(1,), padding="VALID",
+            preferred_element_type=preferred_element_type,
+        )  # fmt: skip
+        one = jax.ShapeDtypeStruct((1, 1, 1), dtype)
+        preferred = jax.eval_shape(conv, one, one).dtype
     lax_internal._validate_preferred_element_type(dtype, preferred)  # raises TypeError
     return preferred

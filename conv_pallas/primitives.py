@@ -24,14 +24,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax._src import checkify, sharding_impls
+from jax._src import checkify
 from jax._src import core as jax_core
 from jax._src import dispatch as jax_dispatch
 from jax._src import mesh as mesh_lib
-from jax._src.interpreters import ad, batching, mlir
+from jax._src.interpreters import batching
 from jax._src.lax import utils as lax_utils
 from jax.experimental import jet
 from jax.experimental.custom_partitioning import custom_partitioning
+from jax.interpreters import ad, mlir
 from jax.sharding import NamedSharding
 
 from conv_pallas import dispatch, sharding
@@ -177,9 +178,9 @@ def can_partition(ctx) -> bool:
         # XLA's partitioner works on what the formulation is made of.
         return False
     context = ctx.module_context.axis_context
-    if isinstance(context, sharding_impls.SPMDAxisContext):
+    if isinstance(context, mlir.SPMDAxisContext):
         return not context.manual_axes
-    if isinstance(context, sharding_impls.ShardingContext):
+    if isinstance(context, mlir.ShardingContext):
         mesh = context.abstract_mesh
         if mesh is not None and mesh.explicit_axes and mesh.are_all_axes_explicit:
             return False  # types alone say what is split there, and these operands' say nothing
@@ -211,7 +212,7 @@ def lower_everywhere(p, rule):
 
 def without_sharding(avals):
     """The same shapes and dtypes, of no mesh."""
-    return [jax_core.ShapedArray(a.shape, a.dtype) for a in avals]
+    return [jax.core.ShapedArray(a.shape, a.dtype) for a in avals]
 
 
 def lower_locally(ctx, call, operands, *, multiple_results: bool):
@@ -326,7 +327,8 @@ _TRANSPOSES = {
 # --- The primitives ---
 
 
-def _make(operation: Operation):
+def _make(operation: Operation, *, asks: bool):
+    """A primitive; ``asks`` says whether XLA's partitioner may have to be told how to split it."""
     rule = functools.partial(functools.partial, operation=operation)
     p = lax_utils.standard_primitive(
         rule(_shape_rule),
@@ -339,19 +341,32 @@ def _make(operation: Operation):
     jet.jet_rules[p] = functools.partial(jet._bilinear_taylor_rule, p)
     batching.fancy_primitive_batchers[p] = rule(_batching_rule)
     lower_everywhere(p, rule(_lowering))
-    jax_dispatch.prim_requires_devices_during_lowering.add(p)
+    if asks:
+        jax_dispatch.prim_requires_devices_during_lowering.add(p)
     checkify.error_checks[p] = functools.partial(checkify.nan_error_check, p)
     return p
 
 
-PRIMITIVES = {operation: _make(operation) for operation in OPERATIONS}
+PRIMITIVES = {operation: _make(operation, asks=True) for operation in OPERATIONS}
+# The same for where `split_by_types`: a program of these alone is lowered without its devices.
+BY_TYPES = {operation: _make(operation, asks=False) for operation in OPERATIONS}
+
+
+def split_by_types(operands) -> bool:
+    """Whether no `custom_partitioning` will be needed: types say what one device computes.
+
+    So they do on a mesh of explicit axes alone, and inside of a `jax.shard_map` over all axes.
+    """
+    meshes = [jax.typeof(a).sharding.mesh for a in operands]
+    return any(mesh.are_all_axes_explicit or mesh.are_all_axes_manual for mesh in meshes)
 
 
 def _bind(operation: Operation, lhs, rhs, **params):
     # In a shard_map operands have to vary along the same mesh axes; in a rule, too, one may have
     # come to vary where the other did not.
     operands = jax_core.auto_insert_reshard(lhs, rhs)
-    return PRIMITIVES[operation].bind(*operands, **params)
+    family = BY_TYPES if split_by_types(operands) else PRIMITIVES
+    return family[operation].bind(*operands, **params)
 
 
 def _apply(operation: Operation, lhs, rhs, *, out_dtype, **params):
@@ -363,7 +378,7 @@ def conv1d(x, w, *, spec: ConvSpec, precision, out_dtype, implementation, out_sh
 
     Args:
       spec: the geometry; `conv_pallas.spec.make_spec` has checked the shapes against it.
-      precision: None or what `jax.lax.canonicalize_precision` returns.
+      precision: None, a `jax.lax.Precision`, or one for each operand.
       out_dtype: of the result; operands may differ from it and from each other.
       implementation: from `conv_pallas.dispatch.canonicalize`.
       out_sharding: a `NamedSharding` of the result on a mesh with explicit axes, or None.

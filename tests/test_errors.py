@@ -1,5 +1,6 @@
 """Bad input: one line that names the argument, what it was and what it may be, at trace time."""
 
+import functools
 import re
 
 import jax
@@ -341,6 +342,120 @@ def test_environment_variable(monkeypatch):
     monkeypatch.setenv("CONV_PALLAS_IMPLEMENTATION", "triton")
     with pytest.raises(NotImplementedError, match="'triton'"):
         jax.jit(conv1d).lower(X, KERNEL)
+
+
+@pytest.mark.parametrize("implementation", [None, "xla_native"])
+@pytest.mark.parametrize("preferred", [jnp.float64, "float64", jnp.dtype("float64")], ids=repr)
+@pytest.mark.parametrize("call", [
+    conv1d,
+    lambda x, kernel, **more: conv_general_dilated(x, kernel, **LAX, **more),
+    lambda x, kernel, **more: conv1d(x, kernel, jnp.ones(6), activation="silu", **more),
+], ids=["conv1d", "conv_general_dilated", "fused"])  # fmt: skip
+def test_64_bits_that_jax_does_not_have(call, preferred, implementation):
+    """One warning, as of `jax.lax`, and none where the dtype is Python's own."""
+    ask = functools.partial(call, implementation=implementation)
+    with pytest.warns(
+        UserWarning, match="dtype .*float64.* in conv_general_dilated .* will be truncated"
+    ) as told:
+        y = jax.eval_shape(functools.partial(ask, preferred_element_type=preferred), X, KERNEL)
+    assert y.dtype == jnp.float32
+    assert len(told) == 1
+    jax.eval_shape(functools.partial(ask, preferred_element_type=float), X, KERNEL)
+
+
+def test_explain_warns_of_64_bits_too():
+    with pytest.warns(UserWarning, match="float64.* will be truncated"):
+        explain(X, KERNEL, preferred_element_type=jnp.float64)
+
+
+@pytest.mark.parametrize("implementation", [None, "xla_native"])
+@pytest.mark.parametrize(
+    "mask", [jnp.zeros((2, 7), bool), jnp.zeros((2, 11), int), jnp.zeros((2, 11, 4), bool)]
+)
+def test_explain_checks_the_mask(mask, implementation):
+    words = ["mask must be bool of shape (2, 11)", f"got {mask.dtype} of shape {mask.shape}"]
+    for given in (mask, jax.ShapeDtypeStruct(mask.shape, mask.dtype)):
+        with pytest.raises(ValueError) as error:
+            explain(X, KERNEL, mask=given, implementation=implementation)
+        _assert_message(error.value, words)
+    for right in (jnp.ones((2, 11), bool), jax.ShapeDtypeStruct((2, 11), bool)):
+        assert str(explain(X, KERNEL, mask=right)) == str(explain(X, KERNEL))
+
+
+NCW = dict(lhs=(2, 4, 11), rhs=(6, 4, 3), dimension_numbers=None)
+BAD_OF_LAX = {
+    "stride_negative": (dict(window_strides=(-1,)), ValueError, ["window_strides must", "(-1,)"]),
+    "stride_of_two": (dict(window_strides=(1, 1)), ValueError, ["window_strides must", "(1, 1)"]),
+    "stride_float": (dict(window_strides=(1.5,)), TypeError, ["window_strides must", "(1.5,)"]),
+    "stride_none": (dict(window_strides=None), TypeError, ["window_strides must", "None"]),
+    "stride_of_none": (dict(window_strides=(None,)), TypeError, ["window_strides must", "(None,)"]),
+    "rhs_dilation_zero": (dict(rhs_dilation=(0,)), TypeError, ["rhs_dilation must be", "(0,)"]),
+    "rhs_dilation_of_two": (dict(rhs_dilation=(1, 1)), ValueError, ["rhs_dilation must", "(1, 1)"]),
+    "lhs_dilation_zero": (dict(lhs_dilation=[0]), TypeError, ["lhs_dilation must be", "[0]"]),
+    "lhs_dilation_float": (dict(lhs_dilation=(2.0,)), TypeError, ["lhs_dilation must", "(2.0,)"]),
+    "lhs_dilation_and_a_string": (
+        dict(lhs_dilation=(2,)),
+        ValueError,
+        ["padding must be [(low, high)]", "got padding='SAME', lhs_dilation=(2,)"],
+    ),
+    "padding_float": (
+        dict(padding=[(1.5, 2)]),
+        ValueError,
+        ["padding must be SAME, SAME_LOWER, VALID or [(low, high)]", "got [(1.5, 2)]"],
+    ),
+    "padding_crops_too_much": (
+        dict(padding=[(-8, -8)], **NCW),
+        ValueError,
+        ["padding must not crop more than lhs's 11 steps", "got [(-8, -8)]"],
+    ),
+    "padding_crops_too_much_of_dilated": (
+        dict(padding=[(-22, 0)], lhs_dilation=(2,)),
+        ValueError,
+        ["padding must not crop more than lhs's 21 steps", "got [(-22, 0)]"],
+    ),
+    "channels": (
+        dict(NCW, rhs=(6, 5, 3)),
+        ValueError,
+        ["lhs must have 5 channels (rhs's 5", "=1)", "got 4 in dimension 1 of shape (2, 4, 11)"],
+    ),
+    "channels_of_groups": (
+        dict(NCW, feature_group_count=2),
+        ValueError,
+        ["lhs must have 8 channels (rhs's 4", "=2)", "got 4 in dimension 1 of shape (2, 4, 11)"],
+    ),
+    "groups_in": (
+        dict(feature_group_count=3),
+        ValueError,
+        ["feature_group_count must divide lhs's 4 channels and rhs's 6 output", "got 3"],
+    ),
+    "groups_out": (
+        dict(feature_group_count=4, rhs=(3, 1, 6)),
+        ValueError,
+        ["feature_group_count must divide lhs's 4 channels and rhs's 6 output", "got 4"],
+    ),
+    "groups_zero": (dict(feature_group_count=0), ValueError, ["feature_group_count must", "got 0"]),
+    "groups_none": (
+        dict(feature_group_count=None), TypeError, ["feature_group_count must be an int", "None"]
+    ),
+    "no_taps": (
+        dict(NCW, rhs=(6, 4, 0)),
+        ValueError,
+        ["rhs must have at least one tap", "dimension 2 of shape (6, 4, 0)"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_OF_LAX)
+def test_conv_general_dilated_says_what_its_caller_gave(name):
+    arguments, exception, words = BAD_OF_LAX[name]
+    arguments = LAX | arguments
+    operands = [
+        jax.ShapeDtypeStruct(arguments.pop(name, default.shape), jnp.float32)
+        for name, default in (("lhs", X), ("rhs", KERNEL))
+    ]
+    with pytest.raises(exception) as error:
+        jax.eval_shape(lambda *operands: conv_general_dilated(*operands, **arguments), *operands)
+    _assert_message(error.value, words)
 
 
 LAX = dict(window_strides=(1,), padding="SAME", dimension_numbers=("NWC", "WIO", "NWC"))

@@ -1,8 +1,14 @@
 """`import conv_pallas` needs jax and flax alone, and is quick."""
 
+import ast
+import importlib
 import os
+import pathlib
 import subprocess
 import sys
+import warnings
+
+import pytest
 
 OPTIONAL = (
     "triton", "jax_triton", "torch", "libtpu", "rich", "sklearn", "matplotlib", "optax",
@@ -93,3 +99,50 @@ def test_finding_the_kernels_leaves_every_compiled_function_valid():
         "assert len(config.trace_context()) == len(before)"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+PUBLIC = (
+    "jax", "jax.core", "jax.dtypes", "jax.experimental.checkify", "jax.extend.core",
+    "jax.interpreters.ad", "jax.interpreters.batching", "jax.interpreters.mlir",
+    "jax.interpreters.partial_eval", "jax.interpreters.xla", "jax.lax", "jax.sharding",
+)  # fmt: skip
+# Of two modules of which `primitives` needs something private as well.
+BESIDE = {
+    "AbstractMesh", "bdim_at_front", "fancy_primitive_batchers", "get_abstract_mesh",
+    "use_abstract_mesh",
+}  # fmt: skip
+
+
+def _private_names(source: str):
+    """What a file takes from `jax._src`: each name, and what it stands for."""
+    tree, modules = ast.parse(source), {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("jax._src"):
+            for name in node.names:
+                value = getattr(importlib.import_module(node.module), name.name)
+                modules[name.asname or name.name] = value
+                yield name.name, value
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            if node.value.id in modules:
+                yield node.attr, getattr(modules[node.value.id], node.attr)
+
+
+def _public(name: str):
+    """What goes by that name in public, but for what goes with a warning."""
+    for module in map(importlib.import_module, PUBLIC):
+        with warnings.catch_warnings(action="error"):
+            try:
+                yield f"{module.__name__}.{name}", getattr(module, name)
+            except (AttributeError, DeprecationWarning):
+                pass
+
+
+FILES = sorted((pathlib.Path(__file__).parents[1] / "conv_pallas").rglob("*.py"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_nothing_private_of_jax_that_is_public_too(file):
+    for name, value in _private_names(file.read_text(encoding="utf-8")):
+        if name not in BESIDE:
+            assert not [where for where, other in _public(name) if other is value]
