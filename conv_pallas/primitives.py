@@ -33,7 +33,7 @@ from jax._src.lax import utils as lax_utils
 from jax.experimental import jet
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.interpreters import ad, mlir
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, NamedSharding
 
 from conv_pallas import dispatch, sharding
 from conv_pallas.spec import OPERATIONS, ConvSpec, Operation, Problem
@@ -223,11 +223,11 @@ def lower_locally(ctx, call, operands, *, multiple_results: bool):
     ctx = ctx.replace(
         avals_in=without_sharding(ctx.avals_in), avals_out=without_sharding(ctx.avals_out)
     )
-    chip = mesh_lib.get_abstract_mesh().abstract_device
+    chip = jax.sharding.get_abstract_mesh().abstract_device
     # What was traced with 64 bits may be lowered where they are off.
     wide = any(a.dtype.itemsize == 8 for a in (*ctx.avals_in, *ctx.avals_out))
     with (
-        mesh_lib.use_abstract_mesh(mesh_lib.AbstractMesh((), (), abstract_device=chip)),
+        jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=chip)),
         jax.numpy_dtype_promotion("standard"),  # what a user forbids himself, kernels may do
         jax.enable_x64(jax.config.jax_enable_x64 or wide),
     ):

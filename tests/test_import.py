@@ -106,11 +106,8 @@ PUBLIC = (
     "jax.interpreters.ad", "jax.interpreters.batching", "jax.interpreters.mlir",
     "jax.interpreters.partial_eval", "jax.interpreters.xla", "jax.lax", "jax.sharding",
 )  # fmt: skip
-# Of two modules of which `primitives` needs something private as well.
-BESIDE = {
-    "AbstractMesh", "bdim_at_front", "fancy_primitive_batchers", "get_abstract_mesh",
-    "use_abstract_mesh",
-}  # fmt: skip
+# Of a module of which `primitives` needs something private as well.
+BESIDE = {"bdim_at_front", "fancy_primitive_batchers"}
 
 
 def _private_names(source: str):
