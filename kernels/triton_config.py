@@ -8,11 +8,13 @@ import triton
 
 from conv_pallas.kernels import triton_compat
 from conv_pallas.kernels import triton_tuned as tuned
+from conv_pallas.kernels.triton_common import Phases
 from conv_pallas.kernels.triton_compat import PROCESSORS
 
 # Of a processor of Hopper or data-centre Blackwell; each program costs 1 KiB on top of its own.
 SHARED_BYTES = 228 * 2**10
 LARGEST = 128 * 256  # sums of one tile
+KERNEL_GRAD = "conv_dense_kernel_grad"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,20 +37,23 @@ class Config:
 
 
 def configure(
-    kernel: str, rows: int, columns: int, depth: int, *, count: int, dtype: np.dtype,
-    precision: str, tma: bool, untuned: Config | None = None, keep: bool = False,
+    kernel: str, rows: int, columns: int, depth: int, *, taps: int, phases: Phases, count: int,
+    dtype: np.dtype, precision: str, tma: bool, untuned: Config | None = None, keep: bool = False,
 ) -> Config:  # fmt: skip
     """A tuned tile, or a heuristic: as large as registers and shared memory allow.
 
     Args:
+      kernel: `KERNEL_GRAD`, or the name that the forward pass or the input gradient has.
       rows, columns, depth: sizes of one group's matmul.
+      taps, phases: what else tells what is tuned apart.
       count: how many matmuls of that size there are.
       dtype: of a factor.
       untuned: what to take instead of the heuristic.
       keep: whether there are two results. Registers spill then in the largest tiles (sm_90a and
         sm_100a); where a processor has one at most, two of half the size take as long.
     """
-    tile = tuned.lookup(tuned.key(kernel, rows, columns, depth, dtype.name, precision))
+    how = (precision,) if phases == Phases(1, 1, 1) else (precision, str(phases))
+    tile = tuned.lookup(tuned.key(kernel, (rows, columns, depth, taps), dtype.name, *how))
     if tile is not None:
         return Config(*tile)
     if untuned is not None:
@@ -60,7 +65,7 @@ def configure(
         limit = Config(64, 64, 16, 8, 2)
     elif itemsize == 4 and precision == "tf32x3":
         limit = Config(128 if tma else 64, 64, 32, 8, 2)
-    elif itemsize == 4 and tma and hopper and kernel == "conv_dense":
+    elif itemsize == 4 and tma and hopper and kernel != KERNEL_GRAD:
         limit = Config(128, 256, 32, 8, 4)
     elif itemsize == 4:
         # The kernel gradient's operands go through registers, as tensor cores take float32 only
@@ -83,7 +88,7 @@ def configure(
         bt //= 2
     warps = 8 if bt * bo >= 128 * 128 else 4
     stages = limit.stages
-    if stages > 3 and kernel == "conv_dense":
+    if stages > 3 and kernel != KERNEL_GRAD:
         # A stage less where that makes room for one more program, whose loads count as well and
         # which multiplies while another begins or stores, and where there are tiles for it.
         room = lambda stages: SHARED_BYTES // (stages * itemsize * bc * (bt + bo) + 1024)  # noqa: E731

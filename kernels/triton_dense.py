@@ -49,7 +49,7 @@ from conv_pallas.kernels.triton_common import (
 )
 from conv_pallas.kernels.triton_common import decline as decline_any
 from conv_pallas.kernels.triton_compat import PROCESSORS
-from conv_pallas.kernels.triton_config import LARGEST, Config, choose_splits, configure
+from conv_pallas.kernels.triton_config import KERNEL_GRAD, LARGEST, Config, choose_splits, configure
 from conv_pallas.kernels.triton_matmul import conv_dense, conv_dense_kernel_grad
 from conv_pallas.spec import ConvSpec, Problem
 
@@ -76,10 +76,10 @@ def _may_stay(spec: ConvSpec, dtype: np.dtype) -> bool:
 
 def _config(
     N: int, spec: ConvSpec, C: int, O: int, dtype: np.dtype, precision: str, tma_x: bool = False,
-    keep: bool = False,
+    keep: bool = False, transposed: bool = False,
 ):  # fmt: skip
     """The tiles of `forward`, where x would be fetched by TMA if ``tma_x``."""
-    G, phases = spec.groups, Phases.of(spec).phases
+    G, phases = spec.groups, Phases.of(spec)
     stays = (
         tma_x and _may_stay(spec, dtype)
         and FEW.depth // 2 < C <= FEW.depth and FEW.columns // 2 < O <= FEW.columns
@@ -87,8 +87,10 @@ def _config(
         and triton_resident.fits(FEW, spec.kernel_size)
     )  # fmt: skip
     return configure(
-        "conv_dense", triton.cdiv(spec.out_time, phases), O // G, C // G, count=N * G * phases,
-        dtype=dtype, precision=precision,
+        # What is fastest may differ: they read w in another order.
+        "conv_dense_input_grad" if transposed else "conv_dense",
+        triton.cdiv(spec.out_time, phases.phases), O // G, C // G, taps=spec.kernel_size,
+        phases=phases, count=N * G * phases.phases, dtype=dtype, precision=precision,
         tma=triton_compat.has_tma(triton_compat.compute_capability()),
         untuned=FEW if stays else None, keep=keep,
     )  # fmt: skip
@@ -122,7 +124,9 @@ def forward(
     tma_x = (
         tma and phases.row_step == 1 and grad_of is None and _tileable(x, c if G > 1 else 0)
     )  # fmt: skip
-    config = _config(N, spec, C, O, dtype, precision, tma_x and x.dtype == w.dtype, keep)
+    config = _config(
+        N, spec, C, O, dtype, precision, tma_x and x.dtype == w.dtype, keep, transposed
+    )
     w, w_row, w_col, contract_last = _laid_out(
         w, c, o, transposed, tensor_cores=tma and dtype.itemsize == 4 and precision != "ieee"
     )
@@ -205,7 +209,7 @@ def kernel_grad(
     tma = triton_compat.has_tma(triton_compat.compute_capability())
     # The sum is split, so that there are always tiles enough.
     config = configure(
-        "conv_dense_kernel_grad", c, o, J, count=PROCESSORS * K * G, dtype=dtype,
+        KERNEL_GRAD, c, o, J, taps=K, phases=phases, count=PROCESSORS * K * G, dtype=dtype,
         precision=precision, tma=tma,
     )  # fmt: skip
     tma = tma and phases.phases == 1

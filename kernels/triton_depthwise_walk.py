@@ -254,7 +254,7 @@ def _dilation(spec: ConvSpec) -> int:
 def _tile(kernel: str, N: int, T: int, spec: ConvSpec, C: int, dtype, per_thread: int):
     """Pieces and channels of one program, steps of a piece, and warps: tuned, or a heuristic."""
     D, K = _dilation(spec), spec.kernel_size
-    found = tuned.lookup(tuned.key(kernel, T, C, K, np.dtype(dtype).name, f"dilation {D}"))
+    found = tuned.lookup(tuned.key(kernel, (T, C, K), np.dtype(dtype).name, f"dilation {D}"))
     if found is not None:
         rows, columns, steps, warps = found
     else:
