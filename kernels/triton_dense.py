@@ -75,8 +75,8 @@ def _may_stay(spec: ConvSpec, dtype: np.dtype) -> bool:
 
 
 def _config(
-    N: int, spec: ConvSpec, C: int, O: int, dtype: np.dtype, precision: str, tma_x: bool = False,
-    keep: bool = False, transposed: bool = False,
+    N: int, spec: ConvSpec, C: int, O: int, dtype: np.dtype, out_dtype, precision: str,
+    tma_x: bool = False, keep: bool = False, transposed: bool = False,
 ):  # fmt: skip
     """The tiles of `forward`, where x would be fetched by TMA if ``tma_x``."""
     G, phases = spec.groups, Phases.of(spec)
@@ -84,7 +84,7 @@ def _config(
         tma_x and _may_stay(spec, dtype)
         and FEW.depth // 2 < C <= FEW.depth and FEW.columns // 2 < O <= FEW.columns
         and N * triton.cdiv(spec.out_time, FEW.rows) >= 4 * FEW.resident * PROCESSORS
-        and triton_resident.fits(FEW, spec.kernel_size)
+        and triton_resident.fits(FEW, spec.kernel_size, np.dtype(out_dtype).itemsize)
     )  # fmt: skip
     return configure(
         # What is fastest may differ: they read w in another order.
@@ -125,7 +125,7 @@ def forward(
         tma and phases.row_step == 1 and grad_of is None and _tileable(x, c if G > 1 else 0)
     )  # fmt: skip
     config = _config(
-        N, spec, C, O, dtype, precision, tma_x and x.dtype == w.dtype, keep, transposed
+        N, spec, C, O, dtype, out_dtype, precision, tma_x and x.dtype == w.dtype, keep, transposed
     )
     w, w_row, w_col, contract_last = _laid_out(
         w, c, o, transposed, tensor_cores=tma and dtype.itemsize == 4 and precision != "ieee"
@@ -148,11 +148,11 @@ def forward(
     )  # fmt: skip
     bias = x if bias is None else bias  # a pointer that is not read
     may_stay = config.resident and _may_stay(spec, dtype) and tma_x and x.dtype == w.dtype
+    out_itemsize = np.dtype(out_dtype).itemsize
     stays = may_stay and (
-        C <= config.depth and O <= config.columns and triton_resident.fits(config, K)
+        C <= config.depth and O <= config.columns and triton_resident.fits(config, K, out_itemsize)
     )  # fmt: skip
-    # What a tile of 32 bits takes on its way out is not free while the next is fetched.
-    if stays or (may_stay and tma_w and np.dtype(out_dtype).itemsize == 2):
+    if stays or (may_stay and tma_w and triton_resident.goes_on(config, out_itemsize)):
         kernel = triton_resident.conv_resident if stays else triton_resident.conv_onward
         tiles, programs = programs, min(programs, triton_compat.processors() * config.resident)
         return triton_compat.call(
@@ -296,7 +296,8 @@ def keeps(problem: Problem) -> bool:
     """Not in the largest tiles: with two results of those, registers spill (sm_90a and sm_100a)."""
     dtype = np.dtype(jnp.promote_types(problem.lhs_dtype, problem.rhs_dtype))
     config = _config(
-        problem.N, problem.spec, problem.C, problem.O, dtype, _precision(problem), keep=True
+        problem.N, problem.spec, problem.C, problem.O, dtype, problem.out_dtype,
+        _precision(problem), keep=True,
     )  # fmt: skip
     return config.rows * config.columns < LARGEST
 

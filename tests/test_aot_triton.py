@@ -1,6 +1,7 @@
 """The Triton kernels' machine code, and what XLA makes of layers that use them."""
 
 import collections
+import dataclasses
 import functools
 import math
 import re
@@ -129,32 +130,48 @@ def test_programs_stay_where_channels_are_few_and_steps_many():
     assert [c.name for c in made] == ["conv_resident"] * 2 + ["conv_dense_kernel_grad"]
     # As many as are started have room at a time, or some would begin when the others are done.
     assert all(code.blocks == triton_dense.FEW.resident for code in made[:2]), made
+    # A result of 32 bits takes more room on its way out, and still there is enough.
+    wide = dataclasses.replace(case, out_dtype="float32")
+    layer = functools.partial(conv1d, **wide.kwargs, implementation="triton")
+    (code,) = codes("h200", layer, *_structs(wide)[:2])
+    assert (code.name, code.blocks) == ("conv_resident", triton_dense.FEW.resident), code
+    # Two programs with four taps each have none.
+    more = dataclasses.replace(case, K=4)
+    (code,) = codes("h200", layer, *_structs(more)[:2])
+    assert code.name == "conv_dense", code
 
 
 @pytest.mark.parametrize(
-    "C, K, tile, kernel_stays, sums_stay",
+    "C, K, tile, kernel, sums_stay",
     [
-        (64, 3, (64, 64, 64, 4, 3, 2), True, True),
-        (64, 5, (64, 64, 64, 4, 2, 1), True, True),
-        (64, 3, (128, 64, 64, 4, 3, 1), True, False),  # too many sums for registers
-        (128, 2, (64, 128, 128, 4, 2, 1), True, False),  # not all channels in a tile
-        (128, 2, (128, 128, 64, 8, 3, 1), False, True),
-        (64, 7, (64, 64, 64, 4, 3, 2), False, False),  # nor do so many taps fit
+        (64, 3, (64, 64, 64, 4, 3, 2), "conv_resident", True),
+        (64, 5, (64, 64, 64, 4, 2, 1), "conv_resident", True),
+        (64, 3, (128, 64, 64, 4, 3, 1), "conv_resident", False),  # too many sums for registers
+        (128, 2, (64, 128, 128, 4, 2, 1), "conv_resident", False),  # not all channels in a tile
+        (128, 2, (128, 128, 64, 8, 3, 1), "conv_onward", True),
+        (64, 7, (64, 64, 64, 4, 3, 2), "conv_onward", False),  # nor do so many taps fit
+        # So many programs of that size have no room beside each other,
+        (64, 3, (64, 64, 64, 4, 2, 3), "conv_onward", True),
+        (128, 2, (128, 128, 64, 8, 3, 2), "conv_dense", False),
+        # nor this one beside the result on its way out.
+        (32, 5, (128, 256, 32, 8, 3, 1), "conv_onward", False),
     ],
 )
-def test_programs_that_stay_fetch_once(C, K, tile, kernel_stays, sums_stay):
-    case, stages = _case("layer", C, K=K), tile[4]
+def test_programs_that_stay_fetch_once(C, K, tile, kernel, sums_stay):
+    case, stages, resident = _case("layer", C, K=K), tile[4], tile[5]
     with triton_tuned.trial(tile):
         made = codes("h200", functools.partial(_layer, case, "silu"), *_structs(case))
     *forward, sums = made
     for code in made:
         assert code.spills == 0 < code.opcodes["HGMMA"], code
         assert code.shared <= SHARED_BYTES["h200"], code
-    assert {c.name for c in forward} == {"conv_resident" if kernel_stays else "conv_onward"}
+    assert {c.name for c in forward} == {kernel}
     assert sums.name == ("conv_resident_kernel_grad" if sums_stay else "conv_dense_kernel_grad")
+    for code in made:
+        assert "dense" in code.name or code.blocks >= resident, code
     # In the loop and ahead of it K tiles of x for each stage, and none of the kernel.
     loads = {code.opcodes["UTMALDG"] for code in forward}
-    assert loads == {K * stages} or not kernel_stays
+    assert loads == {K * stages} or kernel != "conv_resident"
     assert sums.opcodes["UTMALDG"] == (K + 1) * stages or not sums_stay
 
 
