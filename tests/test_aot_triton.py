@@ -197,6 +197,33 @@ def test_depthwise_loads_are_as_wide_as_they_get():
         assert re.search(rf"(LDG\.E\.{size} ){{4}}(STG\.E\.{size} ){{1,4}}", " ".join(tiles) + " ")
 
 
+@functools.cache
+def _arithmetic(activation: str | None) -> list[int]:
+    """How many floating-point operations are written down of a layer, forward and backward."""
+    case = BY_NAME["depthwise"][0]
+    made = codes("h200", functools.partial(_layer, case, activation), *_structs(case))
+    assert [code.name for code in made[-2:]] == ["conv_walk", "conv_walk_backward"]
+    operation = r"= (?:arith\.(?:add|sub|mul|neg|cmp)f|math\.\w+) .*f32"
+    return [len(re.findall(operation, code.texts["ttir"])) for code in made[-2:]]
+
+
+@pytest.mark.parametrize(
+    "activation, forward, backward",
+    [
+        ("silu", 6, 42),
+        ("sigmoid", 5, 40),
+        ("tanh", 22, 57),
+        ("gelu", 30, 71),
+        ("gelu_exact", 5, 43),
+    ],
+)
+def test_an_exponent_costs_one_multiplication(activation, forward, backward):
+    """Neither a sign nor a second factor: not every compiler makes one constant of them."""
+    plain = _arithmetic(None)
+    added = [a - b for a, b in zip(_arithmetic(activation), plain, strict=True)]
+    assert added == [forward, backward]
+
+
 @pytest.mark.parametrize("name, most", [("taps", 12.5), ("taps_float32", 15)])
 def test_what_is_loaded_of_many_taps_is_multiplied_many_times(name, most):
     made = _codes("h200", name)
