@@ -190,11 +190,26 @@ def test_depthwise_loads_are_as_wide_as_they_get():
     """8 channels of 16 bits by one instruction; and several before any result is stored."""
     (forward, *_, backward) = sorted(_codes("h200", "depthwise"), key=lambda code: code.name)
     assert "backward" in backward.name
-    for code, size in ((forward, 128), (backward, 64)):
+    for code, size, ahead in ((forward, 128, 8), (backward, 64, 4)):
         order = [op for op in code.listing if op.startswith(("LDG.E.", "STG.E."))]
         tiles = [op for op in order if not op.endswith(("U16", "STG.E"))]
         assert all(op.endswith(f".{size}") for op in tiles), order
-        assert re.search(rf"(LDG\.E\.{size} ){{4}}(STG\.E\.{size} ){{1,4}}", " ".join(tiles) + " ")
+        found = rf"(LDG\.E\.{size} ){{{ahead}}}(STG\.E\.{size} ){{1,4}}"
+        assert re.search(found, " ".join(tiles) + " ")
+
+
+@pytest.mark.parametrize("D", [1, 1024])
+@pytest.mark.parametrize("activation", ["silu", None])
+def test_depthwise_loads_enough_ahead(D, activation):
+    """As by `kernels.triton_depthwise_walk` an H200's bandwidth needs, and in time for it."""
+    case = _case("goal", 12288, G=12288, K=4, D=D, batch=(1,), T=2**14)
+    layer = functools.partial(conv1d, **case.kwargs, activation=activation, implementation="triton")
+    (code,) = codes("h200", layer, *_structs(case)[:2])
+    loop = _longest_loop(code.texts["sass"])
+    loads = collections.Counter(loop)["LDG.E.128"]
+    assert code.spills == 0 and loads == 8, code
+    assert code.blocks * code.threads * loads * 16 >= 32 * 1024, code
+    assert len(loop) <= 15 * 8 * loads, code  # of 8 elements each
 
 
 @functools.cache
