@@ -87,28 +87,54 @@ def configure(
     while bt > 64 and 2 * tiles(bt, bo) <= PROCESSORS:
         bt //= 2
     warps = 8 if bt * bo >= 128 * 128 else 4
-    stages = limit.stages
-    if stages > 3 and kernel != KERNEL_GRAD:
+    config = Config(bt, bo, bc, warps, limit.stages)
+    if config.stages > 3 and kernel != KERNEL_GRAD:
         # A stage less where that makes room for one more program, whose loads count as well and
         # which multiplies while another begins or stores, and where there are tiles for it.
-        room = lambda stages: SHARED_BYTES // (stages * itemsize * bc * (bt + bo) + 1024)  # noqa: E731
-        stages -= room(stages - 1) > room(stages) and tiles(bt, bo) > room(stages) * PROCESSORS
-    return Config(bt, bo, bc, warps, stages)
+        less, fit = (
+            dataclasses.replace(config, stages=config.stages - 1),
+            _in_shared(config, itemsize),
+        )
+        if _in_shared(less, itemsize) > fit and tiles(bt, bo) > fit * PROCESSORS:
+            return less
+    return config
 
 
-def choose_splits(tiles: int, blocks: int, outputs: int, config: Config, itemsize: int) -> int:
+def _in_shared(config: Config, itemsize: int, saved: bool = False) -> int:
+    """For how many programs at a time a processor has shared memory."""
+    tiles = config.depth * (config.rows + config.columns * (2 if saved else 1))
+    return SHARED_BYTES // (config.stages * itemsize * tiles + 1024)
+
+
+def room(config: Config, itemsize: int, precision: str, saved: bool) -> int:
+    """For how many programs of the kernel gradient a processor has room, and use.
+
+    Args:
+      saved: whether an activation's derivative is computed from what is fetched beside gy.
+    """
+    if precision != "tf32":
+        return 1  # which has all the registers, and more to compute than to wait for
+    # Of registers there are enough for 16 warps, with 128 a thread.
+    return max(1, min(16 // config.warps, _in_shared(config, itemsize, saved)))
+
+
+def choose_splits(
+    tiles: int, blocks: int, outputs: int, config: Config, itemsize: int, together: int
+) -> int:
     """How many partial sums take the least time, by an estimate and not by a measurement.
 
-    More of them fill the chip, and write and read more partial results.
+    More of them fill the chip, and write and read more partial results. As many programs as are
+    ``together`` on a processor share it, and one alone is taken for no faster than it is among
+    them: it waits for its own loads and products.
     """
     # One processor's share of the tensor cores and of memory.
     products = config.rows * config.columns * config.depth
     moved = itemsize * config.depth * (config.rows + config.columns)
-    block_seconds = max(2 * products / 5e12, moved / 3e10)
+    block_seconds = together * max(2 * products / 5e12, moved / 3e10)
     partial_seconds = 2 * 4 * outputs / 4e12
 
     def seconds(splits: int) -> float:
-        rounds = math.ceil(tiles * splits / PROCESSORS)
+        rounds = math.ceil(tiles * splits / (together * PROCESSORS))
         return rounds * math.ceil(blocks / splits) * block_seconds + splits * partial_seconds
 
     return min(range(1, min(blocks, 128) + 1), key=seconds)

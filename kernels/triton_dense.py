@@ -49,7 +49,14 @@ from conv_pallas.kernels.triton_common import (
 )
 from conv_pallas.kernels.triton_common import decline as decline_any
 from conv_pallas.kernels.triton_compat import PROCESSORS
-from conv_pallas.kernels.triton_config import KERNEL_GRAD, LARGEST, Config, choose_splits, configure
+from conv_pallas.kernels.triton_config import (
+    KERNEL_GRAD,
+    LARGEST,
+    Config,
+    choose_splits,
+    configure,
+    room,
+)
 from conv_pallas.kernels.triton_matmul import conv_dense, conv_dense_kernel_grad
 from conv_pallas.spec import ConvSpec, Problem
 
@@ -223,7 +230,10 @@ def kernel_grad(
     blocks = N * (J // config.depth if tail else triton.cdiv(J, config.depth))
     tiles_c = triton.cdiv(c, config.rows)
     tiles = (K * tiles_c + bias) * G * triton.cdiv(o, config.columns)
-    splits = choose_splits(tiles, max(blocks, N), (K * c + bias) * O, config, dtype.itemsize)
+    together = room(config, dtype.itemsize, precision, activation is not None)
+    splits = choose_splits(
+        tiles, max(blocks, N), (K * c + bias) * O, config, dtype.itemsize, together
+    )
     per_split = triton.cdiv(blocks, splits)
     splits = triton.cdiv(blocks, per_split) if blocks else splits
     rounded = precision == "tf32"

@@ -13,7 +13,8 @@ import pytest
 pytest.importorskip("jax_triton")
 
 from conv_pallas import aot, conv1d
-from conv_pallas.kernels import triton_compat, triton_dense, triton_tuned
+from conv_pallas.kernels import triton_compat, triton_config, triton_dense, triton_tuned
+from conv_pallas.kernels.triton_config import Config
 from conv_pallas.machine_code import opcodes_of
 from tests.cases import Case
 from tests.triton_machine_code import SHARED_BYTES, amd_codes, codes
@@ -80,7 +81,7 @@ def _codes(chip: str, name: str):
     + [("h200", case.name) for case, _ in HOPPER],
 )
 def test_machine_code_is_as_promised(chip, name):
-    case, _ = BY_NAME[name]
+    case, activation = BY_NAME[name]
     made = _codes(chip, name)
     kernels = {code.name for code in made}
     for code in made:
@@ -89,6 +90,11 @@ def test_machine_code_is_as_promised(chip, name):
         assert ("dense" in code.name) == (case.G < case.C or case.C == 1), code
         if "dense" in code.name:
             assert (code.tensor_cores > 0) == (case.precision != "highest"), code
+        if chip == "h200" and code.name == "conv_dense_kernel_grad":
+            fields = (code.meta[name] for name in ("BC", "BO", "BU", "warps", "stages"))
+            size, precision = 2 if "16" in case.dtype else 4, case.precision or "tf32"
+            room = triton_config.room(Config(*fields), size, precision, activation == "relu")
+            assert code.blocks >= room, code
     if case.G < case.C or case.C == 1:
         assert kernels == {"conv_dense", "conv_dense_kernel_grad"}
     elif case.K <= 8 and case.S == 1:
