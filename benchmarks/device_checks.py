@@ -1,13 +1,17 @@
 """Whether the Triton kernels are right on the GPU at hand: steps of `benchmarks.on_device`."""
 
 import contextlib
+import dataclasses
+import functools
 import importlib.metadata
+import math
 import os
 import shutil
 import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import device_layers, stored
@@ -43,6 +47,57 @@ def negative_start(log: Log, dry: bool) -> None:
     for T, D in ((64, 5), (7, 64), (300, 1), (300, 200)):
         case = Case("negative_start", batch=(2,), T=T, C=64, O=64, D=D, dtype="bfloat16")
         _check_operations(log, case, dry, must=True)
+    beyond_32_bits(log, dry, 2**10 if dry else 2**27)
+
+
+LAST = 64  # steps of arrays that are zeros before
+
+
+def beyond_32_bits(log: Log, dry: bool, T: int) -> None:
+    """The last of three samples of T steps and 8 channels, which of 2**27 begins at 2**31.
+
+    All is zeros but for the last steps, whose results are those of these steps alone.
+    """
+    for name, G in (("far_dense", 1), ("far_depthwise", 8)):
+        case = Case(name, batch=(3,), T=T, C=8, O=8, D=2, G=G, dtype="bfloat16")
+        needed = 3 * 2 * math.prod(case.x_shape)  # XLA plans two such arrays; and some room
+        memory = _memory()
+        if memory is not None and memory < needed:
+            why = f"needs {needed / 2**30:.1f} GiB, and the device has {memory / 2**30:.1f}"
+            log.write(case=name, T=T, skipped=why)
+            continue
+        short = dataclasses.replace(case, batch=(1,), T=LAST)
+        for operation in OPERATIONS:
+            run = functools.partial(_check_last, case, short, operation, dry)
+            _told(log, run, must=True, case=name, T=T, D=case.D, operation=operation)
+
+
+def _memory() -> int | None:
+    """Bytes that this process may have of the device's; None where it does not say."""
+    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
+def _check_last(case: Case, short: Case, operation: str, dry: bool) -> None:
+    lhs, rhs, _ = lhs_rhs_out(operation, *short.arrays())
+    problem, sums = case.problem(operation), operation == "conv1d_kernel_grad"
+
+    def after_zeros(a):
+        return jnp.zeros(case.x_shape, a.dtype).at[-1, -LAST:].set(a[0])
+
+    @jax.jit
+    def compute(lhs, rhs):
+        rhs = after_zeros(rhs) if sums else rhs
+        out = bind(problem, after_zeros(lhs), rhs, device_layers.ours(dry))
+        # Of gradients some steps before the last are not zero.
+        before = False if sums else jnp.any(out[:-1] != 0) | jnp.any(out[-1, : -2 * LAST] != 0)
+        return out if sums else out[-1:, -LAST:], before
+
+    out, before = compute(lhs, rhs)
+    assert not before, f"{operation}: what only zeros reach is not zero"
+    check(
+        np.asarray(out), operation, lhs, rhs, short.spec, out_dtype=problem.out_dtype,
+        platform=default_platform(),
+    )  # fmt: skip
 
 
 def correctness(log: Log, dry: bool, shard: int = 0, shards: int = 1, only: str = "") -> None:
@@ -134,7 +189,7 @@ def repeatability(log: Log, dry: bool) -> None:
     def same(a, b):
         bits = lambda a: jax.lax.bitcast_convert_type(a, f"uint{8 * a.dtype.itemsize}")  # noqa: E731
         pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-        return jax.numpy.array([(bits(a) == bits(b)).all() for a, b in pairs]).all()
+        return jnp.array([(bits(a) == bits(b)).all() for a, b in pairs]).all()
 
     same = jax.jit(same)
     chosen = device_layers.with_operations(device_layers.goals(dry)[:3])

@@ -41,6 +41,9 @@ class Phases:
     row_step: int
     tap_step: int
 
+    def __str__(self) -> str:  # in the name of what was tuned
+        return f"phases {self.phases} rows {self.row_step} taps {self.tap_step}"
+
     @classmethod
     def of(cls, spec: ConvSpec) -> "Phases":
         S, E, D = spec.stride, spec.input_dilation, spec.kernel_dilation

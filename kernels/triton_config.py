@@ -8,11 +8,13 @@ import triton
 
 from conv_pallas.kernels import triton_compat
 from conv_pallas.kernels import triton_tuned as tuned
+from conv_pallas.kernels.triton_common import Phases
 from conv_pallas.kernels.triton_compat import PROCESSORS
 
 # Of a processor of Hopper or data-centre Blackwell; each program costs 1 KiB on top of its own.
 SHARED_BYTES = 228 * 2**10
 LARGEST = 128 * 256  # sums of one tile
+KERNEL_GRAD = "conv_dense_kernel_grad"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,20 +37,23 @@ class Config:
 
 
 def configure(
-    kernel: str, rows: int, columns: int, depth: int, *, count: int, dtype: np.dtype,
-    precision: str, tma: bool, untuned: Config | None = None, keep: bool = False,
+    kernel: str, rows: int, columns: int, depth: int, *, taps: int, phases: Phases, count: int,
+    dtype: np.dtype, precision: str, tma: bool, untuned: Config | None = None, keep: bool = False,
 ) -> Config:  # fmt: skip
     """A tuned tile, or a heuristic: as large as registers and shared memory allow.
 
     Args:
+      kernel: `KERNEL_GRAD`, or the name that the forward pass or the input gradient has.
       rows, columns, depth: sizes of one group's matmul.
+      taps, phases: what else tells what is tuned apart.
       count: how many matmuls of that size there are.
       dtype: of a factor.
       untuned: what to take instead of the heuristic.
       keep: whether there are two results. Registers spill then in the largest tiles (sm_90a and
         sm_100a); where a processor has one at most, two of half the size take as long.
     """
-    tile = tuned.lookup(tuned.key(kernel, rows, columns, depth, dtype.name, precision))
+    how = (precision,) if phases == Phases(1, 1, 1) else (precision, str(phases))
+    tile = tuned.lookup(tuned.key(kernel, (rows, columns, depth, taps), dtype.name, *how))
     if tile is not None:
         return Config(*tile)
     if untuned is not None:
@@ -60,7 +65,7 @@ def configure(
         limit = Config(64, 64, 16, 8, 2)
     elif itemsize == 4 and precision == "tf32x3":
         limit = Config(128 if tma else 64, 64, 32, 8, 2)
-    elif itemsize == 4 and tma and hopper and kernel == "conv_dense":
+    elif itemsize == 4 and tma and hopper and kernel != KERNEL_GRAD:
         limit = Config(128, 256, 32, 8, 4)
     elif itemsize == 4:
         # The kernel gradient's operands go through registers, as tensor cores take float32 only
@@ -82,28 +87,54 @@ def configure(
     while bt > 64 and 2 * tiles(bt, bo) <= PROCESSORS:
         bt //= 2
     warps = 8 if bt * bo >= 128 * 128 else 4
-    stages = limit.stages
-    if stages > 3 and kernel == "conv_dense":
+    config = Config(bt, bo, bc, warps, limit.stages)
+    if config.stages > 3 and kernel != KERNEL_GRAD:
         # A stage less where that makes room for one more program, whose loads count as well and
         # which multiplies while another begins or stores, and where there are tiles for it.
-        room = lambda stages: SHARED_BYTES // (stages * itemsize * bc * (bt + bo) + 1024)  # noqa: E731
-        stages -= room(stages - 1) > room(stages) and tiles(bt, bo) > room(stages) * PROCESSORS
-    return Config(bt, bo, bc, warps, stages)
+        less, fit = (
+            dataclasses.replace(config, stages=config.stages - 1),
+            _in_shared(config, itemsize),
+        )
+        if _in_shared(less, itemsize) > fit and tiles(bt, bo) > fit * PROCESSORS:
+            return less
+    return config
 
 
-def choose_splits(tiles: int, blocks: int, outputs: int, config: Config, itemsize: int) -> int:
+def _in_shared(config: Config, itemsize: int, saved: bool = False) -> int:
+    """For how many programs at a time a processor has shared memory."""
+    tiles = config.depth * (config.rows + config.columns * (2 if saved else 1))
+    return SHARED_BYTES // (config.stages * itemsize * tiles + 1024)
+
+
+def room(config: Config, itemsize: int, precision: str, saved: bool) -> int:
+    """For how many programs of the kernel gradient a processor has room, and use.
+
+    Args:
+      saved: whether an activation's derivative is computed from what is fetched beside gy.
+    """
+    if precision != "tf32":
+        return 1  # which has all the registers, and more to compute than to wait for
+    # Of registers there are enough for 16 warps, with 128 a thread.
+    return max(1, min(16 // config.warps, _in_shared(config, itemsize, saved)))
+
+
+def choose_splits(
+    tiles: int, blocks: int, outputs: int, config: Config, itemsize: int, together: int
+) -> int:
     """How many partial sums take the least time, by an estimate and not by a measurement.
 
-    More of them fill the chip, and write and read more partial results.
+    More of them fill the chip, and write and read more partial results. As many programs as are
+    ``together`` on a processor share it, and one alone is taken for no faster than it is among
+    them: it waits for its own loads and products.
     """
     # One processor's share of the tensor cores and of memory.
     products = config.rows * config.columns * config.depth
     moved = itemsize * config.depth * (config.rows + config.columns)
-    block_seconds = max(2 * products / 5e12, moved / 3e10)
+    block_seconds = together * max(2 * products / 5e12, moved / 3e10)
     partial_seconds = 2 * 4 * outputs / 4e12
 
     def seconds(splits: int) -> float:
-        rounds = math.ceil(tiles * splits / PROCESSORS)
+        rounds = math.ceil(tiles * splits / (together * PROCESSORS))
         return rounds * math.ceil(blocks / splits) * block_seconds + splits * partial_seconds
 
     return min(range(1, min(blocks, 128) + 1), key=seconds)

@@ -49,7 +49,14 @@ from conv_pallas.kernels.triton_common import (
 )
 from conv_pallas.kernels.triton_common import decline as decline_any
 from conv_pallas.kernels.triton_compat import PROCESSORS
-from conv_pallas.kernels.triton_config import LARGEST, Config, choose_splits, configure
+from conv_pallas.kernels.triton_config import (
+    KERNEL_GRAD,
+    LARGEST,
+    Config,
+    choose_splits,
+    configure,
+    room,
+)
 from conv_pallas.kernels.triton_matmul import conv_dense, conv_dense_kernel_grad
 from conv_pallas.spec import ConvSpec, Problem
 
@@ -75,20 +82,22 @@ def _may_stay(spec: ConvSpec, dtype: np.dtype) -> bool:
 
 
 def _config(
-    N: int, spec: ConvSpec, C: int, O: int, dtype: np.dtype, precision: str, tma_x: bool = False,
-    keep: bool = False,
+    N: int, spec: ConvSpec, C: int, O: int, dtype: np.dtype, out_dtype, precision: str,
+    tma_x: bool = False, keep: bool = False, transposed: bool = False,
 ):  # fmt: skip
     """The tiles of `forward`, where x would be fetched by TMA if ``tma_x``."""
-    G, phases = spec.groups, Phases.of(spec).phases
+    G, phases = spec.groups, Phases.of(spec)
     stays = (
         tma_x and _may_stay(spec, dtype)
         and FEW.depth // 2 < C <= FEW.depth and FEW.columns // 2 < O <= FEW.columns
         and N * triton.cdiv(spec.out_time, FEW.rows) >= 4 * FEW.resident * PROCESSORS
-        and triton_resident.fits(FEW, spec.kernel_size)
+        and triton_resident.fits(FEW, spec.kernel_size, np.dtype(out_dtype).itemsize)
     )  # fmt: skip
     return configure(
-        "conv_dense", triton.cdiv(spec.out_time, phases), O // G, C // G, count=N * G * phases,
-        dtype=dtype, precision=precision,
+        # What is fastest may differ: they read w in another order.
+        "conv_dense_input_grad" if transposed else "conv_dense",
+        triton.cdiv(spec.out_time, phases.phases), O // G, C // G, taps=spec.kernel_size,
+        phases=phases, count=N * G * phases.phases, dtype=dtype, precision=precision,
         tma=triton_compat.has_tma(triton_compat.compute_capability()),
         untuned=FEW if stays else None, keep=keep,
     )  # fmt: skip
@@ -122,7 +131,9 @@ def forward(
     tma_x = (
         tma and phases.row_step == 1 and grad_of is None and _tileable(x, c if G > 1 else 0)
     )  # fmt: skip
-    config = _config(N, spec, C, O, dtype, precision, tma_x and x.dtype == w.dtype, keep)
+    config = _config(
+        N, spec, C, O, dtype, out_dtype, precision, tma_x and x.dtype == w.dtype, keep, transposed
+    )
     w, w_row, w_col, contract_last = _laid_out(
         w, c, o, transposed, tensor_cores=tma and dtype.itemsize == 4 and precision != "ieee"
     )
@@ -144,11 +155,11 @@ def forward(
     )  # fmt: skip
     bias = x if bias is None else bias  # a pointer that is not read
     may_stay = config.resident and _may_stay(spec, dtype) and tma_x and x.dtype == w.dtype
+    out_itemsize = np.dtype(out_dtype).itemsize
     stays = may_stay and (
-        C <= config.depth and O <= config.columns and triton_resident.fits(config, K)
+        C <= config.depth and O <= config.columns and triton_resident.fits(config, K, out_itemsize)
     )  # fmt: skip
-    # What a tile of 32 bits takes on its way out is not free while the next is fetched.
-    if stays or (may_stay and tma_w and np.dtype(out_dtype).itemsize == 2):
+    if stays or (may_stay and tma_w and triton_resident.goes_on(config, out_itemsize)):
         kernel = triton_resident.conv_resident if stays else triton_resident.conv_onward
         tiles, programs = programs, min(programs, triton_compat.processors() * config.resident)
         return triton_compat.call(
@@ -205,7 +216,7 @@ def kernel_grad(
     tma = triton_compat.has_tma(triton_compat.compute_capability())
     # The sum is split, so that there are always tiles enough.
     config = configure(
-        "conv_dense_kernel_grad", c, o, J, count=PROCESSORS * K * G, dtype=dtype,
+        KERNEL_GRAD, c, o, J, taps=K, phases=phases, count=PROCESSORS * K * G, dtype=dtype,
         precision=precision, tma=tma,
     )  # fmt: skip
     tma = tma and phases.phases == 1
@@ -219,7 +230,10 @@ def kernel_grad(
     blocks = N * (J // config.depth if tail else triton.cdiv(J, config.depth))
     tiles_c = triton.cdiv(c, config.rows)
     tiles = (K * tiles_c + bias) * G * triton.cdiv(o, config.columns)
-    splits = choose_splits(tiles, max(blocks, N), (K * c + bias) * O, config, dtype.itemsize)
+    together = room(config, dtype.itemsize, precision, activation is not None)
+    splits = choose_splits(
+        tiles, max(blocks, N), (K * c + bias) * O, config, dtype.itemsize, together
+    )
     per_split = triton.cdiv(blocks, splits)
     splits = triton.cdiv(blocks, per_split) if blocks else splits
     rounded = precision == "tf32"
@@ -292,7 +306,8 @@ def keeps(problem: Problem) -> bool:
     """Not in the largest tiles: with two results of those, registers spill (sm_90a and sm_100a)."""
     dtype = np.dtype(jnp.promote_types(problem.lhs_dtype, problem.rhs_dtype))
     config = _config(
-        problem.N, problem.spec, problem.C, problem.O, dtype, _precision(problem), keep=True
+        problem.N, problem.spec, problem.C, problem.O, dtype, problem.out_dtype,
+        _precision(problem), keep=True,
     )  # fmt: skip
     return config.rows * config.columns < LARGEST
 

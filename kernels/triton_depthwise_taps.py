@@ -236,8 +236,8 @@ def _columns(C: int, most: int) -> int:
 
 def _tuned(kernel: str, U: int, spec: ConvSpec, C: int, dtype):
     """Rows and channels of a tile, R, and warps; None: nobody measured."""
-    dilation = f"dilation {spec.kernel_dilation}"
-    return tuned.lookup(tuned.key(kernel, U, C, spec.kernel_size, np.dtype(dtype).name, dilation))
+    sizes, dilation = (U, C, spec.kernel_size), f"dilation {spec.kernel_dilation}"
+    return tuned.lookup(tuned.key(kernel, sizes, np.dtype(dtype).name, dilation))
 
 
 def forward(

@@ -25,6 +25,14 @@ the instructions grow. With SiLU they are some 36 an element in sm_90 machine co
 time for 47 while it moves the 6 bytes; were gz computed anew for each tap that needs it, as a
 kernel that tiles time has to, there were some 100. So the walk is what makes backward a matter of
 bytes alone.
+
+Forward there is time for 31 instructions an element, and loads have to be under way: by Little's
+law, an estimate as well, 25 to 40 KB on each processor for an H200's bandwidth. Of K = 4 and SiLU
+in bf16, with 8 values a thread, three programs fit on it (sm_90a, Triton 3.9, D = 1 and 1024), load
+48 KiB ahead, and take 14 instructions an element. With 4 steps at a time four programs load 32 KiB,
+in as many instructions; with 4 values a thread seven or eight programs 28 or 32 KiB, in 11 to 15 %
+more; and limits that make room for one more program spill. What Triton 3.6 makes of it takes two
+registers too many for three programs where D = 1: two load 32 KiB.
 """
 
 import math
@@ -41,7 +49,7 @@ from conv_pallas.kernels.triton_common import add_in_order, to_float32
 from conv_pallas.kernels.triton_compat import PROCESSORS
 from conv_pallas.spec import ConvSpec
 
-AHEAD = 4  # steps that are loaded at a time
+AHEAD, BACKWARD_AHEAD = 8, 4  # steps that are loaded at a time
 TAPS = 8  # as many tiles as registers hold
 STEPS = 2**28  # positions are counted with 32 bits, and may go some way past the ends
 
@@ -254,7 +262,7 @@ def _dilation(spec: ConvSpec) -> int:
 def _tile(kernel: str, N: int, T: int, spec: ConvSpec, C: int, dtype, per_thread: int):
     """Pieces and channels of one program, steps of a piece, and warps: tuned, or a heuristic."""
     D, K = _dilation(spec), spec.kernel_size
-    found = tuned.lookup(tuned.key(kernel, T, C, K, np.dtype(dtype).name, f"dilation {D}"))
+    found = tuned.lookup(tuned.key(kernel, (T, C, K), np.dtype(dtype).name, f"dilation {D}"))
     if found is not None:
         rows, columns, steps, warps = found
     else:
@@ -278,8 +286,9 @@ def forward(
     K, D, U = spec.kernel_size, _dilation(spec), spec.out_time
     per_thread = 8 if x.dtype.itemsize == 2 and K <= 4 else 4
     BR, BC, steps, warps = _tile("conv_walk", N, U, spec, C, x.dtype, per_thread)
-    groups, series = triton.cdiv(steps, AHEAD), min(D, U)
-    steps = groups * AHEAD
+    ahead = AHEAD if -steps % AHEAD < 4 else 4  # or half of the last ones are computed in vain
+    groups, series = triton.cdiv(steps, ahead), min(D, U)
+    steps = groups * ahead
     pieces = triton.cdiv(U, steps * D) * series
     return compat.call(
         conv_walk, x, w,
@@ -288,7 +297,7 @@ def forward(
         out=jax.ShapeDtypeStruct((N, U, C), out_dtype),
         programs=N * triton.cdiv(pieces, BR) * triton.cdiv(C, BC), warps=warps, stages=1,
         C=C, K=K, REVERSE=transposed, HAS_BIAS=bias is not None, ACTIVATION=activation,
-        AHEAD=AHEAD, BR=BR, BC=BC,
+        AHEAD=ahead, BR=BR, BC=BC,
     )  # fmt: skip
 
 
@@ -305,8 +314,9 @@ def backward(
     first, end = (min(0, low), max(U, T + low)) if want_dx else (0, U)
     per_thread = 4 if K <= 4 else 2
     BR, BC, steps, warps = _tile("conv_walk_backward", N, end - first, spec, C, x.dtype, per_thread)
-    groups, series = triton.cdiv(steps + K - 1, AHEAD), min(D, end - first)
-    steps = groups * AHEAD - (K - 1)
+    ahead = BACKWARD_AHEAD
+    groups, series = triton.cdiv(steps + K - 1, ahead), min(D, end - first)
+    steps = groups * ahead - (K - 1)
     pieces = triton.cdiv(end - first, steps * D) * series
     tiles, tiles_c = N * triton.cdiv(pieces, BR), triton.cdiv(C, BC)
     splits = min(tiles, max(1, math.ceil(16 * PROCESSORS / tiles_c)), 512)
@@ -323,7 +333,7 @@ def backward(
         ),
         programs=splits * tiles_c, warps=warps, stages=1,
         C=C, K=K, HAS_BIAS=bias is not None, ACTIVATION=activation, INPUT=want_dx, KERNEL=sums,
-        AHEAD=AHEAD, BR=BR, BC=BC,
+        AHEAD=ahead, BR=BR, BC=BC,
     )  # fmt: skip
     total = add_in_order(partial, np.float32) if sums else None
     return (

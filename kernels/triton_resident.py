@@ -32,24 +32,49 @@ import triton.language as tl
 
 from conv_pallas.kernels.triton_activation import activate
 from conv_pallas.kernels.triton_common import offsets
-from conv_pallas.kernels.triton_config import Config
+from conv_pallas.kernels.triton_config import SHARED_BYTES, Config
 
-# A Hopper program may have 227 KiB of shared memory, and its result takes some on the way out.
-SHARED_BYTES = (227 - 16) * 2**10
 REGISTERS = 200  # of a thread's 255 for sums; with 224 they spilled
 
 
-def fits(config: Config, taps: int) -> bool:
+def fits(config: Config, taps: int, out_itemsize: int) -> bool:
     """Whether the kernel and, for each stage, what is fetched of x fit into shared memory."""
     columns = config.columns + config.stages * config.rows
-    return 2 * taps * config.depth * columns <= SHARED_BYTES
+    out = _on_its_way_out(config, out_itemsize)
+    return _have_room(config, 2 * taps * config.depth * columns + out, taps)
+
+
+def goes_on(config: Config, out_itemsize: int) -> bool:
+    """Whether what `conv_onward` fetches fits, beside a tile on its way out."""
+    # That of 32 bits is not free while the next is fetched.
+    tiles = config.stages * config.depth * (config.rows + config.columns)
+    out = _on_its_way_out(config, out_itemsize)
+    return out_itemsize == 2 and _have_room(config, 2 * tiles + out, 2)
 
 
 def sums_fit(config: Config, taps: int, bias: bool) -> bool:
     """Whether the kernel gradient's sums fit into registers, and its tiles into shared memory."""
     sums = taps * config.rows * config.columns + bias * config.depth * config.columns
     tiles = config.stages * config.depth * (taps * config.rows + config.columns)
-    return sums <= REGISTERS * 32 * config.warps and 2 * tiles <= SHARED_BYTES
+    in_registers = sums <= REGISTERS * 32 * config.warps
+    return in_registers and _have_room(config, 2 * tiles, taps + 1)
+
+
+def _on_its_way_out(config: Config, itemsize: int) -> int:
+    """The most bytes of shared memory that a result takes there, read off the compiled kernels.
+
+    Of 16 bits Triton moves a piece for each warp at a time, and of 32 bits up to a whole tile.
+    """
+    tile = itemsize * config.rows * config.columns
+    return tile if itemsize == 4 else min(tile, 4096 * config.warps)
+
+
+def _have_room(config: Config, size: int, fetched: int) -> bool:
+    """Whether `resident` programs of so many bytes share a processor's memory.
+
+    Each has a barrier of 8 bytes for each tile that is fetched in a stage, and costs 1 KiB.
+    """
+    return config.resident * (size + 8 * (config.stages * fetched + 4) + 1024) <= SHARED_BYTES
 
 
 @triton.jit

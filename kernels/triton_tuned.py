@@ -19,10 +19,10 @@ FOLDER = Path(__file__).parent
 _trial: tuple[tuple[int, ...] | None, list[str]] | None = None
 
 
-def key(kernel: str, rows: int, columns: int, depth: int, dtype, precision: str) -> str:
-    """Of one group's matmul; what grows with the batch or with time counts by powers of two."""
-    size = lambda n: n if n <= 1024 else 1 << (n - 1).bit_length()  # noqa: E731
-    return f"{kernel} {size(rows)}x{size(columns)}x{size(depth)} {dtype} {precision}"
+def key(kernel: str, sizes: tuple[int, ...], dtype: str, *how: str) -> str:
+    """Sizes are one group's; what grows with the batch or with time counts by powers of two."""
+    size = lambda n: str(n if n <= 1024 else 1 << (n - 1).bit_length())  # noqa: E731
+    return " ".join((kernel, "x".join(map(size, sizes)), dtype, *how))
 
 
 def lookup(key: str) -> tuple[int, ...] | None:

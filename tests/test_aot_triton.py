@@ -1,6 +1,7 @@
 """The Triton kernels' machine code, and what XLA makes of layers that use them."""
 
 import collections
+import dataclasses
 import functools
 import math
 import re
@@ -12,7 +13,8 @@ import pytest
 pytest.importorskip("jax_triton")
 
 from conv_pallas import aot, conv1d
-from conv_pallas.kernels import triton_compat, triton_dense, triton_tuned
+from conv_pallas.kernels import triton_compat, triton_config, triton_dense, triton_tuned
+from conv_pallas.kernels.triton_config import Config
 from conv_pallas.machine_code import opcodes_of
 from tests.cases import Case
 from tests.triton_machine_code import SHARED_BYTES, amd_codes, codes
@@ -79,7 +81,7 @@ def _codes(chip: str, name: str):
     + [("h200", case.name) for case, _ in HOPPER],
 )
 def test_machine_code_is_as_promised(chip, name):
-    case, _ = BY_NAME[name]
+    case, activation = BY_NAME[name]
     made = _codes(chip, name)
     kernels = {code.name for code in made}
     for code in made:
@@ -88,6 +90,11 @@ def test_machine_code_is_as_promised(chip, name):
         assert ("dense" in code.name) == (case.G < case.C or case.C == 1), code
         if "dense" in code.name:
             assert (code.tensor_cores > 0) == (case.precision != "highest"), code
+        if chip == "h200" and code.name == "conv_dense_kernel_grad":
+            fields = (code.meta[name] for name in ("BC", "BO", "BU", "warps", "stages"))
+            size, precision = 2 if "16" in case.dtype else 4, case.precision or "tf32"
+            room = triton_config.room(Config(*fields), size, precision, activation == "relu")
+            assert code.blocks >= room, code
     if case.G < case.C or case.C == 1:
         assert kernels == {"conv_dense", "conv_dense_kernel_grad"}
     elif case.K <= 8 and case.S == 1:
@@ -129,32 +136,48 @@ def test_programs_stay_where_channels_are_few_and_steps_many():
     assert [c.name for c in made] == ["conv_resident"] * 2 + ["conv_dense_kernel_grad"]
     # As many as are started have room at a time, or some would begin when the others are done.
     assert all(code.blocks == triton_dense.FEW.resident for code in made[:2]), made
+    # A result of 32 bits takes more room on its way out, and still there is enough.
+    wide = dataclasses.replace(case, out_dtype="float32")
+    layer = functools.partial(conv1d, **wide.kwargs, implementation="triton")
+    (code,) = codes("h200", layer, *_structs(wide)[:2])
+    assert (code.name, code.blocks) == ("conv_resident", triton_dense.FEW.resident), code
+    # Two programs with four taps each have none.
+    more = dataclasses.replace(case, K=4)
+    (code,) = codes("h200", layer, *_structs(more)[:2])
+    assert code.name == "conv_dense", code
 
 
 @pytest.mark.parametrize(
-    "C, K, tile, kernel_stays, sums_stay",
+    "C, K, tile, kernel, sums_stay",
     [
-        (64, 3, (64, 64, 64, 4, 3, 2), True, True),
-        (64, 5, (64, 64, 64, 4, 2, 1), True, True),
-        (64, 3, (128, 64, 64, 4, 3, 1), True, False),  # too many sums for registers
-        (128, 2, (64, 128, 128, 4, 2, 1), True, False),  # not all channels in a tile
-        (128, 2, (128, 128, 64, 8, 3, 1), False, True),
-        (64, 7, (64, 64, 64, 4, 3, 2), False, False),  # nor do so many taps fit
+        (64, 3, (64, 64, 64, 4, 3, 2), "conv_resident", True),
+        (64, 5, (64, 64, 64, 4, 2, 1), "conv_resident", True),
+        (64, 3, (128, 64, 64, 4, 3, 1), "conv_resident", False),  # too many sums for registers
+        (128, 2, (64, 128, 128, 4, 2, 1), "conv_resident", False),  # not all channels in a tile
+        (128, 2, (128, 128, 64, 8, 3, 1), "conv_onward", True),
+        (64, 7, (64, 64, 64, 4, 3, 2), "conv_onward", False),  # nor do so many taps fit
+        # So many programs of that size have no room beside each other,
+        (64, 3, (64, 64, 64, 4, 2, 3), "conv_onward", True),
+        (128, 2, (128, 128, 64, 8, 3, 2), "conv_dense", False),
+        # nor this one beside the result on its way out.
+        (32, 5, (128, 256, 32, 8, 3, 1), "conv_onward", False),
     ],
 )
-def test_programs_that_stay_fetch_once(C, K, tile, kernel_stays, sums_stay):
-    case, stages = _case("layer", C, K=K), tile[4]
+def test_programs_that_stay_fetch_once(C, K, tile, kernel, sums_stay):
+    case, stages, resident = _case("layer", C, K=K), tile[4], tile[5]
     with triton_tuned.trial(tile):
         made = codes("h200", functools.partial(_layer, case, "silu"), *_structs(case))
     *forward, sums = made
     for code in made:
         assert code.spills == 0 < code.opcodes["HGMMA"], code
         assert code.shared <= SHARED_BYTES["h200"], code
-    assert {c.name for c in forward} == {"conv_resident" if kernel_stays else "conv_onward"}
+    assert {c.name for c in forward} == {kernel}
     assert sums.name == ("conv_resident_kernel_grad" if sums_stay else "conv_dense_kernel_grad")
+    for code in made:
+        assert "dense" in code.name or code.blocks >= resident, code
     # In the loop and ahead of it K tiles of x for each stage, and none of the kernel.
     loads = {code.opcodes["UTMALDG"] for code in forward}
-    assert loads == {K * stages} or not kernel_stays
+    assert loads == {K * stages} or kernel != "conv_resident"
     assert sums.opcodes["UTMALDG"] == (K + 1) * stages or not sums_stay
 
 
@@ -173,11 +196,53 @@ def test_depthwise_loads_are_as_wide_as_they_get():
     """8 channels of 16 bits by one instruction; and several before any result is stored."""
     (forward, *_, backward) = sorted(_codes("h200", "depthwise"), key=lambda code: code.name)
     assert "backward" in backward.name
-    for code, size in ((forward, 128), (backward, 64)):
+    for code, size, ahead in ((forward, 128, 8), (backward, 64, 4)):
         order = [op for op in code.listing if op.startswith(("LDG.E.", "STG.E."))]
         tiles = [op for op in order if not op.endswith(("U16", "STG.E"))]
         assert all(op.endswith(f".{size}") for op in tiles), order
-        assert re.search(rf"(LDG\.E\.{size} ){{4}}(STG\.E\.{size} ){{1,4}}", " ".join(tiles) + " ")
+        found = rf"(LDG\.E\.{size} ){{{ahead}}}(STG\.E\.{size} ){{1,4}}"
+        assert re.search(found, " ".join(tiles) + " ")
+
+
+@pytest.mark.parametrize("D", [1, 1024])
+@pytest.mark.parametrize("activation", ["silu", None])
+def test_depthwise_loads_enough_ahead(D, activation):
+    """As by `kernels.triton_depthwise_walk` an H200's bandwidth needs, and in time for it."""
+    case = _case("goal", 12288, G=12288, K=4, D=D, batch=(1,), T=2**14)
+    layer = functools.partial(conv1d, **case.kwargs, activation=activation, implementation="triton")
+    (code,) = codes("h200", layer, *_structs(case)[:2])
+    loop = _longest_loop(code.texts["sass"])
+    loads = collections.Counter(loop)["LDG.E.128"]
+    assert code.spills == 0 and loads == 8, code
+    assert code.blocks * code.threads * loads * 16 >= 32 * 1024, code
+    assert len(loop) <= 15 * 8 * loads, code  # of 8 elements each
+
+
+@functools.cache
+def _arithmetic(activation: str | None) -> list[int]:
+    """How many floating-point operations are written down of a layer, forward and backward."""
+    case = BY_NAME["depthwise"][0]
+    made = codes("h200", functools.partial(_layer, case, activation), *_structs(case))
+    assert [code.name for code in made[-2:]] == ["conv_walk", "conv_walk_backward"]
+    operation = r"= (?:arith\.(?:add|sub|mul|neg|cmp)f|math\.\w+) .*f32"
+    return [len(re.findall(operation, code.texts["ttir"])) for code in made[-2:]]
+
+
+@pytest.mark.parametrize(
+    "activation, forward, backward",
+    [
+        ("silu", 6, 42),
+        ("sigmoid", 5, 40),
+        ("tanh", 22, 57),
+        ("gelu", 30, 71),
+        ("gelu_exact", 5, 43),
+    ],
+)
+def test_an_exponent_costs_one_multiplication(activation, forward, backward):
+    """Neither a sign nor a second factor: not every compiler makes one constant of them."""
+    plain = _arithmetic(None)
+    added = [a - b for a, b in zip(_arithmetic(activation), plain, strict=True)]
+    assert added == [forward, backward]
 
 
 @pytest.mark.parametrize("name, most", [("taps", 12.5), ("taps_float32", 15)])

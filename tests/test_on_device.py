@@ -10,6 +10,7 @@ import time
 import types
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 
 from benchmarks import device_checks, device_timing, on_device
@@ -91,7 +92,33 @@ def test_a_wrong_result_fails_the_step(tmp_path, monkeypatch):
     monkeypatch.setattr(device_checks, "bind", lambda *args: right(*args) * 1.01)
     log = Log(tmp_path, "negative_start", 60)
     device_checks.negative_start(log, True)
-    assert log.failures == len(_lines(log.path)) == 12
+    assert log.failures == len(_lines(log.path)) == 18
+
+
+@pytest.mark.parametrize(
+    "wrong, failures",
+    [
+        (lambda out: out, 0),
+        (lambda out: jnp.roll(out, 1, 0), 6),  # of the kernel gradient to another tap
+        (lambda out: out.at[0, 0, 0].add(1.0), 6),  # to where nothing is
+    ],
+)
+def test_results_beyond_32_bits_are_checked(wrong, failures, tmp_path, monkeypatch):
+    right = device_checks.bind
+    monkeypatch.setattr(device_checks, "bind", lambda *args: wrong(right(*args)))
+    log = Log(tmp_path, "negative_start", 60)
+    device_checks.beyond_32_bits(log, True, 300)
+    assert len(_lines(log.path)) == 6
+    assert log.failures == failures
+
+
+def test_arrays_that_are_too_large_for_the_device_are_skipped(tmp_path, monkeypatch):
+    monkeypatch.setattr(device_checks, "_memory", lambda: 16 * 2**30)
+    log = Log(tmp_path, "negative_start", 60)
+    device_checks.beyond_32_bits(log, True, 2**27)
+    why = "needs 18.0 GiB, and the device has 16.0"
+    assert [line["skipped"] for line in _lines(log.path)] == [why] * 2
+    assert log.failures == 0
 
 
 def test_what_has_to_run_may_not_be_declined(tmp_path, monkeypatch):
@@ -101,7 +128,7 @@ def test_what_has_to_run_may_not_be_declined(tmp_path, monkeypatch):
     monkeypatch.setattr(device_checks, "bind", decline)
     log = Log(tmp_path, "negative_start", 60)
     device_checks.negative_start(log, True)
-    assert log.failures == 12
+    assert log.failures == 18
     assert {line["declined"] for line in _lines(log.path)} == {"no Triton here"}
 
 

@@ -1,7 +1,9 @@
 """What the Triton launchers decide before anything is compiled."""
 
 import dataclasses
+import math
 
+import jax
 import numpy as np
 import pytest
 
@@ -90,6 +92,26 @@ def test_all_of_a_quartznet_slides_through_registers(layer, monkeypatch):
     assert all(programs >= 8 * PROCESSORS for programs, _ in seen["conv_taps"])
     for _, meta in (*seen["conv_taps"], *seen["conv_taps_kernel_grad"]):
         assert 32 * meta["warps"] * 2 == meta["BP"] * meta["BC"]  # two channels a thread
+
+
+@pytest.mark.parametrize(
+    "C, T, dtype, together",
+    [(512, 4096, "bfloat16", 1), (64, 65536, "bfloat16", 3), (256, 4096, "float32", 2)],
+)
+def test_a_kernel_gradient_fills_the_chip(C, T, dtype, together, monkeypatch):
+    """With as many programs as share a processor; and none begins when the others end."""
+    seen = []
+
+    def call(kernel, *args, out, programs, **meta):
+        seen.append(programs)
+        return np.zeros(out.shape, out.dtype)
+
+    monkeypatch.setattr(triton_dense.triton_compat, "call", call)
+    case = Case("layer", batch=(8,), T=T, C=C, O=C, dtype=dtype)
+    x, _, g = (jax.ShapeDtypeStruct(s, dtype) for s in (case.x_shape, (1,), case.out_shape))
+    triton_dense.run(case.problem("conv1d_kernel_grad", "cuda"), x, g)
+    rounds = seen[0] / (together * PROCESSORS)
+    assert 0.9 < rounds / math.ceil(rounds) <= 1, seen
 
 
 def test_a_grid_holds_all_programs():

@@ -76,6 +76,24 @@ def test_many_taps_are_tuned_one_kernel_after_the_other(h200, monkeypatch):
     assert all(triton_tuned.lookup(key) == tile for key in found)
 
 
+def test_no_two_dense_kernels_share_a_tile(h200, monkeypatch):
+    """Not those of other operations, taps or strides, though the matmul be of the same size."""
+    seconds, _ = h200
+    tile = (64, 64, 32, 4, 3)
+    monkeypatch.setattr(tuning, "DENSE_TILES", (tile,))
+    seconds[tile] = 0.5
+    found = {}
+    for K, S in ((3, 1), (5, 1), (3, 2)):
+        x, w = aot.struct((2, 512 * S, 512), jnp.bfloat16), aot.struct((K, 512, 512), jnp.bfloat16)
+        tuned = tuning.tune(x, w, strides=S, report=lambda line: None)
+        assert len(tuned) == 3 and not found.keys() & tuned.keys()
+        found |= tuned
+    size = "512x512x512x3 bfloat16 tf32"
+    kernels = ("conv_dense", "conv_dense_input_grad", "conv_dense_kernel_grad")
+    assert {f"{kernel} {size}" for kernel in kernels} <= found.keys()
+    assert f"conv_dense {size} phases 1 rows 2 taps 1" in found
+
+
 def test_what_is_hardly_faster_is_not_kept(h200):
     seconds, file = h200
     seconds[(4, 64, 32, 4)] = 0.99

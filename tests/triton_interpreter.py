@@ -29,8 +29,9 @@ from triton.runtime import interpreter
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from conv_pallas.kernels import triton_compat
-from conv_pallas.spec import Epilogue, lhs_rhs_out
+from conv_pallas.spec import ACTIVATIONS, Epilogue, lhs_rhs_out
 from tests.cases import Case
+from tests.reference import VALUES
 from tests.support import padded, rows
 from tests.tolerance import REFERENCES, check
 from tests.triton_cases import own_tile
@@ -354,6 +355,23 @@ def run_rounding() -> None:
     np.testing.assert_array_equal(out, _tf32(lhs) * _tf32(rhs))
 
 
+def run_extremes() -> None:
+    """Activations of what overflows on the way to a finite result, and of NaN."""
+    from conv_pallas import dispatch
+
+    triton_compat.compute_capability = lambda: 90
+    z = np.array([0, 1e-40, 20, 90, 1e3, 1e18, 1e20, 3e38], np.float32)
+    z = np.concatenate([z, -z, [0, np.nan]]).astype(np.float32).reshape(1, -1, 2)
+    case = Case("extremes", batch=(1,), T=z.shape[1], C=2, O=2, G=2, K=1)
+    for activation in ACTIVATIONS:
+        problem = dataclasses.replace(
+            case.problem("conv1d", "cuda"), epilogue=Epilogue(False, activation)
+        )
+        kernel = dispatch.select(problem, ("triton",))
+        y = np.asarray(kernel.fused(problem, z, np.ones((1, 1, 2), np.float32), None))
+        np.testing.assert_allclose(y, VALUES[activation](z.astype(float)), rtol=1e-5, atol=1e-6)
+
+
 def _tf32(a: np.ndarray) -> np.ndarray:
     """The nearest number of 11 significant bits."""
     fraction, exponent = np.frexp(a.astype(np.float64))
@@ -371,8 +389,8 @@ def main(names: list[str]) -> int:
 
     failed = 0
     for name in names:
-        if name == "rounding":
-            runs = {name: run_rounding}
+        if name in ("rounding", "extremes"):
+            runs = {name: run_rounding if name == "rounding" else run_extremes}
         elif name.startswith("fused_"):
             runs = {
                 f"{name} sm_{c}": functools.partial(run_fused, name, c)
