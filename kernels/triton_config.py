@@ -91,10 +91,8 @@ def configure(
     if config.stages > 3 and kernel != KERNEL_GRAD:
         # A stage less where that makes room for one more program, whose loads count as well and
         # which multiplies while another begins or stores, and where there are tiles for it.
-        less, fit = (
-            dataclasses.replace(config, stages=config.stages - 1),
-            _in_shared(config, itemsize),
-        )
+        less = dataclasses.replace(config, stages=config.stages - 1)
+        fit = _in_shared(config, itemsize)
         if _in_shared(less, itemsize) > fit and tiles(bt, bo) > fit * PROCESSORS:
             return less
     return config

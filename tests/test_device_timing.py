@@ -108,7 +108,7 @@ def test_a_slow_baseline_costs_two_calls_of_one_run(tmp_path, monkeypatch):
     assert next(every).seconds.keys() == {"ours"} and not called
     (timed,) = every
     assert len(called) == 2  # of two runs each it would be more
-    assert 0.1 <= timed.seconds["stock"].median < 0.2
+    assert timed.seconds["stock"].median >= 0.1
     assert timed.seconds.keys() == programs.keys()
 
 
