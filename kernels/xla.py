@@ -24,6 +24,7 @@ from conv_pallas.kernels.xla_formulations import (
     FORWARD,
     KERNEL_GRAD,
     Formulation,
+    cropped,
     flip,
     live_taps,
     numbers_of,
@@ -150,6 +151,7 @@ def run_as(name: str, problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.A
         rhs = flip(rhs, spec.groups)
     if problem.platform == "cpu":
         formulation = xla_cpu.in_parts(formulation, name, problem)
+        lhs, spec = cropped(lhs, spec)
     elif problem.platform != "tpu":
         formulation = _gpu_in_parts(formulation, name, problem)
     return formulation(lhs, rhs, spec, numbers).astype(problem.out_dtype)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import re
 from pathlib import Path
@@ -343,6 +344,21 @@ def test_taps_that_see_padding_alone_cost_nothing(G, dtype, operation):
 
     for K in (3, 16, 41):
         assert held(K, 4000) <= held(1, 1) + 2**16, K
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("padding", [(-3, 1), (-1, 3), (-9, 5)])
+def test_padding_that_crops_one_end_and_pads_the_other(padding, operation):
+    """By one convolution, which XLA:CPU of jaxlib 0.11.2 gets wrong."""
+    float32 = np.dtype("float32")
+    for K, S in itertools.product((2, 3), (1, 2)):
+        spec = ConvSpec(12, K, S, padding)
+        problem = Problem(operation, spec, 2, 3, 4, *(float32,) * 3, None, "cpu")
+        rng = np.random.default_rng(0)
+        lhs, rhs = (rng.standard_normal(s).astype(float32) for s in problem.shapes[:2])
+        for name in ("native", "padded"):
+            out = xla.run_as(name, problem, jnp.asarray(lhs), jnp.asarray(rhs))
+            check(np.asarray(out), operation, lhs, rhs, spec, out_dtype=float32)
 
 
 @hypothesis.given(st.data())
