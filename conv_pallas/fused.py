@@ -183,7 +183,8 @@ def _rows(a):
 
 
 def _empty(problem: Problem) -> bool:
-    return 0 in (*problem.x_shape, *problem.w_shape, *problem.y_shape)
+    shapes = (*problem.x_shape, *problem.w_shape, *problem.y_shape)
+    return 0 in shapes or not problem.spec.live_taps
 
 
 def _forward_local(x, w, bias=None, *, spec, time=halo.UNSPLIT, psum=(), **params):
@@ -219,7 +220,8 @@ def _forward_alone(x, w, bias, *, platform, activation, has_bias, keep, **conv):
         if this is None or (keep and not kernel.keeps(this)):
             return None
         shape = (*x.shape[:-2], *problem.y_shape[1:])
-        return jax.tree.map(lambda a: a.reshape(shape), kernel.fused(this, _rows(x), w, bias))
+        live = primitives.taps_of(w, conv["spec"].live_taps)
+        return jax.tree.map(lambda a: a.reshape(shape), kernel.fused(this, _rows(x), live, bias))
 
     if not keep:
         y = run(activation)
@@ -253,8 +255,9 @@ def _backward_local(
         these = dict(activation=activation, has_bias=has_bias, wanted=wanted, time=time)
         return _backward(*operands, spec=spec, **these, **conv)
     kernel, problem = found
-    saved_rows = None if saved is None else _rows(saved)
-    dx, dw, db = kernel.backward(problem, _rows(x), w, bias, saved_rows, _rows(gy), wanted)
+    live, saved_rows = own.live_taps, None if saved is None else _rows(saved)
+    taps = primitives.taps_of(w, live)
+    dx, dw, db = kernel.backward(problem, _rows(x), taps, bias, saved_rows, _rows(gy), wanted)
     grads = []
     derivative = functools.partial(times_derivative, activation=activation)
     gz = halo.steps(gy, saved, of=derivative)
@@ -263,7 +266,7 @@ def _backward_local(
         dx = time.mend("conv1d_input_grad", _input_grad(x, conv), dx, gz, w, own)
         grads.append(dx)
     if wanted[1]:
-        dw = dw.reshape(w.shape)
+        dw = primitives.all_taps(dw, live, w.shape[0])
         dw = time.mend("conv1d_kernel_grad", _kernel_grad(w, conv), dw, halo.steps(x), gz, own)
         grads.append(dw)
     if wanted[2]:

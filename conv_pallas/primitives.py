@@ -78,10 +78,13 @@ def _compute(
     lhs, rhs, *, platform, operation, spec, kernel_batch, precision, out_dtype, implementation
 ):
     """One device's share. Everything is local here, so axes may be merged freely."""
-    V = kernel_batch
+    V, live = kernel_batch, spec.live_taps
     out_shape = _shape_rule(lhs, rhs, operation=operation, spec=spec, kernel_batch=V)
-    if 0 in (*lhs.shape, *rhs.shape, *out_shape):
+    if 0 in (*lhs.shape, *rhs.shape, *out_shape) or not live:
         return jnp.zeros(out_shape, out_dtype)
+    if operation != "conv1d_kernel_grad":
+        rhs = taps_of(rhs, live)
+    K, spec = spec.kernel_size, spec.of_taps(live)
     kernels, N = math.prod(lhs.shape[:V]), math.prod(lhs.shape[V:-2])
     inner, outer = _group_shape(lhs, rhs, operation, spec.groups)
     problem = Problem(
@@ -107,7 +110,21 @@ def _compute(
             out = many(lhs, rhs)
         else:
             out = _run_as_groups(problem, kernels, lhs, rhs, implementation)
+    if operation == "conv1d_kernel_grad":
+        return all_taps(out.reshape(*out_shape[:-3], len(live), *out_shape[-2:]), live, K)
     return out.reshape(out_shape)
+
+
+def taps_of(w, taps: range):
+    """Those taps of a kernel ``(*V, K, C // G, O)``."""
+    return lax.slice_in_dim(w, taps.start, taps.stop, axis=w.ndim - 3)
+
+
+def all_taps(dw, taps: range, K: int):
+    """A kernel gradient of K taps, which is zero but for those."""
+    if len(taps) == K:
+        return dw
+    return jnp.pad(dw, (*[(0, 0)] * (dw.ndim - 3), (taps.start, K - taps.stop), (0, 0), (0, 0)))
 
 
 def _run_as_groups(problem: Problem, kernels: int, lhs, rhs, implementation):

@@ -92,6 +92,27 @@ class ConvSpec:
         padded = self.dilated_time + sum(self.padding)
         return _at_least_zero((padded - self.span) // self.stride + 1)
 
+    @property
+    def live_taps(self) -> range:
+        """The taps from the first through which any output sees a step of x to the last.
+
+        Those before and after see padding alone, where a dilation reaches beyond the sequence.
+        """
+        taps = range(self.kernel_size)
+        if not (isinstance(self.time, int) and isinstance(self.out_time, int)):
+            return taps  # symbols, of an export
+        # Tap k sees nothing before position ``k*D - low``, and nothing after this far from there.
+        low, reach = self.padding[0], (self.out_time - 1) * self.stride
+        starts = [k * self.kernel_dilation - low for k in taps]
+        live = [k for k in taps if -reach <= starts[k] < self.dilated_time]
+        return taps[live[0] : live[-1] + 1] if live else taps[:0]
+
+    def of_taps(self, taps: range) -> "ConvSpec":
+        """The convolution with these taps alone, which follow on each other: a part of the sum."""
+        D, (low, high) = self.kernel_dilation, self.padding
+        padding = low - taps.start * D, high - (self.kernel_size - taps.stop) * D
+        return dataclasses.replace(self, kernel_size=len(taps), padding=padding)
+
     def transposed(self) -> "ConvSpec":
         """The convolution that maps an output gradient to the input gradient.
 
@@ -223,12 +244,15 @@ def problem_of(
 ) -> Problem:
     """What each device would be given were nothing sharded or vmapped.
 
+    Its taps are those of `ConvSpec.live_taps`, unless there is none.
+
     Args:
       x, w: ``(*batch, T, C)`` and ``(K, C // G, O)``, or what has their shapes and dtypes.
       out_dtype: of y.
     """
     dtypes = map(np.dtype, lhs_rhs_out(operation, x.dtype, w.dtype, out_dtype))
     N, C, O = math.prod(x.shape[:-2]), x.shape[-1], w.shape[-1]
+    spec = spec.of_taps(spec.live_taps) if spec.live_taps else spec
     return Problem(operation, spec, N, C, O, *dtypes, precision, platform)
 
 

@@ -238,14 +238,11 @@ def forward(
     With ``around.keep`` a pair: that, and what the activation is applied to.
 
     Args:
-      w: ``(K, C, O)`` with all taps; the dead ones are left out here.
+      w: ``(K, C, O)``.
       bias: ``(O,)`` or None; added in float32, as the activation is applied in it.
       saved: like x; there, ``x * slope(saved)`` takes x's place.
     """
     (N, _, C), O, walk = x.shape, w.shape[2], plan.walk
-    if walk.taps == 0:
-        raise ValueError("no tap of this convolution sees its input")
-    w = w[walk.first : walk.first + walk.taps]
     packed = C % LANES == 0 or (pl.cdiv(walk.taps * C, chip.mxu) < walk.taps * pl.cdiv(C, chip.mxu))
     kernel = functools.partial(_forward_kernel, walk, passes, packed, around)
     operand = jnp.bfloat16 if passes == "bf16" else jnp.float32
@@ -306,7 +303,7 @@ def forward(
 
 
 def kernel_grad(
-    x, g, spec: ConvSpec, plan: Plan, passes: str, chip: Chip, *, saved=None,
+    x, g, plan: Plan, passes: str, chip: Chip, *, saved=None,
     around: Around, interpret=False,
 ):  # fmt: skip
     """``(dw, db)``, ``(K, C, O)`` and ``(O,)`` in float32, by the plan of a kernel gradient.
@@ -361,7 +358,6 @@ def kernel_grad(
         name="conv1d_dense_kernel_grad",
     )(*operands)
     dw = jnp.swapaxes(functools.reduce(jnp.add, dw), 1, 2)
-    dw = jnp.pad(dw, ((walk.first, spec.kernel_size - walk.first - walk.taps), (0, 0), (0, 0)))
     return dw, functools.reduce(jnp.add, db[0][:, 0]).sum(0) if db else None
 
 
@@ -382,7 +378,7 @@ def launch(
     passes = passes_of(problem)
     options = dict(saved=saved, around=around, interpret=interpret)
     if operation == "conv1d_kernel_grad":
-        dw, db = kernel_grad(lhs, rhs, problem.spec, plan, passes, chip, **options)
+        dw, db = kernel_grad(lhs, rhs, plan, passes, chip, **options)
         return (dw.astype(problem.out_dtype), db) if sum_bias else dw.astype(problem.out_dtype)
     if operation == "conv1d_input_grad":
         rhs = flip(rhs, 1)
@@ -390,8 +386,6 @@ def launch(
 
 
 def run(problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-    if sees_nothing(problem):
-        return jnp.zeros(problem.out_shape, problem.out_dtype)
     return launch(problem, lhs, rhs, Chip.current())
 
 

@@ -38,10 +38,9 @@ class Walk:
 
     Attributes:
       time, out_time: ``T``, or how much of it the taps see, and ``T'``.
-      low: padding before the first *live* tap.
+      low: padding before the first step.
       dilation: ``D``.
-      first, taps: the live taps ``first, ..., first + taps - 1``. The others see nothing but
-        padding, whatever the output.
+      taps: ``K``.
       rows: output steps in one step of the grid, a multiple of `TILE_ROWS`.
       mirrored: the walk goes from the last block to the first, and what came before lies
         after block j in the window. So is it where all padding follows the last step, as in the
@@ -52,26 +51,19 @@ class Walk:
     out_time: int
     low: int
     dilation: int
-    first: int
     taps: int
     rows: int
     mirrored: bool = False
 
     @classmethod
     def of(cls, spec: ConvSpec, rows: int) -> "Walk":
-        live = [
-            k
-            for k in range(spec.kernel_size)
-            if -spec.out_time < k * spec.kernel_dilation - spec.padding[0] < spec.time
-        ]
-        first = live[0] if live else 0
-        low, halo = spec.padding[0] - first * spec.kernel_dilation, len(live) - 1
-        halo *= spec.kernel_dilation
+        low, halo = spec.padding[0], spec.span - 1
         mirrored = low == 0 < halo <= rows and spec.time == spec.out_time
         # What a negative padding crops off no tap sees: in a gradient of the kernel it would meet
         # zeros beyond the last step of g, and may be NaN.
         time = min(spec.time, spec.out_time + halo - low)
-        return cls(time, spec.out_time, low, spec.kernel_dilation, first, len(live), rows, mirrored)
+        D, K = spec.kernel_dilation, spec.kernel_size
+        return cls(time, spec.out_time, low, D, K, rows, mirrored)
 
     @property
     def halo(self) -> int:
@@ -117,7 +109,7 @@ class Walk:
         return self.ahead >= 0 and (last + 1) * self.rows <= self.time
 
     def offset(self, k: int) -> int:
-        """The first row of the window that live tap ``k`` reads."""
+        """The first row of the window that tap ``k`` reads."""
         if self.mirrored:
             return k * self.dilation
         return self.history - self.reach + k * self.dilation
@@ -249,7 +241,7 @@ class Chip:
 
 def sees_nothing(problem: Problem) -> bool:
     """Whether there is nothing but padding under every tap, or nothing at all to compute."""
-    return 0 in problem.out_shape or Walk.of(problem.spec, LANES).taps == 0
+    return 0 in problem.out_shape or not problem.spec.live_taps
 
 
 OPERANDS = (np.dtype(jnp.bfloat16), np.dtype(np.float32))

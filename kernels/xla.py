@@ -12,11 +12,9 @@ measurements, are in `xla_cpu.py`. On other platforms they come from what XLA co
 without the device; nothing was timed there.
 """
 
-import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from conv_pallas.kernels import Kernel, xla_cpu, xla_native
@@ -26,9 +24,7 @@ from conv_pallas.kernels.xla_formulations import (
     Formulation,
     cropped,
     flip,
-    live_taps,
     numbers_of,
-    some_taps,
 )
 from conv_pallas.kernels.xla_pieces import UNROLLED, in_taps
 from conv_pallas.spec import Problem
@@ -55,7 +51,6 @@ DESCRIPTIONS = {
 
 def choose(problem: Problem) -> str:
     """The name of the formulation to take, of `FORWARD` or `KERNEL_GRAD`, or "transposed"."""
-    problem, _ = _of_live_taps(problem)
     if problem.platform == "cpu":
         return xla_cpu.choose(problem)
     if problem.platform == "tpu":
@@ -157,21 +152,9 @@ def run_as(name: str, problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.A
     return formulation(lhs, rhs, spec, numbers).astype(problem.out_dtype)
 
 
-def _of_live_taps(problem: Problem) -> tuple[Problem, int]:
-    """The same without the taps that see padding alone, and which tap is then the first."""
-    first, count = live_taps(problem.spec)
-    if count == problem.spec.kernel_size:
-        return problem, 0
-    return dataclasses.replace(problem, spec=some_taps(problem.spec, first, count)), first
-
-
 def run(problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
     """The operation of ``problem`` by the formulation that `choose` names."""
-    name, whole = choose(problem), problem.spec.kernel_size
-    problem, first = _of_live_taps(problem)
-    rest = whole - first - problem.spec.kernel_size
-    if problem.operation != "conv1d_kernel_grad":
-        rhs = lax.slice_in_dim(rhs, first, whole - rest)
+    name = choose(problem)
     if problem.platform == "cpu":
         # What a gradient reads has to be in memory. Else XLA computes it anew in what cuts and
         # transposes it: of a residual network all blocks before, in every block.
@@ -185,8 +168,6 @@ def run(problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         # element by element, which takes several times as long. Bias and activation lose next to
         # nothing by it.
         out = lax.optimization_barrier(out)
-    if problem.operation == "conv1d_kernel_grad" and first + rest > 0:
-        out = jnp.pad(out, ((first, rest), (0, 0), (0, 0)))
     return out
 
 
@@ -195,8 +176,7 @@ def many(problem: Problem):
 
     Mapped, most formulations would run as the dense case that they no longer are.
     """
-    problem, first = _of_live_taps(problem)
-    name = xla_cpu.many(problem) if problem.platform == "cpu" and first == 0 else None
+    name = xla_cpu.many(problem) if problem.platform == "cpu" else None
     return name and jax.vmap(functools.partial(run_as, name, problem))
 
 

@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from conv_pallas.kernels.xla_formulations import Formulation, numbers_of, some_taps
+from conv_pallas.kernels.xla_formulations import Formulation, numbers_of
 from conv_pallas.kernels.xla_pieces import UNROLLED, in_pieces, in_steps, in_taps
 from conv_pallas.kernels.xla_winograd import share
 from conv_pallas.spec import ConvSpec, Problem
@@ -359,7 +359,7 @@ def kernel_grad(problem: Problem) -> str:
     causal = spec.input_dilation == 1 and spec.padding == (spec.span - 1, 0)
     if G > 1:
         if K > UNROLLED:
-            problem = dataclasses.replace(problem, spec=some_taps(spec, 0, AT_ONCE))
+            problem = dataclasses.replace(problem, spec=spec.of_taps(range(AT_ONCE)))
         return _grouped_kernel_grad(problem)
     if K > UNROLLED:
         return "padded" if causal else "canonical"

@@ -65,27 +65,6 @@ def pad(x: jax.Array, spec: ConvSpec) -> jax.Array:
     )
 
 
-def some_taps(spec: ConvSpec, first: int, count: int) -> ConvSpec:
-    """The same outputs, of which ``count`` taps from the ``first`` on make a part."""
-    D, (low, high) = spec.kernel_dilation, spec.padding
-    after = spec.kernel_size - first - count
-    return dataclasses.replace(spec, kernel_size=count, padding=(low - first * D, high - after * D))
-
-
-def live_taps(spec: ConvSpec) -> tuple[int, int]:
-    """The first tap through which any output sees a step, and how many there are from it on.
-
-    At least one. All others see padding alone, where a dilation reaches beyond the sequence.
-    """
-    K, D, low = spec.kernel_size, spec.kernel_dilation, spec.padding[0]
-    if not isinstance(spec.time, int):  # an export's symbol
-        return 0, K
-    # Tap k's last output sees position ``(U - 1) * S + k * D - low``, its first ``k * D - low``.
-    first = min(K - 1, max(0, -(((spec.out_time - 1) * spec.stride - low) // D)))
-    end = min(K, -(-(spec.dilated_time + low) // D))
-    return first, max(1, end - first)
-
-
 def cropped(x: jax.Array, spec: ConvSpec) -> tuple[jax.Array, ConvSpec]:
     """x without the first steps that a negative padding crops off, where there is padding after it.
 
@@ -262,13 +241,13 @@ def blocks(x, w, spec, numbers):
     a = math.isqrt(K)
     b = K // a
     rest = K - a * b
-    first = dataclasses.replace(some_taps(spec, 0, a * b), kernel_size=a, stride=1)
+    first = dataclasses.replace(spec.of_taps(range(a * b)), kernel_size=a, stride=1)
     many = w[: a * b].reshape(b, a, c, G, O // G).transpose(1, 2, 3, 0, 4)
     products = im2col(x, many.reshape(a, c, G * b * (O // G)), first, numbers)
     N, T, _ = products.shape
     products = products.reshape(N, T, G, b, O // G)
     length = (spec.out_time - 1) * spec.stride + 1
-    y = im2col(x, w[a * b :], some_taps(spec, a * b, rest), numbers) if rest else None
+    y = im2col(x, w[a * b :], spec.of_taps(range(a * b, K)), numbers) if rest else None
     for j in range(b):
         product = products[:, :, :, j].reshape(N, T, O)
         start = j * a * D

@@ -11,7 +11,7 @@ import functools
 import jax.numpy as jnp
 from jax import lax
 
-from conv_pallas.kernels.xla_formulations import Formulation, pad, some_steps, some_taps
+from conv_pallas.kernels.xla_formulations import Formulation, pad, some_steps
 
 # The most taps that are written out one by one; beyond, compiling takes longer than it saves.
 UNROLLED = 64
@@ -129,9 +129,9 @@ def in_taps(
 
     def each_alone(x, other, spec, numbers):
         def part(x, k):
-            count = min(n, spec.kernel_size - k)
-            w = other if sums else other[k : k + count]
-            return formulation(x, w, some_taps(spec, k, count), numbers).astype(numbers.acc)
+            taps = range(k, min(k + n, spec.kernel_size))
+            w = other if sums else other[taps.start : taps.stop]
+            return formulation(x, w, spec.of_taps(taps), numbers).astype(numbers.acc)
 
         fs = [functools.partial(part, k=k) for k in range(0, spec.kernel_size, n)]
         return _in_turn([(x, f) for f in fs], not sums, 0)
@@ -142,7 +142,7 @@ def in_taps(
         padded = pad(x, spec)
         reach = (n - 1) * D + (spec.out_time - 1) * spec.stride + 1
         one = dataclasses.replace(spec, time=reach, kernel_size=n, padding=(0, 0), input_dilation=1)
-        last = some_taps(spec, K - rest, rest) if rest else None
+        last = spec.of_taps(range(K - rest, K)) if rest else None
         seen = lambda j: lax.dynamic_slice_in_dim(padded, j * (n * D), reach, axis=1)  # noqa: E731
         if sums:
             each = lambda j: formulation(seen(j), other, one, numbers).astype(numbers.acc)  # noqa: E731

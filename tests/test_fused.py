@@ -48,12 +48,17 @@ class Toy:
 
     def run(self, problem, lhs, rhs):
         self.calls.append(problem.operation)
+        self.sees(problem)
         return xla.run(problem, lhs, rhs)
 
+    def sees(self, problem):
+        assert len(problem.spec.live_taps) == problem.spec.kernel_size
+
     def fused(self, problem, x, w, bias):
+        self.sees(problem)
         self.calls.append(("fused", problem.epilogue.activation))
         assert problem.epilogue.bias == (bias is not None)
-        assert x.shape == problem.x_shape
+        assert (x.shape, w.shape) == (problem.x_shape, problem.w_shape)
         z = xla.run(problem, x, w)
         z = z if bias is None else z + bias[None, None]
         if problem.epilogue.activation is None:
@@ -62,6 +67,8 @@ class Toy:
         return (y, z) if problem.epilogue.keep else y
 
     def backward(self, problem, x, w, bias, saved, gy, wanted):
+        self.sees(problem)
+        assert w.shape == problem.w_shape
         self.calls.append(("backward", wanted, None if saved is None else saved.shape))
         assert gy.shape == problem.y_shape
         epilogue = problem.epilogue
@@ -372,6 +379,42 @@ def test_on_an_explicit_mesh_with_operands_that_lie_nowhere():
     np.testing.assert_allclose(alone, conv1d(x, w, b, activation="silu"), rtol=1e-5, atol=1e-5)
     want = jax.grad(lambda b: jnp.sum(conv1d(x, w, b, activation="silu")))(b)
     np.testing.assert_allclose(grad, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("padding", ["CAUSAL", "SAME", [(3, 21)]], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_no_kernel_is_given_a_tap_that_sees_padding_alone(bias, padding, monkeypatch):
+    """Where the dilation reaches beyond the sequence; `Toy` looks at each problem."""
+    toy = Toy(monkeypatch)
+    case = dataclasses.replace(CASE, T=7, K=5, D=4, padding=padding)
+    operands = _arrays(case)[: 3 if bias else 2]
+    live = {"CAUSAL": 2, "SAME": 3, "[(3, 21)]": 3}[str(padding)]
+    assert len(case.spec.live_taps) == live < case.K
+    activation = "silu" if bias else None  # fused or not
+
+    which = tuple(range(len(operands)))
+    got = jax.value_and_grad(_loss(activation, "toy", case), which)(*operands)
+
+    assert bool(toy.calls) and bias == (toy.calls[0] == ("fused", None))
+    want = jax.value_and_grad(_by_jax(activation, case), which)(*operands)
+    for actual, expected in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+    told = explain(*operands[:2], **case.geometry, platform="tpu")
+    assert f", {live} taps, " in str(told)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_no_tap_that_sees_a_step(bias, monkeypatch):
+    toy = Toy(monkeypatch)
+    case = dataclasses.replace(CASE, T=3, K=2, D=2, padding=[(9, -4)])
+    operands = _arrays(case)[: 3 if bias else 2]
+    activation, which = "silu" if bias else None, tuple(range(len(operands)))
+    got = jax.value_and_grad(_loss(activation, "toy", case), which)(*operands)
+    want = jax.value_and_grad(_by_jax(activation, case), which)(*operands)
+    for actual, expected in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+    assert not toy.calls
+    explain(*operands[:2], **case.geometry, platform="tpu")
 
 
 def test_nothing_to_compute(monkeypatch):

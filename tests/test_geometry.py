@@ -95,3 +95,18 @@ def test_transposed(case: Case):
         assert 0 <= leftover < spec.stride
         high = spec.padding[1] - leftover
         assert again == dataclasses.replace(spec, padding=(spec.padding[0], high))
+
+
+@hypothesis.given(st.data())
+def test_live_taps_are_those_that_see_a_step(data):
+    integers = lambda least, most: data.draw(st.integers(least, most))  # noqa: E731
+    T, K, S, D, E = (integers(1, most) for most in (9, 6, 4, 7, 4))
+    spec = ConvSpec(T, K, S, (integers(-6, 30), integers(-6, 30)), D, E)
+    hypothesis.assume(spec.out_time > 0)
+    sees = lambda k, u: 0 <= u * S + k * D - spec.padding[0] < spec.dilated_time  # noqa: E731
+    live = {k for k in range(K) if any(sees(k, u) for u in range(spec.out_time))}
+    assert live <= set(spec.live_taps) <= set(range(K))
+    if S == 1:  # with a stride a tap may step over all of x
+        assert live == set(spec.live_taps)
+    if spec.live_taps:
+        assert spec.of_taps(spec.live_taps).out_time == spec.out_time
