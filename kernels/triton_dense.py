@@ -7,7 +7,8 @@ Kernel grad:   dw[k, c, o] = sum over n, u of  x[n, u*S + k*D - low, c] * g[n, u
 Each is a matmul of ``2 N T' K C O / G`` operations whose left side, an unfolded x, is never
 written: the tile for tap k is a tile of x that starts ``k*D - low`` steps on. It may start
 before time 0. The copy engine (TMA) of Hopper and newer reads zeros there, so padding costs
-nothing; where it can't be used, pointers do the same with a mask.
+nothing; where it can't be used, pointers do the same with a mask. A tile of zeros alone is left
+out, with its products: a quarter of a causal layer's where K = 3 and D = T / 4.
 
 Bytes: x, w and y once each from memory if the L2 cache does its part: the K reads of an x tile,
 and the O/BO reads of a strip of x, are by programs that run at nearly the same time (tiles of O
@@ -259,7 +260,7 @@ def kernel_grad(
         conv_dense_kernel_grad,
         xt if tma_x else x, gt if tma_g else gy,
         gy if saved is None else saved,  # a pointer that is not read
-        T, U, J, N, spec.kernel_dilation, spec.padding[0], per_split, splits,
+        T, U, J, N, spec.kernel_dilation, spec.padding[0], splits,
         out=jax.ShapeDtypeStruct(
             (splits, K * c + bias, O), out_dtype if narrow else np.dtype(np.float32)
         ),

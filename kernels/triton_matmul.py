@@ -8,6 +8,26 @@ from conv_pallas.kernels.triton_common import first_output, first_tap, offsets, 
 
 
 @triton.jit
+def _live(start, apart, reach, T, count, AT_MOST: tl.constexpr):
+    """Which of ``count`` tiles of x hold any of its T steps: the first, and the one after the last.
+
+    The first begins at step ``start``, each other one ``apart`` steps after the one before; the
+    last step of a tile is ``reach`` after its first. The others are padding: products with zeros,
+    half of them where the field of a layer is as long as its sequence.
+    """
+    if AT_MOST <= 16:  # a program waits for this, and a division takes longer than counting
+        first = 0
+        end = 0
+        for i in tl.static_range(AT_MOST):
+            first += (start + i * apart + reach < 0).to(tl.int32)
+            end += (start + i * apart < T).to(tl.int32)
+    else:
+        first = tl.cdiv(tl.maximum(-(start + reach), 0), apart)
+        end = tl.cdiv(tl.maximum(T - start, 0), apart)
+    return first, tl.minimum(count, end)
+
+
+@triton.jit
 def conv_dense(
     x, w, bias, saved, T, J, U, D, LOW, y, z,
     C: tl.constexpr, O: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
@@ -48,6 +68,11 @@ def conv_dense(
     if HAS_BIAS:  # on its way while the tiles are; no compiler moves it up past the loop's barriers
         b = tl.load(bias + g * O + o, o < O, 0.0)
     acc = tl.zeros((BT, BO), tl.float32)
+    if GRAD_OF is None:  # else ptxas would let each product wait for the one before (its C7515)
+        earliest = (a * S + k0 * D - LOW) // E + j0 * ROW_STEP
+        first, end = _live(earliest, D * TAP_STEP // E, (BT - 1) * ROW_STEP, T, taps, K)
+        k0 += first * TAP_STEP
+        taps = end - first
     for i in tl.range(taps * TILES_C):
         k = k0 + i // TILES_C * TAP_STEP
         c0 = i % TILES_C * BC
@@ -135,7 +160,7 @@ def _gradient_tile(
 
 @triton.jit
 def conv_dense_kernel_grad(
-    x, gy, saved, T, U, J, N, D, LOW, BLOCKS, SPLITS, out,
+    x, gy, saved, T, U, J, N, D, LOW, SPLITS, out,
     C: tl.constexpr, O: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
     S: tl.constexpr, E: tl.constexpr, PHASES: tl.constexpr, ROW_STEP: tl.constexpr,
     TMA_X: tl.constexpr, TMA_G: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
@@ -143,7 +168,7 @@ def conv_dense_kernel_grad(
     BIAS: tl.constexpr, GRAD_OF: tl.constexpr,
     BU: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
-    """One tile ``(BC, BO)`` of dw[k], or ``BO`` channels of db, summed over BLOCKS tiles of (n, u).
+    """One tile ``(BC, BO)`` of dw[k], or ``BO`` channels of db, a part of the sum over (n, u).
 
     A tap is the fastest index of the grid: the K programs beside each other read the same
     tiles of gy, and tiles of x that overlap or lie near. With BIAS one more program beside them
@@ -193,15 +218,16 @@ def conv_dense_kernel_grad(
     # Tap k meets gy at u0, u0 + PHASES, ..., and x there at t0, t0 + ROW_STEP, ...
     u0 = first_output(k, D, LOW, S, E, PHASES)
     t0 = (u0 * S + k * D - LOW) // E
-    per_sample = J // BU if TAIL else tl.cdiv(J, BU)
-    first = split * BLOCKS
-    last = tl.minimum(first + BLOCKS, N * per_sample)
     met = (u0 >= 0) & (item < K * TILES_C)
-    last = tl.where(met, last, first)
+    whole = J // BU if TAIL else tl.cdiv(J, BU)
+    begin, end = _live(t0, BU * ROW_STEP, (BU - 1) * ROW_STEP, T, whole, 17)
+    per_sample = tl.maximum(end - begin, 1)
+    blocks = tl.where(met, N * tl.maximum(end - begin, 0), 0)
+    share = tl.cdiv(blocks, SPLITS)
     acc = tl.zeros((BC, BO), tl.float32)
-    for i in tl.range(first, last):
+    for i in tl.range(split * share, tl.minimum((split + 1) * share, blocks)):
         n = i // per_sample
-        j0 = i % per_sample * BU
+        j0 = (begin + i % per_sample) * BU
         t1, u1 = t0 + j0 * ROW_STEP, u0 + j0 * PHASES
         if TMA_X:
             xb = x.load([n, t1, g * C + c0]).reshape(BU, BC)

@@ -37,6 +37,19 @@ def pytest_configure():
         )
 
 
+@pytest.fixture(scope="module")
+def hardly_optimized():
+    """For modules about whole networks, where a third of the time would be LLVM's.
+
+    What XLA's optimizations make of each operation, the others show.
+    """
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def pytest_make_parametrize_id(val):
     """A function by its name: its address differs from one worker to the next."""
     if callable(val) and not isinstance(val, type):

@@ -15,6 +15,8 @@ from conv_pallas.nn import TCN, Conv, TemporalBlock
 from tests.streams import numbers
 from tests.support import collectives, compiled_quickly, sent, tree_close
 
+pytestmark = pytest.mark.usefixtures("hardly_optimized")
+
 SHORT, LONG = numbers(2, 24, 4), numbers(2, 160, 4)
 W, BIAS = numbers(3, 4, 6, seed=1), numbers(6, seed=2)
 

@@ -10,6 +10,8 @@ from conv_pallas import conv1d, explain
 from conv_pallas.nn import Conv
 from tests.streams import model_of, numbers
 
+pytestmark = pytest.mark.usefixtures("hardly_optimized")
+
 LENGTHS = (4, 1, 7)  # packed in one row
 IDS = jnp.repeat(jnp.asarray([3, 0, 3]), jnp.asarray(LENGTHS))  # the same id again is another
 PIECES = [slice(0, 4), slice(4, 5), slice(5, 12)]

@@ -10,6 +10,8 @@ from conv_pallas import convs_saveable
 from conv_pallas.nn import TCN, Conv, TemporalBlock
 from tests.support import primitives_of
 
+pytestmark = pytest.mark.usefixtures("hardly_optimized")
+
 
 def network(seed=0, dropout=0.0, **kwargs):
     """Three blocks; without dropout, whose random bits take most of the time to compile."""

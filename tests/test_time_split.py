@@ -15,6 +15,8 @@ from conv_pallas import conv1d
 from tests.streams import model_of, numbers
 from tests.support import collectives, compiled_quickly, gathered_sizes, tree_close
 
+pytestmark = pytest.mark.usefixtures("hardly_optimized")
+
 X, W, BIAS = numbers(4, 48, 8), numbers(3, 8, 6, seed=1), numbers(6, seed=2)
 DEPTHWISE = numbers(3, 1, 8, seed=1)
 # Three sequences to a row, which begin in the midst of a device's part and at its edge.

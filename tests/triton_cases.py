@@ -39,6 +39,7 @@ OWN = {"resident": (64, 64, 64, 4, 3, 1), "taps_tuned": (4, 16, 5, 1)}
 
 NAMES = (
     *(fused.name for fused in FUSED), "unmet_dense", "unmet_depthwise", "unmet_taps",
+    "padding",
     "rounding", "extremes", "far_dense", "far_strided", "far_walked", "far_taps",
     *(case.name for case in EXTRA if case.name != "resident_long"),
     "dense", "wide", "ragged", "grouped", "grouped_narrowing", "depthwise", "depthwise_dilated",

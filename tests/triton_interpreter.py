@@ -294,6 +294,33 @@ def run_unmet(name: str, capability: int) -> None:
     assert np.isfinite(np.asarray(dw, float)).all()
 
 
+def run_padding(K: int, D: int, capability: int) -> None:
+    """A tile under which a tap sees padding alone is not multiplied with that tap."""
+    from conv_pallas import dispatch
+
+    triton_compat.compute_capability = lambda: capability
+    case = Case("padding", batch=(2,), T=400, C=16, O=16, K=K, D=D, dtype="bfloat16")
+    x, w, g = case.arrays()
+    rows, field = 64, case.spec.span - 1
+    w[0] = np.nan  # zero times NaN is NaN
+
+    def runs(operation, lhs, rhs):
+        problem = case.problem(operation, "cuda")
+        return np.asarray(dispatch.select(problem, ("triton",)).run(problem, lhs, rhs), float)
+
+    y = runs("conv1d", x, w)
+    reached = np.arange(case.T) >= field // rows * rows
+    np.testing.assert_array_equal(np.isnan(y).all((0, 2)), reached)
+    np.testing.assert_array_equal(np.isfinite(y).all((0, 2)), ~reached)
+    dx = runs("conv1d_input_grad", g, w)
+    reached = np.arange(case.T) < math.ceil((case.T - field) / rows) * rows
+    np.testing.assert_array_equal(np.isnan(dx).all((0, 2)), reached)
+    np.testing.assert_array_equal(np.isfinite(dx).all((0, 2)), ~reached)
+    g[:, : field // rows * rows] = np.nan
+    dw = runs("conv1d_kernel_grad", x, g)
+    assert np.isfinite(dw[0]).all() and np.isnan(dw[-1]).all()
+
+
 def run_far(name: str) -> None:
     """Offsets beyond 2**31 elements, in a program at the far end of arrays that large."""
     from conv_pallas import dispatch
@@ -398,6 +425,12 @@ def main(names: list[str]) -> int:
             }
         elif name.startswith("far_"):
             runs = {name: functools.partial(run_far, name)}
+        elif name == "padding":
+            runs = {
+                f"{name} K={K} sm_{c}": functools.partial(run_padding, K, D, c)
+                for K, D in ((3, 128), (20, 16))
+                for c in (80, 90)
+            }
         elif name.startswith("unmet_"):
             runs = {name: functools.partial(run_unmet, name, 90)}
         else:
