@@ -22,6 +22,7 @@ import jax
 
 from conv_pallas import _measure
 from conv_pallas.ops import conv1d
+from conv_pallas.spec import make_spec
 
 # Rows, columns, depth, warps, stages, and programs that stay: `kernels.triton_config.Config`.
 DENSE_TILES = (
@@ -47,6 +48,8 @@ TAPS_TILES = (
     (2, 128, 16, 4), (1, 256, 16, 4), (4, 64, 22, 4), (2, 128, 17, 4), (4, 64, 11, 4),
     (8, 64, 11, 8), (8, 128, 11, 8), (8, 64, 12, 8), (4, 128, 11, 8),
 )  # fmt: skip
+# Arguments of `conv1d` that say which convolution it is.
+SPEC = {"strides", "padding", "input_dilation", "kernel_dilation", "feature_group_count"}
 # The heuristic stays where nothing beats it by more than this.
 CLEARLY = 0.98
 # Three rounds of some thirty tiles tell those that are close, and the rest is theirs: a winner of
@@ -131,7 +134,9 @@ def _programs(x, kernel, geometry):
         for key, a in zip(keys, (x, kernel, shape), strict=True)
     ]
     depthwise = geometry.get("feature_group_count", 1) == x.shape[-1] > 1
-    walked = depthwise and kernel.shape[0] <= triton_depthwise_walk.TAPS
+    only_spec = {name: geometry[name] for name in geometry.keys() & SPEC}
+    taps = make_spec(x.shape, kernel.shape, **only_spec)[0].live_taps
+    walked = depthwise and len(taps) <= triton_depthwise_walk.TAPS
     operations = 2 * math.prod(shape.shape[:-1]) * math.prod(kernel.shape)
     runs = _measure.runs_in_a_call(operations, sum(a.nbytes for a in arrays))
     x, w, g = arrays

@@ -14,6 +14,7 @@ from conv_pallas.kernels import triton_compat
 from conv_pallas.spec import ConvSpec, Problem
 
 SUPPORTED = ("bfloat16", "float16", "float32")
+MOST_SPLITS = 512  # partial sums of a kernel gradient
 
 
 @triton.jit
@@ -119,7 +120,7 @@ def most_programs(problem: Problem) -> int:
     for direction in (spec, spec.transposed()):
         phases = Phases.of(direction).phases
         steps = max(steps, phases * triton.cdiv(direction.out_time, 16 * phases))
-    return G * max(problem.N * steps * max(c, o), 512 * spec.kernel_size * c * o)
+    return G * max(problem.N * steps * max(c, o), MOST_SPLITS * spec.kernel_size * c * o)
 
 
 def dot_precision(problem: Problem) -> str | None:

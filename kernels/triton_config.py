@@ -8,7 +8,7 @@ import triton
 
 from conv_pallas.kernels import triton_compat
 from conv_pallas.kernels import triton_tuned as tuned
-from conv_pallas.kernels.triton_common import Phases
+from conv_pallas.kernels.triton_common import MOST_SPLITS, Phases
 from conv_pallas.kernels.triton_compat import PROCESSORS
 
 # Of a processor of Hopper or data-centre Blackwell; each program costs 1 KiB on top of its own.
@@ -135,4 +135,4 @@ def choose_splits(
         rounds = math.ceil(tiles * splits / (together * PROCESSORS))
         return rounds * math.ceil(blocks / splits) * block_seconds + splits * partial_seconds
 
-    return min(range(1, min(blocks, 128) + 1), key=seconds)
+    return min(range(1, min(blocks, MOST_SPLITS) + 1), key=seconds)

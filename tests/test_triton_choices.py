@@ -95,10 +95,15 @@ def test_all_of_a_quartznet_slides_through_registers(layer, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "C, T, dtype, together",
-    [(512, 4096, "bfloat16", 1), (64, 65536, "bfloat16", 3), (256, 4096, "float32", 2)],
+    "C, K, T, dtype, together",
+    [
+        (512, 3, 4096, "bfloat16", 1),
+        (64, 3, 65536, "bfloat16", 3),
+        (64, 1, 65536, "bfloat16", 3),
+        (256, 3, 4096, "float32", 2),
+    ],
 )
-def test_a_kernel_gradient_fills_the_chip(C, T, dtype, together, monkeypatch):
+def test_a_kernel_gradient_fills_the_chip(C, K, T, dtype, together, monkeypatch):
     """With as many programs as share a processor; and none begins when the others end."""
     seen = []
 
@@ -107,7 +112,7 @@ def test_a_kernel_gradient_fills_the_chip(C, T, dtype, together, monkeypatch):
         return np.zeros(out.shape, out.dtype)
 
     monkeypatch.setattr(triton_dense.triton_compat, "call", call)
-    case = Case("layer", batch=(8,), T=T, C=C, O=C, dtype=dtype)
+    case = Case("layer", batch=(8,), T=T, C=C, O=C, K=K, dtype=dtype)
     x, _, g = (jax.ShapeDtypeStruct(s, dtype) for s in (case.x_shape, (1,), case.out_shape))
     triton_dense.run(case.problem("conv1d_kernel_grad", "cuda"), x, g)
     rounds = seen[0] / (together * PROCESSORS)

@@ -166,6 +166,14 @@ def test_a_processor_has_two_programs_of_four_warps():
         assert at_once * warps >= 8, (rows, columns, depth, warps, stages)
 
 
+@pytest.mark.parametrize("T, backward", [(40, 1), (400, 2)])
+def test_taps_that_see_padding_alone_are_not_tuned(T, backward):
+    """Of 12 taps two see any of 40 steps: so few have one kernel for the whole backward pass."""
+    x, w = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((1, T, 8), (12, 1, 8)))
+    geometry = dict(feature_group_count=8, kernel_dilation=30, precision="highest")
+    assert len(list(tuning._programs(x, w, geometry))) == 1 + backward
+
+
 def test_tune_needs_a_gpu():
     x, w = jnp.ones((2, 8, 4)), jnp.ones((3, 4, 4))
     with pytest.raises(RuntimeError, match="tune needs an NVIDIA GPU, and JAX runs on cpu"):
