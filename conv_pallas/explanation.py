@@ -11,8 +11,7 @@ from jax._src.lax import lax as lax_internal
 from conv_pallas import dispatch, segments
 from conv_pallas.dispatch import Implementation
 from conv_pallas.ops import (
-    activation_function,
-    check_bias,
+    conv1d,
     is_stock,
     lax_reason,
     problem_of,
@@ -147,26 +146,27 @@ def explain(
             f"explain takes x and kernel, or a model or a function and its input, "
             f"got {type(x).__module__}.{type(x).__name__} and {type(kernel).__name__}"
         )
-    activation_function(activation)
-    chain = dispatch.canonicalize(implementation)
-    dtype = promoted_dtype(x, kernel, *([] if bias is None else [bias]))
-    if mask is not None:  # that is all: zeros of x change nothing
-        jax.eval_shape(functools.partial(segments.check_mask, shape=x.shape[:-1]), mask)
-    note = lax_reason(dtype, max(1, len(kernel.shape) - 2))  # of fewer `make_spec` complains
-    if note is None and is_stock(chain):
-        note = "xla_native: jax.lax.conv_general_dilated as nnx.Conv calls it"
-    if note:
-        return Explanation(platform, {}, {}, note)
-    spec, mode = make_spec(
-        x.shape,
-        kernel.shape,
+    geometry = dict(
         strides=strides,
         padding=padding,
         input_dilation=input_dilation,
         kernel_dilation=kernel_dilation,
         feature_group_count=feature_group_count,
     )
-    check_bias(bias, kernel)
+    if len(kernel.shape) <= 3:
+        # What conv1d refuses is refused here; but the mesh of out_sharding need not be at hand.
+        numbers = dict(precision=precision, preferred_element_type=preferred_element_type)
+        more = dict(activation=activation, implementation=implementation)
+        call = functools.partial(conv1d, **geometry, **numbers, **more)
+        jax.eval_shape(call, x, kernel, bias, mask=mask, segment_ids=segment_ids)
+    chain = dispatch.canonicalize(implementation)
+    dtype = promoted_dtype(x, kernel, *([] if bias is None else [bias]))
+    note = lax_reason(dtype, len(kernel.shape) - 2)
+    if note is None and is_stock(chain):
+        note = "xla_native: jax.lax.conv_general_dilated as nnx.Conv calls it"
+    if note:
+        return Explanation(platform, {}, {}, note)
+    spec, mode = make_spec(x.shape, kernel.shape, **geometry)
     x, w = (jax.ShapeDtypeStruct(a.shape, dtype) for a in (x, kernel))
     if segment_ids is not None:
         separate = functools.partial(segments.separate, spec=spec, mode=mode)

@@ -233,10 +233,11 @@ BAD_CALLS = {
 
 
 @pytest.mark.parametrize("name", BAD_CALLS)
+@pytest.mark.parametrize("implementation", [None, "xla_native"])
 @pytest.mark.parametrize("function", [conv1d, explain], ids=["conv1d", "explain"])
-def test_function(name, function):
+def test_function(name, function, implementation):
     arguments, exception, words = BAD_CALLS[name]
-    arguments = dict(arguments)
+    arguments = dict(implementation=implementation) | arguments
     operands = [X, *(
         jax.ShapeDtypeStruct(arguments.pop(n, default), jnp.float32)
         for n, default in (("kernel", (3, 4, 6)), ("bias", (6,)))
