@@ -26,7 +26,7 @@ from benchmarks import layers, stored
 from conv_pallas import _measure
 from conv_pallas._layers import Layer, select
 from conv_pallas.explanation import default_platform
-from conv_pallas.kernels import xla
+from conv_pallas.kernels import xla, xla_cpu
 from conv_pallas.kernels.xla_formulations import FORWARD, KERNEL_GRAD
 from conv_pallas.kernels.xla_pieces import UNROLLED
 from conv_pallas.spec import OPERATIONS, Problem
@@ -152,6 +152,21 @@ CASES = (
     (4, 2000, 32, 1, 16, 1, 4),
     (4, 500, 768, 768, 3, 1, 2, 64),
 )
+# Of padding a good part: dilations that are not far from the sequence's length.
+DEEP = (
+    (32, 600, 30, 30, 8, 64),
+    (32, 400, 30, 30, 7, 32),
+    (64, 784, 25, 25, 7, 128),
+    (8, 1000, 64, 64, 3, 128),
+    (8, 1000, 64, 64, 3, 256),
+    (8, 1000, 64, 64, 5, 64),
+    (8, 1000, 64, 64, 7, 128),
+    (4, 1000, 64, 64, 15, 64),
+    (8, 1000, 128, 128, 2, 256),
+    (8, 1000, 128, 128, 2, 512),
+    (8, 1000, 128, 128, 3, 256),
+    (2, 1000, 512, 512, 3, 256),
+)
 # Padding that nnx.Conv leaves to the convolution.
 SAME = (
     (1, 1024, 128, 128, 7, 3),
@@ -162,6 +177,8 @@ SAME = (
     (1, 3750, 32, 32, 21, 10),
     (1, 7500, 15, 15, 51, 8),
     (1, 100000, 15, 15, 51, 8),
+    (8, 1000, 64, 64, 3, 512),
+    (8, 1000, 64, 64, 5, 128),
 )
 BFLOAT16 = (
     (32, 64, 25, 25, 7, 2),
@@ -188,6 +205,8 @@ BFLOAT16 = (
     (4, 512, 128, 128, 3, 4, 1, 32),
     (8, 1000, 16, 8, 7),
     (8, 500, 64, 64, 3, 1, 2, 8),
+    (8, 1000, 64, 64, 3, 256),
+    (8, 500, 64, 64, 5, 100),
 )
 FLOAT16 = (
     (4, 1000, 128, 128, 3, 2),
@@ -200,7 +219,7 @@ QUICK = ((2, 64, 8, 8, 3, 2), (2, 64, 8, 8, 3, 2, 1, 8), (2, 64, 8, 8, 3, 1, 1, 
 
 def sweep(quick: bool = False) -> Iterator[Layer]:
     for more, cases in (
-        ({}, QUICK if quick else CASES),
+        ({}, QUICK if quick else (*CASES, *DEEP)),
         ({"padding": "SAME"}, () if quick else SAME),
         ({"dtype": "bfloat16"}, () if quick else BFLOAT16),
         ({"dtype": "float16"}, () if quick else FLOAT16),
@@ -241,9 +260,10 @@ def candidates(problem: Problem, stock: str) -> list[str]:
         "fold": spec.kernel_dilation > 1 and spec.stride == 1,
         "winograd": spec.groups == spec.stride == spec.input_dilation == 1 < spec.kernel_size,
         "barrier": problem.platform != "cpu",
+        "parts": problem.platform == "cpu" and len(xla_cpu.pieces(problem)[0]) > 1,
     }
     table = KERNEL_GRAD if problem.operation == "conv1d_kernel_grad" else FORWARD
-    names = [stock, *(name for name in table if name != stock and worth.get(name, True))]
+    names = [stock, *(n for n in (*table, "parts") if n != stock and worth.get(n, True))]
     transposed = problem.operation == "conv1d_input_grad" and problem.platform != "cpu"
     return [*names, "transposed"] if transposed else names
 

@@ -12,9 +12,11 @@ measurements, are in `xla_cpu.py`. On other platforms they come from what XLA co
 without the device; nothing was timed there.
 """
 
+import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from conv_pallas.kernels import Kernel, xla_cpu, xla_native
@@ -25,8 +27,9 @@ from conv_pallas.kernels.xla_formulations import (
     cropped,
     flip,
     numbers_of,
+    some_steps,
 )
-from conv_pallas.kernels.xla_pieces import UNROLLED, in_taps
+from conv_pallas.kernels.xla_pieces import UNROLLED, in_taps, in_turn
 from conv_pallas.spec import Problem
 
 DESCRIPTIONS = {
@@ -43,6 +46,7 @@ DESCRIPTIONS = {
     "scatter": "one matmul whose products for all taps are shifted and added",
     "blocks": "one matmul of taps in blocks, whose products are shifted and added",
     "winograd": "minimal filtering: two outputs by fewer products than they have taps",
+    "parts": "pieces of time, each of the taps that see anything there",
     "fold": "the dilation as an axis of its own",
     "dense": "one dense convolution with zeros between the groups",
     "split": "one lax.conv_general_dilated for each group",
@@ -50,7 +54,7 @@ DESCRIPTIONS = {
 
 
 def choose(problem: Problem) -> str:
-    """The name of the formulation to take, of `FORWARD` or `KERNEL_GRAD`, or "transposed"."""
+    """The formulation to take: of `FORWARD` or `KERNEL_GRAD`, or "parts" or "transposed"."""
     if problem.platform == "cpu":
         return xla_cpu.choose(problem)
     if problem.platform == "tpu":
@@ -135,6 +139,8 @@ def _gpu_kernel_grad(problem: Problem) -> str:
 
 def run_as(name: str, problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
     """The operation of ``problem`` by the formulation ``name``."""
+    if name == "parts":
+        return _in_parts(problem, lhs, rhs)
     operand, numbers = numbers_of(problem)
     lhs, rhs = lhs.astype(operand), rhs.astype(operand)
     if name == "transposed":
@@ -150,6 +156,31 @@ def run_as(name: str, problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.A
     elif problem.platform != "tpu":
         formulation = _gpu_in_parts(formulation, name, problem)
     return formulation(lhs, rhs, spec, numbers).astype(problem.out_dtype)
+
+
+def _in_parts(problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    """Pieces of time one by one, each with the taps alone that see anything there."""
+    sums, K = problem.operation == "conv1d_kernel_grad", problem.spec.kernel_size
+    _, numbers = numbers_of(problem)
+    this = dataclasses.replace(problem, out_dtype=numbers.acc if sums else problem.out_dtype)
+
+    def part(lhs, steps):
+        here = some_steps(problem.as_convolution[0], steps.start, len(steps))
+        live = here.live_taps or range(1)  # whose products are zeros
+        here = here.of_taps(live)
+        if sums:
+            part = dataclasses.replace(this, spec=here)
+            g = lax.slice_in_dim(rhs, steps.start, steps.stop, axis=1)
+            dw = run_as(xla_cpu.at_once(part), part, lhs, g)
+            return jnp.pad(dw, ((live.start, K - live.stop), (0, 0), (0, 0)))
+        if problem.operation == "conv1d_input_grad":
+            here, live = here.transposed(), range(K - live.stop, K - live.start)
+        part = dataclasses.replace(this, spec=here)
+        return run_as(xla_cpu.at_once(part), part, lhs, rhs[live.start : live.stop])
+
+    steps, _ = xla_cpu.pieces(problem)
+    out = in_turn([(lhs, functools.partial(part, steps=s)) for s in steps], sums, 1)
+    return out.astype(problem.out_dtype)
 
 
 def run(problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:

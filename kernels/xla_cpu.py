@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from conv_pallas.kernels.xla_formulations import Formulation, numbers_of
-from conv_pallas.kernels.xla_pieces import UNROLLED, in_pieces, in_steps, in_taps
+from conv_pallas.kernels.xla_pieces import UNROLLED, cuts, in_pieces, in_steps, in_taps
 from conv_pallas.kernels.xla_winograd import share
 from conv_pallas.spec import ConvSpec, Problem
 
@@ -19,7 +19,7 @@ FEW = 16  # taps, up to which "scatter" and "im2col" in pieces were measured
 
 
 def choose(problem: Problem) -> str:
-    """The name of the formulation to take, of `FORWARD` or `KERNEL_GRAD`."""
+    """The name of the formulation to take, of `FORWARD` or `KERNEL_GRAD`, or "parts"."""
     spec, gradient_of_kernel = problem.spec, problem.operation == "conv1d_kernel_grad"
     if not all(isinstance(size, int) for size in (problem.N, spec.time)):
         # An export whose batch or time is a symbol: nothing may depend on how much there is.
@@ -27,7 +27,14 @@ def choose(problem: Problem) -> str:
         if spec.kernel_size > UNROLLED:
             return "split" if grouped and spec.groups <= 32 else "native"
         return "shifts" if problem.depthwise else "matmuls" if grouped else "native"
-    return kernel_grad(problem) if gradient_of_kernel else forward(problem)
+    name = at_once(problem)
+    return "parts" if _parts_pay(problem, name) else name
+
+
+def at_once(problem: Problem) -> str:
+    """The name of the formulation that takes all of time at once."""
+    gradient = problem.operation == "conv1d_kernel_grad"
+    return kernel_grad(problem) if gradient else forward(problem)
 
 
 def in_parts(formulation: Formulation, name: str, problem: Problem) -> Formulation:
@@ -45,6 +52,30 @@ def in_parts(formulation: Formulation, name: str, problem: Problem) -> Formulati
     if (at_once := _sequences_at_once(name, problem)) != problem.N:
         formulation = in_pieces(formulation, at_once, sums)
     return formulation
+
+
+def pieces(problem: Problem) -> tuple[list[range], float]:
+    """Where "parts" cuts time, and the share of the products that it then takes."""
+    spec, _, _ = problem.as_convolution
+    if spec.groups > 1 or spec.stride > 1 or spec.input_dilation > 1 or spec.kernel_size > UNROLLED:
+        return [range(spec.out_time)], 1.0
+    return cuts(spec, 4, 0.03)
+
+
+def _parts_pay(problem: Problem, name: str) -> bool:
+    """Whether "parts" is faster than a formulation of everything at once.
+
+    In a causal layer with ``D = T/4`` and three taps a quarter of the products are with padding, in
+    one of more taps up to half. Formulations that move products about lose by it, and gradients of
+    kernels gain most.
+    """
+    gradient = problem.operation == "conv1d_kernel_grad"
+    at_once = ("native", "padded", "canonical", "winograd", *(["im2col"] if gradient else []))
+    products = problem.N * problem.spec.out_time * problem.spec.kernel_size * problem.C * problem.O
+    if name not in at_once or products < 2**23:
+        return False
+    most = 0.9 if gradient and name != "winograd" else 0.75
+    return pieces(problem)[1] <= most
 
 
 def _of_group(problem: Problem) -> tuple[ConvSpec, int, int]:

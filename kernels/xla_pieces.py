@@ -7,11 +7,13 @@ small enough to be compiled well. Each wraps any formulation of `xla_formulation
 
 import dataclasses
 import functools
+import itertools
 
 import jax.numpy as jnp
 from jax import lax
 
 from conv_pallas.kernels.xla_formulations import Formulation, pad, some_steps
+from conv_pallas.spec import ConvSpec
 
 # The most taps that are written out one by one; beyond, compiling takes longer than it saves.
 UNROLLED = 64
@@ -22,7 +24,7 @@ UNROLLED = 64
 PIECES = 16
 
 
-def _in_turn(pieces, adds: bool, axis: int):
+def in_turn(pieces, adds: bool, axis: int):
     """What ``f(x)`` gives for each ``(x, f)``, one after the other: added, or put together."""
     ys = []
     for x, f in pieces:
@@ -31,6 +33,38 @@ def _in_turn(pieces, adds: bool, axis: int):
         y = f(x)
         ys = [ys[-1] + y] if adds and ys else [*ys, y]
     return ys[0] if adds else lax.concatenate(ys, axis)
+
+
+def cuts(spec: ConvSpec, most: int, least: float) -> tuple[list[range], float]:
+    """Steps of the output in at most so many pieces, and the share of products that these take.
+
+    Cut where a tap begins or ends to see x, first where it saves most: in a causal convolution with
+    ``D = T/4`` and three taps the first quarter sees one of them, and the second two.
+
+    Args:
+      least: what a further piece has to save, as a share of all products.
+    """
+    U, S = spec.out_time, spec.stride
+    marks = set()
+    for k in range(spec.kernel_size):
+        start = k * spec.kernel_dilation - spec.padding[0]  # where the first output sees through it
+        marks |= {-(start // S), -((start - spec.dilated_time) // S)}
+    marks = {mark for mark in marks if 0 < mark < U}
+
+    def pieces(edges):
+        return [range(a, b) for a, b in itertools.pairwise(sorted({0, U, *edges}))]
+
+    def share(edges):
+        taken = [len(p) * len(some_steps(spec, p.start, len(p)).live_taps) for p in pieces(edges)]
+        return sum(taken) / (U * spec.kernel_size)
+
+    edges: set[int] = set()
+    while len(edges) < most - 1 and marks - edges:
+        best = min(sorted(marks - edges), key=lambda mark: share(edges | {mark}))
+        if share(edges | {best}) > share(edges) - least:
+            break
+        edges.add(best)
+    return pieces(edges), share(edges)
 
 
 def in_pieces(formulation: Formulation, n: int, sums: bool) -> Formulation:
@@ -51,7 +85,7 @@ def in_pieces(formulation: Formulation, n: int, sums: bool) -> Formulation:
         if count <= PIECES:
             others = jnp.split(other, count) if sums else [other] * count
             fs = [functools.partial(each, other=other) for other in others]
-            return _in_turn(zip(jnp.split(x, count), fs, strict=True), sums, 0)
+            return in_turn(zip(jnp.split(x, count), fs, strict=True), sums, 0)
         pieces = lambda a: a.reshape(count, n, *a.shape[1:])  # noqa: E731
         if not sums:
             y = lax.map(lambda x: each(x, other), pieces(x))
@@ -83,7 +117,7 @@ def in_steps(formulation: Formulation, n: int, sums: bool) -> Formulation:
             return piece(x, other, spec, numbers, first, min(n, spec.out_time - first))
 
         fs = [functools.partial(part, first=first) for first in range(0, spec.out_time, n)]
-        return _in_turn([(x, f) for f in fs], sums, 1)
+        return in_turn([(x, f) for f in fs], sums, 1)
 
     def looped(x, other, spec, numbers):
         count, rest = divmod(spec.out_time, n)
@@ -134,7 +168,7 @@ def in_taps(
             return formulation(x, w, spec.of_taps(taps), numbers).astype(numbers.acc)
 
         fs = [functools.partial(part, k=k) for k in range(0, spec.kernel_size, n)]
-        return _in_turn([(x, f) for f in fs], not sums, 0)
+        return in_turn([(x, f) for f in fs], not sums, 0)
 
     def looped(x, other, spec, numbers):
         K, D = spec.kernel_size, spec.kernel_dilation

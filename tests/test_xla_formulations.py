@@ -7,6 +7,8 @@ import json
 import re
 from pathlib import Path
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -121,6 +123,64 @@ def test_a_view_brings_back_nothing_that_was_cut_off():
 def test_float64(operation):
     with jax.enable_x64(True):
         check_all(dataclasses.replace(named("stride_grouped"), dtype="float64"), operation)
+
+
+PARTS = (
+    Case("deep", T=40, C=4, O=3, K=3, D=10),
+    Case("deep_taps", T=40, C=3, O=5, K=8, D=5, dtype="bfloat16"),
+    Case("deep_same", T=40, C=4, O=3, K=5, D=9, padding="SAME"),
+    Case("nothing_first", T=20, C=2, O=3, K=2, D=6, padding=[(31, -9)]),
+    Case("nothing_last", T=20, C=2, O=3, K=2, D=6, padding=[(-3, 27)]),
+    Case("strided", T=40, C=4, O=3, K=3, D=10, S=2),
+)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("case", PARTS, ids=str)
+def test_in_parts(case, operation):
+    problem = case.problem(operation)
+    lhs, rhs = operands(case, operation)
+    with jax.numpy_rank_promotion("raise"):
+        out = jax.jit(functools.partial(xla.run_as, "parts", problem))(lhs, rhs)
+    check(out, operation, lhs, rhs, case.spec, out_dtype=problem.out_dtype)
+    steps, _ = xla_cpu.pieces(problem)
+    assert (len(steps) > 1) == (case.S == 1)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_parts_take_fewer_products(operation):
+    """Of four taps with D = T / 4 ten of sixteen quarters see x; side by side all are multiplied."""
+    problem = Case("deep", batch=(2,), T=256, C=16, O=16, K=4, D=64).problem(operation)
+    structs = [jax.ShapeDtypeStruct(s, problem.lhs_dtype) for s in problem.shapes[:2]]
+
+    def flops(name):
+        run = jax.jit(functools.partial(xla.run_as, name, problem))
+        return run.lower(*structs).compile().cost_analysis()["flops"]
+
+    assert flops("parts") < 0.7 * flops("im2col")
+
+
+@hypothesis.given(st.data())
+def test_cuts(data):
+    integers = lambda least, most: data.draw(st.integers(least, most))  # noqa: E731
+    T, K, D = integers(1, 40), integers(1, 6), integers(1, 12)
+    spec = ConvSpec(T, K, padding=(integers(-6, 30), integers(-6, 30)), kernel_dilation=D)
+    hypothesis.assume(spec.out_time > 0)
+    sees = [[0 <= u + k * D - spec.padding[0] < T for k in range(K)] for u in range(spec.out_time)]
+    for most in (1, 3, 2 * K + 1):
+        steps, share = xla_pieces.cuts(spec, most, 1e-9)
+        assert [u for piece in steps for u in piece] == list(range(spec.out_time))
+        assert len(steps) <= most and all(steps)
+        assert sum(map(sum, sees)) <= round(share * spec.out_time * K)
+    assert share < 1 or all(row[0] and row[-1] for row in sees) or T > spec.out_time
+
+
+@pytest.mark.parametrize("T, K, D", [(40, 3, 10), (40, 4, 9), (13, 5, 3)])
+def test_cuts_of_a_causal_convolution_leave_no_padding(T, K, D):
+    spec = ConvSpec(T, K, padding=((K - 1) * D, 0), kernel_dilation=D)
+    seen = sum(max(0, T - k * D) for k in range(K))
+    steps, share = xla_pieces.cuts(spec, K, 1e-9)
+    assert len(steps) == K and round(share * T * K) == seen
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -296,6 +356,10 @@ def test_choice_exists(platform):
         ((4, 2000, 3, 256, 7), "float32", "padded", "scatter"),
         ((4, 2000, 8, 32, 21), "bfloat16", "im2col", "blocks"),
         ((4, 2000, 8, 31, 21), "bfloat16", "blocks", "blocks"),
+        # Padding.
+        ((8, 1000, 128, 128, 2, 512), "float32", "parts", "parts"),
+        ((8, 1000, 128, 128, 2, 256), "float32", "padded", "native"),
+        ((2, 100, 32, 32, 2, 50), "float32", "im2col", "im2col"),  # too little
         # Strides.
         ((32, 1000, 3, 16, 1, 1, 2), "float32", "matmuls", "native"),
         ((16, 2000, 64, 32, 1, 1, 2), "float16", "padded", "native"),
