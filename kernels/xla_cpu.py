@@ -326,7 +326,7 @@ def _filters_kernel_grad(problem: Problem) -> bool:
     spec, c, o = problem.spec, problem.C, problem.O
     every_step = spec.stride == spec.input_dilation == 1
     few = spec.kernel_size == 3 or (spec.kernel_size == 5 and min(c, o) >= 256)
-    sees = 2 * (spec.span - 1) <= spec.time
+    sees = 2 * sum(max(0, zeros) for zeros in spec.padding) <= spec.time
     pieces = problem.N == 1 or _held("winograd", problem) <= MOST
     return every_step and few and sees and pieces and _filters(problem, spec, c, o)
 

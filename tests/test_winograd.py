@@ -13,7 +13,7 @@ from jax import lax
 from benchmarks.formulations import operands
 from conv_pallas import conv1d
 from conv_pallas._layers import Layer
-from conv_pallas.kernels import xla, xla_native
+from conv_pallas.kernels import xla, xla_cpu, xla_native
 from conv_pallas.kernels.xla_formulations import numbers_of
 from conv_pallas.kernels.xla_winograd import share, winograd
 from conv_pallas.nn import Conv
@@ -136,7 +136,7 @@ USUAL = lax.Precision.DEFAULT
     ((1, 1000, 512, 512, 3, 700), {}, (False, False, False)),  # 1400 steps instead
 ], ids=str)  # fmt: skip
 def test_where_it_is_chosen(sizes, more, chosen):
-    names = [xla.choose(_problem(operation, sizes, **more)) for operation in OPERATIONS]
+    names = [xla_cpu.at_once(_problem(operation, sizes, **more)) for operation in OPERATIONS]
     assert tuple(name == "winograd" for name in names) == chosen
 
 

@@ -149,7 +149,7 @@ def test_in_parts(case, operation):
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_parts_take_fewer_products(operation):
-    """Of four taps with D = T / 4 ten of sixteen quarters see x; side by side all are multiplied."""
+    """With D = T / 4 of four taps ten of sixteen quarters see x; "im2col" multiplies all."""
     problem = Case("deep", batch=(2,), T=256, C=16, O=16, K=4, D=64).problem(operation)
     structs = [jax.ShapeDtypeStruct(s, problem.lhs_dtype) for s in problem.shapes[:2]]
 
