@@ -1,9 +1,11 @@
 """Metadata and dependencies of conv_pallas; the settings of the tools are in pyproject.toml."""
 
 import re
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 # The CUDA wheels, triton and libtpu exist for Linux only.  Elsewhere these extras install nothing
 # more, and `import conv_pallas` works all the same.
@@ -22,7 +24,18 @@ TEST = [
     "pytest-benchmark",
     "pytest-xdist",
     "ruff==0.17.*",  # a new minor version may format differently, and `make lint` would fail
+    "setuptools",  # to see what is built
 ]
+
+
+class Anew(build_py):
+    """Builds from nothing: kernels are found by being there, those of an earlier build too."""
+
+    def run(self):
+        if not self.editable_mode:
+            shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
 
 PACKAGE = Path(__file__).with_name("conv_pallas") / "__init__.py"
 
@@ -64,5 +77,6 @@ setup(
     packages=[*find_packages(include=["conv_pallas", "conv_pallas.*"]), "conv_pallas.kernels"],
     package_dir={"conv_pallas.kernels": "kernels"},
     package_data={"conv_pallas": ["py.typed"], "conv_pallas.kernels": ["*.json"]},
+    cmdclass={"build_py": Anew},
     zip_safe=False,
 )

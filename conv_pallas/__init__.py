@@ -4,6 +4,12 @@
 `conv_pallas.nn.replace_convs` puts it into a model that is there already.
 """
 
+from pathlib import Path as _Path
+
+if not _Path(__file__).with_name("kernels").is_dir():
+    # A checkout, imported as it lies: there kernels/ stands beside the package.
+    __path__.append(str(_Path(__file__).parents[1]))
+
 from conv_pallas.explanation import explain
 from conv_pallas.ops import conv1d, conv_general_dilated
 from conv_pallas.primitives import convs_saveable

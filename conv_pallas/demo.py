@@ -175,9 +175,8 @@ def print_kernels(model: TCN, console: Console) -> None:
     """What runs under a layer of the last block; `conv_pallas.explain` has the whole answer."""
     layer = model.blocks[-1].conv1
     explanation = layer.explain(jax.ShapeDtypeStruct((BATCH, 64, layer.in_features), jnp.float32))
-    for operation, name in explanation.chosen.items():
-        hows = [c.how for c in explanation.candidates[operation] if c.implementation == name]
-        console.print(f"  {operation} by {name}: {next(filter(None, hows))}")
+    for operation in explanation.chosen:
+        console.print(f"  {operation} by {explanation.how(operation)}")
     if explanation.note:
         console.print(f"  {explanation.note}")
 

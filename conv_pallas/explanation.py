@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.extend
@@ -21,6 +22,8 @@ from conv_pallas.ops import (
 )
 from conv_pallas.spec import OPERATIONS, ConvSpec, Epilogue, Problem, make_spec
 
+NOTHING = "nothing that was asked for"
+
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
@@ -28,7 +31,8 @@ class Explanation:
 
     Attributes:
       platform: for which it was asked.
-      chosen: for each operation, the name of the implementation that runs it.
+      chosen: for each operation, the name of the implementation that runs it; None of a gradient
+        that none of those asked for can compute.
       candidates: for each operation, every implementation's `dispatch.Candidate`.
       epilogue: what becomes of bias and activation, forward and backward; None where there is
         neither, or an activation that is no name.
@@ -36,17 +40,25 @@ class Explanation:
     """
 
     platform: str
-    chosen: dict[str, str]
+    chosen: dict[str, str | None]
     candidates: dict[str, tuple[dispatch.Candidate, ...]]
     note: str | None = None
     epilogue: str | None = None
+
+    def how(self, operation: str) -> str:
+        """What runs an operation, and how, in a line."""
+        name = self.chosen[operation]
+        if name is None:
+            return NOTHING
+        able = (c for c in self.candidates[operation] if c.reason is None)
+        return f"{name}: {next(c.how for c in able if c.implementation == name)}"
 
     def __str__(self) -> str:
         if self.note:
             return f"on {self.platform}: {self.note}"
         lines = []
         for operation, answers in self.candidates.items():
-            lines.append(f"{operation} on {self.platform}: {self.chosen[operation]}")
+            lines.append(f"{operation} on {self.platform}: {self.chosen[operation] or NOTHING}")
             able = {c.implementation for c in answers if c.reason is None}
             for c in dict.fromkeys(answers):  # of two kernels that say the same, once
                 if c.reason is not None and c.implementation in able:
@@ -82,12 +94,7 @@ class ModelExplanation:
         lines = [f"on {self.platform}: {count} convolution{'' if count == 1 else 's'}"]
         for words, told in self.convolutions.items():
             lines.append(f"{self.times[words]} of {words}")
-            for operation, name in told.chosen.items():
-                (how, *_) = (
-                    c.how for c in told.candidates[operation]
-                    if c.implementation == name and c.reason is None
-                )  # fmt: skip
-                lines.append(f"  {operation:<18} {name}: {how}")
+            lines += [f"  {operation:<18} {told.how(operation)}" for operation in told.chosen]
             if told.epilogue:
                 lines.append(f"  {told.epilogue}")
         if self.left_to_lax:
@@ -96,22 +103,22 @@ class ModelExplanation:
 
 
 def explain(
-    x,
-    kernel=None,
-    bias=None,
+    x: Any,
+    kernel: Any = None,
+    bias: Any = None,
     *,
     platform: str | None = None,
-    strides=1,
-    padding="CAUSAL",
-    input_dilation=1,
-    kernel_dilation=1,
-    feature_group_count=1,
-    activation=None,
-    mask=None,
-    segment_ids=None,
-    precision=None,
-    preferred_element_type=None,
-    out_sharding=None,
+    strides: int | Sequence[int] | None = 1,
+    padding: str | int | Sequence[int | tuple[int, int]] = "CAUSAL",
+    input_dilation: int | Sequence[int] | None = 1,
+    kernel_dilation: int | Sequence[int] | None = 1,
+    feature_group_count: int = 1,
+    activation: str | Callable[[jax.Array], jax.Array] | None = None,
+    mask: Any = None,
+    segment_ids: Any = None,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    out_sharding: Any = None,
     implementation: Implementation = None,
 ) -> Explanation | ModelExplanation:
     """Tells which kernel `conv1d` would run for these arguments, and why not the others.
@@ -128,24 +135,17 @@ def explain(
       others: as in `conv1d`. Time that is split inside of `jax.shard_map` is a function's.
 
     Raises:
-      ValueError, TypeError, NotImplementedError: as `conv1d` with these arguments.
+      ValueError, TypeError, NotImplementedError: as `conv1d` with these arguments; TypeError also
+        of any but ``platform`` beside a layer, a model or a function.
     """
-    platform = platform or default_platform()
-    if platform not in dispatch.PLATFORMS:
-        which = " (cuda or rocm?)" if platform == "gpu" else ""
-        raise ValueError(
-            f"platform must be None or one of {', '.join(dispatch.PLATFORMS)}, "
-            f"got {platform!r}{which}"
-        )
-    if hasattr(x, "explain"):
-        return x.explain(kernel, platform=platform)
-    if callable(x) and kernel is not None:
-        return _explain_model(x, kernel, platform)
-    if not all(hasattr(a, "shape") and hasattr(a, "dtype") for a in (x, kernel)):
-        raise TypeError(
-            f"explain takes x and kernel, or a model or a function and its input, "
-            f"got {type(x).__module__}.{type(x).__name__} and {type(kernel).__name__}"
-        )
+    more = dict(
+        activation=activation,
+        mask=mask,
+        segment_ids=segment_ids,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+        implementation=implementation,
+    )
     geometry = dict(
         strides=strides,
         padding=padding,
@@ -153,12 +153,29 @@ def explain(
         kernel_dilation=kernel_dilation,
         feature_group_count=feature_group_count,
     )
+    platform = platform or default_platform()
+    if platform not in dispatch.PLATFORMS:
+        which = " (cuda or rocm?)" if platform == "gpu" else ""
+        raise ValueError(
+            f"platform must be None or one of {', '.join(dispatch.PLATFORMS)}, "
+            f"got {platform!r}{which}"
+        )
+    if hasattr(x, "explain") or (callable(x) and kernel is not None):
+        _refuse(bias=bias, out_sharding=out_sharding, **geometry, **more)
+        return (
+            x.explain(kernel, platform=platform)
+            if hasattr(x, "explain")
+            else _explain_model(x, kernel, platform)
+        )
+    if not all(hasattr(a, "shape") and hasattr(a, "dtype") for a in (x, kernel)):
+        raise TypeError(
+            f"explain takes x and kernel, or a model or a function and its input, "
+            f"got {type(x).__module__}.{type(x).__name__} and {type(kernel).__name__}"
+        )
     if len(kernel.shape) <= 3:
         # What conv1d refuses is refused here; but the mesh of out_sharding need not be at hand.
-        numbers = dict(precision=precision, preferred_element_type=preferred_element_type)
-        more = dict(activation=activation, implementation=implementation)
-        call = functools.partial(conv1d, **geometry, **numbers, **more)
-        jax.eval_shape(call, x, kernel, bias, mask=mask, segment_ids=segment_ids)
+        arrays = {name: more.pop(name) for name in ("mask", "segment_ids")}
+        jax.eval_shape(functools.partial(conv1d, **geometry, **more), x, kernel, bias, **arrays)
     chain = dispatch.canonicalize(implementation)
     dtype = promoted_dtype(x, kernel, *([] if bias is None else [bias]))
     note = lax_reason(dtype, len(kernel.shape) - 2)
@@ -182,6 +199,16 @@ def explain(
     return _explain_problem(ask, chain, Epilogue(bias is not None, named), outside)
 
 
+def _refuse(**options) -> None:
+    """What says which convolution it is, of something that knows that itself."""
+    defaults = {"bias": None, **explain.__kwdefaults__}
+    for name, value in options.items():
+        if value is not defaults[name]:
+            raise TypeError(
+                f"{name}= is for arrays: a layer, a model and a function have their own"
+            )
+
+
 def _explain_problem(
     ask: Callable[[str], Problem], chain, epilogue: Epilogue, outside: str | None = None
 ) -> Explanation:
@@ -189,7 +216,12 @@ def _explain_problem(
     chosen, answers = {}, {}
     for operation in OPERATIONS:
         problem = ask(operation)
-        chosen[operation] = dispatch.select(problem, chain).implementation
+        try:
+            chosen[operation] = dispatch.select(problem, chain).implementation
+        except NotImplementedError:
+            if operation == "conv1d":
+                raise
+            chosen[operation] = None  # as of a kernel that has no gradients
         answers[operation] = tuple(c for c, _ in dispatch.candidates(problem))
     told = None
     if epilogue.bias or epilogue.activation:

@@ -18,7 +18,7 @@ more, from as few steps, and what the halo adds to dw is added.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +74,8 @@ class TimeSplit:
           ValueError: it is over no such axis.
         """
         mesh = jax.sharding.get_abstract_mesh()
-        names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+        names = tuple(axis_name) if isinstance(axis_name, Sequence) else (axis_name,)
+        names = (axis_name,) if isinstance(axis_name, str) else names
         if not names or len(set(names)) < len(names) or not set(names) <= set(mesh.manual_axes):
             raise ValueError(
                 "axis_name must be an axis of the surrounding jax.shard_map, or several: "

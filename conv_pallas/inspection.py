@@ -200,11 +200,10 @@ def _tell_choice(layer: Layer, platform: str, chain: Implementation, tell) -> No
     picked = explain(x, kernel, bias, platform=platform, **geometry)
     for operation, answers in asked.candidates.items():
         chosen = asked.chosen[operation]
-        how = next(c.how for c in answers if c.implementation == chosen and c.how)
         note = "" if picked.chosen[operation] == chosen else (
             f" (by name; without an order {picked.chosen[operation]} is picked)"
         )  # fmt: skip
-        tell(f"  {operation}: {chosen}, {how}{note}")
+        tell(f"  {operation}: {asked.how(operation)}{note}")
         for c in answers:
             if c.reason and c.implementation in chain and chosen != c.implementation:
                 tell(f"    {c.implementation} declines: {c.reason}")

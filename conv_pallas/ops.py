@@ -27,7 +27,7 @@ def conv1d(
     bias: jax.Array | None = None,
     *,
     strides: int | Sequence[int] | None = 1,
-    padding: str | int | Sequence = "CAUSAL",
+    padding: str | int | Sequence[int | tuple[int, int]] = "CAUSAL",
     input_dilation: int | Sequence[int] | None = 1,
     kernel_dilation: int | Sequence[int] | None = 1,
     feature_group_count: int = 1,
@@ -100,6 +100,9 @@ def conv1d(
         `preferred_element_type` does not fit.
       NotImplementedError: `implementation` was ordered and can't do this; says why.
     """
+    for name, array in (("x", x), ("kernel", kernel)):
+        if array is None:
+            raise TypeError(f"{name} must be an array, got None")
     x, kernel, bias = (None if a is None else jnp.asarray(a) for a in (x, kernel, bias))
     dtype = promoted_dtype(x, kernel, *([] if bias is None else [bias]))
     return convolve(

@@ -19,6 +19,7 @@ structure follows jax's own cuDNN attention (jax/_src/cudnn).
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -427,7 +428,7 @@ def conv1d_kernel_grad(
     )
 
 
-def convs_saveable(prim, *_, **__) -> bool:
+def convs_saveable(prim: Any, *_: Any, **__: Any) -> bool:
     """A policy for `jax.checkpoint`: keep what convolutions compute, recompute the rest.
 
     Those of `jax.lax` among them, which run what is of another rank or ordered as `"xla_native"`.

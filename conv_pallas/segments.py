@@ -31,7 +31,7 @@ def hide(x: jax.Array, mask) -> jax.Array:
     Raises:
       ValueError: the mask's shape is not x's without the channels, or it is no bool.
     """
-    mask = check_mask(mask, x.shape[:-1])
+    mask, x = check_mask(mask, x.shape[:-1]), jnp.asarray(x)
     return jnp.where(mask[..., None], x, jnp.zeros((), x.dtype))
 
 

@@ -233,7 +233,7 @@ def test_what_can_not_be_split_says_so(options):
 def test_an_axis_of_no_shard_map():
     with pytest.raises(ValueError, match=r"^axis_name must be an axis .* none here; got 'a'"):
         conv1d(SHORT, W, axis_name="a")
-    for names in ("time", ("a", "time"), ("a", "a"), ()):
+    for names in ("time", ("a", "time"), ("a", "a"), (), 1):
         with pytest.raises(ValueError, match=r"^axis_name must be an axis .*: a, b; got"):
             f = lambda x: conv1d(x, W, axis_name=names)  # noqa: B023, E731
             jax.eval_shape(jax.shard_map(f, mesh=_mesh(), in_specs=P(), out_specs=P()), SHORT)

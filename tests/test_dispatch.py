@@ -153,6 +153,17 @@ def test_explain_tells_of_no_kernel_that_another_of_its_name_stands_in_for():
     assert "pallas_tpu  declines" in str(told)
 
 
+@pytest.mark.parametrize(
+    "option", [dict(implementation="triton"), dict(padding="SAME"), dict(mask=3), dict(strides=2)]
+)
+@pytest.mark.parametrize("what", [_layer(), nnx.Sequential(_layer()), lambda x: x])
+def test_explain_takes_no_options_of_what_has_its_own(what, option):
+    (name,) = option
+    with pytest.raises(TypeError, match=f"{name}= is for arrays"):
+        explain(what, X, **option)
+    explain(what, X, platform="cpu")
+
+
 def test_explain_wants_a_known_platform():
     with pytest.raises(
         ValueError, match=r"platform must be None or one of cpu, .* got 'gpu' \(cuda or rocm\?\)"
@@ -287,6 +298,17 @@ def test_a_new_file_is_found_by_itself(add_kernel):
     assert "returns sevens" in str(explain(X, W))
     with pytest.raises(ValueError, match="xla_native, toy, or a sequence of those"):
         _run("blue")
+
+
+def test_a_kernel_without_gradients_is_explained(add_kernel):
+    add_kernel()
+    told = explain(X, W, implementation="toy")
+    assert list(told.chosen.values()) == ["toy", None, None]
+    assert "conv1d_kernel_grad on cpu: nothing that was asked for" in str(told)
+    assert "toy         declines: forward only" in str(told)
+    model = str(explain(lambda x: conv1d(x, jnp.ones(W.shape), implementation="toy"), X))
+    assert "conv1d             toy: returns sevens" in model
+    assert "conv1d_input_grad  nothing that was asked for" in model
 
 
 def test_the_highest_priority_that_can_is_picked(add_kernel):

@@ -5,11 +5,12 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen, nnx
 
 from conv_pallas import conv1d, conv_general_dilated, explain, kernels
-from conv_pallas.nn import Conv, replace_convs
+from conv_pallas.nn import TCN, Conv, replace_convs
 
 X = jax.ShapeDtypeStruct((2, 11, 4), jnp.float32)
 NAMES = "triton, pallas_tpu, xla, xla_native"
@@ -362,6 +363,21 @@ def test_64_bits_that_jax_does_not_have(call, preferred, implementation):
     assert y.dtype == jnp.float32
     assert len(told) == 1
     jax.eval_shape(functools.partial(ask, preferred_element_type=float), X, KERNEL)
+
+
+@pytest.mark.parametrize("name", ["x", "kernel"])
+@pytest.mark.parametrize("function", [conv1d, explain], ids=["conv1d", "explain"])
+def test_no_array(function, name):
+    with pytest.raises(TypeError) as error:
+        function(*(None if name == this else a for this, a in (("x", X), ("kernel", KERNEL))))
+    _assert_message(error.value, [name, "None" if function is conv1d else "NoneType"])
+
+
+def test_numpy_numbers_of_64_bits_are_those_of_jax():
+    """No warning, which the tests would fail by, wherever they meet a mask."""
+    model, x = TCN(4, [4], 2), np.ones((2, 8, 4))
+    mask = np.ones((2, 8), bool)
+    assert model(x, mask=mask).dtype == conv1d(x, np.ones((3, 4, 4)), mask=mask).dtype
 
 
 def test_explain_warns_of_64_bits_too():

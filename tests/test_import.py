@@ -4,6 +4,7 @@ import ast
 import importlib
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import warnings
@@ -16,11 +17,11 @@ OPTIONAL = (
 )  # fmt: skip
 
 
-def _python(code: str) -> str:
+def _python(code: str, cwd: pathlib.Path | None = None) -> str:
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True,
-        env=environment,
+        env=environment, cwd=cwd,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -79,6 +80,37 @@ def test_takes_no_time_over_importing_flax():
         print(time.process_time() - start)
     """
     assert any(float(_python(code)) < 0.3 for _ in range(3))
+
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """What a clone has of the package, somewhere else."""
+    for folder in ("conv_pallas", "kernels"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)
+    for file in ("setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, tmp_path)
+    return tmp_path
+
+
+def test_a_checkout_has_its_own_kernels(checkout):
+    """Imported as it lies, as it is from its folder by whoever installed it elsewhere."""
+    out = _python("from conv_pallas import kernels; print(*kernels.__path__)", cwd=checkout)
+    assert out.strip() == str(checkout / "kernels")
+
+
+def test_a_build_leaves_no_kernel_of_an_earlier_one(checkout):
+    built = checkout / "build/lib/conv_pallas/kernels"
+    built.mkdir(parents=True)
+    (built / "gone.py").touch()
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_py"], cwd=checkout, check=True,
+        capture_output=True,
+    )  # fmt: skip
+    assert (built / "xla.py").exists() and not (built / "gone.py").exists()
 
 
 def test_public_names():

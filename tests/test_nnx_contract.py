@@ -1,5 +1,6 @@
 """`Conv` against `flax.nnx.Conv` itself: whatever holds for one holds for the other."""
 
+import ast
 import inspect
 
 import jax
@@ -143,6 +144,19 @@ def _value_and_gradients(layer, x):
     return y, vjp(jnp.asarray(g, y.dtype))
 
 
+def test_checkers_see_the_signature_of_flax():
+    """And one argument more, in what is there for type checkers alone."""
+    tree = ast.parse(inspect.getsource(inspect.getmodule(Conv)))
+    shown, *_ = (
+        node for branch in ast.walk(tree) if isinstance(branch, ast.If)
+        for node in branch.body if isinstance(node, ast.FunctionDef) and node.name == "__init__"
+    )  # fmt: skip
+    names = [a.arg for a in (*shown.args.args, *shown.args.kwonlyargs)]
+    flax = [*inspect.signature(nnx.Conv.__init__).parameters]
+    assert sorted(names) == sorted([*flax, "implementation"])
+    assert all(a.annotation for a in (*shown.args.args[1:], *shown.args.kwonlyargs))
+
+
 @pytest.mark.parametrize("name", KNOBS)
 def test_same_structure(name):
     stock, ours, _ = _pair(name)
@@ -173,6 +187,8 @@ def test_same_parameters(name):
 
 @pytest.mark.parametrize("name", KNOBS)
 def test_same_outputs_and_gradients(name):
+    if name == "input_dilation" and jax.__version_info__ < (0, 12):
+        pytest.xfail("stock's dx is wrong: XLA:CPU of jaxlib 0.11.2 crops and pads at once wrongly")
     stock, ours, x = _pair(name)
 
     want_y, want_grads = nnx.jit(_value_and_gradients)(stock, x)

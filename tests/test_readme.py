@@ -1,6 +1,7 @@
-"""The README's figures are those of the stored result."""
+"""The README's figures are those of the stored result, and its programs run."""
 
 import json
+import re
 
 import pytest
 
@@ -13,6 +14,17 @@ def test_figures_are_those_of_the_result():
     assert readme.with_figures(text, table) == text, "run python -m benchmarks.readme"
     assert table in text
     assert readme.with_figures(text, table + "\n| another | row |") != text
+
+
+def test_its_programs_run(capsys):
+    """One after the other, as somebody copies them."""
+    blocks = re.findall(r"```python\n(.*?)```", readme.README.read_text(encoding="utf-8"), re.S)
+    names = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["logits"].shape == (8, 784, 10) and names["model"].receptive_field == 125
+    assert isinstance(names["stock"].layers[0], names["Conv"])
+    assert capsys.readouterr().out.count("conv1d_kernel_grad") >= 4
 
 
 @pytest.mark.parametrize(

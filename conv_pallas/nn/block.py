@@ -2,7 +2,7 @@
 
 import functools
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -146,21 +146,29 @@ class TemporalBlock(nnx.Module):
         y, _ = self.run(x, condition, Whole(mask, segment_ids, self.check_axis(axis_name)))
         return y
 
-    def init_state(self, batch_size, dtype=None) -> dict:
+    def init_state(self, batch_size: int | Sequence[int], dtype: Any = None) -> dict[str, Any]:
         """The state of a stream that has not begun; see `Conv.init_state`."""
         batch = streaming.batch_axes(batch_size)
         self.check_streams()
         parts, _ = self.parts(batch, self.conv1._state_dtype(dtype))
         return streaming.clock(batch) | parts
 
-    def step(self, x, state, *, condition=None, mask=None, segment_ids=None):
+    def step(
+        self,
+        x: jax.Array,
+        state: dict[str, Any],
+        *,
+        condition: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict[str, Any]]:
         """The next chunk of a stream; see `TCN.step`."""
         self.check_streams()
         chunk, clock = begin(x, self.in_channels, state, mask, segment_ids, self.lookahead)
         y, _ = self.run(x, condition, chunk)
         return y, chunk.after | clock
 
-    def reset(self, state: dict, members) -> dict:
+    def reset(self, state: dict[str, Any], members: jax.Array | bool) -> dict[str, Any]:
         """The state with some members of the batch at their start; see `TCN.reset`."""
         return streaming.restart(state, members)
 

@@ -1,8 +1,8 @@
 """`Conv`, in place of `flax.nnx.Conv`, and `replace_convs`, which puts it there."""
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 from flax import nnx
@@ -40,26 +40,57 @@ class Conv(nnx.Conv):
     # A class attribute, so that a layer without an order has the attributes of flax's own.
     implementation: Implementation = None
 
-    def __init__(
-        self,
-        in_features,
-        out_features,
-        kernel_size,
-        strides=1,
-        *,
-        implementation: Implementation = None,
-        **kwargs,
-    ):
-        if kwargs.get("feature_group_count", 1) < 1:
-            groups = kwargs["feature_group_count"]
-            raise ValueError(f"feature_group_count must be 1 or more, got {groups}")
-        super().__init__(in_features, out_features, kernel_size, strides, **kwargs)
-        _order(self, implementation)
+    if TYPE_CHECKING:  # flax's own signature, for checkers and editors
+
+        def __init__(
+            self,
+            in_features: int,
+            out_features: int,
+            kernel_size: int | Sequence[int],
+            strides: int | Sequence[int] | None = 1,
+            *,
+            padding: str | int | Sequence[int | tuple[int, int]] = "SAME",
+            input_dilation: int | Sequence[int] = 1,
+            kernel_dilation: int | Sequence[int] = 1,
+            feature_group_count: int = 1,
+            use_bias: bool = True,
+            mask: jax.Array | None = None,
+            dtype: Any = None,
+            param_dtype: Any = ...,
+            precision: Any = None,
+            kernel_init: Callable[..., jax.Array] = ...,
+            bias_init: Callable[..., jax.Array] = ...,
+            conv_general_dilated: Callable[..., jax.Array] = ...,
+            promote_dtype: Callable[..., Any] = ...,
+            preferred_element_type: Any = None,
+            rngs: nnx.Rngs,
+            kernel_metadata: Mapping[str, Any] = ...,
+            bias_metadata: Mapping[str, Any] = ...,
+            implementation: Implementation = None,
+        ) -> None: ...
+
+    else:
+
+        def __init__(
+            self,
+            in_features,
+            out_features,
+            kernel_size,
+            strides=1,
+            *,
+            implementation: Implementation = None,
+            **kwargs,
+        ):
+            if kwargs.get("feature_group_count", 1) < 1:
+                groups = kwargs["feature_group_count"]
+                raise ValueError(f"feature_group_count must be 1 or more, got {groups}")
+            super().__init__(in_features, out_features, kernel_size, strides, **kwargs)
+            _order(self, implementation)
 
     def __call__(
         self,
         inputs: jax.Array,
-        out_sharding=None,
+        out_sharding: Any = None,
         *,
         activation: str | Callable[[jax.Array], jax.Array] | None = None,
         mask: jax.Array | None = None,
@@ -193,7 +224,7 @@ class Conv(nnx.Conv):
         y, _, ring = self._advance(x, age, state, packed=segment_ids is not None, act=activation)
         return y, clock | ring
 
-    def reset(self, state, members):
+    def reset(self, state: dict[str, jax.Array], members: jax.Array | bool) -> dict[str, Any]:
         """The state with some members of the batch at their start; see `TCN.reset`."""
         return streaming.restart(state, members)
 
@@ -262,7 +293,7 @@ class Conv(nnx.Conv):
         inputs, kernel, bias = self.promote_dtype((inputs, kernel, bias), dtype=self.dtype)
         return inputs, kernel, bias if self.use_bias else None  # it may have been turned off
 
-    def explain(self, inputs, *, platform: str | None = None) -> explanation.Explanation:
+    def explain(self, inputs: Any, *, platform: str | None = None) -> explanation.Explanation:
         """What would run for these inputs; see `conv_pallas.explain`."""
         if self.conv_general_dilated is not lax.conv_general_dilated:
             note = f"the layer brings its own convolution, {self.conv_general_dilated!r}"

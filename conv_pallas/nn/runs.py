@@ -5,6 +5,7 @@ which steps are real. `Whole` and `Chunk` are those terms, so that streaming can
 something else than the full pass.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -160,7 +161,7 @@ def last_real(x: jax.Array, mask: jax.Array | None) -> jax.Array:
     return jnp.take_along_axis(x, last[..., None, None], -2)
 
 
-def compiled_step(model: nnx.Module):
+def compiled_step(model: nnx.Module) -> Callable[..., tuple[jax.Array, dict[str, Any]]]:
     """`model.step`, compiled, with the state updated in place.
 
     The state that goes in is donated: it can't be used again, and nothing of it is copied, so
@@ -180,8 +181,8 @@ def compiled_step(model: nnx.Module):
     if not hasattr(model, "step"):
         raise ValueError(
             f"only what has a step can stream, such as Conv, TemporalBlock or TCN of "
-            f"conv_pallas.nn, got {type(model).__module__}.{type(model).__name__}; "
-            f"see replace_convs"
+            f"conv_pallas.nn, got {type(model).__module__}.{type(model).__name__}; a module of "
+            f"your own needs init_state and step, made of those of its Conv layers"
         )
     for _, module in nnx.iter_modules(model):
         if isinstance(module, nnx.Dropout) and module.rate and not module.deterministic:

@@ -212,7 +212,7 @@ class TCN(nnx.Module):
             return self.readout(last_real(y, mask))[..., 0, :]
         return Whole(mask).hide(self.readout(y))
 
-    def init_state(self, batch_size: int | Sequence[int], dtype: Any = None) -> dict:
+    def init_state(self, batch_size: int | Sequence[int], dtype: Any = None) -> dict[str, Any]:
         """The state of a stream that has not begun; see `step`.
 
         Args:
@@ -248,12 +248,12 @@ class TCN(nnx.Module):
     def step(
         self,
         x: jax.Array,
-        state: dict,
+        state: dict[str, Any],
         *,
         condition: jax.Array | None = None,
         mask: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
-    ) -> tuple[jax.Array, dict]:
+    ) -> tuple[jax.Array, dict[str, Any]]:
         """The next chunk of a stream.
 
         The outputs, one chunk after the other, are those of a call with the whole sequence. With
@@ -311,7 +311,7 @@ class TCN(nnx.Module):
             return self.readout(y)[..., 0, :], chunk.after | clock
         return chunk.hide(self.readout(y)), chunk.after | clock
 
-    def reset(self, state: dict, members) -> dict:
+    def reset(self, state: dict[str, Any], members: jax.Array | bool) -> dict[str, Any]:
         """The state in which some members of the batch are at their start again.
 
         Args:
