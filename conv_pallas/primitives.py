@@ -81,11 +81,11 @@ def _compute(
     """One device's share. Everything is local here, so axes may be merged freely."""
     V, live = kernel_batch, spec.live_taps
     out_shape = _shape_rule(lhs, rhs, operation=operation, spec=spec, kernel_batch=V)
-    if 0 in (*lhs.shape, *rhs.shape, *out_shape) or not live:
+    if 0 in (*lhs.shape, *rhs.shape, *out_shape) or live == range(0):
         return jnp.zeros(out_shape, out_dtype)
     if operation != "conv1d_kernel_grad":
         rhs = taps_of(rhs, live)
-    K, spec = spec.kernel_size, spec.of_taps(live)
+    K, spec = spec.kernel_size, spec if live is None else spec.of_taps(live)
     kernels, N = math.prod(lhs.shape[:V]), math.prod(lhs.shape[V:-2])
     inner, outer = _group_shape(lhs, rhs, operation, spec.groups)
     problem = Problem(
@@ -112,18 +112,21 @@ def _compute(
         else:
             out = _run_as_groups(problem, kernels, lhs, rhs, implementation)
     if operation == "conv1d_kernel_grad":
-        return all_taps(out.reshape(*out_shape[:-3], len(live), *out_shape[-2:]), live, K)
+        shape = (*out_shape[:-3], spec.kernel_size, *out_shape[-2:])
+        return all_taps(out.reshape(shape), live, K)
     return out.reshape(out_shape)
 
 
-def taps_of(w, taps: range):
-    """Those taps of a kernel ``(*V, K, C // G, O)``."""
+def taps_of(w, taps: range | None):
+    """Those taps of a kernel ``(*V, K, C // G, O)``; None: all."""
+    if taps is None:
+        return w
     return lax.slice_in_dim(w, taps.start, taps.stop, axis=w.ndim - 3)
 
 
-def all_taps(dw, taps: range, K: int):
-    """A kernel gradient of K taps, which is zero but for those."""
-    if len(taps) == K:
+def all_taps(dw, taps: range | None, K: int):
+    """A kernel gradient of K taps, which is zero but for those; None: for all."""
+    if taps is None or len(taps) == K:
         return dw
     return jnp.pad(dw, (*[(0, 0)] * (dw.ndim - 3), (taps.start, K - taps.stop), (0, 0), (0, 0)))
 

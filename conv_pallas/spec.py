@@ -93,14 +93,15 @@ class ConvSpec:
         return _at_least_zero((padded - self.span) // self.stride + 1)
 
     @property
-    def live_taps(self) -> range:
+    def live_taps(self) -> range | None:
         """The taps from the first through which any output sees a step of x to the last.
 
         Those before and after see padding alone, where a dilation reaches beyond the sequence.
+        None where a size is a symbol, of an export: then any may see something.
         """
+        if not all(isinstance(n, int) for n in (self.kernel_size, self.time, self.out_time)):
+            return None
         taps = range(self.kernel_size)
-        if not (isinstance(self.time, int) and isinstance(self.out_time, int)):
-            return taps  # symbols, of an export
         # Tap k sees nothing before position ``k*D - low``, and nothing after this far from there.
         low, reach = self.padding[0], (self.out_time - 1) * self.stride
         starts = [k * self.kernel_dilation - low for k in taps]
@@ -244,7 +245,7 @@ def problem_of(
 ) -> Problem:
     """What each device would be given were nothing sharded or vmapped.
 
-    Its taps are those of `ConvSpec.live_taps`, unless there is none.
+    Its taps are those of `ConvSpec.live_taps`, where there are any.
 
     Args:
       x, w: ``(*batch, T, C)`` and ``(K, C // G, O)``, or what has their shapes and dtypes.
@@ -252,7 +253,8 @@ def problem_of(
     """
     dtypes = map(np.dtype, lhs_rhs_out(operation, x.dtype, w.dtype, out_dtype))
     N, C, O = math.prod(x.shape[:-2]), x.shape[-1], w.shape[-1]
-    spec = spec.of_taps(spec.live_taps) if spec.live_taps else spec
+    live = spec.live_taps
+    spec = spec.of_taps(live) if live else spec
     return Problem(operation, spec, N, C, O, *dtypes, precision, platform)
 
 

@@ -135,7 +135,7 @@ def _programs(x, kernel, geometry):
     ]
     depthwise = geometry.get("feature_group_count", 1) == x.shape[-1] > 1
     only_spec = {name: geometry[name] for name in geometry.keys() & SPEC}
-    taps = make_spec(x.shape, kernel.shape, **only_spec)[0].live_taps
+    taps = make_spec(x.shape, kernel.shape, **only_spec)[0].live_taps or ()
     walked = depthwise and len(taps) <= triton_depthwise_walk.TAPS
     operations = 2 * math.prod(shape.shape[:-1]) * math.prod(kernel.shape)
     runs = _measure.runs_in_a_call(operations, sum(a.nbytes for a in arrays))

@@ -26,8 +26,8 @@ class Kernel:
       implementation: the name that users select it by.
       platforms: where it can run: of ``"cpu"``, ``"cuda"``, ``"rocm"``, ``"tpu"``, ``"other"``.
       run: ``run(problem, lhs, rhs) -> array`` of ``problem.out_shape`` and
-        ``problem.out_dtype``. Both operands have three axes and no axis of size 0, and the
-        first tap and the last see a step of x.
+        ``problem.out_dtype``. Both operands have three axes and no axis of size 0, and no
+        tap at either end lies beyond the sequence for every output.
       decline: ``decline(problem) -> reason``, or None where `run` will do it.
       describe: ``describe(problem) -> str``, in a few words how `run` would do it.
       priority: where no implementation is asked for, the highest that does not decline

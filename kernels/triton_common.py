@@ -101,7 +101,11 @@ def decline(problem: Problem) -> str | None:
     sizes = (*problem.x_shape, *problem.y_shape, *problem.w_shape)
     if not all(isinstance(size, int) for size in sizes):
         return "needs every size to be known when it is compiled"
-    if max(sizes) >= 2**30 or max(map(abs, problem.spec.padding)) + problem.spec.span >= 2**30:
+    spec = problem.spec
+    field = max(map(abs, spec.padding)) + spec.span
+    # What a tile reaches over: of time 256 steps at most, each so many apart.
+    tile = 256 * max(spec.stride, spec.input_dilation)
+    if max(*sizes, field) >= 2**30 or max(sizes) + field + tile >= 2**31:
         return "counts steps with 32 bits"
     if most_programs(problem) >= 2**31:
         return "has more tiles than a grid has programs"
@@ -120,7 +124,7 @@ def most_programs(problem: Problem) -> int:
     for direction in (spec, spec.transposed()):
         phases = Phases.of(direction).phases
         steps = max(steps, phases * triton.cdiv(direction.out_time, 16 * phases))
-    return G * max(problem.N * steps * max(c, o), MOST_SPLITS * spec.kernel_size * c * o)
+    return G * max(problem.N * steps * max(c, o), MOST_SPLITS * (spec.kernel_size * c + 1) * o)
 
 
 def dot_precision(problem: Problem) -> str | None:

@@ -70,7 +70,9 @@ def conv_dense(
     acc = tl.zeros((BT, BO), tl.float32)
     if GRAD_OF is None:  # else ptxas would let each product wait for the one before (its C7515)
         earliest = (a * S + k0 * D - LOW) // E + j0 * ROW_STEP
-        first, end = _live(earliest, D * TAP_STEP // E, (BT - 1) * ROW_STEP, T, taps, K)
+        # D * TAP_STEP // E, which itself would overflow in places.
+        apart = D // (E // TAP_STEP)
+        first, end = _live(earliest, apart, (BT - 1) * ROW_STEP, T, taps, K)
         k0 += first * TAP_STEP
         taps = end - first
     for i in tl.range(taps * TILES_C):

@@ -83,6 +83,18 @@ def test_symbolic_time_without_padding(stride, groups):
         tree_close(loaded.call(x), f(x))
 
 
+@pytest.mark.parametrize("padding", ["CAUSAL", "VALID", [(3, 0)]], ids=str)
+def test_symbolic_taps(padding):
+    k, t = export.symbolic_shape("k, t", constraints=["k >= 2", "k <= 9", "t >= 20"])
+    f = lambda x, w: conv1d(x, w, padding=padding)  # noqa: E731
+    x, w = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, t, 4), (k, 4, 3)))
+    loaded = _round_trip(f, x, w)
+    rng = np.random.default_rng(0)
+    for K, T in ((2, 20), (5, 23)):
+        x, w = (rng.standard_normal(s).astype(np.float32) for s in ((2, T, 4), (K, 4, 3)))
+        tree_close(loaded.call(x, w), f(x, w))
+
+
 @pytest.mark.parametrize("groups", [1, 4])
 def test_packed_sequences_of_symbolic_time(groups):
     w = np.random.default_rng(0).standard_normal((3, 4 // groups, 4)).astype(np.float32)

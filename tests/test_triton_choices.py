@@ -119,6 +119,23 @@ def test_a_kernel_gradient_fills_the_chip(C, K, T, dtype, together, monkeypatch)
     assert 0.9 < rounds / math.ceil(rounds) <= 1, seen
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        dict(T=2**30),
+        dict(T=20, D=2**29, padding=[(2**29, 20)]),
+        dict(T=20, K=1, S=2**27, padding=[(0, 2**27)]),
+        dict(T=2**30 - 9, K=1, S=2**20, padding=[(2**30 - 9, 0)]),
+    ],
+    ids=str,
+)
+def test_what_32_bits_do_not_count_is_declined(sizes):
+    problem = Case("far", batch=(1,), C=16, O=16, **sizes).problem("conv1d", "cuda")
+    assert triton_dense.decline(problem) == "counts steps with 32 bits"
+    near = Case("near", batch=(1,), C=16, O=16, T=2**29, S=3, padding=[(2**20, 0)])
+    assert triton_dense.decline(near.problem("conv1d", "cuda")) is None
+
+
 def test_a_grid_holds_all_programs():
     """One program for each tile, and no more than 2**31 - 1: a tile is 16 by 16 at the least."""
     narrow = Case("narrow", batch=(2**20,), T=16, C=32, O=32, G=16)

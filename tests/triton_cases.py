@@ -15,6 +15,10 @@ EXTRA = (
     Case("tiles_grouped", T=140, C=64, O=96, G=2, K=2, D=33, batch=(1,), dtype="float16"),
     Case("tiles_strided", T=141, C=40, O=20, S=2, D=3, batch=(1,), dtype="bfloat16"),
     Case("tiles_same", T=131, C=33, O=70, D=5, padding="SAME", batch=(1,)),
+    # Tiles that end at the first step of x under a tap, or begin at its last.
+    Case("edges", T=17, C=16, O=16, K=4, D=16, padding=[(31, 32)]),
+    Case("edges_end", T=17, C=16, O=16, K=4, D=16, padding=[(32, 31)]),
+    Case("edges_many", T=33, C=16, O=16, K=17, D=2, padding=[(63, 0)]),
     Case("tiles_depthwise", T=300, C=200, O=200, G=200, K=4, D=3, batch=(2,), dtype="bfloat16"),
     Case("tiles_multiplier", T=70, C=40, O=120, G=40, K=7, D=2, batch=(2,)),
     # Many taps: 16 outputs at a time, and up to 17 taps of the kernel gradient.
