@@ -13,6 +13,7 @@ from jax import lax
 from jax._src.lax import lax as lax_internal
 from jax._src.sharding_impls import canonicalize_sharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
 
 from conv_pallas import dispatch, fused, halo, primitives, segments
 from conv_pallas.dispatch import Implementation
@@ -22,9 +23,9 @@ ACTIVATIONS = fused.FUNCTIONS
 
 
 def conv1d(
-    x: jax.Array,
-    kernel: jax.Array,
-    bias: jax.Array | None = None,
+    x: ArrayLike,
+    kernel: ArrayLike,
+    bias: ArrayLike | None = None,
     *,
     strides: int | Sequence[int] | None = 1,
     padding: str | int | Sequence[int | tuple[int, int]] = "CAUSAL",
@@ -32,8 +33,8 @@ def conv1d(
     kernel_dilation: int | Sequence[int] | None = 1,
     feature_group_count: int = 1,
     activation: str | Callable[[jax.Array], jax.Array] | None = None,
-    mask: jax.Array | None = None,
-    segment_ids: jax.Array | None = None,
+    mask: ArrayLike | None = None,
+    segment_ids: ArrayLike | None = None,
     axis_name: str | tuple[str, ...] | None = None,
     precision: Any = None,
     preferred_element_type: Any = None,

@@ -140,7 +140,7 @@ def _gpu_kernel_grad(problem: Problem) -> str:
 def run_as(name: str, problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
     """The operation of ``problem`` by the formulation ``name``."""
     if name == "parts":
-        return _in_parts(problem, lhs, rhs)
+        return _parts(problem, lhs, rhs)
     operand, numbers = numbers_of(problem)
     lhs, rhs = lhs.astype(operand), rhs.astype(operand)
     if name == "transposed":
@@ -158,7 +158,7 @@ def run_as(name: str, problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.A
     return formulation(lhs, rhs, spec, numbers).astype(problem.out_dtype)
 
 
-def _in_parts(problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+def _parts(problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
     """Pieces of time one by one, each with the taps alone that see anything there."""
     sums, K = problem.operation == "conv1d_kernel_grad", problem.spec.kernel_size
     _, numbers = numbers_of(problem)

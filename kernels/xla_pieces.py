@@ -35,7 +35,8 @@ def in_turn(pieces, adds: bool, axis: int):
     return ys[0] if adds else lax.concatenate(ys, axis)
 
 
-def cuts(spec: ConvSpec, most: int, least: float) -> tuple[list[range], float]:
+@functools.cache
+def cuts(spec: ConvSpec, most: int, least: float) -> tuple[tuple[range, ...], float]:
     """Steps of the output in at most so many pieces, and the share of products that these take.
 
     Cut where a tap begins or ends to see x, first where it saves most: in a causal convolution with
@@ -52,7 +53,7 @@ def cuts(spec: ConvSpec, most: int, least: float) -> tuple[list[range], float]:
     marks = {mark for mark in marks if 0 < mark < U}
 
     def pieces(edges):
-        return [range(a, b) for a, b in itertools.pairwise(sorted({0, U, *edges}))]
+        return tuple(range(a, b) for a, b in itertools.pairwise(sorted({0, U, *edges})))
 
     def share(edges):
         taken = [len(p) * len(some_steps(spec, p.start, len(p)).live_taps) for p in pieces(edges)]

@@ -415,6 +415,7 @@ def test_the_rules_show_what_was_measured():
     for rule, operations in (
         (xla_cpu.forward, OPERATIONS[:2]),
         (xla_cpu.kernel_grad, OPERATIONS[2:]),
+        (xla_cpu._parts_pay, OPERATIONS[::2]),
     ):
         columns = []
         for line in rule.__doc__.splitlines():
