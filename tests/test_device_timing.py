@@ -71,6 +71,11 @@ def test_goals_are_judged_by_the_worst():
     assert told["dense-64, forward, of a copy"] == (None, None)
     assert told["depthwise, forward, of a copy"] == (0.9, False)
     assert told["depthwise, backward, of a copy"] == (0.9, True)
+    # A dilation that leaves products with padding out is no slower for being the fastest.
+    dense["dense-512/D1024", "forward"] = dict(tflops=900.0)
+    told = {v["goal"]: (v["reached"], v["met"]) for v in device_timing.verdicts(dense)}
+    assert told["dense, fastest D over slowest"] == (900 / 598.8, False)
+    assert told["dense, D=1 over slowest D"] == (649.9 / 598.8, True)
 
 
 def test_one_program_is_compiled_and_timed_once(tmp_path, monkeypatch):
