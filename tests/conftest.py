@@ -39,7 +39,7 @@ def pytest_configure():
 
 @pytest.fixture(scope="module")
 def hardly_optimized():
-    """For modules about whole networks, where a third of the time would be LLVM's.
+    """For modules about networks, transforms and interfaces: a third of their time is LLVM's.
 
     What XLA's optimizations make of each operation, the others show.
     """

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
+pytestmark = pytest.mark.usefixtures("hardly_optimized")
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TINY = ["--steps", "2", "--every", "2", "--batch", "2", "--hidden", "4", "--levels", "1"]
 

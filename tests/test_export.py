@@ -10,6 +10,8 @@ from conv_pallas import conv1d, explain
 from tests import cases
 from tests.support import IMPLEMENTATIONS, order, tree_close
 
+pytestmark = pytest.mark.usefixtures("hardly_optimized")
+
 
 def _round_trip(f, *args, vjp_order=0, **kwargs):
     exported = export.export(jax.jit(f), **kwargs)(*args)

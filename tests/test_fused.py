@@ -18,6 +18,8 @@ from conv_pallas.spec import ACTIVATIONS, OPERATIONS
 from tests import cases
 from tests.support import primitives_of
 
+pytestmark = pytest.mark.usefixtures("hardly_optimized")
+
 CASE = dataclasses.replace(cases.named("ragged"), T=11, C=4, O=3)
 
 

@@ -14,6 +14,8 @@ from tests import cases
 from tests.cases import Case
 from tests.support import IMPLEMENTATIONS, bind
 
+pytestmark = pytest.mark.usefixtures("hardly_optimized")
+
 # Finite differences of second order take dozens of calls: small sizes, same geometry.
 SMALL = tuple(
     dataclasses.replace(case, T=min(case.T, 9 + case.spec.span // 2), dtype="float64")

@@ -19,6 +19,8 @@ from jax._src.internal_test_util import test_harnesses
 from conv_pallas import conv_general_dilated
 from tests.support import primitives_of
 
+pytestmark = pytest.mark.usefixtures("hardly_optimized")
+
 ROOT = Path(__file__).parents[1]
 CACHE = ROOT / ".cache" / "upstream"
 
@@ -58,7 +60,9 @@ def _flax_tests() -> Path:
      "conv_general_dilated", 100),
 ], ids=["nnx", "linen"])  # fmt: skip
 def test_flax(file, select, counted, at_least):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }  # fmt: skip
     environment.pop("PYTEST_ADDOPTS", None)
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir", ".",
