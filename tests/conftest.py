@@ -45,10 +45,13 @@ def hardly_optimized():
     """
     import jax
 
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    name = "jax_disable_most_optimizations"
+    before = jax.config.read(name)
+    jax.config.update(name, True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(name.upper(), "1")  # for processes of their own
+        yield
+    jax.config.update(name, before)
 
 
 def pytest_make_parametrize_id(val):

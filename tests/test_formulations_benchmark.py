@@ -3,11 +3,14 @@
 import json
 
 import jax
+import pytest
 
 from benchmarks import formulations
 from conv_pallas import _measure
 from conv_pallas.kernels import xla
 from conv_pallas.spec import OPERATIONS
+
+pytestmark = pytest.mark.usefixtures("hardly_optimized")
 
 
 def test_one_case_from_the_command_line(tmp_path, capsys, monkeypatch):

@@ -16,6 +16,8 @@ import pytest
 from benchmarks import device_checks, device_timing, on_device
 from benchmarks.on_device import Log
 
+pytestmark = pytest.mark.usefixtures("hardly_optimized")
+
 
 def _lines(file):
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]

@@ -60,9 +60,7 @@ def _flax_tests() -> Path:
      "conv_general_dilated", 100),
 ], ids=["nnx", "linen"])  # fmt: skip
 def test_flax(file, select, counted, at_least):
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     environment.pop("PYTEST_ADDOPTS", None)
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir", ".",
