@@ -160,13 +160,12 @@ def explain(
             f"platform must be None or one of {', '.join(dispatch.PLATFORMS)}, "
             f"got {platform!r}{which}"
         )
-    if hasattr(x, "explain") or (callable(x) and kernel is not None):
+    its_own = getattr(x, "explain", None)
+    if its_own is None and callable(x) and kernel is not None:
+        its_own = functools.partial(_explain_model, x)
+    if its_own is not None:
         _refuse(bias=bias, out_sharding=out_sharding, **geometry, **more)
-        return (
-            x.explain(kernel, platform=platform)
-            if hasattr(x, "explain")
-            else _explain_model(x, kernel, platform)
-        )
+        return its_own(kernel, platform=platform)
     if not all(hasattr(a, "shape") and hasattr(a, "dtype") for a in (x, kernel)):
         raise TypeError(
             f"explain takes x and kernel, or a model or a function and its input, "

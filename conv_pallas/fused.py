@@ -34,7 +34,7 @@ from jax.interpreters import ad, batching, mlir, xla
 from jax.interpreters import partial_eval as pe
 from jax.sharding import PartitionSpec as P
 
-from conv_pallas import dispatch, fused_sharding, halo, primitives
+from conv_pallas import dispatch, fused_sharding, halo, primitives, taps
 from conv_pallas.spec import ConvSpec, Epilogue, Problem, problem_of
 
 FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -214,13 +214,13 @@ def _forward_alone(x, w, bias, *, platform, activation, has_bias, keep, **conv):
     if _empty(problem):
         return composed()
     kernel = dispatch.select(problem, conv["implementation"])
+    live = taps.some(w, conv["spec"].live_taps)  # as the problem has it
 
     def run(activation, keep=False):
         this = dispatch.fused(kernel, problem, Epilogue(has_bias, activation, keep))
         if this is None or (keep and not kernel.keeps(this)):
             return None
         shape = (*x.shape[:-2], *problem.y_shape[1:])
-        live = primitives.taps_of(w, conv["spec"].live_taps)
         return jax.tree.map(lambda a: a.reshape(shape), kernel.fused(this, _rows(x), live, bias))
 
     if not keep:
@@ -256,8 +256,9 @@ def _backward_local(
         return _backward(*operands, spec=spec, **these, **conv)
     kernel, problem = found
     live, saved_rows = own.live_taps, None if saved is None else _rows(saved)
-    taps = primitives.taps_of(w, live)
-    dx, dw, db = kernel.backward(problem, _rows(x), taps, bias, saved_rows, _rows(gy), wanted)
+    dx, dw, db = kernel.backward(
+        problem, _rows(x), taps.some(w, live), bias, saved_rows, _rows(gy), wanted
+    )
     grads = []
     derivative = functools.partial(times_derivative, activation=activation)
     gz = halo.steps(gy, saved, of=derivative)
@@ -266,7 +267,7 @@ def _backward_local(
         dx = time.mend("conv1d_input_grad", _input_grad(x, conv), dx, gz, w, own)
         grads.append(dx)
     if wanted[1]:
-        dw = primitives.all_taps(dw, live, w.shape[0])
+        dw = taps.among(dw, live, w.shape[0])
         dw = time.mend("conv1d_kernel_grad", _kernel_grad(w, conv), dw, halo.steps(x), gz, own)
         grads.append(dw)
     if wanted[2]:

@@ -74,8 +74,8 @@ class TimeSplit:
           ValueError: it is over no such axis.
         """
         mesh = jax.sharding.get_abstract_mesh()
-        names = tuple(axis_name) if isinstance(axis_name, Sequence) else (axis_name,)
-        names = (axis_name,) if isinstance(axis_name, str) else names
+        several = isinstance(axis_name, Sequence) and not isinstance(axis_name, str)
+        names = tuple(axis_name) if several else (axis_name,)
         if not names or len(set(names)) < len(names) or not set(names) <= set(mesh.manual_axes):
             raise ValueError(
                 "axis_name must be an axis of the surrounding jax.shard_map, or several: "

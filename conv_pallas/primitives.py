@@ -36,7 +36,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.interpreters import ad, mlir
 from jax.sharding import AbstractMesh, NamedSharding
 
-from conv_pallas import dispatch, sharding
+from conv_pallas import dispatch, sharding, taps
 from conv_pallas.spec import OPERATIONS, ConvSpec, Operation, Problem
 
 # --- Shapes and types ---
@@ -84,7 +84,7 @@ def _compute(
     if 0 in (*lhs.shape, *rhs.shape, *out_shape) or live == range(0):
         return jnp.zeros(out_shape, out_dtype)
     if operation != "conv1d_kernel_grad":
-        rhs = taps_of(rhs, live)
+        rhs = taps.some(rhs, live)
     K, spec = spec.kernel_size, spec if live is None else spec.of_taps(live)
     kernels, N = math.prod(lhs.shape[:V]), math.prod(lhs.shape[V:-2])
     inner, outer = _group_shape(lhs, rhs, operation, spec.groups)
@@ -113,22 +113,8 @@ def _compute(
             out = _run_as_groups(problem, kernels, lhs, rhs, implementation)
     if operation == "conv1d_kernel_grad":
         shape = (*out_shape[:-3], spec.kernel_size, *out_shape[-2:])
-        return all_taps(out.reshape(shape), live, K)
+        return taps.among(out.reshape(shape), live, K)
     return out.reshape(out_shape)
-
-
-def taps_of(w, taps: range | None):
-    """Those taps of a kernel ``(*V, K, C // G, O)``; None: all."""
-    if taps is None:
-        return w
-    return lax.slice_in_dim(w, taps.start, taps.stop, axis=w.ndim - 3)
-
-
-def all_taps(dw, taps: range | None, K: int):
-    """A kernel gradient of K taps, which is zero but for those; None: for all."""
-    if taps is None or len(taps) == K:
-        return dw
-    return jnp.pad(dw, (*[(0, 0)] * (dw.ndim - 3), (taps.start, K - taps.stop), (0, 0), (0, 0)))
 
 
 def _run_as_groups(problem: Problem, kernels: int, lhs, rhs, implementation):

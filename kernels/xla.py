@@ -16,9 +16,9 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
+from conv_pallas import taps
 from conv_pallas.kernels import Kernel, xla_cpu, xla_native
 from conv_pallas.kernels.xla_formulations import (
     FORWARD,
@@ -168,15 +168,12 @@ def _parts(problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         here = some_steps(problem.as_convolution[0], steps.start, len(steps))
         live = here.live_taps or range(1)  # whose products are zeros
         here = here.of_taps(live)
-        if sums:
-            part = dataclasses.replace(this, spec=here)
-            g = lax.slice_in_dim(rhs, steps.start, steps.stop, axis=1)
-            dw = run_as(xla_cpu.at_once(part), part, lhs, g)
-            return jnp.pad(dw, ((live.start, K - live.stop), (0, 0), (0, 0)))
-        if problem.operation == "conv1d_input_grad":
+        if problem.operation == "conv1d_input_grad":  # whose taps are reversed
             here, live = here.transposed(), range(K - live.stop, K - live.start)
-        part = dataclasses.replace(this, spec=here)
-        return run_as(xla_cpu.at_once(part), part, lhs, rhs[live.start : live.stop])
+        own = dataclasses.replace(this, spec=here)
+        other = rhs[:, steps.start : steps.stop] if sums else taps.some(rhs, live)
+        out = run_as(xla_cpu.at_once(own), own, lhs, other)
+        return taps.among(out, live, K) if sums else out
 
     steps, _ = xla_cpu.pieces(problem)
     out = in_turn([(lhs, functools.partial(part, steps=s)) for s in steps], sums, 1)

@@ -49,8 +49,8 @@ def in_parts(formulation: Formulation, name: str, problem: Problem) -> Formulati
         formulation = in_taps(formulation, taps, sums, written_out=1 if name == "tree" else None)
     if (steps := _steps_at_once(name, problem)) < spec.out_time:
         formulation = in_steps(formulation, steps, sums)
-    if (at_once := _sequences_at_once(name, problem)) != problem.N:
-        formulation = in_pieces(formulation, at_once, sums)
+    if (sequences := _sequences_at_once(name, problem)) != problem.N:
+        formulation = in_pieces(formulation, sequences, sums)
     return formulation
 
 

@@ -1,0 +1,19 @@
+"""Some taps of a kernel, and a kernel gradient of some among all."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def some(w: jax.Array, taps: range | None) -> jax.Array:
+    """Those taps of a kernel ``(*V, K, C // G, O)``; None: all."""
+    if taps is None:
+        return w
+    return lax.slice_in_dim(w, taps.start, taps.stop, axis=w.ndim - 3)
+
+
+def among(dw: jax.Array, taps: range | None, K: int) -> jax.Array:
+    """A kernel gradient of K taps, which is zero but for those; None: dw is of all."""
+    if taps is None or len(taps) == K:
+        return dw
+    return jnp.pad(dw, (*[(0, 0)] * (dw.ndim - 3), (taps.start, K - taps.stop), (0, 0), (0, 0)))
