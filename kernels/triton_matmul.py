@@ -6,6 +6,9 @@ import triton.language as tl
 from conv_pallas.kernels.triton_activation import activate, activate_grad
 from conv_pallas.kernels.triton_common import first_output, first_tap, offsets, to_tf32
 
+COUNTED = tl.constexpr(16)  # so many at most `_live` counts
+MANY = tl.constexpr(17)
+
 
 @triton.jit
 def _live(start, apart, reach, T, count, AT_MOST: tl.constexpr):
@@ -15,7 +18,7 @@ def _live(start, apart, reach, T, count, AT_MOST: tl.constexpr):
     last step of a tile is ``reach`` after its first. The others are padding: products with zeros,
     half of them where the field of a layer is as long as its sequence.
     """
-    if AT_MOST <= 16:  # a program waits for this, and a division takes longer than counting
+    if AT_MOST <= COUNTED:  # a program waits for this, and a division takes longer than counting
         first = 0
         end = 0
         for i in tl.static_range(AT_MOST):
@@ -222,7 +225,7 @@ def conv_dense_kernel_grad(
     t0 = (u0 * S + k * D - LOW) // E
     met = (u0 >= 0) & (item < K * TILES_C)
     whole = J // BU if TAIL else tl.cdiv(J, BU)
-    begin, end = _live(t0, BU * ROW_STEP, (BU - 1) * ROW_STEP, T, whole, 17)
+    begin, end = _live(t0, BU * ROW_STEP, (BU - 1) * ROW_STEP, T, whole, MANY)
     per_sample = tl.maximum(end - begin, 1)
     blocks = tl.where(met, N * tl.maximum(end - begin, 0), 0)
     share = tl.cdiv(blocks, SPLITS)

@@ -18,6 +18,8 @@ from conv_pallas import conv1d
 from tests.streams import functions, model_of, numbers, stream
 from tests.support import collectives, compiled_quickly, gathered_sizes, sent, tree_close
 
+pytestmark = pytest.mark.usefixtures("hardly_optimized")
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:

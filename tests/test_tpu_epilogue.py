@@ -17,6 +17,7 @@ from tests.test_tpu_interpreter import MEGACORE, V5E, fresh_interpreter, params
 from tests.triton_epilogue import Fused
 
 __all__ = ["fresh_interpreter"]  # a fixture
+pytestmark = pytest.mark.usefixtures("hardly_optimized")
 
 SMALL = dataclasses.replace(V5E, vmem=900 * 2**10)
 # Neither bfloat16 nor float32 products depend on the platform's default precision.

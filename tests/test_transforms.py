@@ -15,6 +15,8 @@ from conv_pallas.spec import OPERATIONS
 from tests import cases
 from tests.support import primitives_of, tree_close
 
+pytestmark = pytest.mark.usefixtures("hardly_optimized")
+
 NAMES = ["stride_grouped", "depthwise_dilated", "dense"]
 each_case = pytest.mark.parametrize("name", NAMES)
 
