@@ -40,6 +40,7 @@ DESCRIPTIONS = {
     "barrier": "x padded in memory behind a barrier, so that the dilation stays one",
     "shifts": "shifted multiply-adds of one padded x",
     "own_pads": "shifted multiply-adds, each with a pad fused into it",
+    "channel_blocks": "multiply-adds in a layout of channel blocks",
     "tree": "shifted multiply-reductions, block by block of time",
     "matmuls": "one matmul for each tap",
     "im2col": "one matmul of all taps side by side",
@@ -180,6 +181,9 @@ def _parts(problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
     return out.astype(problem.out_dtype)
 
 
+SUMS_OF_TAPS = ("own_pads", "shifts", "matmuls", "scatter", "blocks", "channel_blocks")
+
+
 def run(problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
     """The operation of ``problem`` by the formulation that `choose` names."""
     name = choose(problem)
@@ -191,7 +195,7 @@ def run(problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         elif problem.operation == "conv1d_input_grad":
             lhs = lax.optimization_barrier(lhs)
     out = run_as(name, problem, lhs, rhs)
-    if problem.platform == "cpu" and name in ("own_pads", "shifts", "matmuls", "scatter", "blocks"):
+    if problem.platform == "cpu" and name in SUMS_OF_TAPS:
         # Fused into a reduction that consumes it, such as a loss, the sum over taps is done
         # element by element, which takes several times as long. Bias and activation lose next to
         # nothing by it.

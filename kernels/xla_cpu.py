@@ -233,7 +233,9 @@ def _grouped(problem: Problem) -> str | None:
     every_step = spec.stride == spec.input_dilation == 1
     narrow = problem.out_dtype.itemsize < 4
     if c == 1:
-        if K > UNROLLED or (K > 8 and every_step and not (narrow and o > 1)):
+        if PADS < K <= CHANNEL_BLOCKS:
+            return "channel_blocks"
+        if K > UNROLLED or (K > 8 and not (narrow and o > 1)):
             return "own_pads"
         if narrow or K > 8:
             return "matmuls"
@@ -247,6 +249,8 @@ def _grouped(problem: Problem) -> str | None:
         return moved  # multiply-adds widen every number anew for each of their products
     if c <= 8 and K * c <= 64:
         return "shifts"
+    if problem.depthwise and c <= 8 and K <= CHANNEL_BLOCKS:
+        return "channel_blocks"
     if c <= 8 and K > FEW and every_step and _little(problem):
         return "blocks"
     if K <= 4 and every_step and (max(c, o) <= 16 or G > 32 or (N == 1 and max(c, o) <= 64)):
@@ -404,7 +408,7 @@ def kernel_grad(problem: Problem) -> str:
     K, G = spec.kernel_size, spec.groups
     causal = spec.input_dilation == 1 and spec.padding == (spec.span - 1, 0)
     if G > 1:
-        if K > UNROLLED:
+        if K > UNROLLED and c > 1:
             problem = dataclasses.replace(problem, spec=spec.of_taps(range(AT_ONCE)))
         return _grouped_kernel_grad(problem)
     if K > UNROLLED:
@@ -442,7 +446,9 @@ def _grouped_kernel_grad(problem: Problem) -> str:
     spec, c, _ = _of_group(problem)
     K, G = spec.kernel_size, spec.groups
     if c == 1:
-        return "tree"
+        # Each of its pieces copies what it sees of x, D (K - 1) steps more than its own.
+        blocks = K >= 12 and spec.kernel_dilation <= 4 and spec.input_dilation == 1
+        return "channel_blocks" if blocks else "tree"
     if K <= 8 and (spec.stride > 1 or (_bfloat16(problem) and _little(problem))):
         return "im2col"
     if G > 32:
@@ -458,6 +464,7 @@ def _bfloat16(problem: Problem) -> bool:
 # beyond which it is as slow as all at once. Bytes. Each piece costs some time by itself.
 PIECE = {
     "scatter": 5 * 2**20, "im2col": 5 * 2**19, "blocks": 5 * 2**20, "winograd": 2**23,
+    "channel_blocks": 2**23,
 }  # fmt: skip
 WHOLE, MOST = 9 * 2**20, 2**23
 
@@ -474,6 +481,8 @@ def _held(name: str, problem: Problem) -> int:
     if name == "winograd":
         pairs, three = spec.kernel_size > 3 or spec.kernel_size % 2 == 0, spec.kernel_size % 2
         return spec.out_time * (3 * pairs + 4 * three) * 2 * (c + o)
+    if name == "channel_blocks":
+        return 2 * np.dtype(numbers.acc).itemsize * (spec.time + spec.out_time) * problem.O
     if name == "scatter":
         return spec.time * spec.kernel_size * o * np.dtype(numbers.acc).itemsize
     return spec.out_time * spec.kernel_size * c * np.dtype(operand).itemsize
@@ -496,7 +505,7 @@ def _steps_at_once(name: str, problem: Problem) -> int:
 def _sequences_at_once(name: str, problem: Problem) -> int:
     """How many of N, which they divide."""
     N = problem.N
-    if problem.spec.groups > 1 or name not in PIECE:
+    if (problem.spec.groups > 1 and name != "channel_blocks") or name not in PIECE:
         return N
     each = _held(name, problem)
     if N * each <= WHOLE:
@@ -508,7 +517,12 @@ def _sequences_at_once(name: str, problem: Problem) -> int:
 
 
 AT_ONCE = 8  # taps in one piece of a convolution that has too many to be written out at once
-TAPS = {"own_pads": 4, "shifts": 4, "tree": 1}  # and of depthwise ones with more than that
+# And of depthwise ones with more than that. Of four pads LLVM makes a loop without vectors in some
+# shapes, which takes three times as long.
+TAPS = {"own_pads": 3, "shifts": 4, "tree": 1}
+# Taps from which on a depthwise convolution is faster in blocks of channels; and as many as compile
+# in half a second.
+PADS, CHANNEL_BLOCKS = 48, 256
 
 
 def _taps_at_once(name: str, problem: Problem) -> int:
@@ -518,4 +532,4 @@ def _taps_at_once(name: str, problem: Problem) -> int:
         return K
     if name == "tree" or (name in ("own_pads", "shifts") and problem.depthwise):
         return TAPS[name] if K > AT_ONCE else K
-    return K if K <= UNROLLED or name in ("native", "padded") else AT_ONCE
+    return K if K <= UNROLLED or name in ("native", "padded", "channel_blocks") else AT_ONCE

@@ -20,6 +20,7 @@ import numpy as np
 from jax import lax
 
 from conv_pallas.kernels import xla_native
+from conv_pallas.kernels.xla_channel_blocks import channel_blocks, channel_blocks_kernel_grad
 from conv_pallas.kernels.xla_winograd import winograd, winograd_kernel_grad
 from conv_pallas.spec import ConvSpec, Problem
 
@@ -314,6 +315,7 @@ FORWARD: dict[str, Formulation] = {
         fold,
         dense,
         split,
+        channel_blocks,
     )
 }
 
@@ -443,4 +445,5 @@ KERNEL_GRAD: dict[str, Formulation] = {
     "fold": transposed(fold),
     "dense": transposed(dense),
     "split": split_kernel_grad,
+    "channel_blocks": channel_blocks_kernel_grad,
 }

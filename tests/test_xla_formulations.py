@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from conv_pallas import conv1d
-from conv_pallas.kernels import xla, xla_cpu, xla_pieces
+from conv_pallas.kernels import xla, xla_channel_blocks, xla_cpu, xla_pieces
 from conv_pallas.kernels.xla_formulations import (
     FORWARD,
     KERNEL_GRAD,
@@ -260,7 +260,8 @@ def test_in_steps_and_in_taps(case, operation, loop, pieces, monkeypatch):
         ((1, 9000, 8, 8, 200, 2), "blocks"),
         ((2, 200, 64, 8, 23, 4), "scatter"),
         ((2, 200, 16, 16, 23, 4, 1, 16), "own_pads"),
-        ((1, 400, 4, 4, 150, 1, 1, 4), "own_pads"),
+        ((1, 400, 4, 4, 150, 1, 1, 4), "channel_blocks"),
+        ((1, 400, 2, 2, 257, 1, 1, 2), "own_pads"),
     ],
 )
 def test_no_output_sees_what_is_after_it(sizes, chosen):
@@ -275,6 +276,33 @@ def test_no_output_sees_what_is_after_it(sizes, chosen):
     assert xla.choose(problem) == chosen
     y = conv1d(x, w, kernel_dilation=D, feature_group_count=G)
     assert np.isfinite(y[:, : T // 2]).all() and np.isnan(y[:, T // 2]).all()
+
+
+@pytest.mark.parametrize("T", [417, 128])  # with a step left over, and without
+def test_no_tap_sees_a_step_that_it_does_not_meet(T):
+    """Of a causal kernel the last tap alone meets the last step."""
+    x, g = jnp.ones((1, T, 2)).at[:, -1, 0].set(np.inf), jnp.ones((1, T, 2))
+    spec = ConvSpec(T, 12, padding=(11, 0), groups=2)
+    problem = Problem("conv1d_kernel_grad", spec, 1, 2, 2, *(x.dtype,) * 3, None, "cpu")
+    assert xla.choose(problem) == "channel_blocks"
+    dw = xla.run(problem, x, g)[:, 0]
+    np.testing.assert_array_equal(dw[-1], [np.inf, T])
+    np.testing.assert_array_equal(dw[:-1].T, [T - np.arange(11, 0, -1)] * 2)
+
+
+BLOCKED = ("depthwise_dilated", "multiplier", "stride_depthwise", "crop_depthwise",
+           "input_dilation_depthwise", "long_depthwise_float16", "stride_grouped")  # fmt: skip
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("case", [named(name) for name in BLOCKED], ids=str)
+def test_several_blocks_of_channels_pieces_and_loops(case, operation, monkeypatch):
+    for name, size in {"LANES": 3, "AT_ONCE": 2, "STEPS": 8}.items():
+        monkeypatch.setattr(xla_channel_blocks, name, size)
+    problem, (lhs, rhs) = case.problem(operation), operands(case, operation)
+    run = jax.jit(functools.partial(xla.run_as, "channel_blocks", problem))
+    compiled = run.lower(lhs, rhs).compile({"xla_backend_optimization_level": 0})
+    check(compiled(lhs, rhs), operation, lhs, rhs, case.spec, out_dtype=problem.out_dtype)
 
 
 @pytest.mark.parametrize(
@@ -296,7 +324,7 @@ def test_no_more_is_compiled_for_more_taps(K):
     x, w = jnp.zeros((2, 300, 64)), jnp.zeros((K, 1, 64))
     step = jax.grad(lambda w: jnp.sum(conv1d(x, w, feature_group_count=64)))
     hlo = jax.jit(step).lower(w).compile().as_text()
-    assert hlo.count(" fusion(") < 20  # of one tap, in a loop
+    assert hlo.count(" fusion(") < 24  # one tap in a loop, or 16 loops of 8 steps each
 
 
 def test_a_kernel_gradient_is_no_slower_in_a_loop():
@@ -376,6 +404,11 @@ def test_choice_exists(platform):
         ((64, 2000, 64, 64, 8, 1, 4, 16), "float16", "im2col", "scatter"),
         ((4, 1000, 64, 64, 4, 1, 1, 16), "bfloat16", "im2col", "im2col"),
         ((4, 512, 64, 256, 4, 2, 1, 64), "bfloat16", "matmuls", "shifts"),
+        # Many taps of one channel each.
+        ((4, 1000, 256, 256, 48, 1, 1, 256), "float32", "own_pads", "own_pads"),
+        ((4, 1000, 256, 256, 49, 1, 2, 256), "bfloat16", "channel_blocks", "channel_blocks"),
+        ((4, 1000, 256, 256, 257, 1, 1, 256), "float32", "own_pads", "own_pads"),
+        ((4, 1000, 64, 256, 17, 1, 1, 64), "float32", "own_pads", "channel_blocks"),
     ],
     ids=str,
 )
