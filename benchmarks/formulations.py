@@ -257,7 +257,7 @@ def candidates(problem: Problem, stock: str) -> list[str]:
     few = each_its_own or spec.kernel_size <= UNROLLED
     worth = {
         "shifts": products <= 64 or each_its_own,
-        "own_pads": products <= 16 or each_its_own,
+        "own_pads": products <= 16 or problem.depthwise,
         "tree": products <= 64 or each_its_own,
         "matmuls": few,
         "im2col": few,
