@@ -359,10 +359,15 @@ def _shuffled(x, seed: int):
 
 
 def _several(function, arguments):
-    """Runs a function on several x, one after the other."""
+    """Runs a function on several x, one after the other.
+
+    What stays the same goes through every run too: else XLA would compute once what depends on
+    nothing else, such as the gradient by x of a layer without an activation.
+    """
+    each = _measure.several(lambda x, rest: function(*_joined(x, rest, arguments)))
 
     def run(xs, *rest):
-        return _measure.several(lambda x: function(*_joined(x, rest, arguments)))(xs)
+        return each(xs, [rest] * len(xs))
 
     return run
 

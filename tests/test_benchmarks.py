@@ -241,6 +241,15 @@ def test_runs_of_one_call_are_not_taken_for_one():
         assert (out == 2 * jnp.roll(xs[0], i, axis=1)).all()
 
 
+def test_what_depends_on_no_x_is_computed_in_every_run():
+    """Of a layer without an activation the gradient by x is the same in each of them."""
+    layer = dataclasses.replace(SMALL, activation=None)
+    step, arguments = baselines.training_step(STOCK, layer), baselines.arguments(layer)
+    x, rest = harness._split(arguments)
+    program = jax.jit(harness._several(step, arguments)).lower([x] * 3, *rest).compile()
+    assert program.as_text().count(" convolution(") == 3 * 3
+
+
 def test_a_call_has_runs_enough_to_hide_the_next():
     for operations, bytes_ in ((1, 1), (5e10, 6.7e7), (1e9, 8e8), (1e15, 1e12)):
         runs = _measure.runs_in_a_call(operations, bytes_)
