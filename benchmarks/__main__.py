@@ -54,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         # A second one, while this is being dealt with, would lose what was measured.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        console.print("interrupted: what follows was measured before")
+        told = "what follows was measured before" if measurements else "nothing was measured yet"
+        console.print(f"interrupted: {told}")
         interrupted = True
     if not measurements:
         return 130
@@ -75,7 +76,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--quick", action="store_true", help="fewer layers, and less time for each")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="fewer layers, unless --layers says which, and less time for each",
+    )
     parser.add_argument(
         "--layers", metavar="TEXT", help="only those whose name contains one of these words: a,b,c"
     )
@@ -99,13 +104,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     try:
         subjects = layers.quick() if options.quick else layers.ALL
-        if options.layers:
+        if options.layers is not None:
             subjects = select(options.layers, layers.ALL)
         if options.dtype is not None:
             if options.dtype not in DTYPES:
                 raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {options.dtype}")
             subjects = [dataclasses.replace(s, dtype=options.dtype) for s in subjects
                         if isinstance(s, Layer)]  # fmt: skip
+            if not subjects:
+                raise ValueError(f"--dtype is for layers, and --layers={options.layers} selects "
+                                 "whole networks alone")  # fmt: skip
         most = layers.MOST_IF_QUICK if options.quick else layers.MOST_ON_CPU
         options.subjects = [layers.fit(s, jax.default_backend(), most) for s in subjects]
         options.implementations = None
@@ -113,14 +121,24 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
             options.implementations = [n.strip() for n in options.implementation.split(",")]
             dispatch.canonicalize(options.implementations)
         options.passes = _passes(options.passes)
-        options.json.parent.mkdir(parents=True, exist_ok=True)
         if options.json.suffix != ".json":
             raise ValueError(f"--json must be a file that ends in .json, got {options.json}")
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        for path in (options.json, options.json.with_suffix(".html")):
+            _check_writable(path)
     except ValueError as e:
         parser.error(str(e))
     except OSError as e:
         parser.error(f"--json must be a file in a folder that can be written to: {e}")
     return options
+
+
+def _check_writable(path: Path) -> None:
+    """Leaves a file as it is, and none where there is none; OSError where it can't be written."""
+    new = not path.exists()
+    path.open("a").close()
+    if new:
+        path.unlink()
 
 
 def _passes(name: str | None) -> tuple[str, ...]:

@@ -419,7 +419,10 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
         (["--implementation", "unheard_of"], "must be None, one of triton"),
         (["--dtype", "int8"], "--dtype must be one of float32, bfloat16, float16, got int8"),
         (["--pass", "back"], "--pass must be forward or training, got 'back'"),
+        (["--layers", ""], "models tcn-adding"),
+        (["--layers", "music/stack", "--dtype", "float16"], "music/stack selects whole networks"),
         (["--json", "/dev/null/a.json"], "--json must be a file"),
+        (["--json", "/proc/a.json"], "--json must be a file"),
         (["--json", "a.txt"], "must be a file that ends in .json"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -430,6 +433,18 @@ def test_bad_options(arguments, message, capsys):
     assert stop.value.code == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert message in line
+
+
+def test_options_leave_an_old_result_alone(tmp_path, capsys):
+    """It is replaced once there is another; where none could be written, that is told first."""
+    (tmp_path / "a.json").write_text("old")
+    command._parse(["--json", str(tmp_path / "a.json")])
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    assert (tmp_path / "a.json").read_text() == "old"
+    (tmp_path / "a.html").mkdir()
+    with pytest.raises(SystemExit):
+        command._parse(["--json", str(tmp_path / "a.json")])
+    assert f"Is a directory: '{tmp_path / 'a.html'}'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
