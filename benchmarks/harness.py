@@ -25,7 +25,6 @@ from benchmarks.baselines import NotApplicableError
 from benchmarks.layers import Stack, Subject
 from benchmarks.truth import Truth, WrongResultError
 from conv_pallas import _layers, _measure, kernels
-from conv_pallas._layers import Layer
 from conv_pallas._measure import FORWARD, OURS, STOCK, Settings, Spread
 from conv_pallas.explanation import default_platform
 from conv_pallas.nn import Conv
@@ -160,14 +159,15 @@ def measure(
             for name, implementation in variants.items()
         }
         arguments = truth.arguments[: 3 if which == FORWARD else 4]
-        verify, checked = _verifier_of_layer(truth, which)
+        known = _checkable(truth)
+        verify, checked = _verifier_of_layer(truth, known, which)
     arguments = jax.device_put(arguments)
     result = Measurement(subject, which, {name: Variant(checked=checked) for name in variants})
     calls, texts, ready = {}, {}, {}
     for name, variant in result.variants.items():
         try:
             if name == baselines.TORCH:
-                calls[name] = _checked_torch(subject, which, truth)
+                calls[name] = _checked_torch(which, truth, known)
                 continue
             function = functions[name]()
             start = time.perf_counter()
@@ -209,31 +209,36 @@ def _function(name, layer, which, implementation):
     return make(name, layer, implementation)
 
 
-def _verifier_of_layer(truth: Truth, which: str) -> tuple[Callable, str | None]:
-    """A function that checks a variant, and the size at which it does where that differs."""
+def _checkable(truth: Truth) -> Truth:
+    """The truth of a smaller layer where that of a layer would take minutes."""
     layer = truth.layer
-
-    def check(truth, name, run):
-        out = run(*jax.device_put(truth.arguments[: 3 if which == FORWARD else 4]))
-        truth.check((out,) if which == FORWARD else out[1], f"{layer.name}, {which}, {name}")
-
-    small = layer
     if layer.products > MOST_TO_CHECK:
-        small = _layers.fit(layer, "cpu", MOST_TO_CHECK)
-    if small == layer:
-        return (lambda name, implementation, compiled: check(truth, name, compiled)), None
-    other = Truth(small, truth.platform)
+        layer = _layers.fit(layer, "cpu", MOST_TO_CHECK)
+    return truth if layer == truth.layer else Truth(layer, truth.platform)
+
+
+def _verifier_of_layer(truth: Truth, known: Truth, which: str) -> tuple[Callable, str | None]:
+    """A function that checks a variant, and the size at which it does where that differs."""
+    small = known.layer
+
+    def check(name, run):
+        out = run(*jax.device_put(known.arguments[: 3 if which == FORWARD else 4]))
+        known.check((out,) if which == FORWARD else out[1], f"{small.name}, {which}, {name}")
+
+    if known is truth:
+        return (lambda name, implementation, compiled: check(name, compiled)), None
 
     def verify(name, implementation, compiled):
-        check(other, name, jax.jit(_function(name, small, which, implementation)))
+        check(name, jax.jit(_function(name, small, which, implementation)))
 
     return verify, str(small)
 
 
-def _checked_torch(layer: Layer, which: str, truth: Truth) -> Callable[[], None]:
-    call, result = baselines.torch_program(layer, which, truth.arguments)
-    if layer.products <= MOST_TO_CHECK:
-        truth.check(result(), f"{layer.name}, {which}, {baselines.TORCH}")
+def _checked_torch(which: str, truth: Truth, known: Truth) -> Callable[[], None]:
+    call, result = baselines.torch_program(truth.layer, which, truth.arguments)
+    if known is not truth:
+        _, result = baselines.torch_program(known.layer, which, known.arguments)
+    known.check(result(), f"{truth.layer.name}, {which}, {baselines.TORCH}")
     return call
 
 

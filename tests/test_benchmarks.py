@@ -131,6 +131,23 @@ def test_wrong_kernel_is_refused_and_slow_one_told(toys, tmp_path):
     assert "wrong</span>" in page and "elements are off" in page
 
 
+def test_what_is_too_large_to_check_is_checked_at_a_smaller_size(monkeypatch):
+    """PyTorch's too, whose programs are none of JAX's."""
+    monkeypatch.setattr(harness, "MOST_TO_CHECK", SMALL.products // 2)
+
+    def program(layer, which, arrays):
+        asked.append(layer)
+        return lambda: None, lambda: (1.001 * Truth(layer).y[0].astype(np.float32),)
+
+    asked: list[Layer] = []
+    monkeypatch.setattr(baselines, "torch_program", program)
+    variants = {STOCK: None, baselines.TORCH: None}
+    m = harness.measure(SMALL, FORWARD, settings=BRIEF, variants=variants)
+    assert asked == [SMALL, dataclasses.replace(SMALL, N=1)]
+    assert m.variants[STOCK].seconds and m.variants[STOCK].checked == "N=1 T=96 C=8 K=3 D=2"
+    assert m.variants[baselines.TORCH].refused
+
+
 def test_one_file_adds_a_kernel(toys, tmp_path):
     """It is found, tested, benchmarked, listed and selectable, with no other file touched.
 
