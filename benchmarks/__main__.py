@@ -3,9 +3,10 @@
     python -m benchmarks [--quick] [--layers TEXT] [--implementation NAMES] [--dtype DTYPE]
                          [--pass NAME] [--json PATH]
 
-Every variant is checked against the formula in float64 before it is timed. Writes a JSON result,
-after each layer, and in the end a page, ``report.html``, beside it. On a CPU the larger layers are
-cut down in N and T, and their row says so.
+Every variant of a layer is checked against the formula in float64 before it is timed, and every
+whole network against stock. Writes a JSON result, after each layer, and in the end a page beside
+it, of the same name but for its ending. On a CPU the larger layers are cut down in N and T, and
+their row says so.
 """
 
 import argparse

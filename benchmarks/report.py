@@ -22,6 +22,7 @@ from rich.table import Table
 from benchmarks import charts, page_style, stored
 from benchmarks.baselines import BARRIER, MATMULS, SYMMETRIC, TORCH
 from benchmarks.charts import Series, escape
+from benchmarks.layers import Stack
 from benchmarks.on_device import lines_of
 from benchmarks.ranking import agreement
 from conv_pallas._measure import FORWARD, OURS, PASSES, STOCK
@@ -137,13 +138,33 @@ def head(result: Mapping[str, Any], name: str) -> str:
         f"<p class=sub>{escape(host['date'][:16].replace('T', ' '))} UTC, {escape(versions)}"
         f"{escape(commit)}{', ' + escape(name) if name else ''}</p>"
         f"<div class=tiles>{shown}</div>"
-        "<p>Every variant computes activation(conv(x, kernel) + bias), and was checked against the "
-        "formula in float64 before it was timed. The variants took turns; a ratio is the median "
-        "over turns. A training step is the loss and its gradients by x, kernel and bias. "
-        "“Faster” and “slower” leave 5 % to noise. Where two variants compile to the same "
-        "program they share one time. Layers with * have fewer or shorter sequences than "
+        f"<p>{escape(what_was_timed(result))} The variants took turns; a ratio is the median "
+        "over turns. “Faster” and “slower” leave 5 % to noise. Where two variants compile to the "
+        "same program they share one time. Layers with * have fewer or shorter sequences than "
         "published; channels, taps and dilation are kept.</p>"
     )
+
+
+def what_was_timed(result: Mapping[str, Any]) -> str:
+    """What the variants compute, and what they were compared with before."""
+    rows = result["measurements"]
+    stacks = [m for m in rows if m["layer"]["kind"] == Stack.kind]
+    layers = [m for m in rows if m not in stacks]
+    told = []
+    if layers:
+        smaller = any(v.get("checked") for m in layers for v in m["variants"].values())
+        told.append(
+            "Every variant of a layer computes activation(conv(x, kernel) + bias), and was checked "
+            "against the formula in float64 before it was timed"
+            + (", of large layers at a smaller size. " if smaller else ". ")
+            + "A training step is the loss and its gradients by x, kernel and bias."
+        )
+    if stacks:
+        told.append(
+            "A whole network was checked against the same network of stock layers, its only "
+            "baseline; its training step gives the gradients by its parameters."
+        )
+    return " ".join(told)
 
 
 # --- charts --------------------------------------------------------------------------------------
@@ -191,8 +212,16 @@ def _tip(m: Mapping[str, Any], key: str) -> str:
     same = ", the same program" if s["same_program"] else ""
     return (
         f"{m['layer']['name']}, {m['pass']} ({m['layer']['size']}): {s['median']:.2f} times "
-        f"{s['over']} (quartiles {s['low']:.2f} to {s['high']:.2f}){same}"
+        f"{s['over']} ({_quartiles(m, key)}){same}"
     )
+
+
+def _quartiles(m: Mapping[str, Any], key: str) -> str:
+    """Of a ratio, and of how many turns: those that both took part in."""
+    s, variants = m[key], m["variants"]
+    names = (stored.program(variants, name) for name in (s["over"], m["ours"]))
+    turns = min(len(variants[name]["seconds"]) for name in names)
+    return f"quartiles {s['low']:.2f} to {s['high']:.2f} of {turns} turn{'s' * (turns > 1)}"
 
 
 def rooflines(result: Mapping[str, Any]) -> str:
@@ -347,7 +376,7 @@ def everything(result: Mapping[str, Any]) -> str:
         row += [_cell(m["variants"].get(n)) for n in timed]
         ratio = None
         for key in ("speedup", "speedup_over_fastest"):
-            row.append(_ratio(m.get(key)))
+            row.append(_ratio(m, key))
             ratio = m.get(key, {}).get("median")
         row += [f"{ours[k]:.3g}" if k in ours else "" for k in ("tflops", "gbps")]
         row.append(f"{ours['roofline']:.0%}" if "roofline" in ours else "")
@@ -390,10 +419,11 @@ def _cell(variant: Mapping[str, Any] | None) -> str:
     )
 
 
-def _ratio(speedup: Mapping[str, Any] | None) -> str:
+def _ratio(m: Mapping[str, Any], key: str) -> str:
+    speedup = m.get(key)
     if speedup is None:
         return ""
-    told = f"{speedup['low']:.2f} to {speedup['high']:.2f}, against {speedup['over']}"
+    told = f"{_quartiles(m, key)}, against {speedup['over']}"
     text = "same" if speedup["same_program"] else f"{speedup['median']:.2f}"
     return f'<span title="{escape(told)}">{text}</span>'
 

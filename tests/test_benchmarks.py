@@ -377,6 +377,33 @@ def test_page_stands_alone(result):
         assert f"<th>{report._name(m)}</th>" in page
 
 
+def test_page_tells_of_layers_and_of_networks_what_is_true_of_them(result):
+    def told(*found):
+        return report.what_was_timed({**result, "measurements": found})
+
+    rows = result["measurements"]
+    layer = next(m for m in rows if m["layer"]["kind"] == "dense")
+    stack = next(m for m in rows if m["layer"]["kind"] == "whole stack")
+    assert "float64" in told(layer) and "smaller size" not in told(layer)
+    assert "network" not in told(layer)
+    assert "float64" not in told(stack) and "against the same network of stock" in told(stack)
+    large = copy.deepcopy(layer)
+    large["variants"][STOCK]["checked"] = "N=1"
+    assert "of large layers at a smaller size" in told(large, stack)
+    assert report.what_was_timed(result) in report.page(result)
+
+
+def test_page_tells_how_many_turns_a_ratio_is_of(result):
+    m = copy.deepcopy(result["measurements"][0])
+    m["ours"], m["speedup"] = "ours", {"over": STOCK, "low": 0.5, "median": 1.0, "high": 1.5,
+                                       "same_program": False}  # fmt: skip
+    m["variants"] = {STOCK: {"seconds": [1.0] * 3}, "other": {"seconds": [1.0] * 7},
+                     "ours": {"same_as": "other"}}  # fmt: skip
+    assert "quartiles 0.50 to 1.50 of 3 turns" in report._ratio(m, "speedup")
+    m["variants"][STOCK]["seconds"] = [1.0]
+    assert "(quartiles 0.50 to 1.50 of 1 turn)" in report._tip(m, "speedup")
+
+
 def test_two_results_on_the_screen(result, tmp_path, capsys):
     """What changed most comes first, and a layer of another size is another layer."""
     first, second, third, *_ = result["measurements"]
