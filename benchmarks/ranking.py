@@ -31,7 +31,7 @@ class Agreement:
     def __str__(self) -> str:
         count = len(self.alike) + len(self.differing)
         if not count:
-            return "No layer is in both results, at the same size."
+            return "No layer is in both results, at the same size and dtype."
         text = (
             f"{len(self.alike)} of {count} layers rank their variants alike in both "
             f"({self.share:.0%}); times within {EQUAL:.0%} count as equal."
@@ -48,10 +48,10 @@ def agreement(a: Mapping[str, Any], b: Mapping[str, Any]) -> Agreement:
     Two rank alike where no variant that is faster than another in one, by more than `EQUAL`, is
     slower in the other by more than that, or compiles to another program.
     """
-    others = {_key(m): m for m in b["measurements"]}
+    others = {key(m): m for m in b["measurements"]}
     alike, differing = [], {}
     for m in a["measurements"]:
-        other = others.get(_key(m))
+        other = others.get(key(m))
         if other is None:
             continue
         changed = _changed(m["variants"], other["variants"])
@@ -63,7 +63,8 @@ def agreement(a: Mapping[str, Any], b: Mapping[str, Any]) -> Agreement:
     return Agreement(tuple(alike), differing)
 
 
-def _key(m: Mapping[str, Any]) -> tuple[str, str, str, str]:
+def key(m: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    """By which a measurement of one result is found in another."""
     return m["layer"]["name"], m["layer"]["size"], m["layer"]["dtype"], m["pass"]
 
 

@@ -19,12 +19,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import charts, page_style, stored
+from benchmarks import charts, page_style, ranking, stored
 from benchmarks.baselines import BARRIER, MATMULS, SYMMETRIC, TORCH
 from benchmarks.charts import Series, escape
 from benchmarks.layers import Stack
 from benchmarks.on_device import lines_of
-from benchmarks.ranking import agreement
 from conv_pallas._measure import FORWARD, OURS, PASSES, STOCK
 
 RESULTS = Path(__file__).parent / "results"
@@ -63,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--output must be a file that can be written to: {e}")
     if other is not None:
         print_changes(changes(result, other))
-        print(agreement(result, other))
+        print(ranking.agreement(result, other))
     print(f"wrote {output}")
     return 0
 
@@ -432,14 +431,12 @@ CHANGES = ("layer", "pass", "ours before, ms", "ours now, ms", "× faster", "sto
 
 
 def changes(result: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple]:
-    """A row of `CHANGES` for each layer and pass that both results have at the same size."""
-    before = {(m["layer"]["name"], m["pass"]): m for m in other["measurements"]}
+    """A row of `CHANGES` for each layer and pass that both have at the same size and dtype."""
+    before = {ranking.key(m): m for m in other["measurements"]}
     rows = []
     for m in result["measurements"]:
-        old = before.get((m["layer"]["name"], m["pass"]))
+        old = before.get(ranking.key(m))
         if old is None or not (m["ours"] and old["ours"]):
-            continue
-        if old["layer"]["size"] != m["layer"]["size"]:
             continue
         new_ms, old_ms = (r["variants"][r["ours"]]["ms"] for r in (m, old))
         by_stock = [r["variants"].get(STOCK, {}).get("ms", float("nan")) for r in (old, m)]
@@ -469,7 +466,7 @@ def print_changes(rows: Sequence[tuple]) -> None:
 
 def comparison(result: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     """What changed from ``other`` to ``result``."""
-    found, rows = agreement(result, other), changes(result, other)
+    found, rows = ranking.agreement(result, other), changes(result, other)
     ratios = [row[4] for row in rows]
     classes = ["win" if ratio > 1.1 else "loss" if ratio < 0.9 else "" for ratio in ratios]
     middle = f"{statistics.median(ratios):.2f}" if ratios else "-"

@@ -405,12 +405,13 @@ def test_page_tells_how_many_turns_a_ratio_is_of(result):
 
 
 def test_two_results_on_the_screen(result, tmp_path, capsys):
-    """What changed most comes first, and a layer of another size is another layer."""
-    first, second, third, *_ = result["measurements"]
-    changed = copy.deepcopy({**result, "measurements": [first, second, third]})
-    for m, factor in zip(changed["measurements"], (1.5, 4.0, 1.0), strict=True):
+    """What changed most comes first; a layer of another size or dtype is another layer."""
+    changed = copy.deepcopy({**result, "measurements": result["measurements"][:4]})
+    first, second, third, fourth = changed["measurements"]
+    for m, factor in ((first, 1.5), (second, 4.0)):
         m["variants"][m["ours"]]["ms"] *= factor
-    changed["measurements"][2]["layer"]["size"] = "another"
+    third["layer"]["size"] = "another"
+    fourth["layer"]["dtype"] = "float16"
     paths = [tmp_path / "new.json", tmp_path / "old.json"]
     for path, stored_ in zip(paths, (result, changed), strict=True):
         path.write_text(json.dumps(stored_))
