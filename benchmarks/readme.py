@@ -45,10 +45,11 @@ def figures(result: dict[str, Any]) -> str:
         [
             f"On a CPU ({host['cpu']}, {host['cores']} cores, JAX {host['jax']}): how many times "
             "faster ours is than stock `nnx.Conv`, and than the fastest of all baselines (stock, "
-            "padding behind a barrier, symmetric padding and a slice, shifted matmuls). The "
-            'smallest and the largest of a model\'s layers; "same" where both compile to the same '
-            "program; below 1 ours is slower. A training step is the loss and its gradients. Batch "
-            "and length are a CPU's: what would take too long is cut down. To compile all of them "
+            "padding behind a barrier, symmetric padding and a slice, shifted matmuls; of a whole "
+            'network stock alone). The smallest and the largest of a model\'s layers; "same" where '
+            "both compile to the same program; below 1 ours is slower. A training step is the loss "
+            "and its gradients. Batch and length are a CPU's: what would take too long is cut "
+            "down. To compile all of them "
             f"takes {compiling[0]:.0f} s, and stock's {compiling[1]:.0f} s. From "
             f"[{source}]({source}), measured by `{COMMAND}`; [{page}]({page}) draws it.",
             "",
