@@ -71,18 +71,18 @@ def _parts_pay(problem: Problem, name: str) -> bool:
     `forward`; forward pass and kernel gradient:
 
     =============================  =======================  ========================
-    N8 T1000 C64 O64 K3 D512 SAME  parts 1.3  winograd 1.0  parts 1.5  winograd 1.1
-    N8 T1000 C128 O128 K2 D256     parts 1.0  padded 1.0    parts 1.5  winograd 1.4
-    N8 T1000 C128 O128 K2 D512     parts 1.1  winograd 1.0  parts 1.5  winograd 1.4
-    N8 T1000 C128 O128 K3 D256     parts 1.3  winograd 1.2  parts 1.8  winograd 1.7
-    N2 T1000 C512 O512 K3 D256     parts 1.5  winograd 1.3  parts 1.7  winograd 1.6
-    N8 T1000 C64 O64 K3 D128       parts 1.1  winograd 1.1  parts 1.5  winograd 1.4
-    N8 T1000 C64 O64 K3 D256       parts 1.0  winograd 1.1  parts 1.5  winograd 1.6
-    N8 T1000 C64 O64 K7 D128       parts 1.2  winograd 1.0  parts 1.6  native 1.4
-    N4 T1000 C64 O64 K15 D64       parts 1.4  winograd 1.1  parts 1.3  padded 1.0
-    N32 T600 C30 O30 K8 D64        parts 1.2  scatter 1.1   parts 1.7  canonical 1.2
-    N32 T400 C30 O30 K7 D32        parts 1.0  native 1.0    parts 1.3  canonical 1.1
-    N64 T784 C25 O25 K7 D128       parts 0.8  scatter 1.3   parts 1.9  native 1.3
+    N8 T1000 C64 O64 K3 D512 SAME  parts 1.2  winograd 1.0  parts 1.4  winograd 1.1
+    N8 T1000 C128 O128 K2 D256     parts 1.0  padded 1.0    parts 1.4  winograd 1.5
+    N8 T1000 C128 O128 K2 D512     parts 1.1  winograd 1.0  parts 1.7  winograd 1.6
+    N8 T1000 C128 O128 K3 D256     parts 1.3  winograd 1.2  parts 1.6  winograd 1.6
+    N2 T1000 C512 O512 K3 D256     parts 1.5  winograd 1.3  parts 1.7  winograd 1.5
+    N8 T1000 C64 O64 K3 D128       parts 1.0  winograd 1.0  parts 1.5  winograd 1.3
+    N8 T1000 C64 O64 K3 D256       parts 1.0  winograd 1.0  parts 1.7  winograd 1.3
+    N8 T1000 C64 O64 K7 D128       parts 1.2  winograd 1.0  parts 1.4  native 1.2
+    N4 T1000 C64 O64 K15 D64       parts 1.4  winograd 1.0  parts 1.2  padded 1.0
+    N32 T600 C30 O30 K8 D64        parts 1.2  scatter 1.1   parts 1.7  canonical 1.1
+    N32 T400 C30 O30 K7 D32        parts 1.0  native 1.0    parts 1.4  canonical 1.1
+    N64 T784 C25 O25 K7 D128       parts 0.8  scatter 1.4   parts 1.9  native 1.1
     =============================  =======================  ========================
     """
     gradient, steps = problem.operation == "conv1d_kernel_grad", problem.N * problem.spec.out_time
@@ -110,68 +110,66 @@ def forward(problem: Problem) -> str:
     ===================================  ==========================  ==========================
                                          forward                     input gradient
     ===================================  ==========================  ==========================
-    N4 T1024 C512 O512 K4 G512           scatter 103  own_pads 66    own_pads 76  scatter 68
-    N1 T2000 C512 O512 K4 G512           own_pads 119  scatter 111   own_pads 116  scatter 107
-    N8 T1000 C64 O64 K7 G64              own_pads 92  scatter 86     scatter 109  matmuls 71
-    N4 T1000 C64 O64 K16 G64             matmuls 22  own_pads 21     own_pads 26  matmuls 19
-    N4 T512 C64 O256 K4 D2 G64           scatter 35  own_pads 29     shifts 22  own_pads 15
-    N4 T1024 C512 O512 K4 G512 bfloat16  scatter 73  own_pads 69     own_pads 94  scatter 81
-    N4 T500 C128 O128 K5 G32             shifts 11  scatter 5.9      shifts 12  scatter 5.5
-    N2 T512 C1024 O1024 K3 G64           scatter 1.4  matmuls 1.2    scatter 1.4  matmuls 1.2
-    N4 T1024 C256 O256 K3 D4 G8          split 2.2  matmuls 1.6      split 2.2  matmuls 1.5
-    N1 T1024 C256 O256 K3 D4 G4          scatter 1.1  matmuls 1.0    scatter 1.1  split 1.0
-    N4 T512 C128 O128 K3 D4 G8 bfloat16  im2col 1.9  scatter 1.8     im2col 1.9  matmuls 1.7
-    N4 T1000 C1 O25 K7                   matmuls 2.8  own_pads 2.8   scatter 2.0  blocks 1.6
-    N16 T500 C1 O128 K7                  matmuls 2.8  own_pads 2.5   scatter 2.7  blocks 0.5
-    N4 T2000 C2 O256 K7 D4               shifts 2.3  own_pads 1.8    scatter 7.7  fold 2.2
-    N4 T2000 C64 O1 K3                   scatter 3.2  winograd 0.8   matmuls 2.9  shifts 2.9
-    N8 T500 C256 O4 K5 D4                scatter 4.0  blocks 1.9     im2col 1.5  shifts 1.4
-    N8 T1000 C64 O10 K3                  scatter 0.9  winograd 0.8   im2col 1.4  scatter 1.3
-    N8 T500 C64 O24 K3 D2                scatter 1.0  winograd 0.9   scatter 1.1  im2col 1.0
-    N4 T4000 C2 O2 K3                    shifts 7.6  own_pads 5.2    shifts 8.5  own_pads 6.8
-    N4 T2000 C8 O8 K3                    shifts 1.9  scatter 1.9     shifts 2.2  scatter 1.5
-    N4 T4000 C1 O32 K8 S2                matmuls 2.2  shifts 2.1     scatter 1.5  blocks 0.8
-    N4 T1000 C128 O128 K3 S2             matmuls 0.8  im2col 0.8     scatter 1.1  matmuls 0.6
-    N4 T500 C25 O25 K5 S2                im2col 0.8  scatter 0.7     scatter 1.2  im2col 0.7
-    N4 T2000 C32 O1 K16 S4               scatter 1.0                 shifts 3.4  matmuls 2.9
-    N4 T500 C768 O768 K3 S2 G64          shifts 1.8  matmuls 1.7     shifts 2.5  scatter 2.5
-    N8 T500 C64 O64 K3 S2 G8 bfloat16    scatter 1.7  im2col 1.5     scatter 2.0  im2col 1.9
-    N16 T500 C64 O64 K5 S2 G8 float16    scatter 1.3  split 1.1      scatter 1.7  split 1.5
-    N32 T1000 C3 O16 K1 S2               shifts 3.0  own_pads 3.0    scatter 1.6  shifts 1.4
-    N16 T500 C128 O8 K1                  im2col 1.8  matmuls 1.6     scatter 1.1  im2col 1.0
-    N8 T64 C16 O16 K3                    scatter 1.7  im2col 1.6     scatter 1.3  im2col 1.2
-    N32 T1020 C10 O10 K8 D32             blocks 2.0  scatter 1.8     blocks 2.4  parts 2.1
-    N32 T400 C16 O16 K3                  scatter 1.0  im2col 0.9     scatter 1.0  im2col 1.0
-    N8 T400 C20 O20 K5 D8                scatter 1.5  blocks 1.2     scatter 1.5  im2col 1.2
-    N32 T784 C25 O25 K7 D16              scatter 1.4  blocks 1.1     scatter 1.4  parts 1.2
-    N32 T784 C25 O25 K7                  scatter 1.1  blocks 0.9     scatter 1.0  winograd 0.8
-    N32 T400 C30 O30 K7 D16              parts 1.0  scatter 1.0      parts 1.0  scatter 0.9
-    N8 T1000 C64 O64 K3 D16              winograd 1.1  scatter 0.9   winograd 1.1  im2col 0.9
-    N1 T80 C600 O600 K3 D4               parts 1.0  winograd 1.0     matmuls 1.2  im2col 1.1
-    N4 T1000 C64 O128 K1 bfloat16        scatter 1.9  matmuls 1.6    matmuls 2.0  im2col 1.8
-    N16 T4096 C16 O16 K3 D4 bfloat16     im2col 1.9  scatter 1.3     im2col 2.0  scatter 1.2
-    N16 T4096 C25 O25 K7 D4 bfloat16     blocks 2.3  scatter 2.1     scatter 2.2  blocks 2.0
-    N4 T1000 C128 O128 K3 D8 bfloat16    im2col 1.8  matmuls 1.7     matmuls 1.7  im2col 1.6
-    N16 T4096 C64 O64 K7 D4 bfloat16     scatter 2.1  blocks 1.8     scatter 2.1  blocks 1.8
-    N8 T1000 C16 O8 K7 bfloat16          scatter 1.5  blocks 1.2     scatter 2.1  im2col 1.4
-    N4 T2000 C4 O4 K31 D4                blocks 6.8  scatter 4.6     blocks 6.6  im2col 4.8
-    N4 T2000 C12 O12 K21 D4              im2col 1.5  scatter 1.4     scatter 1.5  blocks 1.5
-    N4 T2000 C20 O20 K21 D4              blocks 1.3  scatter 1.1     blocks 1.2  scatter 1.2
-    N4 T2000 C25 O25 K31 D4              winograd 1.1  blocks 1.1    winograd 1.2  blocks 1.1
-    N4 T2000 C32 O8 K31 D2               blocks 2.2  scatter 2.1     winograd 0.9  im2col 0.7
-    N1 T7500 C15 O15 K51 D8 SAME         blocks 1.7  winograd 1.2    blocks 1.7  winograd 1.2
-    N1 T100000 C15 O15 K51 D8 SAME       blocks 1.8  winograd 1.2    blocks 1.8  winograd 1.2
-    N16 T4096 C16 O16 K15 D4 bfloat16    blocks 2.1  scatter 1.9     blocks 2.2  scatter 1.7
-    N4 T1000 C64 O64 K51 D4 bfloat16     blocks 1.5  parts 1.5       parts 1.5  blocks 1.5
-    N1 T100000 C64 O64 K3 D16 bfloat16   im2col 2.9  winograd 2.1    im2col 3.0  winograd 1.7
-    N2 T1000 C256 O256 K33 G256          own_pads 24  shifts 17      own_pads 23  shifts 15
-    N1 T1000 C512 O512 K87 D2 G512       matmuls 62  scatter 56      scatter 60  own_pads 51
-    N4 T1000 C64 O64 K7 G8 bfloat16      scatter 1.9  blocks 1.8     blocks 1.8  scatter 1.5
-    N4 T1000 C64 O64 K4 G16 float16      scatter 5.5  blocks 4.8     scatter 5.7  blocks 5.3
-    N8 T1000 C128 O128 K3 D16            winograd 1.2  fold 0.9      winograd 1.2  fold 0.9
-    N1 T4096 C512 O512 K3 D64            winograd 1.4  scatter 1.0   winograd 1.4  scatter 1.0
-    N4 T1000 C256 O256 K5 D4             winograd 1.3  scatter 1.0   winograd 1.2  scatter 0.9
-    N4 T1000 C128 O128 K7 D8             winograd 1.1  fold 1.0      winograd 1.2  fold 1.0
+    N4 T1024 C512 O512 K4 G512           scatter 84  own_pads 78     scatter 77  own_pads 71
+    N1 T2000 C512 O512 K4 G512           scatter 127  own_pads 122   own_pads 108  scatter 102
+    N8 T1000 C64 O64 K7 G64              scatter 112  own_pads 107   scatter 70  own_pads 62
+    N4 T1000 C64 O64 K16 G64             matmuls 30  own_pads 29     matmuls 27  own_pads 25
+    N4 T512 C64 O256 K4 D2 G64           own_pads 35  scatter 30     shifts 26  own_pads 16
+    N4 T1024 C512 O512 K4 G512 bfloat16  own_pads 91  scatter 69     own_pads 87  scatter 61
+    N4 T500 C128 O128 K5 G32             shifts 11  scatter 5.0      shifts 11  scatter 6.8
+    N2 T512 C1024 O1024 K3 G64           scatter 1.2  matmuls 1.0    scatter 1.5  matmuls 1.2
+    N4 T1024 C256 O256 K3 D4 G8          split 2.1  matmuls 1.6      split 1.8  scatter 1.2
+    N1 T1024 C256 O256 K3 D4 G4          scatter 1.1  matmuls 1.0    scatter 1.2  matmuls 1.1
+    N4 T512 C128 O128 K3 D4 G8 bfloat16  scatter 1.8  im2col 1.5     matmuls 1.8  im2col 1.7
+    N4 T1000 C1 O25 K7                   shifts 3.0  own_pads 2.7    scatter 1.8  blocks 1.7
+    N16 T500 C1 O128 K7                  own_pads 2.6  shifts 2.3    scatter 3.3  winograd 0.5
+    N4 T2000 C2 O256 K7 D4               shifts 2.4  own_pads 2.0    scatter 5.8  fold 1.9
+    N4 T2000 C64 O1 K3                   scatter 2.7  winograd 0.8   own_pads 2.8  scatter 2.8
+    N8 T500 C256 O4 K5 D4                scatter 3.9  fold 1.7       shifts 1.5  im2col 1.4
+    N8 T1000 C64 O10 K3                  scatter 1.3  winograd 0.8   im2col 1.1  scatter 1.1
+    N8 T500 C64 O24 K3 D2                scatter 1.2  winograd 0.9   scatter 1.0  winograd 0.9
+    N4 T4000 C2 O2 K3                    shifts 7.4  own_pads 5.5    shifts 8.5  own_pads 6.5
+    N4 T2000 C8 O8 K3                    shifts 1.9  scatter 1.7     shifts 2.1  scatter 1.6
+    N4 T4000 C1 O32 K8 S2                shifts 1.8  matmuls 1.8     scatter 1.5  blocks 0.7
+    N4 T1000 C128 O128 K3 S2             matmuls 0.8  im2col 0.8     scatter 1.1  matmuls 0.5
+    N4 T500 C25 O25 K5 S2                im2col 0.7  scatter 0.7     scatter 1.1  im2col 0.8
+    N4 T2000 C32 O1 K16 S4               scatter 1.2  im2col 0.6     matmuls 3.2  shifts 3.2
+    N4 T500 C768 O768 K3 S2 G64          matmuls 1.7  shifts 1.6     shifts 2.3  scatter 1.9
+    N8 T500 C64 O64 K3 S2 G8 bfloat16    im2col 1.6  scatter 1.5     im2col 1.9  scatter 1.9
+    N16 T500 C64 O64 K5 S2 G8 float16    split 1.2  dense 1.0        scatter 1.8  split 1.5
+    N32 T1000 C3 O16 K1 S2               shifts 2.6  own_pads 2.5    scatter 1.5  shifts 1.2
+    N16 T500 C128 O8 K1                  scatter 1.5  im2col 1.4     matmuls 0.9  im2col 0.9
+    N8 T64 C16 O16 K3                    scatter 1.7  im2col 1.6     im2col 1.3  scatter 1.2
+    N32 T1020 C10 O10 K8 D32             blocks 2.1  scatter 1.8     blocks 2.1  scatter 1.7
+    N32 T400 C16 O16 K3                  scatter 1.1  im2col 0.9     scatter 1.1  im2col 0.8
+    N8 T400 C20 O20 K5 D8                scatter 1.3  im2col 1.3     scatter 1.6  im2col 1.2
+    N32 T784 C25 O25 K7 D16              scatter 1.4  blocks 1.1     scatter 0.8  parts 0.7
+    N32 T784 C25 O25 K7                  scatter 1.0  blocks 0.8     scatter 1.0  winograd 0.8
+    N32 T400 C30 O30 K7 D16              scatter 1.0  parts 1.0      parts 0.9  fold 0.7
+    N8 T1000 C64 O64 K3 D16              winograd 1.1  scatter 0.9   winograd 1.1  scatter 0.9
+    N1 T80 C600 O600 K3 D4               im2col 1.6  scatter 1.1     matmuls 1.2  im2col 1.1
+    N4 T1000 C64 O128 K1 bfloat16        matmuls 1.6  scatter 1.5    im2col 1.7  scatter 1.5
+    N16 T4096 C16 O16 K3 D4 bfloat16     im2col 1.9  scatter 1.3     im2col 1.9  scatter 1.2
+    N16 T4096 C25 O25 K7 D4 bfloat16     blocks 2.2  scatter 2.0     blocks 1.9  scatter 1.8
+    N4 T1000 C128 O128 K3 D8 bfloat16    im2col 1.7  scatter 1.6     im2col 1.7  scatter 1.6
+    N16 T4096 C64 O64 K7 D4 bfloat16     scatter 2.1  blocks 1.8     scatter 2.8  blocks 2.3
+    N8 T1000 C16 O8 K7 bfloat16          scatter 1.9  blocks 1.3     im2col 1.3  scatter 1.3
+    N4 T2000 C4 O4 K31 D4                blocks 7.2  scatter 4.3     blocks 6.3  scatter 4.7
+    N4 T2000 C12 O12 K21 D4              blocks 1.5  im2col 1.3      im2col 1.4  blocks 1.3
+    N4 T2000 C20 O20 K21 D4              blocks 1.3  scatter 1.1     blocks 1.4  scatter 1.2
+    N4 T2000 C25 O25 K31 D4              winograd 1.1  blocks 0.9    blocks 1.1  winograd 1.1
+    N4 T2000 C32 O8 K31 D2               blocks 2.1  scatter 1.6     winograd 0.6  blocks 0.6
+    N1 T7500 C15 O15 K51 D8 SAME         blocks 1.8  winograd 1.2    blocks 1.7  winograd 1.2
+    N1 T100000 C15 O15 K51 D8 SAME       blocks 1.7  winograd 1.1    blocks 1.8  winograd 1.2
+    N16 T4096 C16 O16 K15 D4 bfloat16    blocks 1.9  scatter 1.7     blocks 2.1  scatter 1.7
+    N4 T1000 C64 O64 K51 D4 bfloat16     parts 1.5  blocks 1.5       parts 1.5  blocks 1.4
+    N1 T100000 C64 O64 K3 D16 bfloat16   im2col 2.8  winograd 2.1    im2col 2.8  winograd 1.3
+    N4 T1000 C64 O64 K7 G8 bfloat16      blocks 1.9  scatter 1.4     blocks 1.8  scatter 1.6
+    N4 T1000 C64 O64 K4 G16 float16      scatter 6.6  blocks 4.8     blocks 5.5  scatter 5.3
+    N8 T1000 C128 O128 K3 D16            winograd 1.2  scatter 0.8   winograd 0.9  fold 0.8
+    N1 T4096 C512 O512 K3 D64            winograd 1.3  scatter 1.0   winograd 1.3  fold 0.9
+    N4 T1000 C256 O256 K5 D4             winograd 1.2  scatter 0.9   winograd 1.2  scatter 0.9
+    N4 T1000 C128 O128 K7 D8             winograd 1.1  fold 0.9      winograd 1.1  fold 1.0
     N16 T80 C600 O600 K3 D4              winograd 1.3  parts 1.2     winograd 1.3  parts 1.2
     ===================================  ==========================  ==========================
 
@@ -227,7 +225,24 @@ def forward(problem: Problem) -> str:
 
 
 def _grouped(problem: Problem) -> str | None:
-    """Of more than one group; None where nothing is faster than stock."""
+    """Of more than one group; None where nothing is faster than stock.
+
+    Of many taps of one channel each, measured as in `forward`:
+
+    ===============================  ==============================  ==============================
+                                     forward                         input gradient
+    ===============================  ==============================  ==============================
+    N4 T1000 C256 O256 K9 G256       scatter 45  own_pads 41         own_pads 49  scatter 44
+    N4 T1000 C64 O64 K16 G64         matmuls 30  own_pads 29         matmuls 27  own_pads 25
+    N2 T500 C768 O768 K31 G768       own_pads 26  matmuls 18         own_pads 41  channel_blocks 29
+    N2 T1000 C256 O256 K33 G256      channel_blocks 27  own_pads 26  channel_blocks 26  own_pads 24
+    N4 T1000 C256 O256 K33 S2 G256   own_pads 18  shifts 12          own_pads 138  shifts 83
+    N2 T1000 C64 O256 K31 G64        channel_blocks 15  own_pads 9   channel_blocks 45  own_pads 12
+    N1 T417 C512 O512 K75 G512 SAME  channel_blocks 37  scatter 36   channel_blocks 44  scatter 39
+    N8 T2000 C256 O256 K75 G256      channel_blocks 18  scatter 18   channel_blocks 32  scatter 14
+    N1 T1000 C512 O512 K87 D2 G512   channel_blocks 120  scatter 61  channel_blocks 77  own_pads 64
+    ===============================  ==============================  ==============================
+    """
     spec, c, o = _of_group(problem)
     N, G, K = problem.N, spec.groups, spec.kernel_size
     every_step = spec.stride == spec.input_dilation == 1
@@ -362,44 +377,50 @@ def kernel_grad(problem: Problem) -> str:
     """Kernel gradient; measured as in `forward`.
 
     ===================================  ==================================================
-    N4 T1024 C512 O512 K4 G512           tree 30  shifts 11  matmuls 2.1  im2col 2.1
-    N4 T64 C32 O32 K3 D2 G32             tree 9.2  shifts 2.6  matmuls 1.6  im2col 1.3
-    N4 T512 C64 O256 K4 D2 G64           tree 69  im2col 51  shifts 45  dense 21
-    N4 T512 C32 O32 K3 G2                matmuls 2673  im2col 2623  dense 2549  split 2506
-    N1 T1024 C256 O256 K3 D4 G4          im2col 17  matmuls 16  split 11  dense 5.4
-    N4 T1024 C256 O256 K3 D4 G32         split 44  tree 40  im2col 33  matmuls 33
-    N4 T500 C128 O128 K5 G32             split 55  tree 44  im2col 40  matmuls 34
-    N2 T512 C1024 O1024 K3 G64           im2col 116  tree 78  matmuls 69  shifts 32
-    N2 T1000 C512 O512 K3 D2 G128        tree 230  shifts 167  matmuls 122  im2col 113
-    N4 T1000 C128 O128 K5 S2 G8          im2col 17  matmuls 11  dense 4.6  split 4.1
-    N4 T512 C128 O128 K3 D4 G8 bfloat16  im2col 18  matmuls 12  split 12  tree 5.7
-    N4 T1000 C1 O25 K7                   im2col 1.4  matmuls 1.0  tree 1.0  padded 1.0
-    N4 T1000 C64 O128 K1                 matmuls 1.1  im2col 1.0  padded 1.0  canonical 1.0
-    N4 T128 C32 O32 K3                   im2col 1.5  winograd 1.4  matmuls 1.4  padded 1.0
-    N4 T1000 C128 O128 K3 S2             im2col 2.0  matmuls 1.5  canonical 1.2  padded 1.0
-    N1 T64 C512 O512 K3 D4               winograd 1.3  parts 1.2  im2col 1.2  padded 1.0
-    N1 T100 C450 O450 K3 D4              winograd 1.4  im2col 1.4  padded 1.0  matmuls 1.0
-    N1 T1024 C128 O128 K7 D3 SAME        padded 1.4  winograd 1.4  im2col 1.2  matmuls 1.2
-    N1 T3750 C32 O32 K21 D10 SAME        padded 1.6  canonical 1.0  matmuls 1.0  im2col 0.9
-    N1 T5000 C64 O64 K3 D16 SAME         winograd 1.3  padded 1.0  canonical 1.0
-    N2 T256 C256 O256 K3 D3 SAME         winograd 1.6  im2col 1.3  padded 1.1  matmuls 1.1
-    N2 T4096 C64 O64 K3 D3 SAME          winograd 1.2  canonical 1.0  padded 1.0
-    N4 T8192 C32 O32 K3 D3 SAME          winograd 1.1  canonical 1.0  padded 0.8
-    N1 T5000 C32 O32 K3 D512             padded 1.0  winograd 1.0  im2col 0.9  parts 0.9
-    N8 T1000 C64 O64 K3 D16              winograd 1.5  canonical 1.2  im2col 1.1
-    N32 T784 C25 O25 K7 D16              canonical 1.2  parts 1.1  padded 1.0  winograd 0.8
-    N4 T2000 C32 O32 K21                 padded 1.0  canonical 1.0  winograd 0.6
-    N4 T1000 C128 O128 K3 D8 bfloat16    im2col 2.1  matmuls 1.7  winograd 1.5
-    N16 T4096 C64 O64 K7 D4 bfloat16     im2col 2.4  canonical 1.1  winograd 1.1
-    N16 T4096 C25 O25 K7 D4 bfloat16     canonical 1.2  winograd 1.1  padded 1.0
-    N4 T2000 C64 O1 K3 bfloat16          winograd 1.5  canonical 1.3  padded 1.0
-    N2 T1000 C512 O512 K3 G512           tree 28  shifts 23  matmuls 3.5  im2col 2.6
-    N2 T1000 C256 O256 K33 G256          tree 19  shifts 13  matmuls 1.1  padded 1.0
-    N1 T1000 C512 O512 K87 D2 G512       tree 47  shifts 27  im2col 4.0  matmuls 3.9
-    N1 T100000 C64 O64 K3 D16 bfloat16   im2col 2.3  canonical 1.3  matmuls 1.3  padded 1.0
-    N8 T1000 C128 O128 K3 D16            winograd 1.5  canonical 1.1  im2col 1.1
-    N1 T4096 C512 O512 K3 D64            winograd 1.5  canonical 1.1  im2col 1.0
-    N4 T1000 C256 O256 K5 D4             winograd 1.2  canonical 1.0  padded 1.0
+    N4 T1024 C512 O512 K4 G512           tree 18  channel_blocks 8.3  shifts 7.5
+    N4 T64 C32 O32 K3 D2 G32             tree 9.0  shifts 3.2  matmuls 2.1  im2col 1.8
+    N4 T512 C64 O256 K4 D2 G64           tree 69  channel_blocks 60  im2col 56  shifts 48
+    N4 T512 C32 O32 K3 G2                dense 2259  split 2238  im2col 2005  matmuls 1595
+    N1 T1024 C256 O256 K3 D4 G4          im2col 18  matmuls 16  split 11  dense 4.9
+    N4 T1024 C256 O256 K3 D4 G32         split 53  tree 48  im2col 40  matmuls 33
+    N4 T500 C128 O128 K5 G32             split 54  tree 38  im2col 32  matmuls 29
+    N2 T512 C1024 O1024 K3 G64           im2col 117  tree 76  matmuls 66  shifts 32
+    N2 T1000 C512 O512 K3 D2 G128        tree 293  shifts 161  matmuls 126  im2col 106
+    N4 T1000 C128 O128 K5 S2 G8          im2col 13  matmuls 10  dense 4.3  split 3.5
+    N4 T512 C128 O128 K3 D4 G8 bfloat16  im2col 18  matmuls 12  split 12  dense 5.7
+    N4 T1000 C1 O25 K7                   im2col 1.3  tree 1.0  padded 1.0  matmuls 1.0
+    N4 T1000 C64 O128 K1                 im2col 1.1  canonical 1.0  matmuls 1.0  padded 1.0
+    N4 T128 C32 O32 K3                   im2col 1.8  winograd 1.7  matmuls 1.5  padded 1.0
+    N4 T1000 C128 O128 K3 S2             im2col 1.8  matmuls 1.6  canonical 1.2  padded 1.0
+    N1 T64 C512 O512 K3 D4               im2col 1.3  winograd 1.0  padded 1.0  matmuls 0.9
+    N1 T100 C450 O450 K3 D4              winograd 1.4  im2col 1.3  matmuls 1.1  padded 1.0
+    N1 T1024 C128 O128 K7 D3 SAME        padded 1.6  winograd 1.4  matmuls 1.2  im2col 1.2
+    N1 T3750 C32 O32 K21 D10 SAME        padded 1.6  canonical 1.0  matmuls 0.9  im2col 0.9
+    N1 T5000 C64 O64 K3 D16 SAME         winograd 1.2  padded 1.1  canonical 1.0
+    N2 T256 C256 O256 K3 D3 SAME         winograd 1.6  im2col 1.3  padded 1.2  matmuls 1.1
+    N2 T4096 C64 O64 K3 D3 SAME          winograd 1.3  canonical 1.0  im2col 1.0
+    N4 T8192 C32 O32 K3 D3 SAME          canonical 1.0  winograd 0.9  padded 0.8
+    N1 T5000 C32 O32 K3 D512             winograd 1.0  padded 1.0  parts 1.0  im2col 0.9
+    N8 T1000 C64 O64 K3 D16              winograd 1.4  canonical 1.3  im2col 1.1
+    N32 T784 C25 O25 K7 D16              parts 1.1  canonical 1.0  padded 1.0  winograd 0.9
+    N4 T2000 C32 O32 K21                 padded 1.0  canonical 0.8  winograd 0.5
+    N4 T1000 C128 O128 K3 D8 bfloat16    im2col 2.0  matmuls 1.5  winograd 1.4
+    N16 T4096 C64 O64 K7 D4 bfloat16     im2col 1.5  canonical 1.1  padded 1.0
+    N16 T4096 C25 O25 K7 D4 bfloat16     canonical 1.1  padded 1.0  winograd 0.9
+    N4 T2000 C64 O1 K3 bfloat16          winograd 1.5  canonical 1.2  padded 1.0
+    N2 T1000 C512 O512 K3 G512           tree 22  shifts 14  matmuls 3.3  im2col 2.7
+    N2 T1000 C256 O256 K33 G256          channel_blocks 27  tree 17  shifts 7.1
+    N1 T1000 C512 O512 K87 D2 G512       channel_blocks 89  tree 50  shifts 30  matmuls 4.4
+    N1 T100000 C64 O64 K3 D16 bfloat16   im2col 3.1  matmuls 1.5  winograd 1.0  padded 1.0
+    N8 T1000 C128 O128 K3 D16            winograd 1.2  im2col 1.2  padded 1.0
+    N1 T4096 C512 O512 K3 D64            winograd 1.4  canonical 1.1  padded 1.0
+    N4 T1000 C256 O256 K5 D4             winograd 1.2  canonical 1.1  padded 1.0
+    N1 T417 C512 O512 K75 G512 SAME      channel_blocks 188  tree 74  shifts 39  im2col 6.9
+    N8 T2000 C256 O256 K75 G256          channel_blocks 62  tree 7.7  shifts 4.0
+    N2 T500 C768 O768 K31 G768           channel_blocks 142  tree 69  shifts 28
+    N4 T1000 C256 O256 K33 S2 G256       channel_blocks 48  tree 24  shifts 13  padded 1.0
+    N4 T1000 C256 O256 K9 G256           tree 19  channel_blocks 17  shifts 8.4
+    N2 T1000 C256 O256 K17 D8 G256       channel_blocks 23  tree 18  shifts 11  matmuls 2.2
     ===================================  ==================================================
 
     "native" is the same program as "canonical" outside of loops.
@@ -447,7 +468,7 @@ def _grouped_kernel_grad(problem: Problem) -> str:
     K, G = spec.kernel_size, spec.groups
     if c == 1:
         # Each of its pieces copies what it sees of x, D (K - 1) steps more than its own.
-        blocks = K >= 12 and spec.kernel_dilation <= 4 and spec.input_dilation == 1
+        blocks = K >= 12 and spec.kernel_dilation <= 8 and spec.input_dilation == 1
         return "channel_blocks" if blocks else "tree"
     if K <= 8 and (spec.stride > 1 or (_bfloat16(problem) and _little(problem))):
         return "im2col"

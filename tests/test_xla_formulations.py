@@ -447,6 +447,7 @@ def test_the_rules_show_what_was_measured():
     shown = 0
     for rule, operations in (
         (xla_cpu.forward, OPERATIONS[:2]),
+        (xla_cpu._grouped, OPERATIONS[:2]),
         (xla_cpu.kernel_grad, OPERATIONS[2:]),
         (xla_cpu._parts_pay, OPERATIONS[::2]),
     ):
