@@ -30,7 +30,7 @@ from jax._src import dispatch as jax_dispatch
 from jax._src.lax import utils as lax_utils
 from jax.experimental import jet
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir, xla
+from jax.interpreters import ad, batching, xla
 from jax.interpreters import partial_eval as pe
 from jax.sharding import PartitionSpec as P
 
@@ -279,11 +279,11 @@ def _lowering(ctx, *operands, platform, local, composed, **params):
     if local is None:
         # The three operations split themselves where there are several devices, and XLA the rest.
         call = functools.partial(composed, **params)
-        return mlir.lower_fun(call, multiple_results=True)(ctx, *operands)
+        return primitives.lower_function(ctx, call, operands, multiple_results=True)
     local = functools.partial(local, platform=platform)
     if ctx.avals_out[0].sharding.mesh.explicit_axes:
         call = fused_sharding.by_types(local, ctx.avals_in, ctx.avals_out, **params)
-        return mlir.lower_fun(call, multiple_results=True)(ctx, *operands)
+        return primitives.lower_function(ctx, call, operands, multiple_results=True)
     if primitives.can_partition(ctx):
         avals = primitives.without_sharding(ctx.avals_in)
         call = fused_sharding.by_xla(local, avals, **params)

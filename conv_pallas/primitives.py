@@ -201,7 +201,7 @@ def _lowering(ctx, lhs, rhs, *, platform, out_sharding, **params):
     (result,) = ctx.avals_out
     if result.sharding.mesh.explicit_axes:
         call = _partitioned_by_types(compute, *ctx.avals_in, result, **params)
-        return mlir.lower_fun(call, multiple_results=False)(ctx, lhs, rhs)
+        return lower_function(ctx, call, (lhs, rhs), multiple_results=False)
     if can_partition(ctx):
         avals = without_sharding((*ctx.avals_in, result))
         call = _partitioned_by_xla(compute, *avals[:2], **params)
@@ -231,10 +231,15 @@ def lower_locally(ctx, call, operands, *, multiple_results: bool):
         avals_in=without_sharding(ctx.avals_in), avals_out=without_sharding(ctx.avals_out)
     )
     chip = jax.sharding.get_abstract_mesh().abstract_device
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=chip)):
+        return lower_function(ctx, call, operands, multiple_results=multiple_results)
+
+
+def lower_function(ctx, call, operands, *, multiple_results: bool):
+    """Lowers ``call(*operands)``, whatever dtypes a user allows himself where it is compiled."""
     # What was traced with 64 bits may be lowered where they are off.
     wide = any(a.dtype.itemsize == 8 for a in (*ctx.avals_in, *ctx.avals_out))
     with (
-        jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=chip)),
         jax.numpy_dtype_promotion("standard"),  # what a user forbids himself, kernels may do
         jax.enable_x64(jax.config.jax_enable_x64 or wide),
     ):

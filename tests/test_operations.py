@@ -3,6 +3,7 @@
 Once as a user calls it, `conv1d` and its vjp, and once primitive by primitive.
 """
 
+import contextlib
 import dataclasses
 import functools
 
@@ -10,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from conv_pallas import conv1d, dispatch
 from conv_pallas.spec import OPERATIONS, lhs_rhs_out
@@ -174,6 +177,25 @@ def test_float64_lowered_where_it_is_off():
         with jax.enable_x64(True):
             traced = jax.jit(value_and_gradients(case, implementation)).trace(*arrays)
         assert {a.dtype for a in traced.lower().out_info} == {np.dtype("float64")}
+
+
+@pytest.mark.parametrize("explicit", [False, True], ids=["one_device", "explicit_mesh"])
+def test_float64_with_an_epilogue_lowered_where_it_is_off(explicit):
+    """Forward mode too, such as that of `jax.linearize`, whose function is called later."""
+    rng = np.random.default_rng(0)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+    f = functools.partial(conv1d, activation="gelu")
+    with jax.set_mesh(mesh) if explicit else contextlib.nullcontext():
+        with jax.enable_x64(True):
+            x, w, b = (jnp.asarray(rng.standard_normal(s)) for s in ((2, 8, 4), (3, 4, 4), (4,)))
+            x = jax.device_put(x, P("data")) if explicit else x
+            (y, linear), (_, vjp) = jax.linearize(f, x, w, b), jax.vjp(f, x, w, b)
+            traced = jax.jit(f).trace(x, w, b)
+            want = jax.jvp(f, (x, w, b), (x, w, b))[1], *vjp(y)
+        got = linear(x, w, b), *vjp(y)
+        assert traced.lower().out_info.dtype == np.float64
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert {a.dtype for a in got} == {np.dtype("float64")}
 
 
 @pytest.mark.parametrize("name", ["dense", "depthwise", "stride_same"])
