@@ -39,6 +39,7 @@ class Config:
 def configure(
     kernel: str, rows: int, columns: int, depth: int, *, taps: int, phases: Phases, count: int,
     dtype: np.dtype, precision: str, tma: bool, untuned: Config | None = None, keep: bool = False,
+    saved: bool = False,
 ) -> Config:  # fmt: skip
     """A tuned tile, or a heuristic: as large as registers and shared memory allow.
 
@@ -51,6 +52,7 @@ def configure(
       untuned: what to take instead of the heuristic.
       keep: whether there are two results. Registers spill then in the largest tiles (sm_90a and
         sm_100a); where a processor has one at most, two of half the size take as long.
+      saved: whether an activation's derivative is computed from what is fetched beside the rows.
     """
     how = (precision,) if phases == Phases(1, 1, 1) else (precision, str(phases))
     tile = tuned.lookup(tuned.key(kernel, (rows, columns, depth, taps), dtype.name, *how))
@@ -92,8 +94,9 @@ def configure(
         # A stage less where that makes room for one more program, whose loads count as well and
         # which multiplies while another begins or stores, and where there are tiles for it.
         less = dataclasses.replace(config, stages=config.stages - 1)
-        fit = _in_shared(config, itemsize)
-        if _in_shared(less, itemsize) > fit and tiles(bt, bo) > fit * PROCESSORS:
+        programs = _with_saved if saved else _in_shared
+        fit = programs(config, itemsize)
+        if programs(less, itemsize) > fit and tiles(bt, bo) > fit * PROCESSORS:
             return less
     return config
 
@@ -102,6 +105,15 @@ def _in_shared(config: Config, itemsize: int, saved: bool = False) -> int:
     """For how many programs at a time a processor has shared memory."""
     tiles = config.depth * (config.rows + config.columns * (2 if saved else 1))
     return SHARED_BYTES // (config.stages * itemsize * tiles + 1024)
+
+
+def _with_saved(config: Config, itemsize: int) -> int:
+    """The same of the input gradient, where rows of two arrays are fetched by pointers.
+
+    Of those Triton keeps a stage less; of the columns, by TMA, all.
+    """
+    tiles = 2 * (config.stages - 1) * config.rows + config.stages * config.columns
+    return SHARED_BYTES // (itemsize * config.depth * tiles + 1024)
 
 
 def room(config: Config, itemsize: int, precision: str, saved: bool) -> int:

@@ -84,7 +84,7 @@ def _may_stay(spec: ConvSpec, dtype: np.dtype) -> bool:
 
 def _config(
     N: int, spec: ConvSpec, C: int, O: int, dtype: np.dtype, out_dtype, precision: str,
-    tma_x: bool = False, keep: bool = False, transposed: bool = False,
+    tma_x: bool = False, keep: bool = False, transposed: bool = False, saved: bool = False,
 ):  # fmt: skip
     """The tiles of `forward`, where x would be fetched by TMA if ``tma_x``."""
     G, phases = spec.groups, Phases.of(spec)
@@ -100,7 +100,7 @@ def _config(
         triton.cdiv(spec.out_time, phases.phases), O // G, C // G, taps=spec.kernel_size,
         phases=phases, count=N * G * phases.phases, dtype=dtype, precision=precision,
         tma=triton_compat.has_tma(triton_compat.compute_capability()),
-        untuned=FEW if stays else None, keep=keep,
+        untuned=FEW if stays else None, keep=keep, saved=saved,
     )  # fmt: skip
 
 
@@ -133,8 +133,9 @@ def forward(
         tma and phases.row_step == 1 and grad_of is None and _tileable(x, c if G > 1 else 0)
     )  # fmt: skip
     config = _config(
-        N, spec, C, O, dtype, out_dtype, precision, tma_x and x.dtype == w.dtype, keep, transposed
-    )
+        N, spec, C, O, dtype, out_dtype, precision, tma_x and x.dtype == w.dtype, keep, transposed,
+        grad_of is not None,
+    )  # fmt: skip
     w, w_row, w_col, contract_last = _laid_out(
         w, c, o, transposed, tensor_cores=tma and dtype.itemsize == 4 and precision != "ieee"
     )

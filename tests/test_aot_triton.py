@@ -16,6 +16,7 @@ from conv_pallas import aot, conv1d
 from conv_pallas.kernels import triton_compat, triton_config, triton_dense, triton_tuned
 from conv_pallas.kernels.triton_config import Config
 from conv_pallas.machine_code import opcodes_of
+from conv_pallas.spec import Epilogue
 from tests.cases import Case
 from tests.triton_machine_code import SHARED_BYTES, amd_codes, codes
 
@@ -116,6 +117,20 @@ def test_machine_code_is_as_promised(chip, name):
         # Where ptxas lets each product wait for the one before, it says so in an aside alone.
         wait = "WARPGROUP.DEPBAR.LE"
         assert all(code.listing.count(wait) < code.opcodes["HGMMA"] for code in made), made
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_processor_has_two_programs_where_they_compute_a_derivative(dtype):
+    """One of four warps would have nobody who multiplies while it waits, or stores."""
+    case = _case("layer", 64, dtype=dtype)
+    assert triton_dense.derivative_in_kernels(_relu(case), (True, True, True))
+    made = codes("h200", functools.partial(_layer, case, "relu"), *_structs(case))
+    assert [code.name for code in made] == ["conv_dense"] * 2 + ["conv_dense_kernel_grad"]
+    assert all(code.blocks >= 2 and code.spills == 0 for code in made), made
+
+
+def _relu(case: Case):
+    return dataclasses.replace(case.problem("conv1d", "cuda"), epilogue=Epilogue(True, "relu"))
 
 
 def test_programs_go_on_to_the_next_tile_of_many_channels():
