@@ -52,9 +52,12 @@ def configure(
       untuned: what to take instead of the heuristic.
       keep: whether there are two results. Registers spill then in the largest tiles (sm_90a and
         sm_100a); where a processor has one at most, two of half the size take as long.
-      saved: whether an activation's derivative is computed from what is fetched beside the rows.
+      saved: whether an activation's derivative is computed from what is fetched beside a factor:
+        the rows, or in the kernel gradient the columns.
     """
     how = (precision,) if phases == Phases(1, 1, 1) else (precision, str(phases))
+    if saved:  # a tile that was tuned without may not fit beside what that takes
+        how = (*how, "derivative")
     tile = tuned.lookup(tuned.key(kernel, (rows, columns, depth, taps), dtype.name, *how))
     if tile is not None:
         return Config(*tile)
@@ -74,7 +77,9 @@ def configure(
         # with the sum's axis last: a second program on a processor multiplies meanwhile.
         limit = Config(128, 128, 32, 8, 3)
     elif tma:
-        limit = Config(128, 256, 64, 8, 4)
+        # What a derivative is computed from has no room beside 256 columns, nor some derivatives
+        # registers.
+        limit = Config(128, 128 if saved and kernel == KERNEL_GRAD else 256, 64, 8, 4)
     else:
         limit = Config(128, 128, 32, 8, 3)  # 48 KiB: also where shared memory is scarce
     floor = 16
@@ -94,26 +99,29 @@ def configure(
         # A stage less where that makes room for one more program, whose loads count as well and
         # which multiplies while another begins or stores, and where there are tiles for it.
         less = dataclasses.replace(config, stages=config.stages - 1)
-        programs = _with_saved if saved else _in_shared
-        fit = programs(config, itemsize)
-        if programs(less, itemsize) > fit and tiles(bt, bo) > fit * PROCESSORS:
+        fit = _in_shared(config, itemsize, kernel, saved)
+        more = _in_shared(less, itemsize, kernel, saved)
+        if more > fit and tiles(bt, bo) > fit * PROCESSORS:
             return less
     return config
 
 
-def _in_shared(config: Config, itemsize: int, saved: bool = False) -> int:
-    """For how many programs at a time a processor has shared memory."""
-    tiles = config.depth * (config.rows + config.columns * (2 if saved else 1))
-    return SHARED_BYTES // (config.stages * itemsize * tiles + 1024)
+def _in_shared(config: Config, itemsize: int, kernel: str, saved: bool = False) -> int:
+    """For how many programs at a time a processor has shared memory.
 
-
-def _with_saved(config: Config, itemsize: int) -> int:
-    """The same of the input gradient, where rows of two arrays are fetched by pointers.
-
-    Of those Triton keeps a stage less; of the columns, by TMA, all.
+    Of what is fetched by pointers, as the factor with a derivative and what that is computed from
+    are, Triton keeps a stage less; and the kernel gradient keeps the product beside them.
     """
-    tiles = 2 * (config.stages - 1) * config.rows + config.stages * config.columns
-    return SHARED_BYTES // (itemsize * config.depth * tiles + 1024)
+    rows, columns, stages = config.rows, config.columns, config.stages
+    if saved and kernel == KERNEL_GRAD:
+        columns = columns * 2 * (stages - 1) + columns
+        rows *= stages
+    elif saved:
+        rows *= 2 * (stages - 1)
+        columns *= stages
+    else:
+        rows, columns = rows * stages, columns * stages
+    return SHARED_BYTES // (itemsize * config.depth * (rows + columns) + 1024)
 
 
 def room(config: Config, itemsize: int, precision: str, saved: bool) -> int:
@@ -125,7 +133,7 @@ def room(config: Config, itemsize: int, precision: str, saved: bool) -> int:
     if precision != "tf32":
         return 1  # which has all the registers, and more to compute than to wait for
     # Of registers there are enough for 16 warps, with 128 a thread.
-    return max(1, min(16 // config.warps, _in_shared(config, itemsize, saved)))
+    return max(1, min(16 // config.warps, _in_shared(config, itemsize, KERNEL_GRAD, saved)))
 
 
 def choose_splits(

@@ -219,7 +219,7 @@ def kernel_grad(
     # The sum is split, so that there are always tiles enough.
     config = configure(
         KERNEL_GRAD, c, o, J, taps=K, phases=phases, count=PROCESSORS * K * G, dtype=dtype,
-        precision=precision, tma=tma,
+        precision=precision, tma=tma, saved=activation is not None,
     )  # fmt: skip
     tma = tma and phases.phases == 1
     tma_x = tma and phases.row_step == 1 and _tileable(x, c if G > 1 else 0)

@@ -42,6 +42,7 @@ EVERYWHERE = (
 )
 HOPPER = (
     (_case("narrow", 64, K=5), "silu"),
+    (_case("pointwise", 256, K=1), "gelu_exact"),  # the largest tiles that compute a derivative
     (_case("tiny", 16, batch=(1,), T=100, dtype="float16"), "tanh"),
     (_case("tail", 128, T=4001), None),
     (_case("grouped", 256, G=8), "relu"),

@@ -10,9 +10,9 @@ import pytest
 pytest.importorskip("jax_triton")
 
 from conv_pallas import _layers
-from conv_pallas.kernels import triton_dense, triton_depthwise
+from conv_pallas.kernels import triton_config, triton_dense, triton_depthwise, triton_tuned
 from conv_pallas.kernels import triton_depthwise_walk as walk
-from conv_pallas.kernels.triton_common import most_programs
+from conv_pallas.kernels.triton_common import Phases, most_programs
 from conv_pallas.kernels.triton_compat import PROCESSORS
 from conv_pallas.spec import OPERATIONS, ConvSpec, Epilogue, lhs_rhs_out
 from tests.cases import Case
@@ -43,6 +43,17 @@ def _problem(case: Case, activation: str | None = None):
 def test_the_derivative_is_computed_where_less_is_moved(C, K, dtype, activation, wanted, expected):
     case = Case("layer", batch=(8,), T=4096, C=C, O=C, K=K, dtype=dtype)
     assert triton_dense.derivative_in_kernels(_problem(case, activation), wanted) is expected
+
+
+@pytest.mark.parametrize("kernel", ["conv_dense_input_grad", triton_config.KERNEL_GRAD])
+def test_a_tile_that_was_tuned_without_a_derivative_is_not_taken_with_one(kernel):
+    """What a derivative is computed from takes as much memory again."""
+    common = dict(taps=3, phases=Phases(1, 1, 1), count=1, dtype=np.dtype("float16"),
+                  precision="tf32", tma=True)  # fmt: skip
+    with triton_tuned.trial(None) as keys:
+        for saved in (False, True):
+            triton_config.configure(kernel, 64, 64, 4096, saved=saved, **common)
+    assert keys[1] == f"{keys[0]} derivative"
 
 
 @pytest.mark.parametrize(
