@@ -32,7 +32,7 @@ in bf16, with 8 values a thread, three programs fit on it (sm_90a, Triton 3.9, D
 48 KiB ahead, and take 14 instructions an element. With 4 steps at a time four programs load 32 KiB,
 in as many instructions; with 4 values a thread seven or eight programs 28 or 32 KiB, in 11 to 15 %
 more; and limits that make room for one more program spill. What Triton 3.6 makes of it takes two
-registers too many for three programs where D = 1: two load 32 KiB.
+registers too many for three programs where D = 1024, or D = 1 and z is kept: two load 32 KiB.
 """
 
 import math
