@@ -5,7 +5,8 @@ does without a state. Two networks have the same levels and taps, and receptive 
 1,000 and 100,000 steps: the step of the stream must not tell them apart. The rival is timed for
 the smaller one alone. All variants take turns; see `conv_pallas._measure`.
 
-The result goes to ``benchmarks/results/<device>/streaming.json``.
+The result goes to ``benchmarks/results/<device>/streaming.json``, that of ``--quick`` to
+``bench-output/streaming.json``.
 """
 
 import argparse
@@ -31,6 +32,7 @@ CHANNELS, LEVELS, TAPS = 32, 8, 3
 # Receptive field 1 + 2 * (TAPS - 1) * (sum of the dilations).
 FIELDS = {"1k": [2**level for level in range(LEVELS)], "100k": [98 * 2**x for x in range(LEVELS)]}
 BATCHES = (1, 32, 256)
+OUTPUT = Path("bench-output")
 
 
 def network(dilations, seed: int = 0) -> TCN:
@@ -130,7 +132,8 @@ def main(arguments=None) -> int:
         f"× : times that forward takes longer than a step; {time.perf_counter() - start:.0f} s"
     )
     host = _measure.host() | {"commit": stored.commit()}
-    path = options.output or Path(__file__).parent / "results" / host["platform"] / "streaming.json"
+    kept = Path(__file__).parent / "results" / host["platform"]
+    path = options.output or (OUTPUT if options.quick else kept) / "streaming.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     result = {"host": host, "channels": CHANNELS, "levels": LEVELS, "taps": TAPS}
     path.write_text(json.dumps(result | {"measurements": results}, indent=1) + "\n")

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import baselines, harness, layers, on_device, ranking, report, stored
+from benchmarks import baselines, harness, layers, on_device, ranking, report, stored, streaming
 from benchmarks.truth import Truth, WrongResultError
 from conv_pallas import _measure, explain, kernels, tuning
 from conv_pallas._layers import Layer
@@ -504,6 +504,15 @@ def test_bad_files(tmp_path, text, message, capsys):
     with pytest.raises(SystemExit):
         report.main([str(path)])
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_quick_times_of_streams_replace_no_stored_ones(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(streaming, "measure", lambda batch, settings: {"batch": batch})
+    monkeypatch.setattr(streaming, "table", str)
+    assert streaming.main(["--quick", "--batches", "3"]) == 0
+    kept = json.loads((tmp_path / "bench-output" / "streaming.json").read_text())
+    assert kept["measurements"] == [{"batch": 3}]
 
 
 def test_passes():
