@@ -319,12 +319,13 @@ def test_a_sum_is_computed_once(N, T, K, first):
     assert hlo.count(" fusion(") < 80
 
 
-@pytest.mark.parametrize("K", [9, 33, 75, 120])
-def test_no_more_is_compiled_for_more_taps(K):
+# One tap in a loop; from 12 taps on 16 loops of 8 steps each, however many taps there are.
+@pytest.mark.parametrize("K, most", [(9, 20), (33, 24), (75, 24), (120, 24)])
+def test_no_more_is_compiled_for_more_taps(K, most):
     x, w = jnp.zeros((2, 300, 64)), jnp.zeros((K, 1, 64))
     step = jax.grad(lambda w: jnp.sum(conv1d(x, w, feature_group_count=64)))
     hlo = jax.jit(step).lower(w).compile().as_text()
-    assert hlo.count(" fusion(") < 24  # one tap in a loop, or 16 loops of 8 steps each
+    assert hlo.count(" fusion(") < most
 
 
 def test_a_kernel_gradient_is_no_slower_in_a_loop():
