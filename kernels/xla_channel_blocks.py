@@ -36,7 +36,7 @@ def channel_blocks(x, w, spec, numbers):
         xi = _one_input(x, i, O, spec, numbers)
         for k in range(K):
             tap = lax.slice_in_dim(xi, k * D, k * D + (U - 1) * S + 1, S, axis=2)
-            y = _add(y, tap * w[:, k, i][:, None, None], k % AT_ONCE == AT_ONCE - 1 or k == K - 1)
+            y = _add(y, tap * w[:, k, i][:, None, None], k, K)
     return _together(y, O)
 
 
@@ -59,8 +59,8 @@ def channel_blocks_kernel_grad(x, g, spec, numbers):
 
         seen, dw = _windows(x, pieces, b * S, reach), None
         for i in range(b):
-            dw = _add(dw, product(seen, some, i), i % AT_ONCE == AT_ONCE - 1)
-        dw = jnp.sum(lax.optimization_barrier(dw), (1, 2))
+            dw = _add(dw, product(seen, some, i), i, b)
+        dw = jnp.sum(dw, (1, 2))
         if rest:
             tail, last = x[:, :, pieces * b * S :], g[:, :, pieces * b :]
             dw += jnp.sum(sum(product(tail, last, i) for i in range(rest)), 1)
@@ -71,9 +71,10 @@ def channel_blocks_kernel_grad(x, g, spec, numbers):
     return jnp.stack([_together(each, O) for each in dw], 1)
 
 
-def _add(total, term, done: bool):
-    """``total + term``, the last of a loop if ``done``."""
+def _add(total, term, i: int, count: int):
+    """``total + term``, which is number i of ``count``; AT_ONCE of them make a loop."""
     total = term if total is None else total + term
+    done = i % AT_ONCE == AT_ONCE - 1 or i == count - 1
     return lax.optimization_barrier(total) if done else total
 
 
