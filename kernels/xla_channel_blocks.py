@@ -22,6 +22,8 @@ kernel gradient ``1 + (K - 1) D / STEPS`` of x, g, and ``K / STEPS`` of g.
 import jax.numpy as jnp
 from jax import lax
 
+from conv_pallas.kernels.xla_padding import pad, pad_along
+
 LANES = 16  # a cache line of float32
 AT_ONCE = 8
 STEPS = 128
@@ -83,19 +85,14 @@ def _one_input(x, i: int, O: int, spec, numbers):
     (N, T, C), G = x.shape, spec.groups
     if G != O or C != O:
         x = jnp.repeat(x.reshape(N, T, G, C // G)[..., i], O // G, 2)
-    x = _blocked(x.astype(numbers.acc))
-    edges = (*spec.padding, spec.input_dilation - 1)
-    x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (0, 0, 0), edges, (0, 0, 0)))
-    return lax.optimization_barrier(x)
+    return lax.optimization_barrier(pad(_blocked(x.astype(numbers.acc)), spec, axis=2))
 
 
 def _windows(x, count: int, apart: int, length: int):
     """``(O / L, N, count, length, L)``: so many pieces of x, overlapping."""
     blocks, N, T, L = x.shape
     rows = count - 1 + -(-length // apart)
-    zero = jnp.zeros((), x.dtype)
-    x = lax.pad(x, zero, ((0, 0, 0), (0, 0, 0), (0, rows * apart - T, 0), (0, 0, 0)))
-    x = x.reshape(blocks, N, rows, apart, L)
+    x = pad_along(x, 2, 0, rows * apart - T).reshape(blocks, N, rows, apart, L)
     parts = [
         x[:, :, first : first + count, : min(apart, length - first * apart)]
         for first in range(rows - count + 1)
@@ -114,8 +111,7 @@ def _blocked(a):
     """``(A, B, O)`` as ``(O / L, A, B, L)``."""
     A, B, O = a.shape
     L = min(LANES, O)
-    a = lax.pad(a, jnp.zeros((), a.dtype), ((0, 0, 0), (0, 0, 0), (0, -O % L, 0)))
-    return a.reshape(A, B, -1, L).transpose(2, 0, 1, 3)
+    return pad_along(a, 2, 0, -O % L).reshape(A, B, -1, L).transpose(2, 0, 1, 3)
 
 
 def _together(a, O: int):

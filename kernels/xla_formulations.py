@@ -21,6 +21,7 @@ from jax import lax
 
 from conv_pallas.kernels import xla_native
 from conv_pallas.kernels.xla_channel_blocks import channel_blocks, channel_blocks_kernel_grad
+from conv_pallas.kernels.xla_padding import pad, pad_along
 from conv_pallas.kernels.xla_winograd import winograd, winograd_kernel_grad
 from conv_pallas.spec import ConvSpec, Problem
 
@@ -55,15 +56,6 @@ def flip(w: jax.Array, groups: int) -> jax.Array:
     K, c, O = w.shape
     w = w.reshape(K, c, groups, O // groups)[::-1]
     return w.transpose(0, 3, 2, 1).reshape(K, O // groups, groups * c)
-
-
-def pad(x: jax.Array, spec: ConvSpec) -> jax.Array:
-    """x with the zeros of ``spec`` written out: before, after and between its steps."""
-    return lax.pad(
-        x,
-        jnp.zeros((), x.dtype),
-        ((0, 0, 0), (*spec.padding, spec.input_dilation - 1), (0, 0, 0)),
-    )
 
 
 def cropped(x: jax.Array, spec: ConvSpec) -> tuple[jax.Array, ConvSpec]:
@@ -109,8 +101,7 @@ def seen(x: jax.Array, k: int, spec: ConvSpec) -> jax.Array:
         length = spec.out_time * spec.stride
     low = spec.padding[0] - k * spec.kernel_dilation
     high = length - spec.dilated_time - low
-    zero = jnp.zeros((), x.dtype)
-    x = lax.pad(x, zero, ((0, 0, 0), (low, high, spec.input_dilation - 1), (0, 0, 0)))
+    x = pad_along(x, 1, low, high, spec.input_dilation - 1)
     return lax.slice_in_dim(x, 0, length, spec.stride, axis=1)
 
 
@@ -265,7 +256,7 @@ def fold(x, w, spec, numbers):
     rows = -(-length // D)
     total = (rows + spec.kernel_size - 1) * D
     x = pad(x, spec)  # first, for what it cuts off must not come back: times zero it may be NaN
-    x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (0, total - x.shape[1], 0), (0, 0, 0)))
+    x = pad_along(x, 1, 0, total - x.shape[1])
     y = lax.conv_general_dilated(
         x.reshape(N, total // D, D, C),
         w[:, None],

@@ -12,7 +12,8 @@ import itertools
 import jax.numpy as jnp
 from jax import lax
 
-from conv_pallas.kernels.xla_formulations import Formulation, pad, some_steps
+from conv_pallas.kernels.xla_formulations import Formulation, some_steps
+from conv_pallas.kernels.xla_padding import pad
 from conv_pallas.spec import ConvSpec
 
 # The most taps that are written out one by one; beyond, compiling takes longer than it saves.

@@ -35,6 +35,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from conv_pallas.kernels import xla_native
+from conv_pallas.kernels.xla_padding import pad, pad_along
 from conv_pallas.spec import ConvSpec
 
 # Channels from which on XLA:CPU is faster at steps that it has turned in memory first.
@@ -97,11 +98,7 @@ def winograd_kernel_grad(x, g, spec, numbers):
     D, tiles, pairs = spec.kernel_dilation, _tiles(spec), _pairs(K)
     see = _sight(x.astype(numbers.acc), spec)
     more = 2 * D * tiles - _length(spec)
-    g = lax.pad(
-        g.astype(numbers.acc),
-        jnp.zeros((), numbers.acc),
-        ((0, 0, 0), (0, more, spec.stride - 1), (0, 0, 0)),
-    ).reshape(N, tiles, 2, D, O)
+    g = pad_along(g.astype(numbers.acc), 1, 0, more, spec.stride - 1).reshape(N, tiles, 2, D, O)
     y0, y1 = g[:, :, 0], g[:, :, 1]
 
     def products(seen, g):
@@ -153,11 +150,9 @@ def _sight(x, spec: ConvSpec):
     """
     (N, _, C), D = x.shape, spec.kernel_dilation
     rows = _tiles(spec) + spec.kernel_size // 2
-    zero = jnp.zeros((), x.dtype)
     # Twice, for what is cut off must not come back.
-    x = lax.pad(x, zero, ((0, 0, 0), (*spec.padding, spec.input_dilation - 1), (0, 0, 0)))
-    x = x[:, : _length(spec) + spec.span - 1]
-    x = lax.pad(x, zero, ((0, 0, 0), (0, 2 * D * rows - x.shape[1], 0), (0, 0, 0)))
+    x = pad(x, spec)[:, : _length(spec) + spec.span - 1]
+    x = pad_along(x, 1, 0, 2 * D * rows - x.shape[1])
     blocks = x.reshape(N, rows, 2, D, C)
     return lambda tap, tiles: blocks[:, tap // 2 : tap // 2 + tiles, tap % 2]
 
