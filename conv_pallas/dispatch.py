@@ -89,12 +89,11 @@ def candidates(problem: Problem) -> list[tuple[Candidate, object | None]]:
             reason = f"runs on {' and '.join(kernel.platforms)}, not on {problem.platform}"
         else:
             reason = kernel.decline(problem)
-        how = by_name = None
-        rank = kernel.priority
+        rank, how, by_name = -2, None, None
         if reason is None:
             how, rank = kernel.describe(problem), kernel.rank(problem)
-            by_name = kernel.by_name(problem) if rank is None else None
-        rank = rank if isinstance(rank, int) else -1
+            if rank is None:
+                rank, by_name = -1, kernel.by_name(problem)
         answers.append((rank, Candidate(kernel.implementation, reason, how, by_name), kernel))
     answers = [answer for _, *answer in sorted(answers, key=lambda a: a[0], reverse=True)]
     present = {c.implementation for c, _ in answers}

@@ -13,6 +13,7 @@ of ``0 <= t < T``, also past the end of the last block, is written as zeros.
 
 import dataclasses
 import math
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -54,9 +55,10 @@ class Walk:
     taps: int
     rows: int
     mirrored: bool = False
+    ALIGNED: ClassVar[int] = TILE_ROWS  # what the history is rounded up to
 
     @classmethod
-    def of(cls, spec: ConvSpec, rows: int) -> "Walk":
+    def of(cls, spec: ConvSpec, rows: int) -> Self:
         low, halo = spec.padding[0], spec.span - 1
         mirrored = low == 0 < halo <= rows and spec.time == spec.out_time
         # What a negative padding crops off no tap sees: in a gradient of the kernel it would meet
@@ -96,7 +98,7 @@ class Walk:
     @property
     def history(self) -> int:
         """Rows of the window before block j, or after it."""
-        return round_up(self.reach, TILE_ROWS)
+        return round_up(self.reach, self.ALIGNED)
 
     @property
     def window_rows(self) -> int:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conv_pallas.kernels import tpu_dense, tpu_depthwise, tpu_epilogue
+from conv_pallas.kernels import tpu_dense, tpu_depthwise, tpu_epilogue, tpu_few_channels
 from conv_pallas.kernels.tpu_in_place import gradient_in_place, placement
 from conv_pallas.spec import ACTIVATIONS
 from tests.cases import Case
@@ -29,7 +29,13 @@ _WHOLE = Case("whole", T=96, C=128, O=40, D=5, **_BFLOAT16)  # and in whole tile
 # In so little memory that C and O are split.
 _SPLIT = Case("split", batch=(1,), T=20, C=260, O=260, K=3, **_BFLOAT16)
 _DEPTHWISE = Case("depthwise", T=37, C=24, O=24, G=24, K=4, D=3, **_HIGHEST)
+_FEW = Case("few", T=137, C=24, O=40, D=5, **_BFLOAT16)  # in two tiles
+_FEW_WHOLE = Case("few_whole", batch=(4,), T=37, C=3, O=5, K=4, padding="SAME", **_HIGHEST)
 FUSED = (
+    Fused(_FEW, "relu"),
+    Fused(_FEW, "sigmoid", wanted=(True, False, True)),
+    Fused(_FEW_WHOLE, "silu"),
+    Fused(_FEW_WHOLE, None, wanted=(False, True, True)),
     Fused(_DENSE, "relu"),
     Fused(Case("same", T=33, C=8, O=130, K=4, padding="SAME", **_HIGHEST), "silu"),
     Fused(_IN_PLACE, "silu"),
@@ -69,12 +75,13 @@ def test_one_has_tiles_of_channels():
 
 @pytest.mark.parametrize("fused", FUSED, ids=lambda f: f.name)
 def test_kernels(fused):
-    module = tpu_depthwise if fused.case.G > 1 else tpu_dense
+    few = fused.case in (_FEW, _FEW_WHOLE)
+    module = tpu_depthwise if fused.case.G > 1 else tpu_few_channels if few else tpu_dense
     problem = fused.problem("tpu")
     x, w, bias, gy, saved = fused.arrays()
     assert module.KERNEL.decline_fused(problem) is None
     assert module.KERNEL.decline_backward(problem, fused.wanted) is None
-    longest = 32 if fused.case in (_IN_PLACE, _WHOLE) else 16
+    longest = 128 if few else 32 if fused.case in (_IN_PLACE, _WHOLE) else 16
     options = dict(longest=longest, interpret=params())
     chip = {_DENSE: MEGACORE, _SPLIT: SMALL}.get(fused.case, V5E)
     if all(fused.wanted):

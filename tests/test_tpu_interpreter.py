@@ -15,7 +15,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interprete
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from conv_pallas.kernels import tpu_dense, tpu_depthwise, tpu_in_place
+from conv_pallas.kernels import tpu_dense, tpu_depthwise, tpu_few_channels, tpu_in_place
 from conv_pallas.kernels.tpu_window import Chip
 from conv_pallas.spec import OPERATIONS, lhs_rhs_out
 from tests.cases import Case
@@ -56,6 +56,28 @@ DENSE = (
 )
 
 
+# In tiles of 128 steps: several, or one, with and without padding on either side.
+FEW = (
+    Case("causal", T=300, C=8, O=16, D=4),
+    Case("halo_longer_than_tile", T=400, C=8, O=8, D=150),
+    Case("time_shorter_than_halo", T=12, C=4, O=8, D=7),
+    Case("ragged", T=197, C=25, O=30, K=2, D=3),
+    Case("one_tile", batch=(6,), T=100, C=25, O=30, K=2, D=3),
+    Case("several_samples", batch=(5,), T=20, C=3, O=5, K=4, D=9, padding="SAME"),
+    Case("same", T=300, C=3, O=5, K=4, D=9, padding="SAME"),
+    Case("valid", T=300, C=3, O=5, D=11, padding="VALID"),
+    Case("crop", T=400, C=3, O=5, D=2, padding=[(-220, -3)]),
+    Case("crop_in_one_tile", T=70, C=3, O=5, D=2, padding=[(-20, -3)]),
+    Case("pad_beyond_field", T=20, C=3, O=5, K=2, padding=[(300, 205)]),
+    Case("dead_taps", T=10, C=3, O=5, K=5, D=8, padding="SAME"),
+    Case("pointwise", T=200, C=1, O=128, K=1),
+    Case("anticausal", T=300, C=3, O=5, D=6, padding=[(0, 12)]),
+    Case("bfloat16", T=300, C=16, O=16, D=5, dtype="bfloat16"),
+    Case("bfloat16_to_float32", T=100, C=17, O=16, D=2, dtype="bfloat16", out_dtype="float32"),
+    Case("high", T=200, C=16, O=16, D=3, precision="high"),
+    Case("highest", T=200, C=60, O=16, D=3, precision="highest"),
+)
+
 DEPTHWISE = (
     Case("depthwise", T=40, C=8, O=8, G=8, K=4),
     Case("depthwise_dilated", T=60, C=130, O=130, G=130, D=24, K=2),
@@ -87,7 +109,7 @@ def check_kernel(module, case: Case, operation: str, chip: Chip = V5E, longest=1
     """Interprets one operation in tiles of ``longest`` steps; returns what it computed."""
     problem = case.problem(operation, "tpu")
     lhs, rhs, _ = lhs_rhs_out(operation, *case.arrays())
-    assert module.decline(problem) is None
+    assert getattr(module, "unable", module.decline)(problem) is None
     out = module.launch(problem, lhs, rhs, chip, longest=longest, interpret=params())
     check(
         out, operation, lhs, rhs, case.spec, out_dtype=problem.out_dtype,
@@ -109,6 +131,34 @@ def test_dense(case, operation):
 def test_dense_input_grad(name):
     (case,) = (case for case in DENSE if case.name == name)
     check_kernel(tpu_dense, case, "conv1d_input_grad")
+
+
+@pytest.mark.parametrize("operation", ["conv1d", "conv1d_kernel_grad"])
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_few_channels(case, operation):
+    check_kernel(tpu_few_channels, case, operation, longest=128)
+
+
+# As of `tpu_dense`; a causal one of one tile, and one that walks backwards.
+@pytest.mark.parametrize(
+    "name", ["causal", "halo_longer_than_tile", "one_tile", "several_samples", "crop"]
+)
+def test_few_channels_input_grad(name):
+    (case,) = (case for case in FEW if case.name == name)
+    check_kernel(tpu_few_channels, case, "conv1d_input_grad", longest=128)
+
+
+def test_few_channels_take_several_samples_where_one_is_short():
+    plans = {
+        case.name: tpu_few_channels._plan_of(case.problem("conv1d", "tpu"), V5E, longest)
+        for case in FEW
+        for longest in [512 if case.name == "one_tile" else 128]
+    }
+    assert plans["one_tile"].samples == 3  # of 6, four fit
+    assert plans["one_tile"].walk.whole and plans["one_tile"].walk.steps == 1
+    assert plans["causal"].samples == 1 and plans["causal"].walk.steps == 3
+    check_kernel(tpu_few_channels, FEW[4], "conv1d", longest=512)
+    check_kernel(tpu_few_channels, FEW[4], "conv1d_kernel_grad", MEGACORE, longest=512)
 
 
 def test_dense_in_tiles_of_channels():
@@ -177,18 +227,24 @@ def test_parts_of_the_kernel_gradient_are_added_in_order():
     np.testing.assert_array_equal(one, two)
 
 
-@pytest.mark.parametrize("module, G", [(tpu_dense, 1), (tpu_depthwise, 8)])
+EACH = pytest.mark.parametrize(
+    "module, G", [(tpu_dense, 1), (tpu_few_channels, 1), (tpu_depthwise, 8)]
+)
+
+
+@EACH
 def test_what_is_cropped_leaves_the_kernel_gradient_alone(module, G):
     case = Case("cropped", T=40, C=8, O=8, G=G, padding=[(2, -5)], precision="highest")
     problem = case.problem("conv1d_kernel_grad", "tpu")
     x, _, g = case.arrays()
-    gradient = lambda x: module.launch(problem, x, g, V5E, longest=16, interpret=params())  # noqa: E731
+    longest = 128 if module is tpu_few_channels else 16
+    gradient = lambda x: module.launch(problem, x, g, V5E, longest=longest, interpret=params())  # noqa: E731
     expected = gradient(x)
     x[:, -5:] = np.nan
     np.testing.assert_array_equal(gradient(x), expected)
 
 
-@pytest.mark.parametrize("module, G", [(tpu_dense, 1), (tpu_depthwise, 8)])
+@EACH
 def test_int8_is_declined(module, G):
     problem = Case("int8", C=8, O=8, G=G, dtype="int8").problem("conv1d", "tpu")
     assert module.decline(problem) == "takes bfloat16 and float32, not int8"
