@@ -51,11 +51,13 @@ CHAINS = (
     Layer("chain/C512/K3/D64", "", 8, 4096, 512, 512, 3, 64, activation="relu", dtype="bfloat16"),
     Layer("chain/depthwise", "", 8, 4096, 512, 512, 4, 1, G=512, activation="silu",
           dtype="bfloat16"),
+    Layer("chain/C25/K7/D16", "", 64, 784, 25, 25, 7, 16, activation="relu"),
 )  # fmt: skip
 LINKS = 4
 BFLOAT16 = tuple(
     dataclasses.replace(c, name=c.name.replace("chain", "bfloat16"), activation=None)
     for c in CHAINS
+    if c.dtype == "bfloat16"
 )
 
 

@@ -153,22 +153,23 @@ def _gradient(around: Around, g_ref, saved_ref, n):
 
 def _stack(walk: LaneWalk, window):
     """What each tap sees, ``(K*C, rows)``."""
-    return jnp.concatenate([_from(window, walk.offset(k), walk.rows) for k in range(walk.taps)], 0)
+    offsets, n = [walk.offset(k) for k in range(walk.taps)], walk.rows
+    taps = {at: window[:, pl.ds(at, n)] for at in offsets if at % LANES == 0}
+    # To rotate lanes is what takes longest, so once for all taps that are whole registers apart.
+    for rest in sorted({at % LANES for at in offsets} - {0}):
+        alike = [at for at in offsets if at % LANES == rest]
+        first = alike[0] - rest
+        seen = _rotated(window[:, pl.ds(first, alike[-1] - first + n + LANES - rest)], rest)
+        taps |= {at: seen[:, at - alike[0] : at - alike[0] + n] for at in alike}
+    return jnp.concatenate([taps[at] for at in offsets], 0)
 
 
-def _from(window, at: int, n: int):
-    """``n`` lanes from any on; the compiler's own unaligned load rotates each register twice."""
-    rest = at % LANES
-    if rest == 0:
-        return window[:, pl.ds(at, n)]
-    whole = window[:, pl.ds(at - rest, n + LANES)]
-    narrow = whole.dtype == jnp.bfloat16
-    if narrow:  # pairs of rows, as only numbers of 32 bits are rotated
-        whole = pltpu.bitcast(whole, jnp.int32)
-    whole = pltpu.roll(whole, n + LANES - rest, 1)
-    if narrow:
-        whole = pltpu.bitcast(whole, jnp.bfloat16)
-    return whole[:, :n]
+def _rotated(a, by: int):
+    """Lane ``by`` first. The compiler's own unaligned load rotates each register twice."""
+    if a.dtype != jnp.bfloat16:
+        return pltpu.roll(a, a.shape[1] - by, 1)
+    pairs = pltpu.bitcast(a, jnp.int32)  # of rows, as only numbers of 32 bits are rotated
+    return pltpu.bitcast(pltpu.roll(pairs, a.shape[1] - by, 1), jnp.bfloat16)
 
 
 def _forward_kernel(walk, passes, around, x_ref, *refs):
