@@ -59,6 +59,15 @@ BFLOAT16 = tuple(
     for c in CHAINS
     if c.dtype == "bfloat16"
 )
+# At the ends of few channels; and many samples, which XLA lays along lanes instead of time.
+FEW = (
+    Layer("few/C2", "", 32, 400, 2, 30, 7),
+    Layer("few/C120", "", 8, 1000, 120, 120, 3, 4, dtype="bfloat16"),
+)
+BATCHES = (
+    Layer("batch/N128/T784", "", 128, 784, 25, 25, 7, 16),
+    Layer("batch/N256/T16", "", 256, 16, 32, 32, 3),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,9 +243,8 @@ def _chosen(arguments) -> list[Layer]:
       ValueError: a word of ``arguments.layers`` selects nothing.
     """
     telling = [layer for layer in quick() if isinstance(layer, Layer)]  # no whole networks
-    known = tuple(dict.fromkeys((*CHAINS, *BFLOAT16, *telling, *LAYERS)))
-    if arguments.quick:
-        known = known[: len(CHAINS) + len(BFLOAT16) + len(telling)]
+    first = (*CHAINS, *BFLOAT16, *FEW, *BATCHES, *telling)
+    known = first if arguments.quick else tuple(dict.fromkeys((*first, *LAYERS)))
     chosen = select(arguments.layers, known) if arguments.layers else known
     if arguments.dtype:
         chosen = [dataclasses.replace(layer, dtype=arguments.dtype) for layer in chosen]

@@ -1,4 +1,4 @@
-"""Where the dense TPU kernel is the default: by estimates, until somebody measures."""
+"""Where the dense TPU kernels are the default: by estimates, until somebody measures."""
 
 import dataclasses
 
@@ -8,6 +8,30 @@ from conv_pallas.spec import Problem
 
 # Chips for which there are estimates.
 ESTIMATED = ("v5e", "v6e")
+# Up to where there are any for `tpu_few_channels`.
+FEWEST_STEPS, MOST_TAPS = 2**10, 64
+
+
+def few_channels_win(problem: Problem, chip: Chip) -> bool:
+    """Whether by estimate `tpu_few_channels` is faster than XLA's own convolution.
+
+    So it is in every layer of the benchmarks that it takes, of 10 to 64 channels. XLA's estimate
+    over ours, as in `wins`, the least and the most of a model's layers:
+
+        ================  ========  ========  =========  ========  =========  =========
+        model             v5e                            v6e
+        ================  ========  ========  =========  ========  =========  =========
+        ================  ========  ========  =========  ========  =========  =========
+
+    What is shorter, has more taps or takes more than one product is left to XLA.
+    """
+    dtypes = {problem.lhs_dtype, problem.rhs_dtype, problem.out_dtype}
+    if chip.name not in ESTIMATED or len(dtypes) > 1 or passes_of(problem) != "bf16":
+        return False
+    N, T = problem.N, min(problem.spec.time, problem.spec.out_time)
+    along_time = N <= LANES // 2 <= T
+    within = problem.C > 1 and problem.spec.kernel_size <= MOST_TAPS
+    return along_time and within and N * T >= FEWEST_STEPS
 
 
 def wins(plan_of, problem: Problem, chip: Chip) -> bool:

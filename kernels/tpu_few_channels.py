@@ -1,6 +1,6 @@
 """The dense convolution of fewer than 128 channels on a TPU, with time along lanes.
 
-That many on one side at least, and no more than 128 on the other.
+Fewer on one side at least, in or out, and no more than 128 on the other.
 
     y[n, :, u] = sum over k of  w[k]^T @ x[n, :, u + k*D - low]
     dx         = the same of g, with the taps reversed and each w[k] transposed
@@ -36,7 +36,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from conv_pallas.kernels import Kernel, tpu_epilogue
+from conv_pallas.kernels import Kernel, tpu_epilogue, tpu_estimates
 from conv_pallas.kernels.tpu_epilogue import Around
 from conv_pallas.kernels.tpu_matmul import dot, passes_of, split
 from conv_pallas.kernels.tpu_window import (
@@ -138,7 +138,7 @@ class LaneWalk(Walk):
             def moved(at, n):
                 window[:, pl.ds(at + kept, n)] = window[:, pl.ds(at + kept + past, n)]
 
-            by_chunks(H, moved, BT)  # no chunk is longer than the way it goes
+            by_chunks(H, moved, BT)
 
 
 # --- Device code ---
@@ -399,13 +399,20 @@ def decline(problem: Problem) -> str | None:
     return None
 
 
+def priority(problem: Problem) -> int | None:
+    if problem.platform != "tpu" or sees_nothing(problem):
+        return None
+    return 10 if tpu_estimates.few_channels_win(problem, Chip.current()) else None
+
+
 def describe(problem: Problem) -> str:
     if sees_nothing(problem):
         return "zeros"
     plan = _plan_of(problem, Chip.current())
+    chosen = "; the default, by estimate" if priority(problem) else ""
     return (
         f"time along lanes, {plan.walk.rows} steps of {plan.samples} samples, {plan.walk.taps} "
-        f"taps at once; {passes_of(problem)} products"
+        f"taps at once; {passes_of(problem)} products{chosen}"
     )
 
 
@@ -415,7 +422,7 @@ KERNEL = Kernel(
     run=run,
     decline=decline,
     describe=describe,
-    priority=None,
+    priority=priority,
     by_name=lambda problem: "by name only: no estimate says that it is faster than XLA",
     fused=fused,
     decline_fused=tpu_epilogue.decline_fused,

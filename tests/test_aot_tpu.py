@@ -62,9 +62,10 @@ def test_published_layers_compile(chip, model):
 
 
 @pytest.mark.parametrize("precision", ["high", "highest"])
-@pytest.mark.parametrize("chip", ["v4", "v6e"])
-def test_float32_products_compile(chip, precision):
-    layer = dataclasses.replace(LAST["tcn-music"], dtype="float32")
+@pytest.mark.parametrize("chip, model", [("v4", "tcn-music"), ("v6e", "tcn-music"),
+                                         ("v5e", "tcn-adding"), ("v6e", "tcn-copy")])  # fmt: skip
+def test_float32_products_compile(chip, model, precision):
+    layer = dataclasses.replace(LAST[model], dtype="float32")
     with jax.default_matmul_precision(precision):
         compiled = aot.compile_for(chip, _all_three(layer), *_structs(layer))
     assert _kernels(compiled) == 3
@@ -74,6 +75,8 @@ def test_float32_products_compile(chip, precision):
     "chip, model, activation",
     [
         ("v4", "tcn-music", "gelu_exact"),
+        ("v4", "tcn-mnist", "silu"),
+        ("tpu7x", "atacworks", "gelu"),
         ("v5e", "tcn-music", "tanh"),
         ("v5e", "mamba-2.8b", "gelu"),
         ("v6e", "bfloat16", "silu"),

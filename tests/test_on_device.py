@@ -230,7 +230,7 @@ time.sleep(100)
 """
     _python_that_runs(source, tmp_path, monkeypatch)
     monkeypatch.setattr(on_device, "GRACE", 0)
-    assert on_device._run_processes(tmp_path, "goals", 10, 1, False) == [124]
+    assert on_device._run_processes(tmp_path, "goals", 5, 1, False) == [124]
     status = Path("/proc", (tmp_path / "pid").read_text(), "stat")
     for _ in range(100):  # what is killed is gone a moment later
         if not status.exists() or status.read_text().split()[2] == "Z":
