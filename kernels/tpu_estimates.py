@@ -15,15 +15,25 @@ FEWEST_STEPS, MOST_TAPS = 2**10, 64
 def few_channels_win(problem: Problem, chip: Chip) -> bool:
     """Whether by estimate `tpu_few_channels` is faster than XLA's own convolution.
 
-    So it is in every layer of the benchmarks that it takes, of 10 to 64 channels. XLA's estimate
-    over ours, as in `wins`, the least and the most of a model's layers:
+    So it is in every layer of the benchmarks that it takes, of 2 to 120 channels. XLA's estimate
+    over ours as in `wins`, the least and the most of a model's layers:
 
-        ================  ========  ========  =========  ========  =========  =========
-        model             v5e                            v6e
-        ================  ========  ========  =========  ========  =========  =========
-        ================  ========  ========  =========  ========  =========  =========
+        ============  =========  =========  =========  =========  =========  =========
+                      v5e                              v6e
+        ============  =========  =========  =========  =========  =========  =========
+        tcn-adding    2.6..3.3   3.6..5.0   3.7..4.4   2.1..2.7   2.7..3.3   2.1..3.0
+        tcn-copy      3.0..6.6   2.9..6.2   5.8..9.1   2.6..3.9   2.6..3.2   3.5..5.2
+        tcn-mnist     1.9..3.1   1.9..3.0   3.5..4.7   1.6..1.8   1.5..1.8   2.1..2.3
+        wavenet       1.1..1.3   1.0..1.7   1.5..2.4   2.0..2.2   1.0..1.9   1.7..2.0
+        hifigan-v1    1.5..4.8   1.9..7.8   1.8..4.3   1.7..3.8   2.0..6.1   2.0..5.5
+        ms-tcn        2.6..4.8   2.6..6.7   4.4..6.5   3.1..4.9   3.0..8.1   6.4..8.7
+        spliceai-10k  2.8..4.8   4.3..5.3   1.8..1.9   1.6..2.1   3.3..3.8   2.8..3.5
+        atacworks     7.8        14.5       6.7        4.9        12.6       6.2
+        ============  =========  =========  =========  =========  =========  =========
 
-    What is shorter, has more taps or takes more than one product is left to XLA.
+    Not so where XLA lays samples along lanes, and not time, as it does with 128 of them: its own
+    convolution is ahead there, and of short sequences ten times. Those are left to it, and what
+    there is no estimate for: one channel in, fewer steps, more taps, more than one product.
     """
     dtypes = {problem.lhs_dtype, problem.rhs_dtype, problem.out_dtype}
     if chip.name not in ESTIMATED or len(dtypes) > 1 or passes_of(problem) != "bf16":

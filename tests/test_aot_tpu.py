@@ -129,3 +129,19 @@ def test_a_model_exported_on_a_cpu_compiles_on_a_tpu(chip):
     saved = export.export(jax.jit(step), platforms=("tpu",))(structs, x).serialize()
     compiled = aot.compile_for(chip, export.deserialize(saved).call, structs, x)
     assert _kernels(compiled) >= 11  # four convolutions, three operations, but for x's gradient
+
+
+def test_a_network_of_few_channels_has_our_kernels_by_default():
+    """All but what makes 25 channels of one, of which there is no estimate; gradients as well."""
+    model = TCN(1, (25, 25), 10, kernel_size=7, dropout=0.0, rngs=nnx.Rngs(0))
+    graph, parameters, rest = nnx.split(model, nnx.Param, ...)
+
+    def step(parameters, x):
+        def loss(parameters):
+            return jax.numpy.square(nnx.merge(graph, parameters, rest)(x)).mean()
+
+        return jax.value_and_grad(loss)(parameters)
+
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), parameters)
+    compiled = aot.compile_for("v6e", step, shapes, aot.struct((8, 512, 1), "float32"))
+    assert _kernels(compiled) == 4 * 3

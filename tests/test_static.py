@@ -1,7 +1,9 @@
 """Where the TPU kernels are the default, against the committed estimates."""
 
 import functools
+import itertools
 import json
+import re
 
 import pytest
 
@@ -53,6 +55,24 @@ def test_no_default_where_samples_lie_along_lanes(chip):
     for row in rows:
         assert ratio(row) < 0.8
         assert not tpu_estimates.few_channels_win(_problem(row), CHIPS[chip])
+
+
+def test_the_table_of_few_channels_is_that_of_the_committed_estimates():
+    told = re.findall(r"^ +([\w-]+) +([\d. ]+)$", tpu_estimates.few_channels_win.__doc__, re.M)
+    assert len(told) == 8
+    for model, figures in told:
+        want = []
+        for chip, operation in itertools.product(CHIPS, OPERATIONS):
+            ratios = [
+                ratio(row)
+                for row in _rows(chip)
+                if row["layer"].split("/")[0] == model
+                and row["program"] == operation
+                and tpu_few_channels.decline(_problem(row)) is None
+            ]
+            least, most = (f"{bound(ratios):.1f}" for bound in (min, max))
+            want.append(least if least == most else f"{least}..{most}")
+        assert figures.split() == want, model
 
 
 @pytest.mark.parametrize("chip", CHIPS)
