@@ -59,10 +59,15 @@ BFLOAT16 = tuple(
     for c in CHAINS
     if c.dtype == "bfloat16"
 )
-# At the ends of few channels; and many samples, which XLA lays along lanes instead of time.
-FEW = (
-    Layer("few/C2", "", 32, 400, 2, 30, 7),
-    Layer("few/C120", "", 8, 1000, 120, 120, 3, 4, dtype="bfloat16"),
+# Channels that fill no lanes; and many samples, which XLA lays along lanes instead of time.
+RAGGED = (
+    Layer("ragged/C2/O30", "", 32, 400, 2, 30, 7),
+    Layer("ragged/C120", "", 8, 1000, 120, 120, 3, 4, dtype="bfloat16"),
+    Layer("ragged/C192", "", 8, 1024, 192, 192, 3, 4, dtype="bfloat16"),
+    Layer("ragged/C200/O300", "", 4, 1000, 200, 300, 3, 4),
+    Layer("ragged/C320", "", 8, 1024, 320, 320, 3, 16),
+    Layer("ragged/C450", "", 8, 1000, 450, 450, 3, 4, dtype="bfloat16"),
+    Layer("ragged/C600", "", 4, 1024, 600, 600, 3, 4, dtype="bfloat16"),
 )
 BATCHES = (
     Layer("batch/N128/T784", "", 128, 784, 25, 25, 7, 16),
@@ -243,7 +248,7 @@ def _chosen(arguments) -> list[Layer]:
       ValueError: a word of ``arguments.layers`` selects nothing.
     """
     telling = [layer for layer in quick() if isinstance(layer, Layer)]  # no whole networks
-    first = (*CHAINS, *BFLOAT16, *FEW, *BATCHES, *telling)
+    first = (*CHAINS, *BFLOAT16, *RAGGED, *BATCHES, *telling)
     known = first if arguments.quick else tuple(dict.fromkeys((*first, *LAYERS)))
     chosen = select(arguments.layers, known) if arguments.layers else known
     if arguments.dtype:

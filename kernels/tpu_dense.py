@@ -10,8 +10,8 @@ all of its output channels fit; a tile of w stays in VMEM while all of x passes.
 Tiling. The grid is (tile of O, n, time), time innermost and in sequence, so that the halo is
 carried in VMEM (`tpu_window.py`). A long tile of time amortises the copy of the halo and the
 fixed cost of a step. Inside it, some hundred rows at a time: all K windows side by side make
-one ``(rows, K*C)`` matrix, so that the sum over taps happens inside the matrix unit. Fewer than
-128 channels leave lanes empty, and lie in HBM with time there: `tpu_few_channels.py` has those.
+one ``(rows, K*C)`` matrix, so that the sum over taps happens inside the matrix unit. Channels that
+leave lanes empty lie in HBM with time there: `tpu_time_in_lanes.py` has those.
 
 The kernel gradient sums over time instead: its grid is (part of N, tile of C, tile of O, n,
 time), and ``dw`` stays in VMEM in float32, as ``(O, C)`` for each tap: the matrix unit wants its
@@ -31,7 +31,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from conv_pallas.kernels import Kernel, tpu_epilogue, tpu_estimates, tpu_few_channels
+from conv_pallas.kernels import Kernel, tpu_epilogue, tpu_estimates, tpu_time_in_lanes
 from conv_pallas.kernels.tpu_epilogue import Around
 from conv_pallas.kernels.tpu_in_place import (
     gradient_in_place,
@@ -412,8 +412,8 @@ def unable(problem: Problem) -> str | None:
 def decline(problem: Problem) -> str | None:
     if reason := unable(problem):
         return reason
-    if tpu_few_channels.decline(problem) is None:
-        return "leaves fewer than 128 channels to tpu_few_channels"
+    if tpu_time_in_lanes.decline(problem) is None:
+        return "leaves channels that fill no lanes to tpu_time_in_lanes"
     return None
 
 

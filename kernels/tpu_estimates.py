@@ -2,21 +2,22 @@
 
 import dataclasses
 
+from conv_pallas.kernels.tpu_layout import axes_along_lanes
 from conv_pallas.kernels.tpu_matmul import passes_of
 from conv_pallas.kernels.tpu_window import LANES, Chip, sees_nothing
 from conv_pallas.spec import Problem
 
 # Chips for which there are estimates.
 ESTIMATED = ("v5e", "v6e")
-# Up to where there are any for `tpu_few_channels`.
+# Up to where there are any for `tpu_time_in_lanes`.
 FEWEST_STEPS, MOST_TAPS = 2**10, 64
 
 
-def few_channels_win(problem: Problem, chip: Chip) -> bool:
-    """Whether by estimate `tpu_few_channels` is faster than XLA's own convolution.
+def time_in_lanes_wins(problem: Problem, chip: Chip) -> bool:
+    """Whether by estimate `tpu_time_in_lanes` is faster than XLA's own convolution.
 
-    So it is in every layer of the benchmarks that it takes, of 2 to 120 channels. XLA's estimate
-    over ours as in `wins`, the least and the most of a model's layers:
+    So it is in every layer of the benchmarks that lies with time along lanes, of 2 to 600 channels.
+    XLA's estimate over ours as in `wins`, the least and the most of a model's layers:
 
         ============  =========  =========  =========  =========  =========  =========
                       v5e                              v6e
@@ -31,17 +32,18 @@ def few_channels_win(problem: Problem, chip: Chip) -> bool:
         atacworks     7.8        14.5       6.7        4.9        12.6       6.2
         ============  =========  =========  =========  =========  =========  =========
 
-    Not so where XLA lays samples along lanes, and not time, as it does with 128 of them: its own
-    convolution is ahead there, and of short sequences ten times. Those are left to it, and what
-    there is no estimate for: one channel in, fewer steps, more taps, more than one product.
+    Not so where samples lie along lanes, as 128 of them do: XLA's own convolution is ahead there,
+    and of short sequences ten times. Those are left to it, and what there is no estimate for: one
+    channel in, fewer steps, more taps, more than one product.
     """
     dtypes = {problem.lhs_dtype, problem.rhs_dtype, problem.out_dtype}
     if chip.name not in ESTIMATED or len(dtypes) > 1 or passes_of(problem) != "bf16":
         return False
-    N, T = problem.N, min(problem.spec.time, problem.spec.out_time)
-    along_time = N <= LANES // 2 <= T
+    axes, steps = axes_along_lanes(problem), problem.N * problem.spec.out_time
+    # 128 channels on one side fill lanes; what is copied there is no more than XLA copies itself.
+    along_time = axes == {"T"} or (axes == {"T", "C"} and max(problem.C, problem.O) == LANES)
     within = problem.C > 1 and problem.spec.kernel_size <= MOST_TAPS
-    return along_time and within and N * T >= FEWEST_STEPS
+    return along_time and within and steps >= FEWEST_STEPS
 
 
 def wins(plan_of, problem: Problem, chip: Chip) -> bool:

@@ -84,9 +84,9 @@ def _planted():
 
 def _main(folder: Path) -> dict:
     """By program and chip what is estimated; in a process of its own, for libtpu's flags."""
-    from conv_pallas.kernels import tpu_few_channels, tpu_matmul
+    from conv_pallas.kernels import tpu_matmul, tpu_time_in_lanes
 
-    found, chunks, code = {}, tpu_matmul.CHUNKS, tpu_few_channels.CODE
+    found, chunks, code = {}, tpu_matmul.CHUNKS, tpu_time_in_lanes.CODE
     for chip in ("v5e", "v6e"):
         rates = static.Chip.named(chip)
 
@@ -104,9 +104,9 @@ def _main(folder: Path) -> dict:
             read(key, static.single(layer, operation, static.OURS))
             for rows in SPILLING.get(key, {}).get(chip, ()):
                 tpu_matmul.CHUNKS = tuple(n for n in (*chunks, 128) if n <= rows)
-                tpu_few_channels.CODE = rows
+                tpu_time_in_lanes.CODE = rows
                 read(f"{key}, {rows} rows", static.single(layer, operation, static.OURS))
-            tpu_matmul.CHUNKS, tpu_few_channels.CODE = chunks, code
+            tpu_matmul.CHUNKS, tpu_time_in_lanes.CODE = chunks, code
     return found
 
 

@@ -8,8 +8,8 @@ import re
 import pytest
 
 from benchmarks.layers import LAYERS
-from benchmarks.static import BATCHES, BFLOAT16, CHAINS, FEW, RESULTS, ratio
-from conv_pallas.kernels import tpu_dense, tpu_estimates, tpu_few_channels
+from benchmarks.static import BATCHES, BFLOAT16, CHAINS, RAGGED, RESULTS, ratio
+from conv_pallas.kernels import tpu_dense, tpu_estimates, tpu_time_in_lanes
 from conv_pallas.kernels.tpu_window import Chip
 from conv_pallas.spec import OPERATIONS, Problem
 
@@ -25,7 +25,7 @@ def _rows(chip: str) -> list[dict]:
 
 
 def _problem(row: dict) -> Problem:
-    (layer,) = (c for c in (*LAYERS, *BFLOAT16, *FEW, *BATCHES) if c.name == row["layer"])
+    (layer,) = (c for c in (*LAYERS, *BFLOAT16, *RAGGED, *BATCHES) if c.name == row["layer"])
     return layer.problem(row["program"], "tpu")
 
 
@@ -36,8 +36,8 @@ def test_the_default_is_never_behind_by_the_committed_estimates(chip):
         if row["program"] not in OPERATIONS or ratio(row) is None:
             continue
         problem, which = _problem(row), "many"
-        if tpu_few_channels.decline(problem) is None:
-            which, default = "few", tpu_estimates.few_channels_win(problem, CHIPS[chip])
+        if tpu_time_in_lanes.decline(problem) is None:
+            which, default = "few", tpu_estimates.time_in_lanes_wins(problem, CHIPS[chip])
         else:
             default = tpu_dense.decline(problem) is None and wins(problem, CHIPS[chip])
         won[which] += default
@@ -54,11 +54,11 @@ def test_no_default_where_samples_lie_along_lanes(chip):
     assert len(rows) == len(OPERATIONS) * len(BATCHES)
     for row in rows:
         assert ratio(row) < 0.8
-        assert not tpu_estimates.few_channels_win(_problem(row), CHIPS[chip])
+        assert not tpu_estimates.time_in_lanes_wins(_problem(row), CHIPS[chip])
 
 
 def test_the_table_of_few_channels_is_that_of_the_committed_estimates():
-    told = re.findall(r"^ +([\w-]+) +([\d. ]+)$", tpu_estimates.few_channels_win.__doc__, re.M)
+    told = re.findall(r"^ +([\w-]+) +([\d. ]+)$", tpu_estimates.time_in_lanes_wins.__doc__, re.M)
     assert len(told) == 8
     for model, figures in told:
         want = []
@@ -68,7 +68,7 @@ def test_the_table_of_few_channels_is_that_of_the_committed_estimates():
                 for row in _rows(chip)
                 if row["layer"].split("/")[0] == model
                 and row["program"] == operation
-                and tpu_few_channels.decline(_problem(row)) is None
+                and tpu_time_in_lanes.decline(_problem(row)) is None
             ]
             least, most = (f"{bound(ratios):.1f}" for bound in (min, max))
             want.append(least if least == most else f"{least}..{most}")
@@ -101,5 +101,5 @@ def test_another_chip_has_no_default():
     )
     assert not wins(problem, Chip(16 * 2**20, mxu=128, cores=1))
     few = _problem(dict(layer="tcn-mnist/D8", program="conv1d"))
-    assert tpu_estimates.few_channels_win(few, CHIPS["v5e"])
-    assert not tpu_estimates.few_channels_win(few, Chip(16 * 2**20, mxu=128, cores=2, name="v4"))
+    assert tpu_estimates.time_in_lanes_wins(few, CHIPS["v5e"])
+    assert not tpu_estimates.time_in_lanes_wins(few, Chip(16 * 2**20, mxu=128, cores=2, name="v4"))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conv_pallas.kernels import tpu_dense, tpu_depthwise, tpu_epilogue, tpu_few_channels
+from conv_pallas.kernels import tpu_dense, tpu_depthwise, tpu_epilogue, tpu_time_in_lanes
 from conv_pallas.kernels.tpu_in_place import gradient_in_place, placement
 from conv_pallas.spec import ACTIVATIONS
 from tests.cases import Case
@@ -76,7 +76,7 @@ def test_one_has_tiles_of_channels():
 @pytest.mark.parametrize("fused", FUSED, ids=lambda f: f.name)
 def test_kernels(fused):
     few = fused.case in (_FEW, _FEW_WHOLE)
-    module = tpu_depthwise if fused.case.G > 1 else tpu_few_channels if few else tpu_dense
+    module = tpu_depthwise if fused.case.G > 1 else tpu_time_in_lanes if few else tpu_dense
     problem = fused.problem("tpu")
     x, w, bias, gy, saved = fused.arrays()
     assert module.KERNEL.decline_fused(problem) is None

@@ -15,7 +15,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interprete
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from conv_pallas.kernels import tpu_dense, tpu_depthwise, tpu_few_channels, tpu_in_place
+from conv_pallas.kernels import tpu_dense, tpu_depthwise, tpu_in_place, tpu_time_in_lanes
 from conv_pallas.kernels.tpu_window import Chip
 from conv_pallas.spec import OPERATIONS, lhs_rhs_out
 from tests.cases import Case
@@ -136,7 +136,7 @@ def test_dense_input_grad(name):
 @pytest.mark.parametrize("operation", ["conv1d", "conv1d_kernel_grad"])
 @pytest.mark.parametrize("case", FEW, ids=str)
 def test_few_channels(case, operation):
-    check_kernel(tpu_few_channels, case, operation, longest=128)
+    check_kernel(tpu_time_in_lanes, case, operation, longest=128)
 
 
 # As of `tpu_dense`; a causal one of one tile, and one that walks backwards.
@@ -145,20 +145,20 @@ def test_few_channels(case, operation):
 )
 def test_few_channels_input_grad(name):
     (case,) = (case for case in FEW if case.name == name)
-    check_kernel(tpu_few_channels, case, "conv1d_input_grad", longest=128)
+    check_kernel(tpu_time_in_lanes, case, "conv1d_input_grad", longest=128)
 
 
 def test_few_channels_take_several_samples_where_one_is_short():
     plans = {
-        case.name: tpu_few_channels._plan_of(case.problem("conv1d", "tpu"), V5E, longest)
+        case.name: tpu_time_in_lanes._plan_of(case.problem("conv1d", "tpu"), V5E, longest)
         for case in FEW
         for longest in [512 if case.name == "one_tile" else 128]
     }
     assert plans["one_tile"].samples == 3  # of 6, four fit
     assert plans["one_tile"].walk.whole and plans["one_tile"].walk.steps == 1
     assert plans["causal"].samples == 1 and plans["causal"].walk.steps == 3
-    check_kernel(tpu_few_channels, FEW[4], "conv1d", longest=512)
-    check_kernel(tpu_few_channels, FEW[4], "conv1d_kernel_grad", MEGACORE, longest=512)
+    check_kernel(tpu_time_in_lanes, FEW[4], "conv1d", longest=512)
+    check_kernel(tpu_time_in_lanes, FEW[4], "conv1d_kernel_grad", MEGACORE, longest=512)
 
 
 def test_dense_in_tiles_of_channels():
@@ -228,7 +228,7 @@ def test_parts_of_the_kernel_gradient_are_added_in_order():
 
 
 EACH = pytest.mark.parametrize(
-    "module, G", [(tpu_dense, 1), (tpu_few_channels, 1), (tpu_depthwise, 8)]
+    "module, G", [(tpu_dense, 1), (tpu_time_in_lanes, 1), (tpu_depthwise, 8)]
 )
 
 
@@ -237,7 +237,7 @@ def test_what_is_cropped_leaves_the_kernel_gradient_alone(module, G):
     case = Case("cropped", T=40, C=8, O=8, G=G, padding=[(2, -5)], precision="highest")
     problem = case.problem("conv1d_kernel_grad", "tpu")
     x, _, g = case.arrays()
-    longest = 128 if module is tpu_few_channels else 16
+    longest = 128 if module is tpu_time_in_lanes else 16
     gradient = lambda x: module.launch(problem, x, g, V5E, longest=longest, interpret=params())  # noqa: E731
     expected = gradient(x)
     x[:, -5:] = np.nan

@@ -1,6 +1,4 @@
-"""The dense convolution of fewer than 128 channels on a TPU, with time along lanes.
-
-Fewer on one side at least, in or out, and no more than 128 on the other.
+"""The dense convolution of channels that fill no 128 lanes on a TPU: time lies there.
 
     y[n, :, u] = sum over k of  w[k]^T @ x[n, :, u + k*D - low]
     dx         = the same of g, with the taps reversed and each w[k] transposed
@@ -8,8 +6,8 @@ Fewer on one side at least, in or out, and no more than 128 on the other.
 
 Operations: ``2 N T K C O``. Bytes: x and y once each.
 
-An array ``(N, T, C)`` of few channels lies in HBM with time along lanes, where C would leave most
-of 128 lanes empty: XLA chooses so, and its own convolution reads it so. `tpu_dense.py` wants
+An array ``(N, T, C)`` lies in HBM with time along lanes where C would leave more of them empty
+(`tpu_layout.py`): XLA chooses so, and its own convolution reads it so. `tpu_dense.py` wants
 channels there, for which XLA moves all of x and y twice over. Here both are taken as they lie: the
 transposes around the kernel are XLA's names for the same bytes, or a copy that its own convolution
 has as well.
@@ -38,6 +36,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from conv_pallas.kernels import Kernel, tpu_epilogue, tpu_estimates
 from conv_pallas.kernels.tpu_epilogue import Around
+from conv_pallas.kernels.tpu_layout import axes_along_lanes
 from conv_pallas.kernels.tpu_matmul import dot, passes_of, split
 from conv_pallas.kernels.tpu_window import (
     LANES,
@@ -55,6 +54,7 @@ from conv_pallas.kernels.tpu_window import (
 from conv_pallas.kernels.xla_formulations import flip
 from conv_pallas.spec import ConvSpec, Problem
 
+WIDEST = 640  # channels; of 900 the dense kernel is faster on v6e, by estimate
 LONGEST = 8192  # steps of time in a step of the grid, of all its samples together
 CODE = 2**11  # registers of one stack of taps: beyond, the code gets long, and is no faster
 
@@ -317,7 +317,7 @@ def forward(
             (out.shape, out.dtype.itemsize, 1 + around.keep),
         ),
         interpret=interpret,
-        name="conv1d_few_channels",
+        name="conv1d_time_in_lanes",
     )(*operands)
     return jax.tree.map(lambda a: a.transpose(0, 2, 1), y)
 
@@ -350,7 +350,7 @@ def kernel_grad(
             *((a.shape, a.dtype.itemsize, 1) for a in (*operands, *out_shape)),
         ),
         interpret=interpret,
-        name="conv1d_few_channels_kernel_grad",
+        name="conv1d_time_in_lanes_kernel_grad",
     )(*operands)
     dw = functools.reduce(jnp.add, dw).reshape(O, walk.taps, plan.rows)[..., :C].transpose(1, 2, 0)
     return dw, functools.reduce(jnp.add, db[0]).sum(1) if db else None
@@ -388,12 +388,15 @@ backward = functools.partial(tpu_epilogue.backward, launch)
 def decline(problem: Problem) -> str | None:
     if problem.spec.groups != 1:
         return "is for one group of channels"
-    if min(problem.C, problem.O) >= LANES or max(problem.C, problem.O) > LANES:
-        return f"is for fewer than {LANES} channels, from or to {LANES} at most"
+    if max(problem.C, problem.O) > WIDEST:
+        return f"is for up to {WIDEST} channels"
     if reason := decline_any(problem):
         return reason
     if passes_of(problem) is None:
         return f"knows the precisions DEFAULT, HIGH and HIGHEST, not {problem.precision}"
+    few = min(problem.C, problem.O) < LANES >= max(problem.C, problem.O)
+    if not few and axes_along_lanes(problem) != {"T"}:
+        return "is for channels that fill no lanes, or less of them than time does"
     if not sees_nothing(problem) and _plan_of(problem, Chip.current()) is None:
         return "this kernel and its halo do not fit in VMEM"
     return None
@@ -402,7 +405,7 @@ def decline(problem: Problem) -> str | None:
 def priority(problem: Problem) -> int | None:
     if problem.platform != "tpu" or sees_nothing(problem):
         return None
-    return 10 if tpu_estimates.few_channels_win(problem, Chip.current()) else None
+    return 10 if tpu_estimates.time_in_lanes_wins(problem, Chip.current()) else None
 
 
 def describe(problem: Problem) -> str:
