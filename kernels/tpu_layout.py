@@ -17,11 +17,9 @@ def along_lanes(N: int, T: int, C: int) -> str:
     sizes = {"C": C, "T": T, "N": N}
 
     def taken(axes: tuple[str, str]) -> int:
-        lanes, sublanes = axes
-        rest = (size for axis, size in sizes.items() if axis not in axes)
-        return math.prod(
-            (round_up(sizes[lanes], LANES), round_up(sizes[sublanes], SUBLANES), *rest)
-        )
+        lanes, sublanes = (sizes[axis] for axis in axes)
+        rest = math.prod(size for axis, size in sizes.items() if axis not in axes)
+        return round_up(lanes, LANES) * round_up(sublanes, SUBLANES) * rest
 
     return min(itertools.permutations(sizes, 2), key=taken)[0]
 
