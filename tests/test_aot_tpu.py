@@ -1,6 +1,7 @@
 """The TPU kernels, compiled by libtpu for chips that are not here."""
 
 import dataclasses
+import re
 
 import jax
 import pytest
@@ -12,6 +13,7 @@ pytest.importorskip("libtpu")
 from benchmarks.layers import LAYERS
 from conv_pallas import aot, conv1d
 from conv_pallas.inspection import structs
+from conv_pallas.kernels.tpu_layout import along_lanes
 from conv_pallas.nn import TCN
 
 pytestmark = pytest.mark.aot
@@ -129,6 +131,23 @@ def test_a_model_exported_on_a_cpu_compiles_on_a_tpu(chip):
     saved = export.export(jax.jit(step), platforms=("tpu",))(structs, x).serialize()
     compiled = aot.compile_for(chip, export.deserialize(saved).call, structs, x)
     assert _kernels(compiled) >= 11  # four convolutions, three operations, but for x's gradient
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_lies_along_lanes_is_what_the_compiler_says(dtype):
+    """Of arguments and results it is the axis that is written first in their layout."""
+    shapes = [
+        (64, 784, 25), (128, 784, 25), (120, 784, 25), (100, 1000, 32), (128, 1024, 32),
+        (256, 16, 32), (64, 64, 32), (8, 1000, 192), (32, 400, 450), (16, 80, 600), (4, 1000, 600),
+        (8, 16000, 128), (64, 784, 1), (8, 1000, 127), (8, 1000, 130), (3, 5, 7), (2, 100, 100),
+        (8, 1000, 1000),
+    ]  # fmt: skip
+    arrays = [aot.struct(shape, dtype) for shape in shapes]
+    text = aot.compile_for("v6e", lambda arrays: [a * 2 for a in arrays], arrays).as_text()
+    told = text.split("entry_computation_layout=")[1].split("}\n")[0].split("->")
+    for part in told[:2]:
+        lanes = [int(axis) for axis in re.findall(r"\[\d+,\d+,\d+\]\{(\d)", part)]
+        assert ["NTC"[axis] for axis in lanes[: len(shapes)]] == [along_lanes(*s) for s in shapes]
 
 
 def test_a_network_of_few_channels_has_our_kernels_by_default():
