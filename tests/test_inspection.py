@@ -127,8 +127,8 @@ def test_inspect_a_tpu(tmp_path):
     assert done.returncode == 0, done.stderr
     told = done.stdout
     assert "conv1d: pallas_tpu" in told
-    assert re.search(r"conv1d_dense\S*: \d+ bundles, in \d+% of them the matrix unit", told)
+    assert re.search(r"conv1d_time_in_lanes\S*: \d+ bundles, in \d+% of them the matrix unit", told)
     assert re.search(r"\d+ KiB of VMEM", told) and "no measured speed" in told
     names = [p.name for p in (tmp_path / "dump").iterdir()]
-    for part in ("mosaic-dump-conv1d_dense-original", "final_bundles", ".stablehlo", ".hlo"):
+    for part in ("dump-conv1d_time_in_lanes-original", "final_bundles", ".stablehlo", ".hlo"):
         assert any(part in name for name in names), part
