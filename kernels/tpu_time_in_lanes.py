@@ -15,8 +15,8 @@ has as well.
 Tiling. The grid is (n, time). A window of x stays in VMEM (`tpu_window.py`), ``(C, lanes)``, C
 rounded up to whole registers. A tap is the same window some lanes on. The taps of a tile are
 stacked, ``(K*C, lanes)``, so that the matrix unit sums over them: 25 channels of 7 taps fill it.
-Where all of time is one tile, a step of the grid takes several samples, for each step costs some
-hundred cycles by itself.
+Where all of time is one tile, a step of the grid takes several samples, for each step has a cost of
+its own.
 
 The kernel gradient multiplies the same stack with g, over lanes; ``(O, K*C)`` stays in VMEM. Each
 core makes a part of its own, and the parts are added in a fixed order.
@@ -52,7 +52,7 @@ from conv_pallas.kernels.tpu_window import (
     vmem_bytes,
 )
 from conv_pallas.kernels.xla_formulations import flip
-from conv_pallas.spec import ConvSpec, Problem
+from conv_pallas.spec import OPERATIONS, ConvSpec, Problem
 
 WIDEST = 640  # channels; of 900 the dense kernel is faster on v6e, by estimate
 LONGEST = 8192  # steps of time in a step of the grid, of all its samples together
@@ -244,7 +244,7 @@ def _plan_of(
     (spec, C, O), passes, N = problem.as_convolution, passes_of(problem), problem.N
     sums = problem.operation == "conv1d_kernel_grad"
     keep = problem.operation == "conv1d" and problem.epilogue.keep
-    operand, copies = (2, 1) if passes == "bf16" else (4, 3 if passes == "bf16x3" else 1)
+    operand, copies = {"bf16": (2, 1), "bf16x3": (4, 3), "f32": (4, 2)}[passes]
     rows = round_up(C, 32 // operand)
     sizes = [problem.lhs_dtype.itemsize, problem.rhs_dtype.itemsize, problem.out_dtype.itemsize]
     arrays = [(C, sizes[0]), (O, sizes[1] if sums else sizes[2])]
@@ -255,21 +255,24 @@ def _plan_of(
     registers = pl.cdiv(rows * spec.kernel_size * operand * copies, 32)
 
     def need(walk: LaneWalk, samples: int) -> int:
+        rotated = len({walk.offset(k) % LANES for k in range(walk.taps)} - {0})
         stack = copies * vmem_bytes(rows * walk.taps, walk.rows, operand)
+        stack += rotated * vmem_bytes(rows, walk.rows + LANES, operand)
         w = 2 * copies * vmem_bytes(O, rows * walk.taps, 4 if sums else operand)
         blocks = sum(2 * samples * vmem_bytes(c, walk.rows, size) for c, size in arrays)
         window = samples * vmem_bytes(rows, walk.window_rows, operand)
         return blocks + window + stack + w + 2 * vmem_bytes(O, walk.rows, 4)
 
-    lanes = min(longest, max(1, CODE // registers) * LANES)
-    while lanes >= LANES:
+    wide = min(longest // LANES, max(1, CODE // registers))  # in registers
+    while wide:
+        lanes = wide * LANES
         tiles = pl.cdiv(max(spec.out_time, 1), lanes)
         walk = LaneWalk.of(spec, round_up(pl.cdiv(spec.out_time, tiles), LANES))
         most = max(1, lanes // walk.rows) if walk.steps == 1 else 1
         for samples in range(min(most, N), 0, -1):
             if N % samples == 0 and (vmem := need(walk, samples)) <= chip.budget:
                 return Plan(walk, samples, rows, vmem)
-        lanes //= 2
+        wide //= 2
     return None
 
 
@@ -397,9 +400,15 @@ def decline(problem: Problem) -> str | None:
     few = min(problem.C, problem.O) < LANES >= max(problem.C, problem.O)
     if not few and axes_along_lanes(problem) != {"T"}:
         return "is for channels that fill no lanes, or less of them than time does"
-    if not sees_nothing(problem) and _plan_of(problem, Chip.current()) is None:
+    if not sees_nothing(problem) and not _fits(problem, Chip.current()):
         return "this kernel and its halo do not fit in VMEM"
     return None
+
+
+def _fits(problem: Problem, chip: Chip) -> bool:
+    """Whether all three operations do: one kernel has both gradients, or they are not fused."""
+    others = (dataclasses.replace(problem, operation=operation) for operation in OPERATIONS)
+    return all(_plan_of(each, chip) is not None for each in (problem, *others))
 
 
 def priority(problem: Problem) -> int | None:

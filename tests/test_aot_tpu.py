@@ -133,6 +133,19 @@ def test_a_model_exported_on_a_cpu_compiles_on_a_tpu(chip):
     assert _kernels(compiled) >= 11  # four convolutions, three operations, but for x's gradient
 
 
+def test_many_taps_that_lie_along_lanes_fit_in_memory():
+    """Each of 128 taps is a rotated copy of the window, and both results are kept."""
+    x, w, bias = (aot.struct(s, "float32") for s in ((2, 8192, 1), (128, 1, 128), (128,)))
+    with jax.default_matmul_precision("highest"):
+        step = lambda *operands: jax.vjp(  # noqa: E731
+            lambda *operands: conv1d(
+                *operands, activation="gelu_exact", implementation="pallas_tpu"
+            ),
+            *operands,
+        )[0]
+        assert _kernels(aot.compile_for("v5p", step, x, w, bias)) > 0
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_lies_along_lanes_is_what_the_compiler_says(dtype):
     """Of arguments and results it is the axis that is written first in their layout."""

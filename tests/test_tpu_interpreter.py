@@ -161,6 +161,19 @@ def test_few_channels_take_several_samples_where_one_is_short():
     check_kernel(tpu_time_in_lanes, FEW[4], "conv1d_kernel_grad", MEGACORE, longest=512)
 
 
+def test_time_in_lanes_takes_the_shortest_tile_where_no_other_fits():
+    case = Case("large", batch=(4,), T=4000, C=120, O=600, K=15, D=4, precision="highest")
+    for operation in OPERATIONS:
+        problem = case.problem(operation, "tpu")
+        fits = [
+            rows
+            for rows in range(128, 1025, 128)
+            if tpu_time_in_lanes._plan_of(problem, MEGACORE, rows) is not None
+        ]
+        plan = tpu_time_in_lanes._plan_of(problem, MEGACORE)
+        assert (plan is None) == (not fits)
+
+
 def test_dense_in_tiles_of_channels():
     # So little memory that C and O must be split.
     chip = dataclasses.replace(V5E, vmem=900 * 2**10)
