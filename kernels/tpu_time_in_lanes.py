@@ -423,8 +423,8 @@ def describe(problem: Problem) -> str:
     plan = _plan_of(problem, Chip.current())
     chosen = "; the default, by estimate" if priority(problem) else ""
     return (
-        f"time along lanes, {plan.walk.rows} steps of {plan.samples} samples, {plan.walk.taps} "
-        f"taps at once; {passes_of(problem)} products{chosen}"
+        f"time along lanes, {plan.walk.rows} steps, {plan.walk.taps} taps, {plan.samples} samples "
+        f"at once; {passes_of(problem)} products{chosen}"
     )
 
 
