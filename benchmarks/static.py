@@ -73,6 +73,7 @@ BATCHES = (
     Layer("batch/N128/T784", "", 128, 784, 25, 25, 7, 16),
     Layer("batch/N256/T16", "", 256, 16, 32, 32, 3),
 )
+ALONE = BFLOAT16 + RAGGED + BATCHES  # estimated beside the benchmarks' layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,7 +249,7 @@ def _chosen(arguments) -> list[Layer]:
       ValueError: a word of ``arguments.layers`` selects nothing.
     """
     telling = [layer for layer in quick() if isinstance(layer, Layer)]  # no whole networks
-    first = (*CHAINS, *BFLOAT16, *RAGGED, *BATCHES, *telling)
+    first = (*CHAINS, *ALONE, *telling)
     known = first if arguments.quick else tuple(dict.fromkeys((*first, *LAYERS)))
     chosen = select(arguments.layers, known) if arguments.layers else known
     if arguments.dtype:

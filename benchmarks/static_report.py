@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.layers import LAYERS
-from benchmarks.static import BATCHES, BFLOAT16, LINKS, OURS, RAGGED, RESULTS, XLA, ratio
+from benchmarks.static import ALONE, LINKS, OURS, RESULTS, XLA, ratio
 from conv_pallas import aot, explain
 from conv_pallas._layers import find
 from conv_pallas.inspection import structs
@@ -54,7 +54,7 @@ def bound(estimate: dict) -> str:
 
 def is_default(chip: str, row: dict) -> bool:
     """Whether our kernel runs this single operation on ``chip`` where none is asked for."""
-    layer = find(row["layer"], LAYERS + BFLOAT16 + RAGGED + BATCHES)
+    layer = find(row["layer"], LAYERS + ALONE)
     with aot.as_on(chip):
         told = explain(*structs(layer)[:2], platform="tpu", **layer.geometry)
     return told.chosen[row["program"]] == OURS

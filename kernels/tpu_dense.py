@@ -31,7 +31,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from conv_pallas.kernels import Kernel, tpu_epilogue, tpu_estimates, tpu_time_in_lanes
+from conv_pallas.kernels import (
+    Kernel,
+    tpu_epilogue,
+    tpu_estimates,
+    tpu_matmul,
+    tpu_time_in_lanes,
+)
 from conv_pallas.kernels.tpu_epilogue import Around
 from conv_pallas.kernels.tpu_in_place import (
     gradient_in_place,
@@ -46,6 +52,7 @@ from conv_pallas.kernels.tpu_matmul import (
     add_bias_gradient,
     add_products,
     chunk_rows,
+    decline_dense,
     dot,
     finish,
     gradient_chunk_rows,
@@ -63,14 +70,12 @@ from conv_pallas.kernels.tpu_window import (
     cleared,
     compiler_params,
     cost,
-    decline_any,
     round_up,
     rows_of,
     rows_that_fit,
     sees_nothing,
     vmem_bytes,
 )
-from conv_pallas.kernels.xla_formulations import flip
 from conv_pallas.spec import ConvSpec, Problem
 
 LONGEST = 2048  # rows of a tile of time; longer ones gain nothing
@@ -361,28 +366,7 @@ def kernel_grad(
     return dw, functools.reduce(jnp.add, db[0][:, 0]).sum(0) if db else None
 
 
-def launch(
-    problem: Problem, lhs, rhs, chip: Chip, *, longest: int = LONGEST, interpret=False, bias=None,
-    saved=None, sum_bias=False,
-):  # fmt: skip
-    """The operation of ``problem`` with the tiles of ``chip``, at most ``longest`` steps each.
-
-    Args:
-      bias: forward: what is added before the epilogue's activation.
-      saved: gradients: from which the derivative of that activation is computed.
-      sum_bias: kernel gradient: return ``(dw, db)``, else dw.
-    """
-    operation = problem.operation
-    around = Around.of(problem, bias is not None or sum_bias)
-    plan = _plan_of(problem, chip, longest, around.slope_of is not None)
-    passes = passes_of(problem)
-    options = dict(saved=saved, around=around, interpret=interpret)
-    if operation == "conv1d_kernel_grad":
-        dw, db = kernel_grad(lhs, rhs, plan, passes, chip, **options)
-        return (dw.astype(problem.out_dtype), db) if sum_bias else dw.astype(problem.out_dtype)
-    if operation == "conv1d_input_grad":
-        rhs = flip(rhs, 1)
-    return forward(lhs, rhs, plan, passes, problem.out_dtype, chip, bias=bias, **options)
+launch = functools.partial(tpu_matmul.launch, _plan_of, forward, kernel_grad, longest=LONGEST)
 
 
 def run(problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
@@ -398,12 +382,8 @@ backward = functools.partial(tpu_epilogue.backward, launch)
 
 def unable(problem: Problem) -> str | None:
     """Why it can't; None: it can, though another may be faster."""
-    if problem.spec.groups != 1:
-        return "is for one group of channels"
-    if reason := decline_any(problem):
+    if reason := decline_dense(problem):
         return reason
-    if passes_of(problem) is None:
-        return f"knows the precisions DEFAULT, HIGH and HIGHEST, not {problem.precision}"
     if not sees_nothing(problem) and _plan_of(problem, Chip.current()) is None:
         return "this kernel and its halo do not fit in VMEM"
     return None

@@ -253,7 +253,7 @@ def launch(
 ):  # fmt: skip
     """The operation of ``problem`` with the tiles of ``chip``, at most ``longest`` steps each.
 
-    ``bias``, ``saved`` and ``sum_bias`` are as in `tpu_dense.launch`. Where a channel in makes
+    ``bias``, ``saved`` and ``sum_bias`` are as in `tpu_matmul.launch`. Where a channel in makes
     several out, x is repeated first, and its gradient is their sum.
     """
     operation = problem.operation

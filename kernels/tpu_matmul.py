@@ -9,7 +9,8 @@ from jax.experimental import pallas as pl
 
 from conv_pallas.kernels import tpu_epilogue
 from conv_pallas.kernels.tpu_epilogue import Around
-from conv_pallas.kernels.tpu_window import LANES, SUBLANES
+from conv_pallas.kernels.tpu_window import LANES, SUBLANES, Chip, decline_any
+from conv_pallas.kernels.xla_formulations import flip
 from conv_pallas.spec import Problem
 
 # Unrolled passes of the matrix unit over 8 rows. Longer code hides more of its latency; beyond
@@ -117,3 +118,41 @@ def finish(around: Around, acc, b_ref, out_refs, at) -> None:
     if around.bias:
         acc += b_ref[...]
     tpu_epilogue.store(around, acc, out_refs, (0, pl.ds(at, acc.shape[0])))
+
+
+# --- What the dense kernels do with a problem, given their own plan and launchers ---
+
+
+def launch(
+    plan_of, forward, kernel_grad, problem: Problem, lhs, rhs, chip: Chip, *, longest: int,
+    interpret=False, bias=None, saved=None, sum_bias=False,
+):  # fmt: skip
+    """The operation of ``problem`` with the tiles of ``chip``, at most ``longest`` steps each.
+
+    Args:
+      bias: forward: what is added before the epilogue's activation.
+      saved: gradients: from which the derivative of that activation is computed.
+      sum_bias: kernel gradient: return ``(dw, db)``, else dw.
+    """
+    operation = problem.operation
+    around = Around.of(problem, bias is not None or sum_bias)
+    plan = plan_of(problem, chip, longest, around.slope_of is not None)
+    passes = passes_of(problem)
+    options = dict(saved=saved, around=around, interpret=interpret)
+    if operation == "conv1d_kernel_grad":
+        dw, db = kernel_grad(lhs, rhs, plan, passes, chip, **options)
+        return (dw.astype(problem.out_dtype), db) if sum_bias else dw.astype(problem.out_dtype)
+    if operation == "conv1d_input_grad":
+        rhs = flip(rhs, 1)
+    return forward(lhs, rhs, plan, passes, problem.out_dtype, chip, bias=bias, **options)
+
+
+def decline_dense(problem: Problem) -> str | None:
+    """What no dense kernel takes, whatever its tiles."""
+    if problem.spec.groups != 1:
+        return "is for one group of channels"
+    if reason := decline_any(problem):
+        return reason
+    if passes_of(problem) is None:
+        return f"knows the precisions DEFAULT, HIGH and HIGHEST, not {problem.precision}"
+    return None

@@ -34,10 +34,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from conv_pallas.kernels import Kernel, tpu_epilogue, tpu_estimates
+from conv_pallas.kernels import Kernel, tpu_epilogue, tpu_estimates, tpu_matmul
 from conv_pallas.kernels.tpu_epilogue import Around
 from conv_pallas.kernels.tpu_layout import axes_along_lanes
-from conv_pallas.kernels.tpu_matmul import dot, passes_of, split
+from conv_pallas.kernels.tpu_matmul import decline_dense, dot, passes_of, split
 from conv_pallas.kernels.tpu_window import (
     LANES,
     Chip,
@@ -46,12 +46,10 @@ from conv_pallas.kernels.tpu_window import (
     cleared,
     compiler_params,
     cost,
-    decline_any,
     round_up,
     sees_nothing,
     vmem_bytes,
 )
-from conv_pallas.kernels.xla_formulations import flip
 from conv_pallas.spec import OPERATIONS, ConvSpec, Problem
 
 WIDEST = 640  # channels; of 900 the dense kernel is faster on v6e, by estimate
@@ -359,22 +357,7 @@ def kernel_grad(
     return dw, functools.reduce(jnp.add, db[0]).sum(1) if db else None
 
 
-def launch(
-    problem: Problem, lhs, rhs, chip: Chip, *, longest: int = LONGEST, interpret=False, bias=None,
-    saved=None, sum_bias=False,
-):  # fmt: skip
-    """As `tpu_dense.launch`."""
-    operation = problem.operation
-    around = Around.of(problem, bias is not None or sum_bias)
-    plan = _plan_of(problem, chip, longest, around.slope_of is not None)
-    passes = passes_of(problem)
-    options = dict(saved=saved, around=around, interpret=interpret)
-    if operation == "conv1d_kernel_grad":
-        dw, db = kernel_grad(lhs, rhs, plan, passes, chip, **options)
-        return (dw.astype(problem.out_dtype), db) if sum_bias else dw.astype(problem.out_dtype)
-    if operation == "conv1d_input_grad":
-        rhs = flip(rhs, 1)
-    return forward(lhs, rhs, plan, passes, problem.out_dtype, chip, bias=bias, **options)
+launch = functools.partial(tpu_matmul.launch, _plan_of, forward, kernel_grad, longest=LONGEST)
 
 
 def run(problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
@@ -389,14 +372,10 @@ backward = functools.partial(tpu_epilogue.backward, launch)
 
 
 def decline(problem: Problem) -> str | None:
-    if problem.spec.groups != 1:
-        return "is for one group of channels"
+    if reason := decline_dense(problem):
+        return reason
     if max(problem.C, problem.O) > WIDEST:
         return f"is for up to {WIDEST} channels"
-    if reason := decline_any(problem):
-        return reason
-    if passes_of(problem) is None:
-        return f"knows the precisions DEFAULT, HIGH and HIGHEST, not {problem.precision}"
     few = min(problem.C, problem.O) < LANES >= max(problem.C, problem.O)
     if not few and axes_along_lanes(problem) != {"T"}:
         return "is for channels that fill no lanes, or less of them than time does"

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from benchmarks.layers import LAYERS
-from benchmarks.static import BATCHES, BFLOAT16, CHAINS, RAGGED, RESULTS, ratio
+from benchmarks.static import ALONE, BATCHES, BFLOAT16, CHAINS, RESULTS, ratio
 from conv_pallas.kernels import tpu_dense, tpu_estimates, tpu_time_in_lanes
 from conv_pallas.kernels.tpu_window import Chip
 from conv_pallas.spec import OPERATIONS, Problem
@@ -25,7 +25,7 @@ def _rows(chip: str) -> list[dict]:
 
 
 def _problem(row: dict) -> Problem:
-    (layer,) = (c for c in (*LAYERS, *BFLOAT16, *RAGGED, *BATCHES) if c.name == row["layer"])
+    (layer,) = (c for c in (*LAYERS, *ALONE) if c.name == row["layer"])
     return layer.problem(row["program"], "tpu")
 
 
