@@ -19,6 +19,10 @@ IMPLEMENTATIONS = ("triton", "pallas_tpu", "xla", "xla_native")
 # Where an implementation runs that has no kernel to ask, for want of a package.
 HOMES = {"triton": "cuda", "pallas_tpu": "tpu"}
 ENVIRONMENT_VARIABLE = "CONV_PALLAS_IMPLEMENTATION"
+PARTITIONED = (
+    "is a custom call, which XLA's partitioner can't split here; it takes a mesh whose axes are "
+    "all explicit, or a jax.shard_map over all of them"
+)
 OTHER = "other"  # whatever else JAX has a plugin for: there stock's convolution runs
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu", OTHER)
 
@@ -87,6 +91,8 @@ def candidates(problem: Problem) -> list[tuple[Candidate, object | None]]:
     for kernel in found.values():
         if problem.platform not in kernel.platforms:
             reason = f"runs on {' and '.join(kernel.platforms)}, not on {problem.platform}"
+        elif problem.partitioned and kernel.opaque:
+            reason = PARTITIONED
         else:
             reason = kernel.decline(problem)
         rank, how, by_name = -2, None, None

@@ -126,6 +126,9 @@ def explain(
     Nothing is computed, and x and kernel may be `jax.ShapeDtypeStruct`. To ask about a
     layer, a whole model or a function, pass it and its input: ``explain(model, x)``.
 
+    It is told of one device. What XLA's partitioner splits over TPUs, on a mesh with automatic
+    axes, runs as ``"xla"``.
+
     Args:
       x, kernel, bias: as in `conv1d`; or a `conv_pallas.nn.Conv` and its input; or another
         module or function and its one argument, of which each convolution is then explained,

@@ -187,30 +187,29 @@ def _empty(problem: Problem) -> bool:
     return 0 in shapes or problem.spec.live_taps == range(0)
 
 
-def _forward_local(x, w, bias=None, *, spec, time=halo.UNSPLIT, psum=(), **params):
+def _forward_local(x, w, bias=None, *, on, spec, time=halo.UNSPLIT, psum=(), **params):
     """A device's share where time is split as ``time`` says.
 
-    ``psum`` are the mesh axes over which z is a sum, but for its bias.
+    ``on`` are the keywords of `problem_of` that say where it runs, and ``psum`` the mesh axes over
+    which z is a sum, but for its bias.
     """
     if psum:
         return _forward_of_sum(x, w, bias, spec=spec, time=time, psum=psum, **params)
-    compute = lambda x, w, spec: _forward_alone(x, w, bias, spec=spec, **params)  # noqa: E731
+    compute = lambda x, w, spec: _forward_alone(x, w, bias, on, spec=spec, **params)  # noqa: E731
     return time.run("conv1d", compute, x, w, spec)
 
 
-def _forward_of_sum(x, w, bias, *, platform, activation, has_bias, keep, spec, time, psum, **conv):
+def _forward_of_sum(x, w, bias, *, activation, has_bias, keep, spec, time, psum, **conv):
     compute = lambda x, w, spec: primitives.conv1d(x, w, spec=spec, **conv)  # noqa: E731
     z = lax.psum(time.run("conv1d", compute, x, w, spec), psum)
     return _finish(z, bias, activation, keep)
 
 
-def _forward_alone(x, w, bias, *, platform, activation, has_bias, keep, **conv):
+def _forward_alone(x, w, bias, on, *, activation, has_bias, keep, **conv):
     def composed():
         return _forward(x, w, bias, activation=activation, has_bias=has_bias, keep=keep, **conv)
 
-    problem = problem_of(
-        "conv1d", x, w, conv["spec"], conv["precision"], conv["out_dtype"], platform
-    )
+    problem = problem_of("conv1d", x, w, conv["spec"], conv["precision"], conv["out_dtype"], **on)
     if _empty(problem):
         return composed()
     kernel = dispatch.select(problem, conv["implementation"])
@@ -240,13 +239,13 @@ def _forward_alone(x, w, bias, *, platform, activation, has_bias, keep, **conv):
 
 
 def _backward_local(
-    *operands, platform, activation, has_bias, wanted, spec, time=halo.UNSPLIT, whole=True, **conv
+    *operands, on, activation, has_bias, wanted, spec, time=halo.UNSPLIT, whole=True, **conv
 ):
-    """``whole`` says whether x has all channels that z is a sum over."""
+    """``on`` as in `_forward_local`; ``whole``: whether x has all channels that z is a sum over."""
     x, w, bias, saved, (gy,) = _split(operands, activation, has_bias)
     found, own = None, time.own(spec)
     if whole and own is not None:
-        problem = problem_of("conv1d", x, w, own, conv["precision"], conv["out_dtype"], platform)
+        problem = problem_of("conv1d", x, w, own, conv["precision"], conv["out_dtype"], **on)
         epilogue = Epilogue(has_bias, activation)
         if not _empty(problem):
             found = dispatch.backward(problem, epilogue, conv["implementation"], wanted)
@@ -280,15 +279,17 @@ def _lowering(ctx, *operands, platform, local, composed, **params):
         # The three operations split themselves where there are several devices, and XLA the rest.
         call = functools.partial(composed, **params)
         return primitives.lower_function(ctx, call, operands, multiple_results=True)
-    local = functools.partial(local, platform=platform)
-    if ctx.avals_out[0].sharding.mesh.explicit_axes:
+    on = dict(platform=platform)
+    if (mesh := ctx.avals_out[0].sharding.mesh).explicit_axes:
+        local = functools.partial(local, on=on | dict(partitioned=bool(mesh.auto_axes)))
         call = fused_sharding.by_types(local, ctx.avals_in, ctx.avals_out, **params)
         return primitives.lower_function(ctx, call, operands, multiple_results=True)
-    if primitives.can_partition(ctx):
+    if primitives.can_partition(ctx, platform):
         avals = primitives.without_sharding(ctx.avals_in)
-        call = fused_sharding.by_xla(local, avals, **params)
+        call = fused_sharding.by_xla(functools.partial(local, on=on), avals, **params)
     else:
-        call = functools.partial(local, **params)
+        on |= dict(partitioned=primitives.is_partitioned(ctx))
+        call = functools.partial(local, on=on, **params)
     return primitives.lower_locally(ctx, call, operands, multiple_results=True)
 
 
@@ -351,6 +352,9 @@ def _forward_jvp(primals, tangents, *, keep, **params):
 def _tangent_transpose(cts, *operands, wanted, **params):
     first = len(operands) - sum(wanted)
     constants, tangents = operands[:first], operands[first:]
+    if any(map(ad.is_undefined_primal, constants)):  # it is linear in x and in w as well
+        compose = _transpose_of_composition(_tangent)
+        return compose(cts, *operands, wanted=wanted, **params)
     asked = iter([ad.is_undefined_primal(t) for t in tangents])
     still = tuple(there and next(asked) for there in wanted)
     (ct,) = map(ad.instantiate_zeros, cts)

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax._src import checkify
+from jax._src import checkify, config
 from jax._src import core as jax_core
 from jax._src import dispatch as jax_dispatch
 from jax._src import mesh as mesh_lib
@@ -76,8 +76,9 @@ def _sharding_rule(lhs, rhs, *, operation, spec, kernel_batch, out_sharding, **p
 
 
 def _compute(
-    lhs, rhs, *, platform, operation, spec, kernel_batch, precision, out_dtype, implementation
-):
+    lhs, rhs, *, platform, operation, spec, kernel_batch, precision, out_dtype, implementation,
+    partitioned=False,
+):  # fmt: skip
     """One device's share. Everything is local here, so axes may be merged freely."""
     V, live = kernel_batch, spec.live_taps
     out_shape = _shape_rule(lhs, rhs, operation=operation, spec=spec, kernel_batch=V)
@@ -99,6 +100,7 @@ def _compute(
         np.dtype(out_dtype),
         precision,
         platform,
+        partitioned=partitioned,
     )
     rhs_rows = N if operation == "conv1d_kernel_grad" else spec.kernel_size
     lhs = lhs.reshape(kernels, N, *lhs.shape[-2:])
@@ -178,8 +180,10 @@ def _partitioned_by_xla(compute, lhs, rhs, *, operation, spec, kernel_batch, **p
     return call
 
 
-def can_partition(ctx) -> bool:
+def can_partition(ctx, platform: str) -> bool:
     """Whether this lowering is for several devices at once, on a mesh that is known."""
+    if platform == "tpu":
+        return False  # libtpu has no `custom_partitioning` (jax-ml/jax#38196, open in 2026)
     if ctx.module_context.lowering_parameters.for_export:
         # What is exported outlives this process, and with it any Python callback; there
         # XLA's partitioner works on what the formulation is made of.
@@ -196,17 +200,28 @@ def can_partition(ctx) -> bool:
     return False
 
 
+def is_partitioned(ctx) -> bool:
+    """Whether XLA's partitioner splits what is lowered here, unless told how."""
+    context = ctx.module_context.axis_context
+    if isinstance(context, mlir.SPMDAxisContext):
+        manual = context.manual_axes | set(context.mesh.manual_axes)
+        return manual != set(context.mesh.axis_names)
+    return isinstance(context, mlir.ShardingContext) and context.num_devices > 1
+
+
 def _lowering(ctx, lhs, rhs, *, platform, out_sharding, **params):
     compute = functools.partial(_compute, platform=platform)
     (result,) = ctx.avals_out
-    if result.sharding.mesh.explicit_axes:
+    if (mesh := result.sharding.mesh).explicit_axes:
+        # Beside explicit axes automatic ones are left to XLA.
+        compute = functools.partial(compute, partitioned=bool(mesh.auto_axes))
         call = _partitioned_by_types(compute, *ctx.avals_in, result, **params)
         return lower_function(ctx, call, (lhs, rhs), multiple_results=False)
-    if can_partition(ctx):
+    if can_partition(ctx, platform):
         avals = without_sharding((*ctx.avals_in, result))
         call = _partitioned_by_xla(compute, *avals[:2], **params)
     else:
-        call = functools.partial(compute, **params)
+        call = functools.partial(compute, partitioned=is_partitioned(ctx), **params)
     return lower_locally(ctx, call, (lhs, rhs), multiple_results=False)
 
 
@@ -231,7 +246,11 @@ def lower_locally(ctx, call, operands, *, multiple_results: bool):
         avals_in=without_sharding(ctx.avals_in), avals_out=without_sharding(ctx.avals_out)
     )
     chip = jax.sharding.get_abstract_mesh().abstract_device
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=chip)):
+    with (
+        jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=chip)),
+        # In a `jax.shard_map` that checks it, Pallas wants to be told how results vary over a mesh.
+        config._check_vma(False),
+    ):
         return lower_function(ctx, call, operands, multiple_results=multiple_results)
 
 

@@ -180,6 +180,8 @@ class Problem:
       platform: ``"cpu"``, ``"cuda"``, ``"rocm"``, ``"tpu"``, or ``"other"`` for all others.
       epilogue: what is fused around the forward convolution, for `Kernel.fused` and
         `Kernel.backward`; `Kernel.run` never sees one.
+      partitioned: whether XLA's partitioner is to split what the operation is lowered to; else
+        all sizes are those of one device.
     """
 
     operation: Operation
@@ -193,6 +195,7 @@ class Problem:
     precision: Any
     platform: str
     epilogue: Epilogue = Epilogue()
+    partitioned: bool = False
 
     @property
     def x_shape(self) -> tuple[int, int, int]:
@@ -241,8 +244,9 @@ class Problem:
 
 
 def problem_of(
-    operation: Operation, x, w, spec: ConvSpec, precision, out_dtype, platform: str = "cpu"
-) -> Problem:
+    operation: Operation, x, w, spec: ConvSpec, precision, out_dtype, platform: str = "cpu",
+    partitioned: bool = False,
+) -> Problem:  # fmt: skip
     """What each device would be given were nothing sharded or vmapped.
 
     Its taps are those of `ConvSpec.live_taps`, where there are any.
@@ -255,7 +259,7 @@ def problem_of(
     N, C, O = math.prod(x.shape[:-2]), x.shape[-1], w.shape[-1]
     live = spec.live_taps
     spec = spec.of_taps(live) if live else spec
-    return Problem(operation, spec, N, C, O, *dtypes, precision, platform)
+    return Problem(operation, spec, N, C, O, *dtypes, precision, platform, partitioned=partitioned)
 
 
 def _is_sequence(value: Any) -> bool:

@@ -50,6 +50,8 @@ class Kernel:
         ``gz = gy * activation'(z)`` and db, and `run` the other two from gz.
       decline_backward: as `decline`, for `backward`; it is also given ``wanted``.
       recomputes: ``recomputes(problem)``, whether `backward` computes z anew.
+      opaque: whether XLA can't look into what these return, as it can't into a custom call. Then it
+        is not asked where XLA's partitioner would have to split that.
       keeps: ``keeps(problem)``, whether `fused` returns ``(y, z)``, both of ``problem.out_shape``
         and ``problem.out_dtype``, where ``problem.epilogue.keep`` asks for it. Else it is asked
         for z alone, and XLA makes y of it, in one more pass.
@@ -71,6 +73,7 @@ class Kernel:
     )
     recomputes: Callable[[Problem], bool] = lambda problem: False
     keeps: Callable[[Problem], bool] = lambda problem: False
+    opaque: bool = False
 
     def rank(self, problem: Problem) -> int | None:
         """The priority for one problem that it does not decline."""

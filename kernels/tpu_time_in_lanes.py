@@ -420,4 +420,5 @@ KERNEL = Kernel(
     backward=backward,
     decline_backward=functools.partial(tpu_epilogue.decline_backward, _plan_of),
     keeps=functools.partial(tpu_epilogue.keeps, _plan_of),
+    opaque=True,
 )

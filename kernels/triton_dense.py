@@ -402,4 +402,5 @@ KERNEL = Kernel(
     keeps=keeps,
     # Nobody has measured it on a chip yet, so that it runs only where it is asked for.
     priority=None,
+    opaque=True,
 )

@@ -359,4 +359,5 @@ KERNEL = Kernel(
     recomputes=lambda problem: walk.decline(problem.spec, problem.C, problem.O) is None,
     # Nobody has measured it on a chip yet, so that it runs only where it is asked for.
     priority=None,
+    opaque=True,
 )

@@ -21,6 +21,8 @@ FEW = 16  # taps, up to which "scatter" and "im2col" in pieces were measured
 def choose(problem: Problem) -> str:
     """The name of the formulation to take, of `FORWARD` or `KERNEL_GRAD`, or "parts"."""
     spec, gradient_of_kernel = problem.spec, problem.operation == "conv1d_kernel_grad"
+    if not all(isinstance(channels, int) for channels in (problem.C, problem.O, spec.groups)):
+        return "native"
     if not all(isinstance(size, int) for size in (problem.N, spec.time)):
         # An export whose batch or time is a symbol: nothing may depend on how much there is.
         grouped = gradient_of_kernel and spec.groups > 1

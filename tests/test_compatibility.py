@@ -6,12 +6,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from conv_pallas import conv_general_dilated
 from conv_pallas.nn import TCN, Conv
 from tests.streams import functions, numbers, stream
 from tests.support import primitives_of
+
+pytestmark = pytest.mark.usefixtures("hardly_optimized")
 
 X = numbers(2, 12, 3)
 

@@ -15,6 +15,8 @@ from conv_pallas import conv1d
 from tests.streams import numbers
 from tests.support import tree_close
 
+pytestmark = pytest.mark.usefixtures("hardly_optimized")
+
 ARRAYS = numbers(8, 12, 4), numbers(3, 4, 6, seed=1), numbers(6, seed=2)  # x, kernel, bias
 AUTO, EXPLICIT = (AxisType.Auto,) * 2, (AxisType.Explicit,) * 2
 # Kinds of axes, and the implementation that is not limited there.

@@ -16,6 +16,8 @@ from conv_pallas.nn import Conv
 from conv_pallas.spec import OPERATIONS
 from tests import cases
 
+pytestmark = pytest.mark.usefixtures("hardly_optimized")
+
 X = jax.ShapeDtypeStruct((2, 16, 8), jnp.float32)
 W = jax.ShapeDtypeStruct((3, 8, 8), jnp.float32)
 

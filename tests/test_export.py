@@ -163,6 +163,32 @@ def test_symbolic_sizes(symbolic):
         tree_close(loaded.call(x, w), jax.jit(run)(x, w), rtol=1e-4)
 
 
+@pytest.mark.parametrize("shapes", ["2,13,3 3,3,o", "2,13,c 3,c,4"])
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_symbolic_channels(platform, shapes):
+    scope = export.SymbolicScope()
+    x, w = (
+        jax.ShapeDtypeStruct(export.symbolic_shape(shape, scope=scope), jnp.float32)
+        for shape in shapes.split()
+    )
+    run = lambda x, w: jax.value_and_grad(lambda x, w: jnp.sum(conv1d(x, w) ** 2), (0, 1))(x, w)  # noqa: E731
+    exported = export.export(jax.jit(run), platforms=(platform,))(x, w)
+    if platform == "cpu":
+        rng = np.random.default_rng(0)
+        x, w = (rng.standard_normal(s, np.float32) for s in ((2, 13, 3), (3, 3, 4)))
+        tree_close(exported.call(x, w), jax.jit(run)(x, w), rtol=1e-4)
+
+
+def test_a_symbolic_number_of_kernels():
+    """`jax.vmap` folds them into channels."""
+    (kernels,) = export.symbolic_shape("v")
+    x = np.ones((1, 9, 3), np.float32)
+    run = jax.vmap(lambda w: conv1d(x, w))
+    exported = export.export(jax.jit(run))(jax.ShapeDtypeStruct((kernels, 3, 3, 4), jnp.float32))
+    w = np.random.default_rng(0).standard_normal((5, 3, 3, 4)).astype(np.float32)
+    tree_close(exported.call(w), run(w), rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["stride", "stride_grouped", "stride_same", "stride_same_lower"])
 def test_symbolic_time_with_a_stride(name):
     """Forward only: the gradient of stock JAX, too, can't tell how many steps are left over."""

@@ -217,6 +217,21 @@ def test_the_tangent_is_linear_in_each_of_its_operands():
     np.testing.assert_allclose(db, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("of", ["x", "w"])
+def test_the_tangent_is_linear_in_what_it_is_taken_at(of):
+    """Of an affine layer, along the other operand: then that is what moves."""
+    x, w, b, g = _arrays()
+    f = lambda x, w: conv1d(x, w, b, **CASE.geometry)  # noqa: E731
+    along = {
+        "x": lambda at: jax.jvp(lambda w: f(at, w), (w,), (w,))[1],
+        "w": lambda at: jax.jvp(lambda x: f(x, at), (x,), (x,))[1],
+    }[of]
+    at, index = {"x": (x, 0), "w": (w, 1)}[of]
+    (got,) = jax.linear_transpose(along, at)(g)
+    want = jax.vjp(lambda x, w: conv1d(x, w, **CASE.geometry), x, w)[1](g)[index]
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("activation", [None, "tanh"])
 def test_what_is_linear_transposes(activation):
     """An affine layer, as the stock one does; and the gradient's map, to the tangent's."""

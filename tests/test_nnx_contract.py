@@ -13,6 +13,8 @@ from jax import lax
 from conv_pallas.nn import Conv
 from tests.support import IMPLEMENTATIONS, order
 
+pytestmark = pytest.mark.usefixtures("hardly_optimized")
+
 
 def _cast_all(arrays, *, dtype=None):
     """A `promote_dtype` that is not flax's."""

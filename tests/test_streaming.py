@@ -15,6 +15,8 @@ from conv_pallas import streaming
 from conv_pallas.nn import TCN, Conv, TemporalBlock, compiled_step, replace_convs
 from tests.streams import check, functions, model_of, numbers, stream, with_tail
 
+pytestmark = pytest.mark.usefixtures("hardly_optimized")
+
 # Every pair of norm, activation, dilations, lookahead, chunks and batch is in one of the rows,
 # or close to one: dilations smaller and larger than a chunk, chunks longer than the ring.
 MATRIX = [

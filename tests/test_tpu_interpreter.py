@@ -15,11 +15,19 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interprete
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from conv_pallas.kernels import tpu_dense, tpu_depthwise, tpu_in_place, tpu_time_in_lanes
+from conv_pallas.kernels import (
+    tpu_dense,
+    tpu_depthwise,
+    tpu_in_place,
+    tpu_matmul,
+    tpu_time_in_lanes,
+)
 from conv_pallas.kernels.tpu_window import Chip
 from conv_pallas.spec import OPERATIONS, lhs_rhs_out
 from tests.cases import Case
 from tests.tolerance import check
+
+pytestmark = pytest.mark.usefixtures("hardly_optimized")
 
 V5E = Chip(vmem=128 * 2**20, mxu=128, cores=1)
 MEGACORE = Chip(vmem=16 * 2**20, mxu=128, cores=2)
@@ -288,6 +296,14 @@ def copies(*, wait: bool = True, first: int = 0, read: int = 16):
         scratch_shapes=[pltpu.VMEM((32, 128), jnp.float32), pltpu.SemaphoreType.DMA],
         interpret=params(),
     )(jnp.ones((16, 128), jnp.float32))
+
+
+def test_a_split_is_as_close_as_two_roundings_to_nearest():
+    """So the product of two second parts, which nobody computes, is at most a 2**-16th."""
+    a = np.random.default_rng(0).standard_normal(10_000).astype(np.float32)
+    high, low = (np.asarray(part, np.float64) for part in tpu_matmul.split(a))
+    assert (np.abs(low) <= 2.0**-8 * np.abs(a)).all()
+    assert (np.abs(high + low - a) <= 2.0**-17 * np.abs(a)).all()
 
 
 def test_a_correct_copy_passes():

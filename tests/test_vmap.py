@@ -13,6 +13,8 @@ from conv_pallas.spec import OPERATIONS, lhs_rhs_out
 from tests import cases
 from tests.support import IMPLEMENTATIONS, bind, order, primitives_of, tree_close
 
+pytestmark = pytest.mark.usefixtures("hardly_optimized")
+
 NAMES = ["stride_grouped", "multiplier", "dense"]
 SIZE = 3
 

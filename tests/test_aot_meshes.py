@@ -1,0 +1,93 @@
+"""Several TPUs or GPUs that are not here: where our kernels run, and where XLA's own must."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+pytest.importorskip("libtpu")
+pytest.importorskip("jax_triton")
+
+from conv_pallas import aot, conv1d
+
+pytestmark = pytest.mark.aot
+
+X, KERNEL, BIAS = (8, 1024, 30), (3, 30, 30), (30,)
+AUTO, EXPLICIT = (AxisType.Auto,) * 2, (AxisType.Explicit,) * 2
+MIXED = (AxisType.Explicit, AxisType.Auto)
+
+
+def _step(x, w, b, implementation=None):
+    """Value and gradients of a layer that has a kernel of ours by default on a v6e."""
+    f = functools.partial(conv1d, activation="relu", implementation=implementation)
+    y, vjp = jax.vjp(f, x, w, b)
+    return y, vjp(y)
+
+
+def _mesh(chip: str, kinds) -> Mesh:
+    return Mesh(np.array(aot.devices(chip, 4)).reshape(2, 2), ("d", "m"), axis_types=kinds)
+
+
+def _structs(mesh: Mesh):
+    """Operands with the batch over one axis."""
+    return [
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec))
+        for shape, spec in ((X, P("d")), (KERNEL, P()), (BIAS, P()))
+    ]
+
+
+def _by_hand(f, mesh, axes=None, **options):
+    specs = (P("d"), P(), P())
+    return jax.shard_map(
+        lambda x, w, b: f(x, w, b)[0], mesh=mesh, in_specs=specs, out_specs=P("d"),
+        axis_names=axes or set(mesh.axis_names), **options,
+    )  # fmt: skip
+
+
+def _kernels(chip: str, f, mesh: Mesh) -> int:
+    hlo = aot.compile_for(chip, f, *_structs(mesh)).as_text()
+    assert "all-gather" not in hlo
+    return hlo.count("tpu_custom_call") + hlo.count("triton_kernel_call")
+
+
+@pytest.mark.parametrize(("kinds", "kernels"), [(AUTO, 0), (MIXED, 0), (EXPLICIT, 3)], ids=str)
+def test_a_training_step_on_tpus(kinds, kernels):
+    """Where no type says how to split, libtpu asks nobody, and Mosaic's kernels can't be split."""
+    assert _kernels("v6e", _step, _mesh("v6e", kinds)) == kernels
+
+
+@pytest.mark.parametrize("check_vma", [False, True])
+def test_a_shard_map_on_tpus_has_our_kernel(check_vma):
+    mesh = _mesh("v6e", AUTO)
+    assert _kernels("v6e", _by_hand(_step, mesh, check_vma=check_vma), mesh) == 1
+
+
+def test_a_shard_map_over_some_axes_on_tpus_has_none():
+    mesh = _mesh("v6e", AUTO)
+    assert _kernels("v6e", _by_hand(_step, mesh, {"d"}, check_vma=False), mesh) == 0
+
+
+def test_an_export_for_tpus_that_share_a_batch():
+    mesh = _mesh("v6e", AUTO)
+    with aot.as_on("v6e"):
+        exported = export.export(jax.jit(_step), platforms=("tpu",))(*_structs(mesh))
+    assert exported.nr_devices == 4 and "tpu_custom_call" not in exported.mlir_module()
+
+
+@pytest.mark.parametrize("chip, implementation", [("v6e", "pallas_tpu"), ("h200", "triton")])
+def test_an_order_that_would_be_gathered_is_refused(chip, implementation):
+    """XLA would have each device compute all of it, or would not compile."""
+    mesh = _mesh(chip, AUTO)
+    step = functools.partial(_step, implementation=implementation)
+    with pytest.raises(NotImplementedError, match="partitioner can't split"):
+        _kernels(chip, _by_hand(step, mesh, {"d"}, check_vma=False), mesh)
+
+
+def test_on_gpus_the_partitioner_asks():
+    step = functools.partial(_step, implementation="triton")
+    assert _kernels("h200", step, _mesh("h200", AUTO)) >= 3
