@@ -13,8 +13,9 @@ import jax
 from flax import nnx
 
 from conv_pallas.dispatch import Implementation
+from conv_pallas.fused import FUNCTIONS
 from conv_pallas.nn import Conv
-from conv_pallas.ops import ACTIVATIONS, conv1d
+from conv_pallas.ops import conv1d
 from conv_pallas.spec import ConvSpec, Operation, Problem, make_spec, problem_of
 
 
@@ -157,7 +158,7 @@ class Layer:
 
     def activate(self, y: jax.Array) -> jax.Array:
         """What the model does to the convolution's output."""
-        return y if self.activation is None else ACTIVATIONS[self.activation](y)
+        return y if self.activation is None else FUNCTIONS[self.activation](y)
 
 
 _BAI = "Bai, Kolter & Koltun 2018, arXiv:1803.01271, github.com/locuslab/TCN"

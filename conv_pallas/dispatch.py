@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 # Imported for what it does to JAX, and before anything is compiled: it adds to the context that
 # every jit's cache is keyed by. Imported with the kernels, at the first lowering, it would have
-# each function compiled twice.
+# each function compiled twice. It can go when that module no longer adds to it (jax 0.12 does).
 import jax._src.pallas.fuser.jaxpr_fusion  # noqa: F401
 
 from conv_pallas.spec import OPERATIONS, Epilogue, Problem

@@ -34,7 +34,7 @@ from jax.interpreters import ad, batching, xla
 from jax.interpreters import partial_eval as pe
 from jax.sharding import PartitionSpec as P
 
-from conv_pallas import dispatch, fused_sharding, halo, primitives, taps
+from conv_pallas import dispatch, fused_sharding, halo, lowering, primitives, sharding, taps
 from conv_pallas.spec import ConvSpec, Epilogue, Problem, problem_of
 
 FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -48,6 +48,7 @@ FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def activate(z: jax.Array, activation: str | None) -> jax.Array:
+    """``activation(z)``, of any shape; z itself where it is None."""
     return z if activation is None else FUNCTIONS[activation](z)
 
 
@@ -89,9 +90,9 @@ def add_bias(y: jax.Array, bias: jax.Array | None) -> jax.Array:
     """``y + bias`` along the last axis, split as y is."""
     if bias is None:
         return y
-    place = _place(jax.typeof(y))
+    place = sharding.explicit(jax.typeof(y))
     if place is not None:  # where the bias lies may be where y has its time or its batch
-        channels = (*place.spec, *[None] * (y.ndim - len(place.spec)))[-1]
+        channels = sharding.entries(jax.typeof(y))[-1]
         bias = jax.sharding.reshard(bias, place.update(spec=P(channels)))
     return y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
 
@@ -147,7 +148,7 @@ def _backward(*operands, activation, has_bias, wanted, time=halo.UNSPLIT, **conv
         grads.append(time.run("conv1d_kernel_grad", _kernel_grad(w, conv), x, gz, spec))
     if wanted[2]:
         db = jnp.sum(gz, axis=tuple(range(gz.ndim - 1))).astype(bias.dtype)
-        place = _place(jax.typeof(bias))
+        place = sharding.explicit(jax.typeof(bias))
         grads.append(db if place is None else jax.sharding.reshard(db, place))
     return grads
 
@@ -166,12 +167,7 @@ def _kernel_grad(w, conv):
 
 def _type_of(a):
     """A gradient has the dtype of its operand, and on a mesh with explicit axes its sharding."""
-    return dict(out_dtype=a.dtype, out_sharding=_place(jax.typeof(a)))
-
-
-def _place(aval):
-    """Its sharding on a mesh with explicit axes, else None."""
-    return aval.sharding if aval.sharding.mesh.explicit_axes else None
+    return dict(out_dtype=a.dtype, out_sharding=sharding.explicit(jax.typeof(a)))
 
 
 # --- Lowering: a kernel that fuses, or the composition ---
@@ -190,8 +186,8 @@ def _empty(problem: Problem) -> bool:
 def _forward_local(x, w, bias=None, *, on, spec, time=halo.UNSPLIT, psum=(), **params):
     """A device's share where time is split as ``time`` says.
 
-    ``on`` are the keywords of `problem_of` that say where it runs, and ``psum`` the mesh axes over
-    which z is a sum, but for its bias.
+    ``on`` is that of `lowering.lower`; ``psum`` are the mesh axes over which z is a sum, but for
+    its bias.
     """
     if psum:
         return _forward_of_sum(x, w, bias, spec=spec, time=time, psum=psum, **params)
@@ -277,20 +273,9 @@ def _backward_local(
 def _lowering(ctx, *operands, platform, local, composed, **params):
     if local is None:
         # The three operations split themselves where there are several devices, and XLA the rest.
-        call = functools.partial(composed, **params)
-        return primitives.lower_function(ctx, call, operands, multiple_results=True)
-    on = dict(platform=platform)
-    if (mesh := ctx.avals_out[0].sharding.mesh).explicit_axes:
-        local = functools.partial(local, on=on | dict(partitioned=bool(mesh.auto_axes)))
-        call = fused_sharding.by_types(local, ctx.avals_in, ctx.avals_out, **params)
-        return primitives.lower_function(ctx, call, operands, multiple_results=True)
-    if primitives.can_partition(ctx, platform):
-        avals = primitives.without_sharding(ctx.avals_in)
-        call = fused_sharding.by_xla(functools.partial(local, on=on), avals, **params)
-    else:
-        on |= dict(partitioned=primitives.is_partitioned(ctx))
-        call = functools.partial(local, on=on, **params)
-    return primitives.lower_locally(ctx, call, operands, multiple_results=True)
+        return lowering.lower_function(ctx, functools.partial(composed, **params), operands)
+    where = dict(platform=platform, local=local, split=fused_sharding.Split.of)
+    return lowering.lower(ctx, *operands, **where, **params)
 
 
 # --- Differentiation ---
@@ -460,27 +445,25 @@ def _make(name, results, composed, local, shared, *, asks):
     p.multiple_results = True
     p.def_impl(functools.partial(xla.apply_primitive, p))
 
-    def rule(*avals, **params):
+    def each(field):
+        return lambda *avals, **params: [getattr(r, field) for r in results(*avals, **params)]
+
+    def shardings(*avals, **params):
         types = results(*avals, **params)
         return fused_sharding.of_results(types, *avals, gradients=composed is _backward, **params)
 
     def vma(*avals, **params):
         return [jax_core.standard_vma_rule(name, *avals)] * len(results(*avals, **params))
 
-    p.def_abstract_eval(
-        functools.partial(
-            lax_utils.standard_multi_result_abstract_eval, p,
-            lambda *avals, **params: [r.shape for r in results(*avals, **params)],
-            lambda *avals, **params: [r.dtype for r in results(*avals, **params)],
-            lambda *_, **__: False, rule, vma, None, None,
-        )
-    )  # fmt: skip
+    weak = lambda *_, **__: False  # noqa: E731
+    # None, None: no rule of unreduced axes, nor of layouts.
+    rules = each("shape"), each("dtype"), weak, shardings, vma, None, None
+    p.def_abstract_eval(functools.partial(lax_utils.standard_multi_result_abstract_eval, p, *rules))
     ad.primitive_jvps[p] = _derivative_of_composition(composed)
     ad.primitive_transposes[p] = _transpose_of_composition(composed)
     jet.jet_rules[p] = _series_of_composition(composed)
     batching.fancy_primitive_batchers[p] = functools.partial(_batching, name, composed, shared)
-    lowering = functools.partial(_lowering, local=local, composed=composed)
-    primitives.lower_everywhere(p, lowering)
+    lowering.register(p, functools.partial(_lowering, local=local, composed=composed))
     if asks:
         jax_dispatch.prim_requires_devices_during_lowering.add(p)
     checkify.error_checks[p] = functools.partial(checkify.nan_error_check, p)
@@ -507,7 +490,7 @@ PRIMITIVES, BY_TYPES = _family(asks=True), _family(asks=False)  # as those of `p
 
 def _bind(name, *operands, **params):
     operands = jax_core.auto_insert_reshard(*operands)
-    family = BY_TYPES if primitives.split_by_types(operands) else PRIMITIVES
+    family = BY_TYPES if lowering.split_by_types(operands) else PRIMITIVES
     return family[name].bind(*operands, **params)
 
 

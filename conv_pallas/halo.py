@@ -151,7 +151,8 @@ class TimeSplit:
             again = compute(jnp.concatenate(seen, -2), rhs, geometry)
             # XLA for GPUs fuses a kernel with the update that follows it. Of these two kernels it
             # has to take the second, which then writes straight into the first's result; given
-            # both, it takes the first and fails ("DUS target must be a fusion parameter").
+            # both, it takes the first and fails ("DUS target must be a fusion parameter"; jax
+            # 0.12.0.1).
             result = lax.optimization_barrier(result)
             put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=-2)
             result = jax.tree.map(put, result, again)

@@ -15,11 +15,9 @@ from jax._src.sharding_impls import canonicalize_sharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
-from conv_pallas import dispatch, fused, halo, primitives, segments
+from conv_pallas import dispatch, fused, halo, primitives, segments, sharding
 from conv_pallas.dispatch import Implementation
 from conv_pallas.spec import ConvSpec, UnknownPaddingError, make_spec, problem_of
-
-ACTIVATIONS = fused.FUNCTIONS
 
 
 def conv1d(
@@ -455,9 +453,8 @@ def _pad_in_memory(x, kernel, bias, mode: str, spec: ConvSpec):
     pads[-2] = ((span - 1) // 2, span // 2)
     zeros = dataclasses.replace(spec, time=x.shape[-2], padding=pads[-2])
     place = fused.place_of_y(x, kernel, bias, zeros)
-    own = jax.typeof(x).sharding
-    if own.mesh.explicit_axes:
-        entries = [*own.spec, *[None] * (x.ndim - len(own.spec))]
+    if (own := sharding.explicit(jax.typeof(x))) is not None:
+        entries = sharding.entries(jax.typeof(x))
         entries[-2] = None
         x = jax.sharding.reshard(x, own.update(spec=P(*entries)))
     return jnp.pad(x, pads, mode={"CIRCULAR": "wrap", "REFLECT": "reflect"}[mode]), place
@@ -471,15 +468,20 @@ def promoted_dtype(*arrays):
     return jnp.promote_types(jnp.float32, dtype)
 
 
-def activation_function(activation):
+def activation_function(activation: str | Callable | None) -> Callable | None:
+    """The function of an activation's name; None and a function are what they are.
+
+    Raises:
+      ValueError: it is neither, nor one of `fused.FUNCTIONS`.
+    """
     if activation is None or callable(activation):
         return activation
-    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in fused.FUNCTIONS:
         raise ValueError(
-            f"activation must be None, a callable or one of {', '.join(ACTIVATIONS)}, "
+            f"activation must be None, a callable or one of {', '.join(fused.FUNCTIONS)}, "
             f"got {activation!r}"
         )
-    return ACTIVATIONS[activation]
+    return fused.FUNCTIONS[activation]
 
 
 def result_dtype(dtype, preferred_element_type) -> np.dtype:

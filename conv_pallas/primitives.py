@@ -14,6 +14,9 @@ Shapes, with ``*B`` any number of batch axes and ``*V`` the axes of `jax.vmap` o
 
 Batch axes stay apart up to the lowering, so that no rule reshapes a sharded axis. The
 structure follows jax's own cuDNN attention (jax/_src/cudnn).
+
+What comes from ``jax._src`` here and in `fused` has no public name in jax 0.12: what
+`jax.lax`'s own primitives are made with, and the tables of checkify and of the devices.
 """
 
 import dataclasses
@@ -25,18 +28,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax._src import checkify, config
+from jax._src import checkify
 from jax._src import core as jax_core
 from jax._src import dispatch as jax_dispatch
-from jax._src import mesh as mesh_lib
 from jax._src.interpreters import batching
 from jax._src.lax import utils as lax_utils
 from jax.experimental import jet
-from jax.experimental.custom_partitioning import custom_partitioning
-from jax.interpreters import ad, mlir
-from jax.sharding import AbstractMesh, NamedSharding
+from jax.interpreters import ad
+from jax.sharding import NamedSharding
 
-from conv_pallas import dispatch, sharding, taps
+from conv_pallas import dispatch, lowering, sharding, taps
 from conv_pallas.spec import OPERATIONS, ConvSpec, Operation, Problem
 
 # --- Shapes and types ---
@@ -76,14 +77,13 @@ def _sharding_rule(lhs, rhs, *, operation, spec, kernel_batch, out_sharding, **p
 
 
 def _compute(
-    lhs, rhs, *, platform, operation, spec, kernel_batch, precision, out_dtype, implementation,
-    partitioned=False,
-):  # fmt: skip
+    lhs, rhs, *, on, operation, spec, kernel_batch, precision, out_dtype, implementation
+) -> list[jax.Array]:
     """One device's share. Everything is local here, so axes may be merged freely."""
     V, live = kernel_batch, spec.live_taps
     out_shape = _shape_rule(lhs, rhs, operation=operation, spec=spec, kernel_batch=V)
     if 0 in (*lhs.shape, *rhs.shape, *out_shape) or live == range(0):
-        return jnp.zeros(out_shape, out_dtype)
+        return [jnp.zeros(out_shape, out_dtype)]
     if operation != "conv1d_kernel_grad":
         rhs = taps.some(rhs, live)
     K, spec = spec.kernel_size, spec if live is None else spec.of_taps(live)
@@ -99,8 +99,7 @@ def _compute(
         np.dtype(rhs.dtype),
         np.dtype(out_dtype),
         precision,
-        platform,
-        partitioned=partitioned,
+        **on,
     )
     rhs_rows = N if operation == "conv1d_kernel_grad" else spec.kernel_size
     lhs = lhs.reshape(kernels, N, *lhs.shape[-2:])
@@ -115,8 +114,8 @@ def _compute(
             out = _run_as_groups(problem, kernels, lhs, rhs, implementation)
     if operation == "conv1d_kernel_grad":
         shape = (*out_shape[:-3], spec.kernel_size, *out_shape[-2:])
-        return taps.among(out.reshape(shape), live, K)
-    return out.reshape(out_shape)
+        return [taps.among(out.reshape(shape), live, K)]
+    return [out.reshape(out_shape)]
 
 
 def _run_as_groups(problem: Problem, kernels: int, lhs, rhs, implementation):
@@ -128,141 +127,34 @@ def _run_as_groups(problem: Problem, kernels: int, lhs, rhs, implementation):
     return jnp.moveaxis(out.reshape(*out.shape[:-1], kernels, -1), -2, 0)
 
 
-def _shares(compute, mesh, axes, arrays, *, operation, **params):
-    """How one device's share is computed once every array is split as `axes` says.
+class Split(sharding.Split):
+    """As `sharding.Split`: every device computes the operation on its share, or a part of a sum."""
 
-    Returns:
-      The function of the operands' shares, and the `PartitionSpec` of lhs, rhs and result.
-    """
-    placed = axes.place(mesh, *arrays)
-    contracted = axes.contracted(placed)
-    spec, time = axes.local(mesh, placed)
+    @classmethod
+    def of(cls, avals, *, operation, spec: ConvSpec, kernel_batch, **_) -> "Split":
+        """Of the operands' types and the parameters of the primitive."""
+        axes = sharding.Axes.of(operation, spec, avals[0].ndim, kernel_batch)
+        channels = _group_shape(*avals, operation, spec.groups)
+        return cls(axes, axes.arrays[:2], axes.arrays[2:], *channels)
 
-    def here(lhs, rhs, spec):
-        return compute(lhs, rhs, operation=operation, spec=spec, **params)
+    def share(self, local, mesh, placed, *, operation, spec, **params):
+        contracted = self.axes.contracted(placed)
+        spec, time = self.axes.local(mesh, placed)
 
-    def share(lhs, rhs):
-        out = time.run(operation, here, lhs, rhs, spec)
-        return lax.psum(out, contracted) if contracted else out
+        def here(lhs, rhs, spec):
+            (out,) = local(lhs, rhs, operation=operation, spec=spec, **params)
+            return out
 
-    return share, axes.partition_specs(placed)
+        def share(lhs, rhs):
+            out = time.run(operation, here, lhs, rhs, spec)
+            return [lax.psum(out, contracted) if contracted else out]
 
-
-def _partitioned_by_types(compute, lhs, rhs, result, *, operation, spec, kernel_batch, **params):
-    """For meshes with explicit axes: the operands' types say how they are split."""
-    mesh = result.sharding.mesh
-    axes = sharding.Axes.of(operation, spec, lhs.ndim, kernel_batch)
-    arrays = [(a.shape, a.sharding.spec) for a in (lhs, rhs, result)]
-    params |= dict(operation=operation, kernel_batch=kernel_batch)
-    share, (*operands, out) = _shares(compute, mesh, axes, arrays, **params)
-    wanted, labels = result.sharding.spec, axes.arrays[:2]
-    return sharding.shard_by_types(share, mesh, operands, out, wanted, labels, spec)
-
-
-def _partitioned_by_xla(compute, lhs, rhs, *, operation, spec, kernel_batch, **params):
-    """For meshes with automatic axes: a call that XLA's partitioner asks how to split."""
-    axes = sharding.Axes.of(operation, spec, lhs.ndim, kernel_batch)
-    params |= dict(operation=operation, kernel_batch=kernel_batch)
-
-    def partition(mesh, operands, result):
-        arrays = [(a.shape, sharding.spec_of(a.sharding, mesh)) for a in (*operands, result)]
-        share, specs = _shares(compute, mesh, axes, arrays, **params)
-        *operands, result = (NamedSharding(mesh, s) for s in specs)
-        return mesh, share, result, tuple(operands)
-
-    inner, outer = _group_shape(lhs, rhs, operation, spec.groups)
-    rule, sizes, whole = axes.shardy_rule(inner, outer)
-    call = custom_partitioning(lambda lhs, rhs: compute(lhs, rhs, spec=spec, **params))
-    call.def_partition(
-        partition, decode_shardings=False, sharding_rule=rule, need_replication_factors=whole,
-        **sizes,
-    )  # fmt: skip
-    return call
-
-
-def can_partition(ctx, platform: str) -> bool:
-    """Whether this lowering is for several devices at once, on a mesh that is known."""
-    if platform == "tpu":
-        return False  # libtpu has no `custom_partitioning` (jax-ml/jax#38196, open in 2026)
-    if ctx.module_context.lowering_parameters.for_export:
-        # What is exported outlives this process, and with it any Python callback; there
-        # XLA's partitioner works on what the formulation is made of.
-        return False
-    context = ctx.module_context.axis_context
-    if isinstance(context, mlir.SPMDAxisContext):
-        return not context.manual_axes
-    if isinstance(context, mlir.ShardingContext):
-        mesh = context.abstract_mesh
-        if mesh is not None and mesh.explicit_axes and mesh.are_all_axes_explicit:
-            return False  # types alone say what is split there, and these operands' say nothing
-        mesh_known = mesh or not mesh_lib.thread_resources.env.physical_mesh.empty
-        return context.num_devices > 1 and bool(mesh_known)
-    return False
-
-
-def is_partitioned(ctx) -> bool:
-    """Whether XLA's partitioner splits what is lowered here, unless told how."""
-    context = ctx.module_context.axis_context
-    if isinstance(context, mlir.SPMDAxisContext):
-        manual = context.manual_axes | set(context.mesh.manual_axes)
-        return manual != set(context.mesh.axis_names)
-    return isinstance(context, mlir.ShardingContext) and context.num_devices > 1
+        return share
 
 
 def _lowering(ctx, lhs, rhs, *, platform, out_sharding, **params):
-    compute = functools.partial(_compute, platform=platform)
-    (result,) = ctx.avals_out
-    if (mesh := result.sharding.mesh).explicit_axes:
-        # Beside explicit axes automatic ones are left to XLA.
-        compute = functools.partial(compute, partitioned=bool(mesh.auto_axes))
-        call = _partitioned_by_types(compute, *ctx.avals_in, result, **params)
-        return lower_function(ctx, call, (lhs, rhs), multiple_results=False)
-    if can_partition(ctx, platform):
-        avals = without_sharding((*ctx.avals_in, result))
-        call = _partitioned_by_xla(compute, *avals[:2], **params)
-    else:
-        call = functools.partial(compute, partitioned=is_partitioned(ctx), **params)
-    return lower_locally(ctx, call, (lhs, rhs), multiple_results=False)
-
-
-def lower_everywhere(p, rule):
-    """Registers ``rule(ctx, *operands, platform=..., **params)`` for each platform's name."""
-    for platform in dispatch.PLATFORMS:
-        name = None if platform == dispatch.OTHER else platform
-        mlir.register_lowering(p, functools.partial(rule, platform=platform), platform=name)
-
-
-def without_sharding(avals):
-    """The same shapes and dtypes, of no mesh."""
-    return [jax.core.ShapedArray(a.shape, a.dtype) for a in avals]
-
-
-def lower_locally(ctx, call, operands, *, multiple_results: bool):
-    """Lowers ``call(*operands)`` where no type has a sharding: all is one device's, or the call's.
-
-    Of the mesh in context stays only which chip it names, where none of that kind is at hand.
-    """
-    ctx = ctx.replace(
-        avals_in=without_sharding(ctx.avals_in), avals_out=without_sharding(ctx.avals_out)
-    )
-    chip = jax.sharding.get_abstract_mesh().abstract_device
-    with (
-        jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=chip)),
-        # In a `jax.shard_map` that checks it, Pallas wants to be told how results vary over a mesh.
-        config._check_vma(False),
-    ):
-        return lower_function(ctx, call, operands, multiple_results=multiple_results)
-
-
-def lower_function(ctx, call, operands, *, multiple_results: bool):
-    """Lowers ``call(*operands)``, whatever dtypes a user allows himself where it is compiled."""
-    # What was traced with 64 bits may be lowered where they are off.
-    wide = any(a.dtype.itemsize == 8 for a in (*ctx.avals_in, *ctx.avals_out))
-    with (
-        jax.numpy_dtype_promotion("standard"),  # what a user forbids himself, kernels may do
-        jax.enable_x64(jax.config.jax_enable_x64 or wide),
-    ):
-        return mlir.lower_fun(call, multiple_results=multiple_results)(ctx, *operands)
+    where = dict(platform=platform, local=_compute, split=Split.of)
+    return lowering.lower(ctx, lhs, rhs, **where, **params)
 
 
 # --- Batching ---
@@ -334,8 +226,7 @@ def _unfold(a, axis: int, size: int, groups: int):
 
 def _to(aval, operation: Operation, lhs, rhs, **params):
     """An operation whose result is the cotangent of a value of type `aval`."""
-    out_sharding = aval.sharding if aval.sharding.mesh.explicit_axes else None
-    result = dict(out_dtype=aval.dtype, out_sharding=out_sharding)
+    result = dict(out_dtype=aval.dtype, out_sharding=sharding.explicit(aval))
     return _bind(operation, lhs, rhs, **(params | result))
 
 
@@ -371,7 +262,7 @@ def _make(operation: Operation, *, asks: bool):
     ad.defbilinear(p, *_TRANSPOSES[operation])
     jet.jet_rules[p] = functools.partial(jet._bilinear_taylor_rule, p)
     batching.fancy_primitive_batchers[p] = rule(_batching_rule)
-    lower_everywhere(p, rule(_lowering))
+    lowering.register(p, rule(_lowering))
     if asks:
         jax_dispatch.prim_requires_devices_during_lowering.add(p)
     checkify.error_checks[p] = functools.partial(checkify.nan_error_check, p)
@@ -379,24 +270,15 @@ def _make(operation: Operation, *, asks: bool):
 
 
 PRIMITIVES = {operation: _make(operation, asks=True) for operation in OPERATIONS}
-# The same for where `split_by_types`: a program of these alone is lowered without its devices.
+# For where `lowering.split_by_types`: a program of these alone is lowered without its devices.
 BY_TYPES = {operation: _make(operation, asks=False) for operation in OPERATIONS}
-
-
-def split_by_types(operands) -> bool:
-    """Whether no `custom_partitioning` will be needed: types say what one device computes.
-
-    So they do on a mesh of explicit axes alone, and inside of a `jax.shard_map` over all axes.
-    """
-    meshes = [jax.typeof(a).sharding.mesh for a in operands]
-    return any(mesh.are_all_axes_explicit or mesh.are_all_axes_manual for mesh in meshes)
 
 
 def _bind(operation: Operation, lhs, rhs, **params):
     # In a shard_map operands have to vary along the same mesh axes; in a rule, too, one may have
     # come to vary where the other did not.
     operands = jax_core.auto_insert_reshard(lhs, rhs)
-    family = BY_TYPES if split_by_types(operands) else PRIMITIVES
+    family = BY_TYPES if lowering.split_by_types(operands) else PRIMITIVES
     return family[operation].bind(*operands, **params)
 
 

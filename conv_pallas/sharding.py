@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 from jax._src.sharding_impls import parse_flatten_op_sharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from conv_pallas import halo
@@ -101,13 +102,13 @@ class Axes:
         return spec, halo.TimeSplit.of(mesh, placed.get("time", ()))
 
     def shardy_rule(
-        self, inner: int, outer: int, operands=None, results=None
+        self, inner: int, outer: int, operands, results
     ) -> tuple[str, dict[str, int], tuple[str, ...]]:
         """The rule for Shardy's propagation: how dimensions of the arrays correspond.
 
         Args:
           inner, outer: ``C // G`` and ``O // G``.
-          operands, results: the labels of each; None: lhs and rhs, and the result.
+          operands, results: the labels of each.
 
         Returns:
           An einsum-like string, the sizes of the factors that occur in products only, and
@@ -139,11 +140,50 @@ class Axes:
         def text(arrays):
             return ", ".join(" ".join(map(dimension, labels)) for labels in arrays)
 
-        rule = f"{text(operands or self.arrays[:2])} -> {text(results or self.arrays[2:])}"
+        rule = f"{text(operands)} -> {text(results)}"
         whole = {*WHOLE, "instep", "outstep"} | (set() if time > 1 else {"time", "outtime"})
         factors = dict.fromkeys(re.findall(r"\w+", rule))  # Shardy wants them in this order
         sizes = {name: size for name, size in products.items() if name not in alone}
         return rule, sizes, tuple(f for f in factors if f in whole)
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """How one operation splits.
+
+    Attributes:
+      axes: the labels of x, w and y, or of what stands in their place.
+      operands, results: a label for each dimension of each.
+      inner, outer: ``C // G`` and ``O // G``.
+    """
+
+    axes: Axes
+    operands: Sequence[tuple[str, ...]]
+    results: Sequence[tuple[str, ...]]
+    inner: int
+    outer: int
+
+    def place(self, mesh, operands, result) -> Placement:
+        """Of the shape and the `PartitionSpec` of each operand and of the first result."""
+        return self.axes.place(mesh, *operands[:2], result)
+
+    def specs(self, placed: Placement) -> tuple[list[P], list[P]]:
+        """The `PartitionSpec` of each operand and each result."""
+        of = lambda arrays: [self.axes.partition_spec(a, placed) for a in arrays]  # noqa: E731
+        return of(self.operands), of(self.results)
+
+    def shardy_rule(self):
+        """As `Axes.shardy_rule`."""
+        return self.axes.shardy_rule(self.inner, self.outer, self.operands, self.results)
+
+    def share(self, local: Callable, mesh, placed: Placement, **params) -> Callable:
+        """How one device computes its share, a list, of its shares of the operands.
+
+        Args:
+          local: of `conv_pallas.lowering.lower`.
+          params: its keywords, as they are of the whole.
+        """
+        raise NotImplementedError
 
 
 def shard_by_types(share: Callable, mesh, operands, results, wanted, labels, spec) -> Callable:
@@ -152,8 +192,8 @@ def shard_by_types(share: Callable, mesh, operands, results, wanted, labels, spe
     Args:
       mesh: of the arrays' types.
       operands: for each, the `PartitionSpec` that ``share`` needs.
-      results: the one that it leaves each result in; a list, or one for one array.
-      wanted: the one that each result's type says, likewise.
+      results: the one that it leaves each of its list of results in.
+      wanted: the one that each result's type says.
       labels: of each operand's dimensions.
       spec: the geometry.
     """
@@ -182,13 +222,25 @@ def _gather_time(a: jax.Array, labels: tuple[str, ...]) -> jax.Array:
     """``a``, whose time no automatic axis splits where there are explicit ones beside it.
 
     There XLA's partitioner is left with the convolution itself, and ends the process over some
-    with a stride or an input dilation: "get_first_valid_element_offset_on_dilated_shard".
+    with a stride or an input dilation: "get_first_valid_element_offset_on_dilated_shard" (jax
+    0.12.0.1).
     """
     if "time" not in map(_same, labels):
         return a
     free = P.UNCONSTRAINED
     spec = P(*(None if _same(label) == "time" else free for label in labels))
     return jax.lax.with_sharding_constraint(a, spec)
+
+
+def explicit(aval) -> NamedSharding | None:
+    """The sharding that an array's type says, where its mesh has explicit axes."""
+    return aval.sharding if aval.sharding.mesh.explicit_axes else None
+
+
+def entries(aval) -> list:
+    """For each dimension of an array of that type, what its `PartitionSpec` says, None included."""
+    spec = aval.sharding.spec
+    return [*spec, *[None] * (aval.ndim - len(spec))]
 
 
 def shard_by_xla(f: Callable, spec: Callable[[P], P], *arrays: jax.Array) -> jax.Array:
@@ -200,12 +252,11 @@ def shard_by_xla(f: Callable, spec: Callable[[P], P], *arrays: jax.Array) -> jax
     Args:
       spec: of the first array's `PartitionSpec` the result's, which has to fit again.
     """
-    place = jax.typeof(arrays[0]).sharding
     mesh = next((m for m in (jax.typeof(a).sharding.mesh for a in arrays) if m.explicit_axes), None)
     if mesh is None:
         return f(*arrays)
     with jax.sharding.use_abstract_mesh(mesh):
-        out = spec(P(*place.spec, *[None] * (arrays[0].ndim - len(place.spec))))
+        out = spec(P(*entries(jax.typeof(arrays[0]))))
         return jax.sharding.auto_axes(f, axes=mesh.explicit_axes, out_sharding=out)(*arrays)
 
 
@@ -215,7 +266,7 @@ def spec_of(sharding, mesh) -> P | None:
     None where there is none: Shardy may have split a mesh axis in two, to fit the first factor of
     a dimension with another size, and no `PartitionSpec` can say that.
     """
-    try:
+    try:  # as `custom_partitioning` itself would, which raises where it gives up
         return parse_flatten_op_sharding(sharding._hlo_sharding, mesh)[0]
     except (ValueError, AssertionError, KeyError, StopIteration, NotImplementedError):
         return None  # all are ways in which it gives up

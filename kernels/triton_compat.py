@@ -26,7 +26,6 @@ import jax
 import triton
 import triton.backends.nvidia.compiler as _compiler
 import triton.backends.nvidia.driver as _nvidia
-from jax._src import mesh as _mesh
 from jax._src.interpreters import partial_eval as _partial_eval
 from jax._src.pallas.triton import gpu_info as _gpu_info
 
@@ -115,7 +114,7 @@ def device_kind() -> str | None:
 
     Where jax compiles for a chip that is not here, its mesh names an abstract device.
     """
-    kind = _mesh.get_abstract_mesh().abstract_device
+    kind = jax.sharding.get_abstract_mesh().abstract_device
     if kind is not None and kind.platform == "gpu":
         return kind.device_kind
     device = _device_here()
