@@ -207,7 +207,8 @@ def _refuse(**options) -> None:
     for name, value in options.items():
         if value is not defaults[name]:
             raise TypeError(
-                f"{name}= is for arrays: a layer, a model and a function have their own"
+                f"{name}= is for arrays: a layer, a model and a function have their own, and one "
+                f"input; of more, ask explain(lambda x: f(x, more), x)"
             )
 
 

@@ -56,14 +56,15 @@ class Split(sharding.Split):
 
     def share(self, local, mesh, placed: Placement, **params):
         params["spec"], time = self.axes.local(mesh, placed)
-        names = [tuple(n for s in labels for n in placed.get(s, ())) for labels in self.summed]
+        names = [sharding.summed(mesh, placed, labels) for labels in self.summed]
         if "keep" in params:
             return lambda *operands: local(*operands, time=time, psum=names[0], **params)
 
         def backward(*operands):
             # gz is whole wherever y is, so that dx, dw and dbias are; z is not where channels in
             # are split, and no kernel may compute it anew.
-            outs = local(*operands, time=time, whole="in" not in placed, **params)
+            whole = not sharding.summed(mesh, placed, ("in",))
+            outs = local(*operands, time=time, whole=whole, **params)
             return [lax.psum(o, n) if n else o for o, n in zip(outs, names, strict=True)]
 
         return backward

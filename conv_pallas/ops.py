@@ -454,9 +454,8 @@ def _pad_in_memory(x, kernel, bias, mode: str, spec: ConvSpec):
     zeros = dataclasses.replace(spec, time=x.shape[-2], padding=pads[-2])
     place = fused.place_of_y(x, kernel, bias, zeros)
     if (own := sharding.explicit(jax.typeof(x))) is not None:
-        entries = sharding.entries(jax.typeof(x))
-        entries[-2] = None
-        x = jax.sharding.reshard(x, own.update(spec=P(*entries)))
+        spec = sharding.whole(P(*sharding.entries(jax.typeof(x))), -2)
+        x = jax.sharding.reshard(x, own.update(spec=spec))
     return jnp.pad(x, pads, mode={"CIRCULAR": "wrap", "REFLECT": "reflect"}[mode]), place
 
 

@@ -138,7 +138,7 @@ class Split(sharding.Split):
         return cls(axes, axes.arrays[:2], axes.arrays[2:], *channels)
 
     def share(self, local, mesh, placed, *, operation, spec, **params):
-        contracted = self.axes.contracted(placed)
+        contracted = self.axes.contracted(mesh, placed)
         spec, time = self.axes.local(mesh, placed)
 
         def here(lhs, rhs, spec):

@@ -90,10 +90,10 @@ class Axes:
         """The `PartitionSpec` of an array with these labels."""
         return P(*(_unwrap(placed.get(_same(label))) for label in labels))
 
-    def contracted(self, placed: Placement) -> tuple[str, ...]:
+    def contracted(self, mesh, placed: Placement) -> tuple[str, ...]:
         """The mesh axes over which the result is a sum of each device's share."""
         lhs, rhs, result = ({_same(a) for a in labels} for labels in self.arrays)
-        return tuple(n for label in sorted((lhs | rhs) - result) for n in placed.get(label, ()))
+        return summed(mesh, placed, sorted((lhs | rhs) - result))
 
     def local(self, mesh, placed: Placement) -> tuple[ConvSpec, halo.TimeSplit]:
         """The geometry of one device's groups, and how time is split."""
@@ -230,6 +230,37 @@ def _gather_time(a: jax.Array, labels: tuple[str, ...]) -> jax.Array:
     free = P.UNCONSTRAINED
     spec = P(*(None if _same(label) == "time" else free for label in labels))
     return jax.lax.with_sharding_constraint(a, spec)
+
+
+def summed(mesh, placed: Placement, labels: Sequence[str]) -> tuple[str, ...]:
+    """The mesh axes that split these labels, and over which an all-reduce sums therefore.
+
+    Not those of one device. Beside automatic axes that have several, XLA's partitioner fails where
+    an explicit one of them is summed over ("hlo->sharding().IsManual", jax 0.12.0.1).
+    """
+    return tuple(n for label in labels for n in placed.get(label, ()) if mesh.shape[n] > 1)
+
+
+def last_steps(a: jax.Array, count: int, axis: int = -2) -> jax.Array:
+    """The last ``count`` steps of an array along ``axis``, or all where it has no more.
+
+    Where explicit axes split time each device gets all of them.
+    """
+    cut = lambda a: a[(..., slice(-count, None), *[slice(None)] * (-1 - axis))]  # noqa: E731
+    aval = jax.typeof(a)
+    known = isinstance(a.shape[axis], int)  # and not an export's symbol
+    if known and count >= a.shape[axis]:
+        return a
+    if explicit(aval) is None or entries(aval)[axis] is None:
+        return cut(a)
+    return shard_by_xla(cut, lambda spec: whole(spec, axis), a)
+
+
+def whole(spec: P, axis: int) -> P:
+    """The `PartitionSpec` that splits no dimension ``axis``; ``spec`` names them all."""
+    entries = list(spec)
+    entries[axis] = None
+    return P(*entries)
 
 
 def explicit(aval) -> NamedSharding | None:

@@ -166,6 +166,18 @@ def test_explain_takes_no_options_of_what_has_its_own(what, option):
     explain(what, X, platform="cpu")
 
 
+@pytest.mark.parametrize("make", [_layer, lambda: nnx.Sequential(_layer())])
+def test_explain_of_an_abstract_layer(make):
+    """As of the layer itself: nothing of its parameters is read."""
+    told = explain(nnx.eval_shape(make), jax.ShapeDtypeStruct(X.shape, X.dtype))
+    assert str(told) == str(explain(make(), X))
+
+
+def test_explain_says_what_to_do_with_more_inputs():
+    with pytest.raises(TypeError, match=r"explain\(lambda x: f\(x, more\), x\)"):
+        explain(lambda x, y: x + y, X, X)
+
+
 def test_explain_wants_a_known_platform():
     with pytest.raises(
         ValueError, match=r"platform must be None or one of cpu, .* got 'gpu' \(cuda or rocm\?\)"

@@ -202,7 +202,7 @@ def test_learns_under_nnx_transforms():
     [
         dict(dilations=[1, 2, 4], activation="relu", norm=None, lookahead=0),
         dict(activation="gelu", causal=False, remat=True, return_sequences=False),
-        dict(spatial_dropout=True, dilations=(7, 1, 3), lookahead=3),
+        dict(spatial_dropout=True, dilations=np.array([7, 1, 3]), lookahead=3),
     ],
     ids=str,
 )

@@ -162,3 +162,37 @@ def test_a_mesh_with_axes_of_both_kinds(options, time):
     same_rate = not {"strides", "input_dilation"} & set(options)
     assert ("all-gather" in collectives(compiled)) != (same_rate or time == AxisType.Explicit)
     tree_close(out, jax.jit(run)(x, W), rtol=1e-4)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("norm", [None, "batch"])
+@pytest.mark.parametrize("split", [P("b", "a"), P("b")], ids=str)
+def test_the_last_step_of_a_network(split, norm, masked):
+    """From split time; what is cut off before may be longer or shorter than a device's part."""
+    model = model_of(dilations=[1, 3], norm=norm, return_sequences=False)
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    x, mask = X[..., :3], MASK[:, ::-1] if masked else None
+    mesh = _mesh(AxisType.Explicit)
+
+    def loss(params, x, mask):
+        y = nnx.merge(graph, params, rest)(x, mask=mask)
+        return jnp.sum(jnp.sin(y)), y
+
+    run = jax.value_and_grad(loss, (0, 1), has_aux=True)
+    given = None if mask is None else _put(mesh, mask, *split)
+    params = jax.device_put(params, NamedSharding(mesh, P()))
+    _, out = compiled_quickly(run, mesh, params, _put(mesh, x, *split), given)
+    tree_close(out, jax.jit(run)(nnx.split(model, nnx.Param, ...)[1], x, mask), rtol=1e-4)
+
+
+@pytest.mark.parametrize("x_spec, w_spec", [
+    (P("a", None, "b"), P()), (P("a"), P(None, "b")), (P("a"), P(None, None, "b")),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_an_explicit_axis_of_one_device(x_spec, w_spec, activation):
+    """Summed over it beside an automatic axis, XLA's partitioner fails."""
+    mesh = jax.make_mesh((8, 1), ("a", "b"), axis_types=(AxisType.Auto, AxisType.Explicit))
+    x, b = numbers(8, 12, 8), BIAS
+    run = _everything(lambda x, w: conv1d(x, w, b, activation=activation))
+    _, out = compiled_quickly(run, mesh, _put(mesh, x, *x_spec), _put(mesh, W, *w_spec))
+    tree_close(out, jax.jit(run)(x, W), rtol=1e-4)

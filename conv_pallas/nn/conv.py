@@ -279,7 +279,7 @@ class Conv(nnx.Conv):
 
         Inputs of None have the kernel's.
         """
-        kernel = jax.ShapeDtypeStruct((1,), kernel or self.kernel[...].dtype)
+        kernel = jax.ShapeDtypeStruct((1,), kernel or self.kernel.dtype)
         x = kernel if dtype is None else jax.ShapeDtypeStruct((1,), dtype)
         promote = functools.partial(self.promote_dtype, dtype=self.dtype)
         return jax.eval_shape(lambda x, k: promote((x, k, None)), x, kernel)[0].dtype
@@ -298,7 +298,9 @@ class Conv(nnx.Conv):
         if self.conv_general_dilated is not lax.conv_general_dilated:
             note = f"the layer brings its own convolution, {self.conv_general_dilated!r}"
             return explanation.Explanation(platform or explanation.default_platform(), {}, {}, note)
-        params = inputs, self.kernel[...], None if self.bias is None else self.bias[...]
+        # Of an abstract layer there is no more than this.
+        struct = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype)  # noqa: E731
+        params = inputs, struct(self.kernel), None if self.bias is None else struct(self.bias)
         promote = functools.partial(self.promote_dtype, dtype=self.dtype)
         inputs, kernel, bias = jax.eval_shape(promote, params)
         operands = inputs, kernel, bias if self.use_bias else None

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from conv_pallas import ops, segments, streaming
+from conv_pallas import ops, segments, sharding, streaming
 from conv_pallas.nn.conv import Conv
 
 
@@ -40,7 +40,8 @@ class WeightNorm(nnx.WeightNorm):
         return self.layer_instance._ring(batch, dtype)
 
     def _state_dtype(self, dtype):
-        kernel = jax.eval_shape(self._kernel).dtype  # of its own scale too
+        (scale,) = self.scales.values()
+        kernel = jnp.promote_types(self.layer_instance.kernel.dtype, scale.dtype)
         return self.layer_instance._state_dtype(dtype, kernel)
 
 
@@ -156,9 +157,13 @@ def last_real(x: jax.Array, mask: jax.Array | None) -> jax.Array:
     if T == 0:
         raise ValueError(f"x must have a last step for return_sequences=False, got {x.shape}")
     if mask is None:
-        return jax.lax.slice_in_dim(x, T - 1, T, axis=x.ndim - 2)
-    last = T - 1 - jnp.argmax(mask[..., ::-1], -1)
-    return jnp.take_along_axis(x, last[..., None, None], -2)
+        return sharding.last_steps(x, 1)
+
+    def last(x, mask):
+        at = T - 1 - jnp.argmax(mask[..., ::-1], -1)
+        return jnp.take_along_axis(x, at[..., None, None], -2)
+
+    return sharding.shard_by_xla(last, lambda spec: sharding.whole(spec, -2), x, mask)
 
 
 def compiled_step(model: nnx.Module) -> Callable[..., tuple[jax.Array, dict[str, Any]]]:
@@ -169,7 +174,8 @@ def compiled_step(model: nnx.Module) -> Callable[..., tuple[jax.Array, dict[str,
 
     Args:
       model: a `Conv`, `TemporalBlock` or `TCN` in eval mode, or a module of your own that has
-        such a `step`; its parameters are taken as they are now.
+        such a `step`; its parameters are taken as they are now, and not copied: donate none of
+        them to a training step while the stream goes on.
 
     Returns:
       A function ``(x, state, **keywords) -> (y, state)``. It compiles once for each `activation`

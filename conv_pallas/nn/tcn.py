@@ -25,6 +25,7 @@ from conv_pallas.nn.block import (
 )
 from conv_pallas.nn.conv import Conv
 from conv_pallas.nn.runs import Chunk, Whole, last_real
+from conv_pallas.sharding import last_steps
 
 
 class TCN(nnx.Module):
@@ -110,11 +111,14 @@ class TCN(nnx.Module):
             **{f"num_channels[{level}]": width for level, width in enumerate(widths[1:])},
         )
         levels = len(widths) - 1
-        dilations = [2**level for level in range(levels)] if dilations is None else dilations
-        if not isinstance(dilations, Sequence) or len(dilations) != levels:
+        given = dilations
+        try:
+            dilations = [2**level for level in range(levels)] if given is None else list(given)
+        except TypeError:
+            dilations = []
+        if len(dilations) != levels:
             raise ValueError(
-                f"dilations must be a sequence of {levels} ints, one for each block, "
-                f"got {dilations!r}"
+                f"dilations must be a sequence of {levels} ints, one for each block, got {given!r}"
             )
         check_positive(**{f"dilations[{level}]": d for level, d in enumerate(dilations)})
         beyond = [2 * (kernel_size - 1) * d for d in dilations]
@@ -200,13 +204,14 @@ class TCN(nnx.Module):
         beyond = self.receptive_field - 1
         for level, block in enumerate(self.blocks):
             if cut:
-                x = x[..., -1 - beyond :, :]
-                condition = condition[..., -1 - beyond :, :] if changing else condition
-                segment_ids = None if segment_ids is None else segment_ids[..., -1 - beyond :]
+                x = last_steps(x, 1 + beyond)
+                condition = last_steps(condition, 1 + beyond) if changing else condition
+                if segment_ids is not None:
+                    segment_ids = last_steps(segment_ids, 1 + beyond, axis=-1)
                 beyond -= block.receptive_field - 1
             given = condition if changing or condition is None else condition[..., 0, :]
             x, added = self._block(block, x, given, mask, segment_ids, axis_name)
-            sum_of_skips = self._skip(sum_of_skips, level, added[..., -1:, :] if cut else added)
+            sum_of_skips = self._skip(sum_of_skips, level, last_steps(added, 1) if cut else added)
         y = self._finish(x, sum_of_skips)
         if not self.return_sequences:
             return self.readout(last_real(y, mask))[..., 0, :]
