@@ -32,7 +32,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from conv_pallas.kernels import (
-    Kernel,
     tpu_epilogue,
     tpu_estimates,
     tpu_matmul,
@@ -369,14 +368,6 @@ def kernel_grad(
 launch = functools.partial(tpu_matmul.launch, _plan_of, forward, kernel_grad, longest=LONGEST)
 
 
-def run(problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-    return launch(problem, lhs, rhs, Chip.current())
-
-
-fused = functools.partial(tpu_epilogue.fused, launch)
-backward = functools.partial(tpu_epilogue.backward, launch)
-
-
 # --- What it declines ---
 
 
@@ -406,8 +397,6 @@ def priority(problem: Problem) -> int | None:
 
 
 def describe(problem: Problem) -> str:
-    if sees_nothing(problem):
-        return "zeros"
     plan = _plan_of(problem, Chip.current())
     chosen = "; the default, by estimate" if priority(problem) else ""
     return (
@@ -416,18 +405,7 @@ def describe(problem: Problem) -> str:
     )
 
 
-KERNEL = Kernel(
-    implementation="pallas_tpu",
-    platforms=("tpu",),
-    run=run,
-    decline=decline,
-    describe=describe,
-    priority=priority,
+KERNEL = tpu_epilogue.kernel(
+    _plan_of, launch, decline=decline, describe=describe, priority=priority,
     by_name=lambda problem: "by name only: no estimate says that it is faster than XLA",
-    fused=fused,
-    decline_fused=tpu_epilogue.decline_fused,
-    backward=backward,
-    decline_backward=functools.partial(tpu_epilogue.decline_backward, _plan_of),
-    keeps=functools.partial(tpu_epilogue.keeps, _plan_of),
-    opaque=True,
-)
+)  # fmt: skip

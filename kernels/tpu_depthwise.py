@@ -29,7 +29,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from conv_pallas.kernels import Kernel, tpu_epilogue
+from conv_pallas.kernels import tpu_epilogue
 from conv_pallas.kernels.tpu_epilogue import Around
 from conv_pallas.kernels.tpu_window import (
     LANES,
@@ -277,14 +277,6 @@ def launch(
     return dx.reshape(*dx.shape[:-1], problem.C, each).sum(-1).astype(out_dtype)
 
 
-def run(problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-    return launch(problem, lhs, rhs, Chip.current())
-
-
-fused = functools.partial(tpu_epilogue.fused, launch)
-backward = functools.partial(tpu_epilogue.backward, launch)
-
-
 # --- What it declines ---
 
 
@@ -299,8 +291,6 @@ def decline(problem: Problem) -> str | None:
 
 
 def describe(problem: Problem) -> str:
-    if sees_nothing(problem):
-        return "zeros"
     plan = _plan_of(problem, Chip.current())
     return (
         f"on the vector unit, {plan.walk.rows} steps of {plan.BC} channels at once; "
@@ -308,18 +298,7 @@ def describe(problem: Problem) -> str:
     )
 
 
-KERNEL = Kernel(
-    implementation="pallas_tpu",
-    platforms=("tpu",),
-    run=run,
-    decline=decline,
-    describe=describe,
-    priority=None,
+KERNEL = tpu_epilogue.kernel(
+    _plan_of, launch, decline=decline, describe=describe, priority=None,
     by_name=lambda problem: "by name only: by estimate XLA's sum of taps is as fast",
-    fused=fused,
-    decline_fused=tpu_epilogue.decline_fused,
-    backward=backward,
-    decline_backward=functools.partial(tpu_epilogue.decline_backward, _plan_of),
-    keeps=functools.partial(tpu_epilogue.keeps, _plan_of),
-    opaque=True,
-)
+)  # fmt: skip

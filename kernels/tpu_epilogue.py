@@ -5,12 +5,14 @@ Forward, ``y = f(z)``; backward, ``gz = gy * f'(z)``, where f' is computed from 
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from conv_pallas.kernels import Kernel
 from conv_pallas.kernels.tpu_window import Chip, rows_of, sees_nothing
 from conv_pallas.spec import OPERATIONS, Problem
 
@@ -169,3 +171,27 @@ def decline_backward(plan_of, problem: Problem, wanted: tuple[bool, bool, bool])
         if needed and plan_of(problem.gradient(operation), chip, saved=saved) is None:
             return "the halo does not fit in VMEM with what was saved"
     return None
+
+
+def kernel(plan_of, launch, *, describe, **own) -> Kernel:
+    """The `Kernel` of a module.
+
+    Args:
+      plan_of: ``plan_of(problem, chip, saved=saved)``, its tiles; None where they don't fit.
+      launch: ``launch(problem, lhs, rhs, chip, ...)``, as `conv_pallas.kernels.tpu_matmul.launch`.
+      describe: of a problem that is not `sees_nothing`.
+      own: the other fields that differ.
+    """
+    return Kernel(
+        implementation="pallas_tpu",
+        platforms=("tpu",),
+        run=lambda problem, lhs, rhs: launch(problem, lhs, rhs, Chip.current()),
+        describe=lambda problem: "zeros" if sees_nothing(problem) else describe(problem),
+        fused=functools.partial(fused, launch),
+        decline_fused=decline_fused,
+        backward=functools.partial(backward, launch),
+        decline_backward=functools.partial(decline_backward, plan_of),
+        keeps=functools.partial(keeps, plan_of),
+        opaque=True,
+        **own,
+    )

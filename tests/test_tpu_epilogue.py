@@ -85,12 +85,14 @@ def test_kernels(fused):
     options = dict(longest=longest, interpret=params())
     chip = {_DENSE: MEGACORE, _SPLIT: SMALL}.get(fused.case, V5E)
     if all(fused.wanted):
-        y = module.fused(problem, x, w, bias, chip=V5E, **options)
+        y = module.KERNEL.fused(problem, x, w, bias, chip=V5E, **options)
         fused.check_forward(y, x, w, bias)
         if problem.epilogue.saved == "z":
             kernel = dataclasses.replace(
-                module.KERNEL, fused=functools.partial(module.fused, chip=V5E, **options)
+                module.KERNEL, fused=functools.partial(module.KERNEL.fused, chip=V5E, **options)
             )
             fused.check_kept(kernel, x, w, bias)
-    grads = module.backward(problem, x, w, bias, saved, gy, fused.wanted, chip=chip, **options)
+    grads = module.KERNEL.backward(
+        problem, x, w, bias, saved, gy, fused.wanted, chip=chip, **options
+    )
     fused.check_backward(grads, x, w, bias, gy)

@@ -22,12 +22,12 @@ EXTRA = (
     Case("tiles_depthwise", T=300, C=200, O=200, G=200, K=4, D=3, batch=(2,), dtype="bfloat16"),
     Case("tiles_multiplier", T=70, C=40, O=120, G=40, K=7, D=2, batch=(2,)),
     # Many taps: 16 outputs at a time, and up to 17 taps of the kernel gradient.
-    Case("taps_same", T=70, C=72, O=72, G=72, K=33, padding="SAME", batch=(3,), dtype="bfloat16"),
+    Case("taps_same", T=40, C=72, O=72, G=72, K=33, padding="SAME", batch=(3,), dtype="bfloat16"),
     Case("taps_dilated", T=61, C=10, O=10, G=10, K=19, D=3, batch=(3,)),
     Case("taps_halo", T=13, C=16, O=16, G=16, K=87, padding="SAME", dtype="float16"),
     Case("taps_pad", T=45, C=20, O=20, G=20, K=16, D=2, padding=[(7, 40)]),
     Case("taps_crop", T=45, C=8, O=8, G=8, K=9, padding=[(-5, -3)], dtype="bfloat16"),
-    Case("taps_tuned", T=150, C=24, O=24, G=24, K=23, D=2, batch=(3,), dtype="bfloat16"),
+    Case("taps_tuned", T=80, C=24, O=24, G=24, K=23, D=2, batch=(3,), dtype="bfloat16"),
     # Several tiles for each program that stays; a chip runs more of those than the interpreter.
     Case("resident", T=192, C=40, O=24, D=7, batch=(3,), dtype="bfloat16"),
     Case("resident_ragged", T=150, C=64, O=64, K=2, D=33, batch=(2,), dtype="float16"),

@@ -152,7 +152,7 @@ FUSED = (
     ),
     Fused(Case("upsampling", T=15, C=20, O=20, G=20, E=2, padding=2), "relu"),
     # Dense and grouped: the derivative in the kernels and before them.
-    Fused(dataclasses.replace(_DENSE, name="tiles", T=150, C=72, O=136, **_BFLOAT16), "gelu"),
+    Fused(dataclasses.replace(_DENSE, name="tiles", T=80, C=40, O=72, **_BFLOAT16), "gelu"),
     Fused(dataclasses.replace(_DENSE, name="half", dtype="float16"), "relu"),
     Fused(Case("grouped", T=50, C=16, O=32, G=2, D=7, **_BFLOAT16), "relu"),
     Fused(Case("grouped", T=50, C=16, O=32, G=2, D=7), "silu", wanted=(False, True, True)),
