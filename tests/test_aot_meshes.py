@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax import export
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -14,6 +15,7 @@ pytest.importorskip("libtpu")
 pytest.importorskip("jax_triton")
 
 from conv_pallas import aot, conv1d
+from conv_pallas.nn import TCN
 
 pytestmark = pytest.mark.aot
 
@@ -91,3 +93,53 @@ def test_an_order_that_would_be_gathered_is_refused(chip, implementation):
 def test_on_gpus_the_partitioner_asks():
     step = functools.partial(_step, implementation="triton")
     assert _kernels("h200", step, _mesh("h200", AUTO)) >= 3
+
+
+@pytest.mark.parametrize("by_name", [False, True], ids=["types", "axis_name"])
+def test_time_split_over_tpus(by_name):
+    """Each has our kernels, and from its neighbours the steps around its own."""
+    chip, f = "v6e", functools.partial(conv1d, kernel_dilation=8, activation="silu")
+    kind = AxisType.Auto if by_name else AxisType.Explicit
+    mesh = Mesh(np.array(aot.devices(chip, 4)), ("t",), axis_types=(kind,))
+    if by_name:
+        specs = (P(None, "t"), P(), P())
+        f = jax.shard_map(
+            functools.partial(f, axis_name="t"), mesh=mesh, in_specs=specs, out_specs=specs[0]
+        )
+
+    def step(x, w, b):
+        y, vjp = jax.vjp(f, x, w, b)
+        return y, vjp(y)
+
+    shapes = ((2, 16384, 30), P(None, "t")), (KERNEL, P()), (BIAS, P())
+    structs = [
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec))
+        for shape, spec in shapes
+    ]
+    hlo = aot.compile_for(chip, step, *structs).as_text()
+    assert hlo.count("tpu_custom_call") == 3 and "collective-permute" in hlo
+    assert "all-gather" not in hlo
+
+
+def test_a_network_on_tpus_that_share_a_batch():
+    """Every layer of 30 channels, in both directions."""
+    mesh = _mesh("v6e", EXPLICIT)
+
+    def on(mesh, a, spec):
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec))
+
+    model = nnx.eval_shape(
+        lambda: TCN(30, [30] * 2, 10, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    )
+    model.eval()
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def step(params, x):
+        loss = lambda p: nnx.merge(graph, p, rest)(x).astype(jnp.float32).sum()  # noqa: E731
+        return jax.value_and_grad(loss)(params)
+
+    params = jax.tree.map(lambda a: on(mesh, a, P()), params)
+    x = on(mesh, jax.ShapeDtypeStruct(X, jnp.bfloat16), P("d"))
+    hlo = aot.compile_for("v6e", step, params, x).as_text()
+    assert hlo.count("tpu_custom_call") >= 3 * 4 - 1  # nobody asks for x's gradient
+    assert "all-gather" not in hlo
