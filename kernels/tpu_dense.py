@@ -233,6 +233,38 @@ def _plan_of(
 # --- Launchers ---
 
 
+def _through_window(w, plan: Plan, passes: str, around: Around, operand, chip: Chip):
+    """Device code that copies x into a window, and what it is launched with.
+
+    Returns:
+      The kernel; its scratch memory; steps along time, and of each which block of x and of the
+      result it has; w as the kernel reads it; and how many columns of that a tile has.
+    """
+    walk, (taps, C, O) = plan.walk, w.shape
+    packed = C % LANES == 0 or (pl.cdiv(taps * C, chip.mxu) < taps * pl.cdiv(C, chip.mxu))
+    kernel = functools.partial(_forward_kernel, walk, passes, packed, around)
+    w = w.reshape(taps * C, O) if packed else w
+    scratch = [pltpu.VMEM((walk.window_rows, C), operand)]
+    return kernel, scratch, (walk.steps, walk.x_block, walk.out_block), w, plan.BO
+
+
+def _in_place(x_dtype, w, plan: Plan, around: Around, mirrored: bool, chip: Chip):
+    """As `_through_window`, of code that multiplies x where it arrives; bfloat16 products alone."""
+    walk, (taps, C, O) = plan.walk, w.shape
+    older = older_taps(walk, C, plan.BO, O, chip)
+    halo = round_up(walk.halo, TILE_ROWS)
+    kernel = functools.partial(in_place_kernel, walk, halo, older, mirrored, around)
+    scratch = [pltpu.VMEM((2 * halo, C), jnp.bfloat16)]
+    if older:
+        scratch.append(pltpu.VMEM((halo + walk.rows, O), jnp.float32))
+    if around.slope_of is not None or x_dtype != jnp.bfloat16:
+        scratch.append(pltpu.VMEM((walk.rows, C), jnp.bfloat16))
+    steps = pl.cdiv(walk.time, walk.rows)
+    block = (lambda s: steps - 1 - s) if mirrored else (lambda s: s)
+    w = side_by_side(w, older, mirrored) if older else w.reshape(taps * C, O)
+    return kernel, scratch, (steps, block, block), w, 2 * O if older else plan.BO
+
+
 def forward(
     x, w, plan: Plan, passes: str, out_dtype, chip: Chip, *, bias=None, saved=None,
     around: Around, interpret=False,
@@ -247,33 +279,21 @@ def forward(
       saved: like x; there, ``x * slope(saved)`` takes x's place.
     """
     (N, _, C), O, walk = x.shape, w.shape[2], plan.walk
-    packed = C % LANES == 0 or (pl.cdiv(walk.taps * C, chip.mxu) < walk.taps * pl.cdiv(C, chip.mxu))
-    kernel = functools.partial(_forward_kernel, walk, passes, packed, around)
     operand = jnp.bfloat16 if passes == "bf16" else jnp.float32
-    scratch = [pltpu.VMEM((walk.window_rows, C), operand)]
-    x_block, out_block, steps, older = walk.x_block, walk.out_block, walk.steps, 0
-    if placed := placement(walk, C, plan.BO) if passes == "bf16" else None:
-        mirrored = placed == "mirrored"
-        older = older_taps(walk, C, plan.BO, O, chip)
-        halo = round_up(walk.halo, TILE_ROWS)
-        kernel = functools.partial(in_place_kernel, walk, halo, older, mirrored, around)
-        scratch = [pltpu.VMEM((2 * halo, C), operand)]
-        if older:
-            scratch.append(pltpu.VMEM((halo + walk.rows, O), jnp.float32))
-        if around.slope_of is not None or x.dtype != operand:
-            scratch.append(pltpu.VMEM((walk.rows, C), operand))
-        steps = pl.cdiv(walk.time, walk.rows)
-        x_block = out_block = (lambda s: steps - 1 - s) if mirrored else (lambda s: s)
-    if older:
-        w = side_by_side(w, older, mirrored)
-    elif packed:
-        w = w.reshape(walk.taps * C, O)
+    placed = placement(walk, C, plan.BO) if passes == "bf16" else None
+    if placed:
+        kernel, scratch, along, w, columns = _in_place(
+            x.dtype, w, plan, around, placed == "mirrored", chip
+        )
+    else:
+        kernel, scratch, along, w, columns = _through_window(w, plan, passes, around, operand, chip)
+    steps, x_block, out_block = along
     w = {
         "bf16": lambda: (w.astype(jnp.bfloat16),),
         "bf16x3": lambda: split(w.astype(jnp.float32)),
         "f32": lambda: (w.astype(jnp.float32),),
     }[passes]()
-    block = (*w[0].shape[:-1], 2 * O if older else plan.BO)
+    block = (*w[0].shape[:-1], columns)
     w_spec = pl.BlockSpec(block, lambda o, n, s: (*(0,) * (len(block) - 1), o))
     x_spec = pl.BlockSpec((1, walk.rows, C), lambda o, n, s: (n, x_block(s), 0))
     operands, in_specs = [x], [x_spec]
