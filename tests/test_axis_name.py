@@ -155,8 +155,11 @@ def test_a_network(name, check_vma):
         return model(x, condition=condition, mask=mask, segment_ids=ids, **more)
 
     def value_and_gradients(f):
-        loss = lambda *a: jnp.sum(jnp.sin(f(*a)))  # noqa: E731
-        return jax.jit(lambda *a: (f(*a), jax.grad(loss, (0, 1))(*a)))
+        def loss(*arguments):
+            y = f(*arguments)
+            return jnp.sum(jnp.sin(y)), y
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
 
     steps = P(None, "a")
     split = jax.shard_map(

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from conv_pallas.__main__ import main
 from tests.support import environment, heeding_ctrl_c
 
 DEMO = [sys.executable, "-m", "conv_pallas", "demo"]
@@ -65,11 +66,16 @@ def test_help(demo):
     ],
     ids=str,
 )
-def test_bad_options(demo, arguments, message):
-    done = demo(*arguments)
-    assert done.returncode in (1, 2)
-    assert message in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
+def test_bad_options(arguments, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = main(["demo", *arguments])
+    except SystemExit as leaving:
+        status = leaving.code
+    errors = capsys.readouterr().err
+    assert status in (1, 2)
+    assert message in errors.splitlines()[-1]
+    assert "Traceback" not in errors
 
 
 def test_missing_extra(demo, tmp_path):
