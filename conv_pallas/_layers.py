@@ -12,8 +12,8 @@ from typing import Any
 import jax
 from flax import nnx
 
+from conv_pallas.activations import FUNCTIONS
 from conv_pallas.dispatch import Implementation
-from conv_pallas.fused import FUNCTIONS
 from conv_pallas.nn import Conv
 from conv_pallas.ops import conv1d
 from conv_pallas.spec import ConvSpec, Operation, Problem, make_spec, problem_of

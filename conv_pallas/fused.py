@@ -18,7 +18,6 @@ compositions are.
 
 import functools
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -35,21 +34,8 @@ from jax.interpreters import partial_eval as pe
 from jax.sharding import PartitionSpec as P
 
 from conv_pallas import dispatch, fused_sharding, halo, lowering, primitives, sharding, taps
+from conv_pallas.activations import FUNCTIONS, activate
 from conv_pallas.spec import ConvSpec, Epilogue, Problem, problem_of
-
-FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "relu": jax.nn.relu,
-    "gelu": jax.nn.gelu,
-    "gelu_exact": lambda z: jax.nn.gelu(z, approximate=False),
-    "silu": jax.nn.silu,
-    "tanh": jnp.tanh,
-    "sigmoid": jax.nn.sigmoid,
-}
-
-
-def activate(z: jax.Array, activation: str | None) -> jax.Array:
-    """``activation(z)``, of any shape; z itself where it is None."""
-    return z if activation is None else FUNCTIONS[activation](z)
 
 
 def times_derivative(d: jax.Array, saved: jax.Array | None, activation: str | None) -> jax.Array:

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from conv_pallas import dispatch, fused, halo, primitives, segments, sharding
+from conv_pallas.activations import FUNCTIONS
 from conv_pallas.dispatch import Implementation
 from conv_pallas.spec import ConvSpec, UnknownPaddingError, make_spec, problem_of
 
@@ -471,16 +472,16 @@ def activation_function(activation: str | Callable | None) -> Callable | None:
     """The function of an activation's name; None and a function are what they are.
 
     Raises:
-      ValueError: it is neither, nor one of `fused.FUNCTIONS`.
+      ValueError: it is neither, nor one of `FUNCTIONS`.
     """
     if activation is None or callable(activation):
         return activation
-    if not isinstance(activation, str) or activation not in fused.FUNCTIONS:
+    if not isinstance(activation, str) or activation not in FUNCTIONS:
         raise ValueError(
-            f"activation must be None, a callable or one of {', '.join(fused.FUNCTIONS)}, "
+            f"activation must be None, a callable or one of {', '.join(FUNCTIONS)}, "
             f"got {activation!r}"
         )
-    return fused.FUNCTIONS[activation]
+    return FUNCTIONS[activation]
 
 
 def result_dtype(dtype, preferred_element_type) -> np.dtype:

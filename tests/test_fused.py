@@ -459,7 +459,9 @@ def test_explain_says_who_computes_the_epilogue(monkeypatch):
     x, w, b, _ = _arrays()
     assert explain(x, w).epilogue is None
     assert explain(x, w, activation=jnp.cos).epilogue is None
-    assert "relu: by XLA (xla carries none)" in str(explain(x, w, activation="relu"))
+    assert explain(x, w, activation="relu").epilogue.startswith("relu: in xla's kernel")
+    told = explain(x, w, activation="relu", platform="cuda").epilogue
+    assert told.startswith("relu: by XLA (xla: carries none here)")
     Toy(monkeypatch)
     told = explain(x, w, b, activation="relu", implementation="toy")
     assert told.epilogue == "bias and relu: in toy's kernel; their gradients in toy's kernels"

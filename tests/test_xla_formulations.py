@@ -326,6 +326,21 @@ def test_a_sum_is_computed_once(N, T, K, first):
     assert hlo.count(" fusion(") < 80
 
 
+def test_bias_and_activation_cost_no_pass():
+    x, w, b = jnp.zeros((2, 1000, 64)), jnp.zeros((3, 1, 64)), jnp.zeros(64)
+
+    def fusions(f):
+        """The shapes that fusions leave in memory."""
+        hlo = jax.jit(f).lower(x, w, b).compile().as_text()
+        entry = hlo[hlo.index("\nENTRY") :]
+        return re.findall(r"= (\S+?)\{\S* fusion\(", entry)
+
+    layer = functools.partial(conv1d, kernel_dilation=2, feature_group_count=64)
+    plain = fusions(lambda x, w, b: layer(x, w))
+    whole = functools.partial(layer, activation="silu")
+    assert fusions(whole) == plain == ["f32[2,1000,64]"]
+
+
 # One tap in a loop; from 12 taps on 16 loops of 8 steps each, however many taps there are.
 @pytest.mark.parametrize("K, most", [(9, 20), (33, 24), (75, 24), (120, 24)])
 def test_no_more_is_compiled_for_more_taps(K, most):
@@ -348,10 +363,12 @@ def test_a_kernel_gradient_is_no_slower_in_a_loop():
     assert len(labels) == 2 and set(labels) == {"b0f_0io->b0f"}
 
 
-def test_a_loss_does_not_add_up_taps_in_its_reduction():
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_a_loss_does_not_add_up_taps_in_its_reduction(activation):
     """XLA:CPU would, element by element, of products that it writes to memory tap by tap."""
     x, w = jnp.zeros((4, 256, 64)), jnp.zeros((4, 1, 64))
-    loss = lambda x, w: jnp.sum(conv1d(x, w, feature_group_count=64) ** 2)  # noqa: E731
+    layer = functools.partial(conv1d, feature_group_count=64, activation=activation)
+    loss = lambda x, w: jnp.sum(layer(x, w) ** 2)  # noqa: E731
     hlo = jax.jit(loss).lower(x, w).compile().as_text()
     assert hlo.count(" fusion(") == 2  # the convolution, and what reduces it
 

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from conv_pallas import fused, ops, segments, streaming
+from conv_pallas import ops, segments, streaming
+from conv_pallas.activations import FUNCTIONS
 from conv_pallas.dispatch import Implementation
 from conv_pallas.nn.conv import Conv
 from conv_pallas.nn.runs import Chunk, Rehearsal, WeightNorm, Whole, is_ours
@@ -353,9 +354,9 @@ def check_options(
         raise ValueError(f"dropout must be a number in [0, 1), got {dropout!r}")
     if norm not in NORMS:
         raise ValueError(f"norm must be None, 'weight', 'layer' or 'batch', got {norm!r}")
-    if not callable(activation) and activation not in ("glu", *fused.FUNCTIONS):
+    if not callable(activation) and activation not in ("glu", *FUNCTIONS):
         raise ValueError(
-            f"activation must be a callable or one of glu, {', '.join(fused.FUNCTIONS)}, "
+            f"activation must be a callable or one of glu, {', '.join(FUNCTIONS)}, "
             f"got {activation!r}"
         )
     if not isinstance(lookahead, numbers.Integral) or not 0 <= lookahead <= most:
