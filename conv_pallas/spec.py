@@ -220,6 +220,12 @@ class Problem:
         return self.shapes[2]
 
     @property
+    def known(self) -> bool:
+        """Whether every size is a number, and none the symbol of an export."""
+        sizes = (*self.x_shape, *self.w_shape, *self.y_shape)
+        return all(isinstance(size, int) for size in sizes)
+
+    @property
     def depthwise(self) -> bool:
         """Whether every input channel is a group of its own."""
         return self.spec.groups == self.C and self.C > 1

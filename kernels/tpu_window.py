@@ -254,8 +254,7 @@ def decline_any(problem: Problem) -> str | None:
     spec = problem.spec
     if spec.stride != 1 or spec.input_dilation != 1:
         return "takes neither strides nor input dilation"
-    sizes = (*problem.x_shape, *problem.y_shape, *problem.w_shape)
-    if not all(isinstance(size, int) for size in sizes):
+    if not problem.known:
         return "needs every size to be known when it is compiled"
     for dtype in (problem.lhs_dtype, problem.rhs_dtype, problem.out_dtype):
         if dtype not in OPERANDS:

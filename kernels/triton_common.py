@@ -98,10 +98,9 @@ def decline(problem: Problem) -> str | None:
     for dtype in (problem.lhs_dtype, problem.rhs_dtype, problem.out_dtype):
         if np.dtype(dtype).name not in SUPPORTED:
             return f"takes {', '.join(SUPPORTED)}, not {np.dtype(dtype).name}"
-    sizes = (*problem.x_shape, *problem.y_shape, *problem.w_shape)
-    if not all(isinstance(size, int) for size in sizes):
+    if not problem.known:
         return "needs every size to be known when it is compiled"
-    spec = problem.spec
+    sizes, spec = (*problem.x_shape, *problem.y_shape, *problem.w_shape), problem.spec
     field = max(map(abs, spec.padding)) + spec.span
     # What a tile reaches over: of time 256 steps at most, each so many apart.
     tile = 256 * max(spec.stride, spec.input_dilation)

@@ -32,7 +32,7 @@ from conv_pallas.kernels.xla_formulations import (
     some_steps,
 )
 from conv_pallas.kernels.xla_pieces import UNROLLED, in_taps, in_turn
-from conv_pallas.spec import Epilogue, Problem
+from conv_pallas.spec import Problem
 
 DESCRIPTIONS = {
     "native": "one lax.conv_general_dilated",
@@ -219,7 +219,7 @@ def fused(problem: Problem, x: jax.Array, w: jax.Array, bias: jax.Array | None):
     Bias and activation go in front of the barrier: a pass over y less, which takes up to half of
     the time of a depthwise layer. Not both y and z: XLA then sums the taps twice.
     """
-    z = _run(dataclasses.replace(problem, epilogue=Epilogue()), x, w)
+    z = _run(problem, x, w)
     z = z if bias is None else z + bias.astype(z.dtype)[None, None]
     y = activate(z, problem.epilogue.activation)
     return lax.optimization_barrier(y)
