@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import baselines
+from benchmarks.layers import quick
 from conv_pallas._layers import Layer
 from conv_pallas.kernels import xla
 from conv_pallas.spec import Problem, lhs_rhs_out
@@ -49,6 +50,12 @@ def formulations(dry: bool) -> list[Layer]:
         layer("strided", 8, 4096, 128, 128, 4, S=2),
         layer("many-taps", 8, 4096, 64, 64, 33, 2),
     ]
+
+
+def sweep(dry: bool) -> list[Layer]:
+    """Published layers of each kind."""
+    chosen = [subject for subject in quick() if isinstance(subject, Layer)]
+    return [smaller(chosen[0])] if dry else chosen
 
 
 def smaller(layer: Layer) -> Layer:

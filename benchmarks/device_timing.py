@@ -133,12 +133,8 @@ def verdicts(results: dict[tuple[str, str], dict[str, float]]) -> list[dict]:
 
 def layers(log: Log, dry: bool) -> None:
     """The layers of the sweep, forward and training step, as a user would call them."""
-    from benchmarks.layers import quick
-
     _ceilings(log, dry)
-    chosen = [subject for subject in quick() if isinstance(subject, Layer)]
-    chosen = [device_layers.smaller(chosen[0])] if dry else chosen
-    plan = [(layer, which) for layer in chosen for which in _measure.PASSES]
+    plan = [(layer, which) for layer in device_layers.sweep(dry) for which in _measure.PASSES]
     for layer, which in log.each(plan, lambda item: item[0].name):
         programs = {}
         for name in ("ours", "xla", *BASELINES):
@@ -210,6 +206,18 @@ def pytorch(log: Log, dry: bool) -> None:
 
 def tuning(log: Log, dry: bool) -> None:
     """Tiles for the goals' layers; the file belongs into kernels/, and the next step reads it."""
+    _tuned(log, dry, device_layers.goals(dry)[:3])
+
+
+def defaults(log: Log, dry: bool) -> None:
+    """Whether ours or XLA's is to be the default in the layers of the sweep; the file as above.
+
+    In so little time hardly a tile is tried: it is the heuristic's that is compared.
+    """
+    _tuned(log, dry, device_layers.sweep(dry))
+
+
+def _tuned(log: Log, dry: bool, chosen: list[Layer]) -> None:
     if dry:
         return log.write(skipped="there is no GPU to tune for")
     from conv_pallas.kernels import triton_compat, triton_tuned
@@ -222,14 +230,13 @@ def tuning(log: Log, dry: bool) -> None:
         if file.exists():
             write_whole(log.path.with_name(file.name), file.read_bytes())
 
-    chosen = device_layers.goals(dry)[:3]
     operations = [len(device_layers.operations(layer)) for layer in chosen]
     for layer in log.each(chosen, lambda layer: layer.name):
         x, w, _, _ = device_layers.arrays(layer)
         left = operations[chosen.index(layer) :]
         found = tune(
             x, w, seconds=log.left() * left[0] / sum(left), report=told,
-            kernel_dilation=layer.D, feature_group_count=layer.G,
+            **layer.geometry,
         )  # fmt: skip
         log.write(layer=layer.name, tiles=found)
 

@@ -46,12 +46,13 @@ STEPS = {
     "correctness": (110, 6),
     "goals": (75, 1),
     "repeatability": (30, 1),
-    "sanitizer": (80, 1),
-    "tuning": (70, 1),
+    "sanitizer": (70, 1),
+    "tuning": (60, 1),
+    "defaults": (30, 1),
     "against": (60, 1),
     "layers": (50, 1),
     "pytorch": (30, 1),
-    "formulations": (40, 1),
+    "formulations": (30, 1),
 }
 
 

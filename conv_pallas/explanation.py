@@ -9,7 +9,7 @@ import jax
 import jax.extend
 from jax._src.lax import lax as lax_internal
 
-from conv_pallas import dispatch, segments
+from conv_pallas import dispatch, segments, tracing
 from conv_pallas.dispatch import Implementation
 from conv_pallas.ops import (
     conv1d,
@@ -20,7 +20,7 @@ from conv_pallas.ops import (
     result_dtype,
     unfused_reason,
 )
-from conv_pallas.spec import OPERATIONS, ConvSpec, Epilogue, Problem, make_spec
+from conv_pallas.spec import OPERATIONS, Epilogue, Problem, make_spec
 
 NOTHING = "nothing that was asked for"
 
@@ -233,61 +233,15 @@ def _explain_problem(
 
 
 def _explain_model(model: Callable, x, platform: str) -> ModelExplanation:
-    from flax import nnx  # which functions alone do without
-
-    if isinstance(model, nnx.Module):  # its state may change in a call, and none outside of one may
-        graph, state = nnx.split(model)
-        closed = jax.make_jaxpr(lambda state, x: nnx.merge(graph, state)(x))(state, x)
-    else:
-        closed = jax.make_jaxpr(model)(x)
-    told, times, left = {}, {}, 0
-    for eqn, count in _equations(closed.jaxpr):
-        if eqn.primitive.name == "conv_general_dilated":
-            left += count
-        elif eqn.primitive.name in ("conv1d", "conv1d_fused"):
-            words, asked = _asked(eqn, platform)
-            times[words] = times.get(words, 0) + count
-            if words not in told:
-                told[words] = _explain_problem(*asked)
+    found, left = tracing.convolutions(model, x)
+    told, times = {}, {}
+    for convolution, count in found:
+        words = str(convolution)
+        times[words] = times.get(words, 0) + count
+        if words not in told:
+            ask = functools.partial(convolution.problem, platform=platform)
+            told[words] = _explain_problem(ask, convolution.implementation, convolution.epilogue)
     return ModelExplanation(platform, told, times, left)
-
-
-def _equations(jaxpr, times: int = 1):
-    """All equations, those within others too, and how often each runs in loops of known length."""
-    for eqn in jaxpr.eqns:
-        yield eqn, times
-        inside = times * eqn.params["length"] if eqn.primitive.name == "scan" else times
-        for sub in jax.extend.core.jaxprs_in_params(eqn.params):
-            yield from _equations(sub, inside)
-
-
-def _asked(eqn, platform: str) -> tuple[str, tuple]:
-    """A forward convolution in words, and as the arguments of `_explain_problem`."""
-    params, (x, w) = eqn.params, (v.aval for v in eqn.invars[:2])
-    kernels = params.get("kernel_batch", 0)  # of `jax.vmap`: what one of them would be given
-    x, w = (jax.ShapeDtypeStruct(a.shape[kernels:], a.dtype) for a in (x, w))
-    spec: ConvSpec = params["spec"]
-    given = dict(x=x, w=w, spec=spec, precision=params["precision"], out_dtype=params["out_dtype"])
-    ask = functools.partial(problem_of, **given, platform=platform)
-    epilogue = Epilogue(params.get("has_bias", False), params.get("activation"))
-    usual = ConvSpec(spec.time, spec.kernel_size, padding=(spec.span - 1, 0))
-    words = [f"x {x.shape}, kernel {w.shape}, {x.dtype.name}"]
-    for name, argument in _ARGUMENTS.items():
-        if getattr(spec, name) != getattr(usual, name):
-            words.append(f"{argument}={getattr(spec, name)}")
-    if epilogue.activation:
-        words.append(f"activation={epilogue.activation}")
-    return ", ".join(words), (ask, params["implementation"], epilogue)
-
-
-# What a ConvSpec's fields are called where people set them.
-_ARGUMENTS = dict(
-    stride="strides",
-    padding="padding",
-    kernel_dilation="kernel_dilation",
-    input_dilation="input_dilation",
-    groups="feature_group_count",
-)
 
 
 def _explain_epilogue(problem: Problem, epilogue: Epilogue, chain, outside: str | None) -> str:

@@ -39,7 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 import triton
 
-from conv_pallas.kernels import Kernel, triton_compat, triton_resident
+from conv_pallas.kernels import Kernel, triton_compat, triton_resident, triton_tuned
 from conv_pallas.kernels.triton_activation import gradient_in_xla
 from conv_pallas.kernels.triton_common import (
     Phases,
@@ -400,7 +400,7 @@ KERNEL = Kernel(
     backward=backward,
     decline_backward=lambda problem, wanted: decline(problem),
     keeps=keeps,
-    # Nobody has measured it on a chip yet, so that it runs only where it is asked for.
-    priority=None,
+    priority=triton_tuned.priority,
+    by_name=triton_tuned.by_name,
     opaque=True,
 )

@@ -34,7 +34,7 @@ import numpy as np
 import triton
 import triton.language as tl
 
-from conv_pallas.kernels import Kernel
+from conv_pallas.kernels import Kernel, triton_tuned
 from conv_pallas.kernels import triton_compat as compat
 from conv_pallas.kernels import triton_depthwise_taps as taps
 from conv_pallas.kernels import triton_depthwise_walk as walk
@@ -357,7 +357,7 @@ KERNEL = Kernel(
     backward=backward,
     decline_backward=lambda problem, wanted: decline(problem),
     recomputes=lambda problem: walk.decline(problem.spec, problem.C, problem.O) is None,
-    # Nobody has measured it on a chip yet, so that it runs only where it is asked for.
-    priority=None,
+    priority=triton_tuned.priority,
+    by_name=triton_tuned.by_name,
     opaque=True,
 )

@@ -1,5 +1,6 @@
 """`tune`, with the timing of a chip that is not here."""
 
+import dataclasses
 import functools
 import json
 import types
@@ -7,10 +8,12 @@ import types
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 from benchmarks import device_layers, device_timing
 from benchmarks.on_device import Log
-from conv_pallas import aot, conv1d, tuning
+from conv_pallas import aot, conv1d, explain, tuning
+from conv_pallas.nn import TCN
 
 pytest.importorskip("jax_triton")
 
@@ -58,6 +61,7 @@ def test_tune_writes_what_later_compilations_find(h200):
     assert triton_tuned.lookup(KEY) == (8, 64, 16, 4)
     stored = json.loads(file.read_text())
     assert stored["tiles"] == {key: list(tile) for key, tile in found.items()} | {"other": [1, 2]}
+    assert stored["measured"][KEY]["seconds"] == 0.5 / 8
     # One call of so small a layer is 8 runs.
     assert any("(4, 64, 32, 4): 125000.0 us" in line for line in lines)
     # No power of two: Triton refuses it, which is told, and the others are tried all the same.
@@ -99,7 +103,7 @@ def test_what_is_hardly_faster_is_not_kept(h200):
     seconds[(4, 64, 32, 4)] = 0.99
     x, w = aot.struct((2, 512, 64), jnp.bfloat16), aot.struct((4, 1, 64), jnp.bfloat16)
     assert tuning.tune(x, w, feature_group_count=64, report=lambda line: None, seconds=30) == {}
-    assert not file.exists()
+    assert json.loads(file.read_text())["tiles"] == {}
 
 
 def test_a_tile_that_changes_nothing_is_not_tried(h200, monkeypatch):
@@ -137,11 +141,12 @@ def test_every_operation_has_its_share_of_the_time(h200, monkeypatch):
     assert clock[0] <= 150
 
 
-def test_every_layer_has_its_share_of_the_step(h200, tmp_path, monkeypatch):
-    given, layers = [], device_layers.goals(True)
-    monkeypatch.setattr(device_layers, "goals", lambda dry: layers)
+@pytest.mark.parametrize("step, layers", [("tuning", "goals"), ("defaults", "sweep")])
+def test_every_layer_has_its_share_of_the_step(step, layers, h200, tmp_path, monkeypatch):
+    given, chosen = [], device_layers.goals(True)[:3]
+    monkeypatch.setattr(device_layers, layers, lambda dry: chosen)
     monkeypatch.setattr(tuning, "tune", lambda x, w, seconds, **more: given.append(seconds))
-    device_timing.tuning(Log(tmp_path, "tuning", 800), False)
+    getattr(device_timing, step)(Log(tmp_path, step, 800), False)
     # Of eight operations, five, and two: where nothing takes any time, the last has it all.
     assert given == pytest.approx([800 * 3 / 8, 800 * 3 / 5, 800], rel=0.01)
 
@@ -171,10 +176,198 @@ def test_taps_that_see_padding_alone_are_not_tuned(T, backward):
     """Of 12 taps two see any of 40 steps: so few have one kernel for the whole backward pass."""
     x, w = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((1, T, 8), (12, 1, 8)))
     geometry = dict(feature_group_count=8, kernel_dilation=30, precision="highest")
-    assert len(list(tuning._programs(x, w, geometry))) == 1 + backward
+    (convolution,) = tuning._convolutions(x, w, geometry, print)
+    assert len(list(tuning._trials(convolution))) == 1 + backward
 
 
 def test_tune_needs_a_gpu():
     x, w = jnp.ones((2, 8, 4)), jnp.ones((3, 4, 4))
     with pytest.raises(RuntimeError, match="tune needs an NVIDIA GPU, and JAX runs on cpu"):
         tuning.tune(x, w)
+
+
+# --- ours or XLA's --------------------------------------------------------------------------------
+
+DENSE = (2, 512, 64), (3, 64, 64)
+
+
+def _quiet(*args, **more):
+    return tuning.tune(*args, **more, report=lambda line: None)
+
+
+def _chosen(x=DENSE[0], w=DENSE[1], dtype=jnp.bfloat16, **geometry) -> list[str]:
+    """Who runs each operation on that H200."""
+    told = explain(aot.struct(x, dtype), aot.struct(w, dtype), platform="cuda", **geometry)
+    return list(told.chosen.values())
+
+
+def _tune_dense(**geometry):
+    x, w = (aot.struct(shape, jnp.bfloat16) for shape in DENSE)
+    return _quiet(x, w, **geometry)
+
+
+@pytest.fixture
+def one_tile(h200, monkeypatch):
+    monkeypatch.setattr(tuning, "DENSE_TILES", ((64, 64, 32, 4, 3),))
+    return h200
+
+
+@pytest.mark.parametrize("by", ["the heuristic", "a tile"])
+def test_what_was_measured_to_be_faster_than_xla_is_the_default(one_tile, by):
+    seconds, _ = one_tile
+    seconds[None if by == "the heuristic" else (64, 64, 32, 4, 3)] = 0.5
+    assert _chosen(kernel_dilation=4) == ["xla"] * 3
+    _tune_dense(kernel_dilation=4)
+    assert _chosen(kernel_dilation=4) == ["triton"] * 3
+    layer = functools.partial(conv1d, kernel_dilation=4)
+    loss = lambda x, w: layer(x, w).astype(jnp.float32).sum()  # noqa: E731
+    x, w = (aot.struct(shape, jnp.bfloat16) for shape in DENSE)
+    for name, f in {"forward": layer, "step": jax.grad(loss, argnums=(0, 1))}.items():
+        assert "triton" in aot.lower_for("h200", f, x, w).as_text(), name
+    # What was measured says nothing of others.
+    assert _chosen(kernel_dilation=8) == ["xla"] * 3
+    assert _chosen(kernel_dilation=4, padding=[(8, 1)]) == ["xla"] * 3
+    assert _chosen(kernel_dilation=4, padding=[(7, 0)]) == ["xla"] * 3
+    assert _chosen(kernel_dilation=4, precision="highest") == ["xla"] * 3
+    assert _chosen(kernel_dilation=4, preferred_element_type="float32") == ["xla"] * 3
+    assert _chosen(kernel_dilation=4, dtype=jnp.float16) == ["xla"] * 3
+    assert _chosen(x=(2, 513, 64), kernel_dilation=4) == ["xla"] * 3
+    assert _chosen(x=(3, 512, 64), kernel_dilation=4) == ["xla"] * 3
+    # Time and batch count by powers of two, as they do for tiles.
+    assert _chosen(x=(2, 500, 64), kernel_dilation=4) == ["triton"] * 3
+
+
+def test_another_device_knows_nothing_of_it(one_tile, monkeypatch):
+    seconds, _ = one_tile
+    seconds[None] = 0.5
+    _tune_dense()
+    monkeypatch.setattr(triton_compat, "device_kind", lambda: "NVIDIA B200")
+    assert _chosen() == ["xla"] * 3
+    monkeypatch.setattr(triton_compat, "device_kind", lambda: None)
+    assert _chosen() == ["xla"] * 3
+
+
+@pytest.mark.parametrize("theirs", [1.0, 0.4])
+def test_what_is_hardly_faster_than_xla_is_not_the_default(one_tile, theirs):
+    seconds, _ = one_tile
+    seconds[None], seconds["xla"] = 0.99, theirs
+    x, w = (aot.struct(shape, jnp.bfloat16) for shape in DENSE)
+    told = lambda: str(explain(x, w, platform="cuda"))  # noqa: E731
+    assert "has not compared it with XLA" in told()
+    _tune_dense()
+    assert _chosen() == ["xla"] * 3
+    assert "XLA was measured to be as fast" in told()
+    assert "has not compared it with XLA" not in told()
+
+
+def test_each_operation_has_a_default_of_its_own(one_tile, monkeypatch):
+    """The kernel gradient alone is faster: it alone is ours."""
+    turns = iter([1.0, 1.0, 0.5])
+    monkeypatch.setattr(
+        tuning._measure, "interleaved",
+        lambda calls, settings: dict.fromkeys(calls, (1.0,)) | {None: (next(turns),)},
+    )  # fmt: skip
+    _tune_dense()
+    assert _chosen() == ["xla", "xla", "triton"]
+
+
+def test_who_disagrees_with_xla_is_not_the_default(one_tile, monkeypatch):
+    seconds, _ = one_tile
+    seconds[None] = 0.5
+    _tune_dense()
+    assert _chosen() == ["triton"] * 3
+    monkeypatch.setattr(tuning._measure, "difference_there", lambda a, b: 0.04)
+    lines = []
+    x, w = (aot.struct(shape, jnp.bfloat16) for shape in DENSE)
+    assert tuning.tune(x, w, report=lines.append) == {}
+    assert "forward xla: is off by 0.04 of the largest element" in lines
+    assert _chosen() == ["xla"] * 3
+
+
+def test_a_tile_that_is_beaten_is_forgotten(one_tile, monkeypatch):
+    seconds, _ = one_tile
+    tile = (64, 64, 32, 4, 3)
+    seconds[tile] = 0.5
+    assert set(_tune_dense().values()) == {tile}
+    # It takes part without being among those that are tried.
+    monkeypatch.setattr(tuning, "DENSE_TILES", ((32, 32, 32, 4, 3),))
+    assert set(_tune_dense().values()) == {tile}
+    seconds[tile] = 1.0
+    assert _tune_dense() == {}
+    assert triton_tuned.content("NVIDIA H200")["tiles"] == {}
+
+
+def test_a_model_is_tuned_and_then_runs_ours(one_tile):
+    """Those of equal tiles are tuned once, and each dilation compared with XLA."""
+    seconds, file = one_tile
+    tile = (64, 64, 32, 4, 3)
+    seconds[tile] = 0.5
+    model = TCN(64, [64] * 2, 64, kernel_size=3, dropout=0.0, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    x = aot.struct((2, 512, 64), jnp.bfloat16)
+    lines = []
+    found = tuning.tune(model, x, report=lines.append)
+    assert set(found.values()) == {tile}
+    told = explain(model, x, platform="cuda")
+    assert len(told.convolutions) >= 2
+    for one in told.convolutions.values():
+        assert list(one.chosen.values()) == ["triton"] * 3, told
+    compared = json.loads(file.read_text())["against_xla"]
+    assert all(any(f" dilation {D}" in key for key in compared) for D in (1, 2))
+    tried = [line for line in lines if line.startswith(f"forward {tile}:")]
+    assert len(tried) == len(compared) // 3 and len(found) < len(compared)
+
+
+def test_what_the_kernels_cannot_run_is_told_and_left_out(one_tile):
+    seconds, _ = one_tile
+    seconds[None] = 0.5
+
+    unknown = jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X3
+
+    def two(x):
+        w = jnp.ones((3, 64, 64), jnp.bfloat16)
+        return conv1d(x, w), conv1d(x.astype(jnp.float32), w, precision=unknown)
+
+    lines = []
+    tuning.tune(two, aot.struct(DENSE[0], jnp.bfloat16), report=lines.append)
+    assert any("knows the precisions DEFAULT, HIGH and HIGHEST" in line for line in lines), lines
+    assert _chosen() == ["triton"] * 3
+    with pytest.raises(NotImplementedError, match="'triton' can't run conv1d"):
+        _quiet(*(aot.struct(shape, jnp.float32) for shape in DENSE), precision=unknown)
+    with pytest.raises(TypeError, match="a model knows its own geometry"):
+        _quiet(two, aot.struct(DENSE[0], jnp.bfloat16), strides=2)
+
+
+def test_a_kernel_that_fails_costs_the_others_nothing(one_tile, monkeypatch):
+    seconds, _ = one_tile
+    seconds[None] = 0.5
+    trials = tuning._trials
+
+    def broken(convolution):
+        def fails(implementation):
+            raise ZeroDivisionError("broken")
+
+        first, *rest = trials(convolution)
+        return [dataclasses.replace(first, function=fails), *rest]
+
+    _tune_dense()
+    assert _chosen() == ["triton"] * 3
+    monkeypatch.setattr(tuning, "_trials", broken)
+    with pytest.raises(RuntimeError, match=r"forward of x .* can't be measured: Zero.*: broken"):
+        _tune_dense()
+    assert _chosen() == ["xla", "triton", "triton"]
+
+
+def test_a_folder_of_ones_own(one_tile, monkeypatch, tmp_path):
+    """Where the package can't be written to; what the package knows stays known."""
+    seconds, shipped = one_tile
+    seconds[None] = 0.5
+    _tune_dense()
+    monkeypatch.setenv(triton_tuned.ENVIRONMENT_VARIABLE, str(tmp_path / "own"))
+    triton_tuned.forget()
+    before = shipped.read_text()
+    _tune_dense(kernel_dilation=2)
+    assert shipped.read_text() == before
+    assert _chosen() == _chosen(kernel_dilation=2) == ["triton"] * 3
+    seconds[None] = 2.0
+    _tune_dense()  # its own word is the last
+    assert _chosen() == ["xla"] * 3

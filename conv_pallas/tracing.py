@@ -1,0 +1,99 @@
+"""The convolutions of a model, or of any other function, found by tracing it."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.extend
+import numpy as np
+
+from conv_pallas.spec import ConvSpec, Epilogue, Operation, Problem, problem_of
+
+# What a ConvSpec's fields are called where people set them.
+ARGUMENTS = dict(
+    stride="strides",
+    padding="padding",
+    kernel_dilation="kernel_dilation",
+    input_dilation="input_dilation",
+    groups="feature_group_count",
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Convolution:
+    """A forward convolution of ours. ``str`` puts it in words.
+
+    Attributes:
+      x, w: shapes and dtypes, ``(*batch, T, C)`` and ``(K, C // G, O)``; of kernels that
+        `jax.vmap` batches, what one of them would be given.
+      out_dtype: of y.
+      implementation: the names to try in order, or None.
+    """
+
+    x: jax.ShapeDtypeStruct
+    w: jax.ShapeDtypeStruct
+    spec: ConvSpec
+    precision: Any
+    out_dtype: np.dtype
+    implementation: tuple[str, ...] | None
+    epilogue: Epilogue
+
+    def problem(self, operation: Operation, platform: str) -> Problem:
+        """The problem of one of its operations, without the epilogue."""
+        return problem_of(
+            operation, self.x, self.w, self.spec, self.precision, self.out_dtype, platform
+        )
+
+    def __str__(self) -> str:
+        usual = ConvSpec(self.spec.time, self.spec.kernel_size, padding=(self.spec.span - 1, 0))
+        words = [f"x {self.x.shape}, kernel {self.w.shape}, {self.x.dtype.name}"]
+        for name, argument in ARGUMENTS.items():
+            if getattr(self.spec, name) != getattr(usual, name):
+                words.append(f"{argument}={getattr(self.spec, name)}")
+        if self.epilogue.activation:
+            words.append(f"activation={self.epilogue.activation}")
+        return ", ".join(words)
+
+
+def convolutions(model: Callable, x: Any) -> tuple[list[tuple[Convolution, int]], int]:
+    """Each convolution of ``model(x)`` with how often it runs, and how often `jax.lax`'s own does.
+
+    Args:
+      model: a `flax.nnx.Module` or a function of one argument.
+      x: the argument, of arrays or anything with shape and dtype.
+    """
+    from flax import nnx  # which functions alone do without
+
+    if isinstance(model, nnx.Module):  # its state may change in a call, and none outside of one may
+        graph, state = nnx.split(model)
+        closed = jax.make_jaxpr(lambda state, x: nnx.merge(graph, state)(x))(state, x)
+    else:
+        closed = jax.make_jaxpr(model)(x)
+    found, left = [], 0
+    for eqn, count in _equations(closed.jaxpr):
+        if eqn.primitive.name == "conv_general_dilated":
+            left += count
+        elif eqn.primitive.name in ("conv1d", "conv1d_fused"):
+            found.append((_convolution(eqn), count))
+    return found, left
+
+
+def _equations(jaxpr, times: int = 1) -> Iterator[tuple[Any, int]]:
+    """All equations, those within others too, and how often each runs in loops of known length."""
+    for eqn in jaxpr.eqns:
+        yield eqn, times
+        inside = times * eqn.params["length"] if eqn.primitive.name == "scan" else times
+        for sub in jax.extend.core.jaxprs_in_params(eqn.params):
+            yield from _equations(sub, inside)
+
+
+def _convolution(eqn) -> Convolution:
+    params, (x, w) = eqn.params, (v.aval for v in eqn.invars[:2])
+    kernels = params.get("kernel_batch", 0)
+    x, w = (jax.ShapeDtypeStruct(a.shape[kernels:], a.dtype) for a in (x, w))
+    return Convolution(
+        x, w, params["spec"], params["precision"], np.dtype(params["out_dtype"]),
+        params["implementation"],
+        Epilogue(params.get("has_bias", False), params.get("activation")),
+    )  # fmt: skip
