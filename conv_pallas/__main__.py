@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 import os
 import signal
 import sys
@@ -10,7 +11,10 @@ from pathlib import Path
 
 from conv_pallas import aot, dispatch
 
-_EXTRAS = {"demo": ("matplotlib", "optax", "rich", "sklearn")}
+_EXTRAS = {
+    "demo": ("matplotlib", "optax", "rich", "sklearn"),
+    "cuda": ("triton", "jax_triton"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_inspect(commands)
     _add_explain(commands)
+    _add_tune(commands)
     return parser
 
 
@@ -122,6 +127,23 @@ def _add_explain(commands) -> None:
     explain.add_argument("--dtype", metavar="DTYPE", help="instead of the layer's own")
     explain.add_argument(
         "--implementation", type=_implementation, metavar="NAME", help="as in the library"
+    )
+
+
+def _add_tune(commands) -> None:
+    tune = commands.add_parser(
+        "tune",
+        help="measure a layer's Triton kernels on the GPU at hand",
+        description="Tries tiles of the Triton kernels on this GPU, compares the best with XLA, "
+        "and writes what it finds to where later compilations look: what was faster than XLA is "
+        "the default from then on. Needs the extra cuda. To tune a model of your own, call "
+        "conv_pallas.tuning.tune(model, x).",
+    )
+    tune.set_defaults(run=_tune)
+    _add_layer(tune, "+")
+    tune.add_argument("--dtype", metavar="DTYPE", help="instead of the layer's own")
+    tune.add_argument(
+        "--seconds", type=_positive, metavar="N", help="after which nothing more is tried"
     )
 
 
@@ -185,6 +207,30 @@ def _explain(options: argparse.Namespace) -> int:
             ))  # fmt: skip
     except (ValueError, TypeError, NotImplementedError) as e:
         return _fail(str(e))
+    return 0
+
+
+def _tune(options: argparse.Namespace) -> int:
+    from conv_pallas import explanation, inspection, tuning
+
+    try:
+        layer = _layer(options.layer, options.dtype)
+        x, kernel, _, _ = inspection.structs(layer)
+        tuning.tune(x, kernel, seconds=options.seconds or math.inf, **layer.geometry)
+    except (ValueError, TypeError, NotImplementedError) as e:
+        return _fail(str(e))
+    except RuntimeError as e:
+        if explanation.default_platform() == "cuda":
+            raise
+        return _fail(str(e))
+    except ModuleNotFoundError as e:
+        if e.name not in _EXTRAS["cuda"]:
+            raise
+        return _fail(f"tune needs {e.name}: pip install 'conv_pallas[cuda]'")
+    except OSError as e:
+        from conv_pallas.kernels.triton_tuned import ENVIRONMENT_VARIABLE
+
+        return _fail(f"name a folder that can be written to in {ENVIRONMENT_VARIABLE}: {e}")
     return 0
 
 

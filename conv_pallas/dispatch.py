@@ -82,8 +82,14 @@ def canonicalize(implementation: Implementation) -> tuple[str, ...] | None:
     return wanted
 
 
-def candidates(problem: Problem) -> list[tuple[Candidate, object | None]]:
-    """Every implementation's answer with its kernel, those that would be picked first."""
+def candidates(
+    problem: Problem, implementation: tuple[str, ...] | None = None
+) -> list[tuple[Candidate, object | None]]:
+    """Every implementation's answer with its kernel, those that would be picked first.
+
+    Args:
+      implementation: from `canonicalize`; others are not asked whether they would be the default.
+    """
     from conv_pallas import kernels
 
     found, missing = kernels.discover()
@@ -97,7 +103,9 @@ def candidates(problem: Problem) -> list[tuple[Candidate, object | None]]:
             reason = kernel.decline(problem)
         rank, how, by_name = -2, None, None
         if reason is None:
-            how, rank = kernel.describe(problem), kernel.rank(problem)
+            how, rank = kernel.describe(problem), -1
+            if implementation is None or kernel.implementation in implementation:
+                rank = kernel.rank(problem)
             if rank is None:
                 rank, by_name = -1, kernel.by_name(problem)
         answers.append((rank, Candidate(kernel.implementation, reason, how, by_name), kernel))
@@ -122,7 +130,7 @@ def select(problem: Problem, implementation: tuple[str, ...] | None):
     Raises:
       NotImplementedError: none of those asked for can; it says why for each.
     """
-    answers = candidates(problem)
+    answers = candidates(problem, implementation)
     if implementation is None:
         for candidate, kernel in answers:
             if candidate.reason is None and candidate.by_name is None:

@@ -46,8 +46,11 @@ def lower(ctx, *operands, platform: str, local: Callable, split: Callable, **par
       split: ``split(avals, **params)``, the `sharding.Split` of operands of these types.
     """
 
+    exported = ctx.module_context.lowering_parameters.for_export
+
     def here(partitioned: bool = False):
-        return functools.partial(local, on=dict(platform=platform, partitioned=partitioned))
+        on = dict(platform=platform, partitioned=partitioned, exported=exported)
+        return functools.partial(local, on=on)
 
     mesh = ctx.avals_out[0].sharding.mesh
     if mesh.explicit_axes:

@@ -19,7 +19,6 @@ What comes from ``jax._src`` here and in `fused` has no public name in jax 0.12:
 `jax.lax`'s own primitives are made with, and the tables of checkify and of the devices.
 """
 
-import dataclasses
 import functools
 import math
 from typing import Any
@@ -121,8 +120,7 @@ def _compute(
 def _run_as_groups(problem: Problem, kernels: int, lhs, rhs, implementation):
     """V convolutions as one with V times the groups."""
     join = lambda a: jnp.moveaxis(a, 0, -2).reshape(*a.shape[1:-1], kernels * a.shape[-1])  # noqa: E731
-    spec = dataclasses.replace(problem.spec, groups=problem.spec.groups * kernels)
-    wide = dataclasses.replace(problem, spec=spec, C=problem.C * kernels, O=problem.O * kernels)
+    wide = problem.in_groups(kernels)
     out = dispatch.select(wide, implementation).run(wide, join(lhs), join(rhs))
     return jnp.moveaxis(out.reshape(*out.shape[:-1], kernels, -1), -2, 0)
 

@@ -182,6 +182,8 @@ class Problem:
         `Kernel.backward`; `Kernel.run` never sees one.
       partitioned: whether XLA's partitioner is to split what the operation is lowered to; else
         all sizes are those of one device.
+      exported: whether it is lowered for `jax.export`, which keeps what is to run elsewhere, later
+        and by other versions.
     """
 
     operation: Operation
@@ -196,6 +198,7 @@ class Problem:
     platform: str
     epilogue: Epilogue = Epilogue()
     partitioned: bool = False
+    exported: bool = False
 
     @property
     def x_shape(self) -> tuple[int, int, int]:
@@ -241,6 +244,11 @@ class Problem:
             return self.spec.transposed(), self.O, self.C
         return self.spec, self.C, self.O
 
+    def in_groups(self, count: int) -> "Problem":
+        """So many of these with a kernel each, as one with so many times the groups."""
+        spec = dataclasses.replace(self.spec, groups=self.spec.groups * count)
+        return dataclasses.replace(self, spec=spec, C=self.C * count, O=self.O * count)
+
     def gradient(self, operation: Operation) -> "Problem":
         """A gradient of this forward convolution, with its epilogue."""
         lhs, rhs, out = lhs_rhs_out(operation, self.lhs_dtype, self.rhs_dtype, self.out_dtype)
@@ -250,9 +258,8 @@ class Problem:
 
 
 def problem_of(
-    operation: Operation, x, w, spec: ConvSpec, precision, out_dtype, platform: str = "cpu",
-    partitioned: bool = False,
-) -> Problem:  # fmt: skip
+    operation: Operation, x, w, spec: ConvSpec, precision, out_dtype, platform: str = "cpu", **on
+) -> Problem:
     """What each device would be given were nothing sharded or vmapped.
 
     Its taps are those of `ConvSpec.live_taps`, where there are any.
@@ -260,12 +267,13 @@ def problem_of(
     Args:
       x, w: ``(*batch, T, C)`` and ``(K, C // G, O)``, or what has their shapes and dtypes.
       out_dtype: of y.
+      on: further fields of `Problem`.
     """
     dtypes = map(np.dtype, lhs_rhs_out(operation, x.dtype, w.dtype, out_dtype))
     N, C, O = math.prod(x.shape[:-2]), x.shape[-1], w.shape[-1]
     live = spec.live_taps
     spec = spec.of_taps(live) if live else spec
-    return Problem(operation, spec, N, C, O, *dtypes, precision, platform, partitioned=partitioned)
+    return Problem(operation, spec, N, C, O, *dtypes, precision, platform, **on)
 
 
 def _is_sequence(value: Any) -> bool:

@@ -1,6 +1,7 @@
 """The convolutions of a model, or of any other function, found by tracing it."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax
 import jax.extend
 import numpy as np
 
+from conv_pallas import dispatch
 from conv_pallas.spec import ConvSpec, Epilogue, Operation, Problem, problem_of
 
 # What a ConvSpec's fields are called where people set them.
@@ -25,10 +27,11 @@ class Convolution:
     """A forward convolution of ours. ``str`` puts it in words.
 
     Attributes:
-      x, w: shapes and dtypes, ``(*batch, T, C)`` and ``(K, C // G, O)``; of kernels that
-        `jax.vmap` batches, what one of them would be given.
+      x, w: shapes and dtypes, ``(*batch, T, C)`` and ``(K, C // G, O)``.
       out_dtype: of y.
       implementation: the names to try in order, or None.
+      kernels: how many of these there are at once, each with a kernel of its own, as `jax.vmap`
+        makes them; else 1.
     """
 
     x: jax.ShapeDtypeStruct
@@ -38,12 +41,36 @@ class Convolution:
     out_dtype: np.dtype
     implementation: tuple[str, ...] | None
     epilogue: Epilogue
+    kernels: int = 1
 
     def problem(self, operation: Operation, platform: str) -> Problem:
         """The problem of one of its operations, without the epilogue."""
-        return problem_of(
+        problem = problem_of(
             operation, self.x, self.w, self.spec, self.precision, self.out_dtype, platform
         )
+        if self.kernels > 1:
+            try:
+                one = dispatch.select(problem, self.implementation)
+            except NotImplementedError:  # as whoever asks for it then is told
+                return problem
+            if one.many(problem) is None:
+                return problem.in_groups(self.kernels)
+        return problem
+
+    def in_groups(self) -> "Convolution":
+        """All its kernels in one, as so many times the groups; without the epilogue."""
+        count, groups = self.kernels, self.spec.groups
+        widen = lambda a: jax.ShapeDtypeStruct((*a.shape[:-1], count * a.shape[-1]), a.dtype)  # noqa: E731
+        return dataclasses.replace(
+            self, x=widen(self.x), w=widen(self.w), epilogue=Epilogue(), kernels=1,
+            spec=dataclasses.replace(self.spec, groups=count * groups),
+        )  # fmt: skip
+
+    def of_one_batch_axis(self) -> "Convolution":
+        """The same, with x of three axes."""
+        x = self.x
+        shape = (math.prod(x.shape[:-2]), *x.shape[-2:])
+        return dataclasses.replace(self, x=jax.ShapeDtypeStruct(shape, x.dtype))
 
     def __str__(self) -> str:
         usual = ConvSpec(self.spec.time, self.spec.kernel_size, padding=(self.spec.span - 1, 0))
@@ -53,6 +80,8 @@ class Convolution:
                 words.append(f"{argument}={getattr(self.spec, name)}")
         if self.epilogue.activation:
             words.append(f"activation={self.epilogue.activation}")
+        if self.kernels > 1:
+            words.append(f"{self.kernels} kernels at once")
         return ", ".join(words)
 
 
@@ -90,10 +119,11 @@ def _equations(jaxpr, times: int = 1) -> Iterator[tuple[Any, int]]:
 
 def _convolution(eqn) -> Convolution:
     params, (x, w) = eqn.params, (v.aval for v in eqn.invars[:2])
-    kernels = params.get("kernel_batch", 0)
-    x, w = (jax.ShapeDtypeStruct(a.shape[kernels:], a.dtype) for a in (x, w))
+    batch = params.get("kernel_batch", 0)
+    kernels = math.prod(w.shape[:batch])
+    x, w = (jax.ShapeDtypeStruct(a.shape[batch:], a.dtype) for a in (x, w))
     return Convolution(
         x, w, params["spec"], params["precision"], np.dtype(params["out_dtype"]),
         params["implementation"],
-        Epilogue(params.get("has_bias", False), params.get("activation")),
+        Epilogue(params.get("has_bias", False), params.get("activation")), kernels,
     )  # fmt: skip

@@ -17,6 +17,7 @@ import functools
 import json
 import math
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,9 +25,9 @@ from typing import Any
 
 import jax
 
-from conv_pallas import _measure, dispatch, tracing
+from conv_pallas import __version__, _measure, dispatch, explanation, tracing
 from conv_pallas.ops import conv1d
-from conv_pallas.spec import OPERATIONS, Epilogue, Operation, Problem
+from conv_pallas.spec import OPERATIONS, Operation
 from conv_pallas.tracing import Convolution
 
 # The most promising first, as a run on a lent GPU has no time for all.
@@ -55,12 +56,11 @@ TAPS_TILES = (
     (2, 128, 16, 4), (1, 256, 16, 4), (4, 64, 22, 4), (2, 128, 17, 4), (4, 64, 11, 4),
     (8, 64, 11, 8), (8, 128, 11, 8), (8, 64, 12, 8), (4, 128, 11, 8),
 )  # fmt: skip
-XLA = "xla"  # what is timed beside the tiles
-# How far two right results may be apart, relative to the largest element.
-TOLERANCE = 3e-2
 # Three rounds of some thirty tiles tell those that are close, and the rest is theirs: a winner of
 # three samples would be whichever was lucky.
 SETTINGS = dataclasses.replace(_measure.DEVICE, limit=6.0, hopeless=1.1, rounds=(7, 15))
+# The winner against XLA.
+LAST = dataclasses.replace(_measure.DEVICE, limit=2.0, rounds=(7, 15))
 
 
 def tune(
@@ -74,10 +74,14 @@ def tune(
 ) -> dict[str, tuple[int, ...]]:
     """Tunes the Triton kernels for a layer or a model, forward and both gradients.
 
+    What it finds holds for the shapes it is given, N and T up to the next power of two: those that
+    one device has where a mesh splits them, in training and in evaluation.
+
     Args:
       x, kernel: ``(*batch, T, C)`` and ``(K, C // G, O)``, arrays or anything with shape and
         dtype; their values do not matter. Or a model, or a function, and its one argument: then
-        each of its convolutions is tuned, but for those that the kernels can't run.
+        each of its convolutions is tuned, but for those that the kernels can't run and those that
+        are told to run otherwise.
       file: where to write; None: where the kernels look. What is in it for other shapes stays.
       seconds: for all operations; each has its share of what those before it have left. Once it
         is up no further tile is compiled, and the best of those that were is taken.
@@ -89,7 +93,7 @@ def tune(
       The tile of each key that was tuned, as written; only those clearly faster than what the
       heuristic says. What is compiled already stays as it is: `jax.clear_caches` drops it.
       Processes of one program, on several hosts, must find the same file, or they would compile
-      different programs.
+      different programs: let one of them tune.
 
     Raises:
       RuntimeError: there is no NVIDIA GPU here; or some kernel fails, of which the first is told
@@ -97,10 +101,11 @@ def tune(
       ModuleNotFoundError: triton or jax-triton is not installed.
       NotImplementedError: the Triton kernels can't run this layer; says why.
       TypeError: there is geometry beside a model.
+      ValueError: the file holds something else.
       OSError: the file can't be written.
     """
-    if jax.default_backend() != "gpu":
-        raise RuntimeError(f"tune needs an NVIDIA GPU, and JAX runs on {jax.default_backend()}")
+    if (platform := explanation.default_platform()) != "cuda":
+        raise RuntimeError(f"tune needs an NVIDIA GPU, and JAX runs on {platform}")
     from conv_pallas.kernels import triton_compat, triton_tuned
 
     kind, end = triton_compat.device_kind(), time.monotonic() + seconds
@@ -121,17 +126,15 @@ def tune(
             report(f"{trial.name}: no time left")
             continue
         share = (end - now) / (len(trials) - i)
-        compiling = now + max(share - SETTINGS.limit, share / 3)
-        content = triton_tuned.read(file)
+        compiling = now + max(share - SETTINGS.limit - LAST.limit, share / 3)
         try:
-            _tune(trial, content, tuned, compiling, report)
+            found = _tune(trial, triton_tuned.content(kind)["tiles"], tuned, compiling, report)
         except Exception as e:  # told at the end; what was measured and is yet to be counts
             failures[f"{trial.name} of {told}"] = e
             report(f"{trial.name}: {_short(e)}")
-            for problem in trial.problems():
-                content["against_xla"].pop(triton_tuned.problem_key(problem), None)
-        _write(file, {"device": kind, **content})
-    triton_tuned.forget()
+            found = {"against_xla": dict.fromkeys(trial.keys())}
+        _write(file, kind, found)
+        triton_tuned.forget()
     for which, e in failures.items():
         more = f", and {len(failures) - 1} more" if len(failures) > 1 else ""
         raise RuntimeError(f"{which} can't be measured{more}: {_short(e)}") from e
@@ -142,53 +145,68 @@ def _short(e: Exception) -> str:
     return f"{type(e).__name__}: {next(iter(str(e).strip().splitlines()), '')}"
 
 
-def _tune(trial, content, tuned, end, report) -> None:
-    """Times one operation, and writes into ``content`` and ``tuned`` what came out."""
-    arguments = trial.arguments()
-    key, calls = _candidates(trial, arguments, content, tuned, end, report)
+def _tune(trial, before, tuned, end, report) -> dict[str, dict]:
+    """Times one operation: what `_write` adds to the file.
+
+    Args:
+      before: the tiles that are in use.
+      tuned: by key what this call of `tune` has found, where there then is nothing more to try.
+      end: when no further tile is begun, by `time.monotonic`.
+    """
+    from conv_pallas.kernels import triton_tuned
+
+    arguments, found = trial.arguments(), {}
+    key, calls = _tiles(trial, arguments, before, tuned, end, report)
+    medians = _medians(trial, calls, arguments, SETTINGS, report) if len(calls) > 1 else {}
+    best = tuned.get(key)
+    if key not in tuned and key is not None:
+        if medians:
+            best = min(medians, key=medians.get)
+            best = best if medians[best] < triton_tuned.CLEARLY * medians[None] else None
+            found["measured"] = {key: {"seconds": medians[best], **_versions()}}
+        tuned[key] = best
+        found["tiles"] = {key: best}
+        report(f"{trial.name}: {key} takes {best or 'what the heuristic says'}")
+    if not trial.operations:
+        return found
+    raced = None
+    xla = _lowered(_measure.several(trial.function("xla")), arguments)
+    calls = {best: calls[best], "xla": _call(xla, arguments)}
+    off = float(_measure.difference_there(calls["xla"](), calls[best]()))
+    if off <= _tolerance(trial.convolution):
+        medians = _medians(trial, calls, arguments, LAST, report)
+        ours, xla = medians[best], medians["xla"]
+        raced = {"seconds": ours, "xla": xla, "key": key, "tile": best, **_versions()}
+        report(f"{trial.name}: {xla / ours:.2f} times as fast as XLA")
+    else:
+        report(f"{trial.name}: XLA's result and ours are {off:.2g} of the largest element apart")
+    return found | {"against_xla": dict.fromkeys(trial.keys(), raced)}
+
+
+def _medians(trial, calls, arguments, settings, report) -> dict[Any, float]:
+    """Seconds of one run, of calls that take turns."""
     medians = {
         name: _measure.Spread.of(times).median / len(arguments[0])
-        for name, times in _measure.interleaved(calls, SETTINGS).items()
+        for name, times in _measure.interleaved(calls, settings).items()
     }
     for name, median in medians.items():
         report(f"{trial.name} {name or 'heuristic'}: {1e6 * median:.1f} us")
-    tile = _settle(trial, key, medians, content, tuned)
-    if key is not None:
-        report(f"{trial.name}: {key} takes {tile or 'what the heuristic says'}")
-    if XLA in medians:
-        report(f"{trial.name}: {medians[XLA] / medians[tile]:.2f} times as fast as XLA")
+    return medians
 
 
-def _settle(trial, key, medians, content, tuned) -> tuple[int, ...] | None:
-    """Which tile ours takes, None for the heuristic's; writes into ``content`` and ``tuned``."""
-    from conv_pallas.kernels import triton_tuned
-
-    ours = {tile: median for tile, median in medians.items() if tile != XLA}
-    if key in tuned:
-        (best,) = ours
-    else:
-        best = min(ours, key=ours.get)
-        if not ours[best] < triton_tuned.CLEARLY * ours[None]:
-            best = None
-        for entries in (content["tiles"], content["measured"]):
-            entries.pop(key, None)  # what was the best before took part, or no longer works
-        if best is not None:
-            content["tiles"][key] = best
-            content["measured"][key] = {"seconds": ours[best], **_versions()}
-        if key is not None:
-            tuned[key] = best
-    for problem in map(triton_tuned.problem_key, trial.problems()):
-        content["against_xla"].pop(problem, None)
-        if XLA in medians:
-            raced = {"seconds": ours[best], "xla": medians[XLA], **_versions()}
-            content["against_xla"][problem] = raced
-    return best
+def _tolerance(convolution: Convolution) -> float:
+    """How far two right results may be apart, relative to the largest element."""
+    if convolution.x.dtype.itemsize < 4:
+        return 3e-2
+    precision = convolution.precision
+    precision = precision if isinstance(precision, tuple) else (precision,)
+    return 1e-4 if jax.lax.Precision.HIGHEST in precision else 5e-3  # tf32 unless told otherwise
 
 
 def _versions() -> dict[str, str]:
     import triton
 
-    return {"jax": jax.__version__, "triton": triton.__version__}
+    return {"conv_pallas": __version__, "jax": jax.__version__, "triton": triton.__version__}
 
 
 # --- what is timed --------------------------------------------------------------------------------
@@ -201,8 +219,8 @@ class _Trial:
     Attributes:
       name: in words.
       convolution: of which.
-      operations: those that it computes.
-      function: ``function(implementation) -> f``, and ``f(x, w, g)`` computes them.
+      operations: those that are compared with XLA's; none where it is about tiles alone.
+      function: ``function(implementation) -> f``, and ``f(x, w, g)`` computes it.
     """
 
     name: str
@@ -210,8 +228,11 @@ class _Trial:
     operations: tuple[Operation, ...]
     function: Callable[[str], Callable]
 
-    def problems(self) -> list[Problem]:
-        return [self.convolution.problem(operation, "cuda") for operation in self.operations]
+    def keys(self) -> list[str]:
+        from conv_pallas.kernels import triton_tuned
+
+        problems = (self.convolution.problem(operation, "cuda") for operation in self.operations)
+        return [triton_tuned.problem_key(problem) for problem in problems]
 
     def arguments(self) -> tuple[list[jax.Array], ...]:
         """Lists of x, w and g, for several runs in a call."""
@@ -228,32 +249,44 @@ class _Trial:
         return _measure.rolled(x, runs), [w] * runs, _measure.rolled(g, runs)
 
 
-def _convolutions(x, kernel, geometry, report) -> Iterator[Convolution]:
+def _convolutions(x, kernel, geometry, report) -> list[Convolution]:
     """Those that are to be tuned, each once."""
     if callable(x):
         if geometry:
             raise TypeError(f"a model knows its own geometry: tune(model, x) has no {[*geometry]}")
-        found, _ = tracing.convolutions(x, kernel)
+        found, left = tracing.convolutions(x, kernel)
+        if left:
+            report(f"{left} left to jax.lax.conv_general_dilated, as stock layers are")
     else:
         layer = functools.partial(conv1d, **geometry, implementation="triton")
         found, _ = tracing.convolutions(lambda xw: layer(*xw), (_struct(x), _struct(kernel)))
-    # Neither a bias nor an activation makes it another, nor who was to run it.
-    for convolution in dict.fromkeys(
-        dataclasses.replace(c, epilogue=Epilogue(), implementation=None) for c, _ in found
-    ):
+    chosen = {}
+    for convolution, _ in found:
+        # Bias, activation and how the batch is shaped make it no other.
+        one = convolution.in_groups().of_one_batch_axis()
+        one = dataclasses.replace(one, implementation=None)
+        if one in chosen:
+            continue
+        ordered = convolution.implementation
+        if ordered is not None and "triton" not in ordered:
+            report(f"{convolution}: is to run as {', '.join(ordered)}")
+            continue
         try:
             for operation in OPERATIONS:
-                dispatch.select(convolution.problem(operation, "cuda"), ("triton",))
+                dispatch.select(one.problem(operation, "cuda"), ("triton",))
         except NotImplementedError as e:
             if not callable(x):
                 raise
             report(f"{convolution}: {e}")
         else:
-            yield convolution
+            chosen[one] = True
+    if not chosen:
+        report("there is nothing to tune")
+    return list(chosen)
 
 
 def _trials(convolution: Convolution) -> Iterator[_Trial]:
-    from conv_pallas.kernels import triton_depthwise_walk
+    from conv_pallas.kernels import triton_depthwise_walk as walk
 
     layer = functools.partial(_layer, convolution)
     problem = convolution.problem("conv1d", "cuda")
@@ -262,8 +295,7 @@ def _trials(convolution: Convolution) -> Iterator[_Trial]:
     def forward(implementation):
         return lambda x, w, g: layer(implementation)(x, w)
 
-    def gradients(implementation):
-        # One kernel does all of backward; with an activation it has the most to do.
+    def backward(implementation):
         silu = layer(implementation, activation="silu")
         return lambda x, w, g: jax.vjp(silu, x, w)[1](g)
 
@@ -276,10 +308,10 @@ def _trials(convolution: Convolution) -> Iterator[_Trial]:
         return lambda x, w, g: jax.vjp(lambda w: f(x, w), w)[1](g)[0]
 
     yield trial("forward", operations=OPERATIONS[:1], function=forward)
-    walked = problem.depthwise and problem.spec.kernel_size <= triton_depthwise_walk.TAPS
-    if walked:
-        yield trial("backward", operations=OPERATIONS[1:], function=gradients)
-        return
+    if problem.depthwise and walk.decline(problem.spec, problem.C, problem.O) is None:
+        # One kernel does all of backward, and has the most to do where there is an activation. XLA
+        # would do it again in what is timed, though not in training.
+        yield trial("backward", operations=(), function=backward)
     yield trial("input gradient", operations=OPERATIONS[1:2], function=input_gradient)
     yield trial("kernel gradient", operations=OPERATIONS[2:], function=kernel_gradient)
 
@@ -298,13 +330,10 @@ def _struct(a):
     return jax.ShapeDtypeStruct(a.shape, a.dtype)
 
 
-def _candidates(trial, arguments, content, tuned, end, report):
-    """The key that is asked for, and the call of each tile that works, and of XLA.
+def _tiles(trial, arguments, before, tuned, end, report):
+    """The key that is asked for, and the call of the heuristic (None) and each tile that works.
 
-    Args:
-      content: of the file; its tile takes part, however little time there is.
-      end: when no further tile is begun, by `time.monotonic`.
-      tuned: by key what was found before; then that tile is the only one.
+    Of a key that was tuned it is the call of its tile alone.
     """
     from conv_pallas.kernels import triton_tuned
 
@@ -315,50 +344,39 @@ def _candidates(trial, arguments, content, tuned, end, report):
         with triton_tuned.trial(tile) as keys:
             return _lowered(_measure.several(lambda *a: ours(*a)), arguments), keys
 
-    first, keys = lowered(None)
+    heuristic, keys = lowered(None)
     key = keys[-1] if keys else None  # the last kernel asked is that of the gradient
-    known = tuned.get(key)
-    if known is not None:
-        first, _ = lowered(known)
-    calls = {known: _call(first, arguments)}
-    expected = calls[known]()
-
-    def add(name, make) -> None:
-        try:
-            call = make()
-            off = call and float(_measure.difference_there(expected, call()))
-        except Exception as e:  # too large for this chip, say; what it was is reported
-            report(f"{trial.name} {name}: {_short(e)}")
-            return
-        if off is None:
-            return
-        if off <= TOLERANCE:
-            calls[name] = call
-        else:
-            report(f"{trial.name} {name}: is off by {off:.2g} of the largest element")
-
-    xla = trial.function(XLA)
-    add(XLA, lambda: _call(_lowered(_measure.several(xla), arguments), arguments))
-    tiles = {"conv_walk": WALK_TILES, "conv_taps": TAPS_TILES}.get((key or "")[:9], DENSE_TILES)
-    seen = {first.as_text(): "the heuristic"}
-
-    def of_tile(tile):
-        made, asked = lowered(tile)
-        if key not in asked:
-            raise RuntimeError(f"nobody asked for {key}")
-        same = seen.setdefault(made.as_text(), tile)
-        if same != tile:  # the kernel gradient, say, where its programs can't stay
-            report(f"{trial.name} {tile}: the same program as that of {same}")
-            return None
-        return _call(made, arguments)
-
-    before = [tuple(content["tiles"][key])] if key in content["tiles"] else []
-    tiles = dict.fromkeys([*before, *tiles])
-    for i, tile in enumerate([] if key is None or key in tuned else tiles):
-        if time.monotonic() > end and tile not in before:
+    if key is None or key in tuned:
+        tile = tuned.get(key)
+        made = heuristic if tile is None else lowered(tile)[0]
+        return key, {tile: _call(made, arguments)}
+    calls = {None: _call(heuristic, arguments)}
+    expected = calls[None]()
+    tiles = {"conv_walk": WALK_TILES, "conv_taps": TAPS_TILES}.get(key[:9], DENSE_TILES)
+    used = before.get(key) and tuple(before[key])  # takes part, however little time there is
+    tiles = list(dict.fromkeys([*([used] if used else []), *tiles]))
+    seen = {heuristic.as_text(): "the heuristic"}
+    for i, tile in enumerate(tiles):
+        if time.monotonic() > end and tile != used:
             report(f"{trial.name}: no time for {len(tiles) - i} of {len(tiles)} tiles")
             break
-        add(tile, functools.partial(of_tile, tile))
+        try:
+            made, asked = lowered(tile)
+            if key not in asked:
+                raise RuntimeError(f"nobody asked for {key}")
+            same = seen.setdefault(made.as_text(), tile)
+            if same != tile:  # the kernel gradient, say, where its programs can't stay
+                report(f"{trial.name} {tile}: the same program as that of {same}")
+                continue
+            call = _call(made, arguments)
+            off = float(_measure.difference_there(expected, call()))
+        except Exception as e:  # too large for this chip, say; what it was is reported
+            report(f"{trial.name} {tile}: {_short(e)}")
+            continue
+        if off <= _tolerance(trial.convolution):
+            calls[tile] = call
+        else:
+            report(f"{trial.name} {tile}: is off by {off:.2g} of the largest element")
     return key, calls
 
 
@@ -371,9 +389,17 @@ def _call(lowered, arguments) -> Callable[[], Any]:
     return lambda: compiled(*arguments)
 
 
-def _write(file: Path, content: dict[str, Any]) -> None:
-    """All of it at once: a run that is cut short leaves a whole one."""
+def _write(file: Path, kind: str, found: dict[str, dict]) -> None:
+    """Adds to the file, all of it at once: a run that is cut short leaves a whole one."""
+    from conv_pallas.kernels import triton_tuned
+
+    content = triton_tuned.read(file)
+    merged = {name: content.get(name, {}) | entries for name, entries in found.items()}
+    text = json.dumps({**content, **merged, "device": kind}, indent=1, sort_keys=True) + "\n"
     file.parent.mkdir(parents=True, exist_ok=True)
-    new = file.with_suffix(".new")
-    new.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(new, file)
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=file.parent, suffix=".new", delete=False
+    ) as new:
+        new.write(text)
+    os.chmod(new.name, 0o644)  # not for one user alone, as temporary files are
+    os.replace(new.name, file)

@@ -15,6 +15,7 @@ import os
 import re
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from conv_pallas.kernels import triton_compat
@@ -26,6 +27,8 @@ ENVIRONMENT_VARIABLE = "CONV_PALLAS_TUNED"
 # What is faster by less than this may be so by luck: the heuristic stays, or XLA.
 CLEARLY = 0.98
 PRIORITY = 10  # above XLA's
+# What is kept of a comparison with XLA: seconds of ours and XLA's, and the tile that ours had.
+RACED = {"seconds", "xla", "key", "tile"}
 _trial: tuple[tuple[int, ...] | None, list[str]] | None = None
 
 
@@ -66,32 +69,32 @@ def trial(tile: tuple[int, ...] | None):
 def problem_key(problem: Problem) -> str:
     """What tells problems apart of which one was measured; N and T count by powers of two."""
     spec = problem.spec
-    dtypes = dict.fromkeys(np.dtype(d).name for d in (problem.lhs_dtype, problem.rhs_dtype))
-    out = np.dtype(problem.out_dtype).name
-    low, high = spec.padding
-    N, T = _power_of_two(problem.N), _power_of_two(spec.time)
+    dtypes = [np.dtype(d).name for d in (problem.lhs_dtype, problem.rhs_dtype, problem.out_dtype)]
+    same = len(set(dtypes)) == 1
+    precision = problem.precision if isinstance(problem.precision, tuple) else (problem.precision,)
     words = [
-        f"{problem.operation} {N}x{T}x{problem.C} {spec.kernel_size}x{problem.O}",
-        "x".join(dtypes) if out in dtypes else f"{'x'.join(dtypes)} to {out}",
-        f"padding {low},{high} dilation {spec.kernel_dilation}",
+        problem.operation,
+        f"x {_power_of_two(problem.N)}x{_power_of_two(spec.time)}x{problem.C}",
+        f"w {spec.kernel_size}x{problem.C // spec.groups}x{problem.O}",
+        dtypes[0] if same else "{}*{}={}".format(*dtypes),
+        f"padding {spec.padding[0]},{spec.padding[1]} dilation {spec.kernel_dilation}",
     ]
-    optional = {
-        "stride": (spec.stride, 1),
-        "input dilation": (spec.input_dilation, 1),
-        "groups": (spec.groups, 1),
-        "precision": (problem.precision, None),
-    }
-    words += [f"{name} {value}" for name, (value, usual) in optional.items() if value != usual]
+    optional = {"stride": spec.stride, "input dilation": spec.input_dilation}
+    words += [f"{name} {value}" for name, value in optional.items() if value != 1]
+    if not set(precision) <= {None, jax.lax.Precision.DEFAULT}:  # which are the same
+        words.append(f"precision {','.join(map(str, precision))}")
     return " ".join(words)
 
 
 def priority(problem: Problem) -> int | None:
     """`Kernel.priority` of the Triton kernels: the default where they were measured to be ahead."""
-    return PRIORITY if _ahead(problem) else None
+    return PRIORITY if not problem.exported and _ahead(problem) else None
 
 
 def by_name(problem: Problem) -> str:
     """`Kernel.by_name` of the Triton kernels."""
+    if problem.exported:
+        return "by name only: JAX does not promise that what is exported will know this custom call"
     if _ahead(problem) is None:
         return "by name only: conv_pallas.tuning.tune has not compared it with XLA on this device"
     return "by name only: XLA was measured to be as fast on this device"
@@ -102,8 +105,12 @@ def _ahead(problem: Problem) -> bool | None:
     kind = triton_compat.device_kind()
     if kind is None or not problem.known:
         return None
-    raced = content(kind)["against_xla"].get(problem_key(problem))
-    return raced and raced["seconds"] < CLEARLY * raced["xla"]
+    found = content(kind)
+    raced = found["against_xla"].get(problem_key(problem))
+    # Another convolution may have had the tile changed since, as it is of one key.
+    if raced is None or found["tiles"].get(raced["key"]) != raced["tile"]:
+        return None
+    return raced["seconds"] < CLEARLY * raced["xla"]
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -118,11 +125,27 @@ def read(file: Path) -> dict[str, dict]:
     """What a file holds; of one that is not there, nothing.
 
     Returns:
-      ``tiles``: of each key the tile; ``measured``: of each of those the median, and the versions;
-      ``against_xla``: of each `problem_key` the medians and the versions.
+      ``tiles``: of each `key` the tile, None where it is the heuristic's;
+      ``measured``: of each of those the seconds, and the versions;
+      ``against_xla``: of each `problem_key` the seconds of both, and the ``key`` and ``tile`` that
+      ours had; None where they did not agree. None hides what another folder has.
+
+    Raises:
+      ValueError: the file is none of ours.
     """
-    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    return {"tiles": {}, "measured": {}, "against_xla": {}} | found
+    found = {"tiles": {}, "measured": {}, "against_xla": {}}
+    if not file.exists():
+        return found
+    try:
+        found |= json.loads(file.read_text(encoding="utf-8")).items()
+        tiles, raced = found["tiles"].values(), found["against_xla"].values()
+        whole = all(all(isinstance(n, int) for n in tile or ()) for tile in tiles)
+        whole &= all(entry is None or entry.keys() >= RACED for entry in raced)
+    except (ValueError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{file} is not what conv_pallas.tuning.tune writes: delete it, tune anew")
+    return found
 
 
 @functools.cache

@@ -122,8 +122,9 @@ def test_explain_of_a_function_follows_orders_and_batches_of_kernels():
     told = explain(lambda both: f(*both), (x, w))
     (words,) = told.times
     assert words == (
-        "x (2, 16, 8), kernel (3, 2, 8), bfloat16, strides=2, feature_group_count=4"
-    )  # fmt: skip
+        "x (2, 16, 8), kernel (3, 2, 8), bfloat16, strides=2, feature_group_count=4, "
+        "5 kernels at once"
+    )
     assert set(told.convolutions[words].chosen.values()) == {"xla"}
     with pytest.raises(NotImplementedError, match="'triton'"):
         explain(lambda w: conv1d(jnp.ones((2, 16, 8)), w, implementation="triton"), W)
