@@ -54,6 +54,14 @@ def hardly_optimized():
     jax.config.update(name, before)
 
 
+# Those of half a minute and more; begun last, one would leave the other workers idle.
+LONG = ("test_triton_interpreter.py", "test_flax[", "test_demo.py::test_quick")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not any(name in item.nodeid for name in LONG))
+
+
 def pytest_make_parametrize_id(val):
     """A function by its name: its address differs from one worker to the next."""
     if callable(val) and not isinstance(val, type):

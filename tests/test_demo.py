@@ -9,6 +9,8 @@ import pytest
 from conv_pallas.__main__ import main
 from tests.support import environment, heeding_ctrl_c
 
+pytestmark = pytest.mark.usefixtures("hardly_optimized")
+
 DEMO = [sys.executable, "-m", "conv_pallas", "demo"]
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -9,6 +9,8 @@ import pytest
 from benchmarks import device_layers, device_timing, device_turns
 from benchmarks.on_device import Log, lines_of
 
+pytestmark = pytest.mark.usefixtures("hardly_optimized")
+
 
 def test_ceilings_are_judged_by_the_chip_at_hand():
     found = device_timing._of_data_sheet("NVIDIA H100 80GB HBM3", 3.0, 790)

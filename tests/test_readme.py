@@ -7,6 +7,8 @@ import pytest
 
 from benchmarks import readme
 
+pytestmark = pytest.mark.usefixtures("hardly_optimized")
+
 
 def test_figures_are_those_of_the_result():
     text = readme.README.read_text(encoding="utf-8")
