@@ -159,23 +159,17 @@ def convolve(
     place = None
     if mode is not None:
         x, place = _pad_in_memory(x, kernel, bias, mode, spec)
-    chain = dispatch.canonicalize(implementation)
-    named = activation if isinstance(activation, str) else None
-    ours = not (is_stock(chain) or lax_reason(x.dtype, 1))
-    out = result_dtype(x.dtype, preferred_element_type) if ours else x.dtype
-    fuses = ours and unfused_reason(x.dtype, out, bias, out_sharding) is None
     convolution = functools.partial(
         _convolve,
         precision=precision,
-        preferred_element_type=out if ours else preferred_element_type,
+        preferred_element_type=preferred_element_type,
         out_sharding=out_sharding,
-        chain=chain,
+        chain=dispatch.canonicalize(implementation),
         pad_first=isinstance(padding, str) and padding.upper() == "CAUSAL" and axis_name is None,
-        **(dict(bias=bias, activation=named) if fuses else {}),
+        bias=bias,
+        activation=activation if isinstance(activation, str) else None,
     )
     y = time.run("conv1d", convolution, x, kernel, spec)
-    if not fuses:
-        y = fused.activate(fused.add_bias(y, bias), named)
     if place is not None and out_sharding is None:
         y = jax.sharding.reshard(y, place)
     return activation(y) if callable(activation) else y
@@ -411,15 +405,18 @@ def _convolve(
         spec = dataclasses.replace(spec, time=x.shape[-2], padding=(0, 0))
     out_sharding = canonicalize_sharding(out_sharding, "conv1d")
     if is_stock(chain) or lax_reason(x.dtype, 1):
-        return _stock(x, w, spec, precision, preferred_element_type, out_sharding, pad_first)
+        y = _stock(x, w, spec, precision, preferred_element_type, out_sharding, pad_first)
+        return fused.activate(fused.add_bias(y, bias), activation)
     out_dtype = result_dtype(x.dtype, preferred_element_type)
     precision = lax_internal.canonicalize_precision(precision)
     if chain is not None:
         dispatch.check_anywhere(problem_of("conv1d", x, w, spec, precision, out_dtype), chain)
     conv = dict(spec=spec, precision=precision, out_dtype=out_dtype, implementation=chain)
-    if bias is None and activation is None:
-        return primitives.conv1d(x, w, out_sharding=out_sharding, **conv)
-    return fused.conv1d(x, w, bias, activation=activation, **conv)
+    fuses = unfused_reason(x.dtype, out_dtype, bias, out_sharding) is None
+    if fuses and not (bias is None and activation is None):
+        return fused.conv1d(x, w, bias, activation=activation, **conv)
+    y = primitives.conv1d(x, w, out_sharding=out_sharding, **conv)
+    return fused.activate(fused.add_bias(y, bias), activation)
 
 
 def _stock(x, w, spec: ConvSpec, precision, preferred_element_type, out_sharding, pad_first):
