@@ -36,7 +36,8 @@ class Candidate:
     Attributes:
       implementation: its name.
       reason: why it declines, or None.
-      how: where it does not decline, in a few words how it would do it.
+      how: where it does not decline, in a few words how it would do it; None where that matters
+        to nobody.
       by_name: where it does not decline but is not picked unless asked for, why; else None.
     """
 
@@ -88,7 +89,7 @@ def candidates(
     """Every implementation's answer with its kernel, those that would be picked first.
 
     Args:
-      implementation: from `canonicalize`; others are not asked whether they would be the default.
+      implementation: from `canonicalize`; others are asked only whether they decline.
     """
     from conv_pallas import kernels
 
@@ -103,9 +104,9 @@ def candidates(
             reason = kernel.decline(problem)
         rank, how, by_name = -2, None, None
         if reason is None:
-            how, rank = kernel.describe(problem), -1
+            rank = -1
             if implementation is None or kernel.implementation in implementation:
-                rank = kernel.rank(problem)
+                how, rank = kernel.describe(problem), kernel.rank(problem)
             if rank is None:
                 rank, by_name = -1, kernel.by_name(problem)
         answers.append((rank, Candidate(kernel.implementation, reason, how, by_name), kernel))

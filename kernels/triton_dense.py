@@ -386,7 +386,7 @@ def decline(problem: Problem) -> str | None:
 
 def describe(problem: Problem) -> str:
     engine = "TMA" if triton_compat.has_tma(triton_compat.compute_capability()) else "pointers"
-    return f"implicit matmul ({engine} where strides allow)"
+    return triton_tuned.described(f"implicit matmul ({engine} where strides allow)", problem)
 
 
 KERNEL = Kernel(

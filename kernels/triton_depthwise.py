@@ -341,9 +341,11 @@ def decline(problem: Problem) -> str | None:
 def describe(problem: Problem) -> str:
     geometry = (problem.spec, problem.C, problem.O)
     if walk.decline(*geometry) is None:
-        return "steps in registers, read once"
-    why = taps.decline(*geometry)
-    return "taps and steps in registers" if why is None else f"a tile for each tap: {why}"
+        how = "steps in registers, read once"
+    else:
+        why = taps.decline(*geometry)
+        how = "taps and steps in registers" if why is None else f"a tile for each tap: {why}"
+    return triton_tuned.described(how, problem)
 
 
 KERNEL = Kernel(

@@ -95,13 +95,26 @@ def by_name(problem: Problem) -> str:
     """`Kernel.by_name` of the Triton kernels."""
     if problem.exported:
         return "by name only: JAX does not promise that what is exported will know this custom call"
-    if _ahead(problem) is None:
+    if (ratio := _ratio(problem)) is None:
         return "by name only: conv_pallas.tuning.tune has not compared it with XLA on this device"
-    return "by name only: XLA was measured to be as fast on this device"
+    return f"by name only: measured to take {ratio:.2f} of XLA's time on this device"
 
 
-def _ahead(problem: Problem) -> bool | None:
-    """Whether this is faster than XLA on the device that is compiled for; None: who knows."""
+def described(how: str, problem: Problem) -> str:
+    """`Kernel.describe` of a Triton kernel that says ``how``: with why it is the default."""
+    if priority(problem) is None:
+        return how
+    return f"{how}; measured to take {_ratio(problem):.2f} of XLA's time on this device"
+
+
+def _ahead(problem: Problem) -> bool:
+    """Whether this is known to be faster than XLA on the device that is compiled for."""
+    ratio = _ratio(problem)
+    return ratio is not None and ratio < CLEARLY
+
+
+def _ratio(problem: Problem) -> float | None:
+    """How much of XLA's time this takes on the device that is compiled for; None: who knows."""
     kind = triton_compat.device_kind()
     if kind is None or not problem.known:
         return None
@@ -110,7 +123,7 @@ def _ahead(problem: Problem) -> bool | None:
     # Another convolution may have had the tile changed since, as it is of one key.
     if raced is None or found["tiles"].get(raced["key"]) != raced["tile"]:
         return None
-    return raced["seconds"] < CLEARLY * raced["xla"]
+    return raced["seconds"] / raced["xla"]
 
 
 # --- files ----------------------------------------------------------------------------------------
