@@ -169,18 +169,25 @@ def _tune(trial, before, tuned, end, report) -> dict[str, dict]:
         report(f"{trial.name}: {key} takes {best or 'what the heuristic says'}")
     if not trial.operations:
         return found
-    raced = None
-    xla = _lowered(_measure.several(trial.function("xla")), arguments)
-    calls = {best: calls[best], "xla": _call(xla, arguments)}
-    off = float(_measure.difference_there(calls["xla"](), calls[best]()))
-    if off <= _tolerance(trial.convolution):
-        medians = _medians(trial, calls, arguments, LAST, report)
-        ours, xla = medians[best], medians["xla"]
-        raced = {"seconds": ours, "xla": xla, "key": key, "tile": best, **_versions()}
-        report(f"{trial.name}: {xla / ours:.2f} times as fast as XLA")
-    else:
-        report(f"{trial.name}: XLA's result and ours are {off:.2g} of the largest element apart")
+    raced = _race(trial, key, best, calls[best], arguments, report)
     return found | {"against_xla": dict.fromkeys(trial.keys(), raced)}
+
+
+def _race(trial, key, tile, ours, arguments, report) -> dict[str, Any] | None:
+    """What `triton_tuned.RACED` says of ours against XLA; None where they can't be compared."""
+    try:
+        xla = _call(_lowered(_measure.several(trial.function("xla")), arguments), arguments)
+        off = float(_measure.difference_there(xla(), ours()))
+    except Exception as e:  # for want of memory, say; ours is measured all the same
+        report(f"{trial.name} xla: {_short(e)}")
+        return None
+    if not off <= _tolerance(trial.convolution):
+        report(f"{trial.name}: XLA's result and ours are {off:.2g} of the largest element apart")
+        return None
+    medians = _medians(trial, {tile: ours, "xla": xla}, arguments, LAST, report)
+    report(f"{trial.name}: {medians['xla'] / medians[tile]:.2f} times as fast as XLA")
+    raced = {"seconds": medians[tile], "xla": medians["xla"], "key": key, "tile": tile}
+    return raced | _versions()
 
 
 def _medians(trial, calls, arguments, settings, report) -> dict[Any, float]:

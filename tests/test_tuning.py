@@ -380,6 +380,26 @@ def test_a_kernel_that_fails_costs_the_others_nothing(one_tile, monkeypatch):
     assert _chosen() == ["xla", "triton", "triton"]
 
 
+def test_where_xla_fails_the_tile_is_kept(one_tile, monkeypatch):
+    seconds, _ = one_tile
+    tile, lowered = (64, 64, 32, 4, 3), tuning._lowered
+    seconds[tile] = 0.5
+
+    def fails(program, arguments):
+        made = lowered(program, arguments)
+        if "convolution" in made.as_text():
+            raise MemoryError("RESOURCE_EXHAUSTED")
+        return made
+
+    monkeypatch.setattr(tuning, "_lowered", fails)
+    lines = []
+    x, w = (aot.struct(shape, jnp.bfloat16) for shape in DENSE)
+    assert set(tuning.tune(x, w, report=lines.append).values()) == {tile}
+    assert "forward xla: MemoryError: RESOURCE_EXHAUSTED" in lines
+    assert _chosen() == ["xla"] * 3
+    assert {tile} == {tuple(t) for t in triton_tuned.content("NVIDIA H200")["tiles"].values()}
+
+
 def test_a_folder_of_ones_own(one_tile, monkeypatch, tmp_path):
     """Where the package can't be written to; what the package knows stays known."""
     seconds, shipped = one_tile
