@@ -380,6 +380,27 @@ def test_a_kernel_that_fails_costs_the_others_nothing(one_tile, monkeypatch):
     assert _chosen() == ["xla", "triton", "triton"]
 
 
+def test_ours_failing_is_no_word_about_xla(one_tile, monkeypatch):
+    """Nor where the tile was found before, and nothing has run yet."""
+    call, calls = tuning._call, []
+
+    def broken():
+        raise ZeroDivisionError("broken")
+
+    def fails(lowered, arguments):
+        calls.append(lowered)
+        later = len(calls) > 9  # the first dilation has a heuristic, a tile and XLA, three times
+        return broken if later and "triton" in lowered.as_text() else call(lowered, arguments)
+
+    w = jnp.zeros(DENSE[1], jnp.bfloat16)
+    both = lambda x: [conv1d(x, w, kernel_dilation=D) for D in (1, 2)]  # noqa: E731
+    monkeypatch.setattr(tuning, "_call", fails)
+    lines = []
+    with pytest.raises(RuntimeError, match=r"dilation=2.* and 2 more: ZeroDivisionError: broken"):
+        tuning.tune(both, aot.struct(DENSE[0], jnp.bfloat16), report=lines.append)
+    assert not any("xla: Zero" in line for line in lines)
+
+
 def test_where_xla_fails_the_tile_is_kept(one_tile, monkeypatch):
     seconds, _ = one_tile
     tile, lowered = (64, 64, 32, 4, 3), tuning._lowered
