@@ -167,24 +167,13 @@ def _hvp(f):
     return lambda x, w: jax.jvp(_gradient(f), (x, w), (x, w))[1]
 
 
-TRANSFORMS = (_value, _gradient, _hvp)
-
-
-@functools.cache
-def _expected(layout: str):
-    """What each of `TRANSFORMS` gives of the stock convolution, by one program."""
-    layout = LAYOUTS[layout]
-    stock = _function(layout, "xla_native")
-    return jax.jit(lambda *a: [transform(stock)(*a) for transform in TRANSFORMS])(*layout.arrays())
-
-
-@each_mesh
 @each_layout
+@each_mesh
 def test_nothing_is_gathered_and_all_is_right(layout, axis_type):
-    expected = _expected(layout)
     layout, mesh = LAYOUTS[layout], _mesh(axis_type)
-    operands, f = layout.place(mesh), _function(layout)
-    for transform, want in zip(TRANSFORMS, expected, strict=True):
+    operands = layout.place(mesh)
+    f, stock = _function(layout), _function(layout, "xla_native")
+    for transform in (_value, _gradient, _hvp):
         compiled, out = compiled_quickly(transform(f), mesh, *operands)
         found = collectives(compiled)
         assert set(found) <= layout.moves
@@ -195,7 +184,7 @@ def test_nothing_is_gathered_and_all_is_right(layout, axis_type):
             halos = 1 if transform is _value else 3
             assert sent(compiled) <= halos * layout.halo(mesh)
             assert (sent(compiled) > 0) == ("collective-permute" in found)
-        tree_close(out, want, rtol=1e-4)
+        tree_close(out, jax.jit(transform(stock))(*layout.arrays()), rtol=1e-4)
 
 
 @each_layout
@@ -433,36 +422,25 @@ def test_export_of_a_sharded_function(name):
     )
 
 
-def _with_silu(layout: Layout, implementation=None):
-    def grads(x, w, b):
-        f = functools.partial(_function(layout, implementation), activation="silu")
-        y, vjp = jax.vjp(f, x, w, b)
-        return y, vjp(y)
-
-    return grads
-
-
-def _bias(layout: Layout):
-    return np.linspace(-1, 1, layout.w[-1], dtype=np.float32)
-
-
-@functools.cache
-def _expected_with_silu(layout: str):
-    layout = LAYOUTS[layout]
-    return jax.jit(_with_silu(layout, "xla_native"))(*layout.arrays(), _bias(layout))
-
-
 @each_mesh
 @each_layout
 def test_a_layer_with_bias_and_activation_on_a_mesh(layout, axis_type):
     """The bias lies as y's channels do; gradients are summed over what split the batch."""
-    expected = _expected_with_silu(layout)
-    layout, mesh = LAYOUTS[layout], _mesh(axis_type)
+    layout = LAYOUTS[layout]
+    b = np.linspace(-1, 1, layout.w[-1], dtype=np.float32)
+    mesh = _mesh(axis_type)
     x, w = layout.place(mesh)
-    bias = jax.device_put(_bias(layout), NamedSharding(mesh, P(*layout.w_spec[2:])))
-    compiled, out = compiled_quickly(_with_silu(layout), mesh, x, w, bias)
+    bias = jax.device_put(b, NamedSharding(mesh, P(*layout.w_spec[2:])))
+
+    def grads(x, w, b, implementation=None):
+        f = functools.partial(_function(layout, implementation), activation="silu")
+        y, vjp = jax.vjp(f, x, w, b)
+        return y, vjp(y)
+
+    compiled, out = compiled_quickly(grads, mesh, x, w, bias)
     assert set(collectives(compiled)) <= layout.moves
-    tree_close(out, expected, rtol=1e-4)
+    stock = functools.partial(grads, implementation="xla_native")
+    tree_close(out, jax.jit(stock)(*layout.arrays(), b), rtol=1e-4)
 
 
 @each_mesh
