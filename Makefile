@@ -59,7 +59,7 @@ clean: ## remove all that these targets made, environments too
 # setup.py holds every dependency.  An environment is made anew rather than updated, so that it
 # is the one a fresh machine gets.  The stamp is written last, and --clear removes an old one:
 # after a failed or interrupted install there is none.  Python compiles what it imports; to have pip
-# compile all that is there takes as long as to install it (42 s instead of 24 s).
+# compile all that is there makes 42 s of 24 s.
 .venv/installed .venv-aot/installed .venv-oldest/installed: setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null || { \
 	  echo "conv_pallas needs Python 3.12 or newer; $(PYTHON) is not. Name one: make PYTHON=python3.12 ..." >&2; \

@@ -97,7 +97,6 @@ def _add_inspect(commands) -> None:
     inspect.add_argument(
         "--chip", required=True, metavar="CHIP", help=f"one of {', '.join(aot.CHIPS)}"
     )
-    inspect.add_argument("--dtype", metavar="DTYPE", help="instead of the layer's own")
     inspect.add_argument(
         "--implementation",
         type=_implementation,
@@ -124,7 +123,6 @@ def _add_explain(commands) -> None:
     explain.add_argument(
         "--platform", choices=dispatch.PLATFORMS, help="default: that of the default device"
     )
-    explain.add_argument("--dtype", metavar="DTYPE", help="instead of the layer's own")
     explain.add_argument(
         "--implementation", type=_implementation, metavar="NAME", help="as in the library"
     )
@@ -141,7 +139,6 @@ def _add_tune(commands) -> None:
     )
     tune.set_defaults(run=_tune)
     _add_layer(tune, "+")
-    tune.add_argument("--dtype", metavar="DTYPE", help="instead of the layer's own")
     tune.add_argument(
         "--seconds", type=_positive, metavar="N", help="after which nothing more is tried"
     )
@@ -155,6 +152,7 @@ def _add_layer(parser, count: str) -> None:
         help="a published layer's name, such as wavenet/D512, or a shape, such as "
         "N=8 T=4096 C=512 K=3 D=4 activation=relu dtype=bfloat16",
     )
+    parser.add_argument("--dtype", metavar="DTYPE", help="instead of the layer's own")
 
 
 def _layer(words: Sequence[str], dtype: str | None):

@@ -36,8 +36,8 @@ class Candidate:
     Attributes:
       implementation: its name.
       reason: why it declines, or None.
-      how: where it does not decline, in a few words how it would do it; None where that matters
-        to nobody.
+      how: where it does not decline, in a few words how it would do it; None where it was not
+        asked.
       by_name: where it does not decline but is not picked unless asked for, why; else None.
     """
 

@@ -54,7 +54,7 @@ def hardly_optimized():
     jax.config.update(name, before)
 
 
-# Those of half a minute and more; begun last, one would leave the other workers idle.
+# Those of ten seconds to half a minute; begun last, one would leave the other workers idle.
 LONG = ("test_triton_interpreter.py", "test_flax[", "test_demo.py::test_quick")
 
 

@@ -152,7 +152,7 @@ _ran = []  # names of kernels
 def _patched_once():
     """The interpreter patches the language for a launch, and anew for each device function in it.
 
-    That was a fifth of its time.
+    That was three tenths of its time.
     """
     patch, done = interpreter._patch_lang, set()
 
