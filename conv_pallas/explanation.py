@@ -120,31 +120,32 @@ def explain(
     preferred_element_type: Any = None,
     out_sharding: Any = None,
     implementation: Implementation = None,
+    **inputs: Any,
 ) -> Explanation | ModelExplanation:
     """Tells which kernel `conv1d` would run for these arguments, and why not the others.
 
-    Nothing is computed, and x and kernel may be `jax.ShapeDtypeStruct`. To ask about a
-    layer, a whole model or a function, pass it and its input: ``explain(model, x)``.
+    Nothing is computed, and arrays may be `jax.ShapeDtypeStruct`. To ask about a layer, a whole
+    model or a function, pass it and its inputs: ``explain(model, x, mask=mask)``.
 
     It is told of one device. What XLA's partitioner splits over TPUs, on a mesh with automatic
     axes, runs as ``"xla"``.
 
     Args:
       x, kernel, bias: as in `conv1d`; or a `conv_pallas.nn.Conv` and its input; or another
-        module or function and its one argument, of which each convolution is then explained,
+        module or function and its arguments, of which each convolution is then explained,
         all its three operations. A kernel with more than one spatial dimension is fine here.
       platform: ``"cpu"``, ``"cuda"``, ``"rocm"``, ``"tpu"``, or ``"other"`` for all others;
         None: the default device's.
-      others: as in `conv1d`. Time that is split inside of `jax.shard_map` is a function's.
+      others: as in `conv1d`. Beside a layer, a model or a function, further arguments of its call,
+        of any name: geometry, precision and implementation are its own. To ask about time that is
+        split inside of `jax.shard_map` takes a function.
 
     Raises:
-      ValueError, TypeError, NotImplementedError: as `conv1d` with these arguments; TypeError also
-        of any but ``platform`` beside a layer, a model or a function.
+      ValueError, TypeError, NotImplementedError: as `conv1d`, or what is called, with these
+        arguments; TypeError also of geometry, precision or implementation beside a model.
     """
-    more = dict(
-        activation=activation,
-        mask=mask,
-        segment_ids=segment_ids,
+    call = dict(activation=activation, mask=mask, segment_ids=segment_ids)
+    how = dict(
         precision=precision,
         preferred_element_type=preferred_element_type,
         implementation=implementation,
@@ -167,8 +168,13 @@ def explain(
     if its_own is None and callable(x) and kernel is not None:
         its_own = functools.partial(_explain_model, x)
     if its_own is not None:
-        _refuse(bias=bias, out_sharding=out_sharding, **geometry, **more)
-        return its_own(kernel, platform=platform)
+        _refuse(**geometry, **how)
+        given = dict(call, out_sharding=out_sharding)
+        inputs |= {name: value for name, value in given.items() if value is not None}
+        arguments = (kernel,) if bias is None else (kernel, bias)
+        return its_own(*arguments, platform=platform, **inputs)
+    if inputs:
+        raise TypeError(f"explain() of arrays got unexpected arguments: {', '.join(inputs)}")
     if not all(hasattr(a, "shape") and hasattr(a, "dtype") for a in (x, kernel)):
         raise TypeError(
             f"explain takes x and kernel, or a model or a function and its input, "
@@ -176,8 +182,8 @@ def explain(
         )
     if len(kernel.shape) <= 3:
         # What conv1d refuses is refused here; but the mesh of out_sharding need not be at hand.
-        arrays = {name: more.pop(name) for name in ("mask", "segment_ids")}
-        jax.eval_shape(functools.partial(conv1d, **geometry, **more), x, kernel, bias, **arrays)
+        layer = functools.partial(conv1d, activation=call.pop("activation"), **geometry, **how)
+        jax.eval_shape(layer, x, kernel, bias, **call)
     chain = dispatch.canonicalize(implementation)
     dtype = promoted_dtype(x, kernel, *([] if bias is None else [bias]))
     note = lax_reason(dtype, len(kernel.shape) - 2)
@@ -203,12 +209,10 @@ def explain(
 
 def _refuse(**options) -> None:
     """What says which convolution it is, of something that knows that itself."""
-    defaults = {"bias": None, **explain.__kwdefaults__}
     for name, value in options.items():
-        if value is not defaults[name]:
+        if value is not explain.__kwdefaults__[name]:
             raise TypeError(
-                f"{name}= is for arrays: a layer, a model and a function have their own, and one "
-                f"input; of more, ask explain(lambda x: f(x, more), x)"
+                f"{name}= is for arrays: a layer, a model and a function have their own"
             )
 
 
@@ -232,8 +236,8 @@ def _explain_problem(
     return Explanation(problem.platform, chosen, answers, epilogue=told)
 
 
-def _explain_model(model: Callable, x, platform: str) -> ModelExplanation:
-    found, left = tracing.convolutions(model, x)
+def _explain_model(model: Callable, *args, platform: str, **kwargs) -> ModelExplanation:
+    found, left = tracing.convolutions(model, *args, **kwargs)
     told, times = {}, {}
     for convolution, count in found:
         words = str(convolution)

@@ -1,6 +1,7 @@
 """The convolutions of a model, or of any other function, found by tracing it."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -85,20 +86,29 @@ class Convolution:
         return ", ".join(words)
 
 
-def convolutions(model: Callable, x: Any) -> tuple[list[tuple[Convolution, int]], int]:
-    """Each convolution of ``model(x)`` with how often it runs, and how often `jax.lax`'s own does.
+def convolutions(
+    model: Callable, *args: Any, **kwargs: Any
+) -> tuple[list[tuple[Convolution, int]], int]:
+    """Each convolution of ``model(*args, **kwargs)`` with how often it runs.
 
     Args:
-      model: a `flax.nnx.Module` or a function of one argument.
-      x: the argument, of arrays or anything with shape and dtype.
+      model: a `flax.nnx.Module` or a function.
+      args, kwargs: of arrays or anything with shape and dtype; keywords also of what is neither,
+        such as the name of an activation.
+
+    Returns:
+      The convolutions, and how often `jax.lax`'s own runs.
     """
     from flax import nnx  # which functions alone do without
 
+    options = {name: a for name, a in kwargs.items() if not _of_arrays(a)}
+    kwargs = {name: a for name, a in kwargs.items() if name not in options}
     if isinstance(model, nnx.Module):  # its state may change in a call, and none outside of one may
         graph, state = nnx.split(model)
-        closed = jax.make_jaxpr(lambda state, x: nnx.merge(graph, state)(x))(state, x)
+        call = lambda state, *a, **k: nnx.merge(graph, state)(*a, **k, **options)  # noqa: E731
+        closed = jax.make_jaxpr(call)(state, *args, **kwargs)
     else:
-        closed = jax.make_jaxpr(model)(x)
+        closed = jax.make_jaxpr(functools.partial(model, **options))(*args, **kwargs)
     found, left = [], 0
     for eqn, count in _equations(closed.jaxpr):
         if eqn.primitive.name == "conv_general_dilated":
@@ -106,6 +116,10 @@ def convolutions(model: Callable, x: Any) -> tuple[list[tuple[Convolution, int]]
         elif eqn.primitive.name in ("conv1d", "conv1d_fused"):
             found.append((_convolution(eqn), count))
     return found, left
+
+
+def _of_arrays(tree) -> bool:
+    return all(hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in jax.tree.leaves(tree))
 
 
 def _equations(jaxpr, times: int = 1) -> Iterator[tuple[Any, int]]:

@@ -70,7 +70,7 @@ def tune(
     file: Path | None = None,
     seconds: float = math.inf,
     report: Callable[[str], None] = print,
-    **geometry: Any,
+    **arguments: Any,
 ) -> dict[str, tuple[int, ...]]:
     """Tunes the Triton kernels for a layer or a model, forward and both gradients.
 
@@ -79,15 +79,15 @@ def tune(
 
     Args:
       x, kernel: ``(*batch, T, C)`` and ``(K, C // G, O)``, arrays or anything with shape and
-        dtype; their values do not matter. Or a model, or a function, and its one argument: then
-        each of its convolutions is tuned, but for those that the kernels can't run and those that
-        are told to run otherwise.
+        dtype; their values do not matter. Or a model, or a function, and its input: then each of
+        its convolutions is tuned, but for those that the kernels can't run and those that are told
+        to run otherwise.
       file: where to write; None: where the kernels look. What is in it for other shapes stays.
       seconds: for all operations; each has its share of what those before it have left. Once it
         is up no further tile is compiled, and the best of those that were is taken.
       report: is given a line for each thing that is tried.
-      geometry: of arrays, further arguments of `conv1d`, but for ``bias``, ``activation`` and
-        ``implementation``.
+      arguments: of arrays, further ones of `conv1d`, but for ``bias``, ``activation`` and
+        ``implementation``; of a model or a function, further ones of its call, such as its mask.
 
     Returns:
       The tile of each key that was tuned, as written; only those clearly faster than what the
@@ -100,7 +100,6 @@ def tune(
         once all others are measured.
       ModuleNotFoundError: triton or jax-triton is not installed.
       NotImplementedError: the Triton kernels can't run this layer; says why.
-      TypeError: there is geometry beside a model.
       ValueError: the file holds something else.
       OSError: the file can't be written.
     """
@@ -113,7 +112,7 @@ def tune(
     tuned: dict[str, tuple[int, ...] | None] = {}
     trials = [
         trial
-        for convolution in _convolutions(x, kernel, geometry, report)
+        for convolution in _convolutions(x, kernel, arguments, report)
         for trial in _trials(convolution)
     ]
     told, failures = None, {}
@@ -256,16 +255,14 @@ class _Trial:
         return _measure.rolled(x, runs), [w] * runs, _measure.rolled(g, runs)
 
 
-def _convolutions(x, kernel, geometry, report) -> list[Convolution]:
+def _convolutions(x, kernel, arguments, report) -> list[Convolution]:
     """Those that are to be tuned, each once."""
     if callable(x):
-        if geometry:
-            raise TypeError(f"a model knows its own geometry: tune(model, x) has no {[*geometry]}")
-        found, left = tracing.convolutions(x, kernel)
+        found, left = tracing.convolutions(x, kernel, **arguments)
         if left:
             report(f"{left} left to jax.lax.conv_general_dilated, as stock layers are")
     else:
-        layer = functools.partial(conv1d, **geometry, implementation="triton")
+        layer = functools.partial(conv1d, **arguments, implementation="triton")
         found, _ = tracing.convolutions(lambda xw: layer(*xw), (_struct(x), _struct(kernel)))
     chosen = {}
     for convolution, _ in found:

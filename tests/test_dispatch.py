@@ -12,7 +12,7 @@ from flax import nnx
 from jax import lax
 
 from conv_pallas import conv1d, dispatch, explain, kernels
-from conv_pallas.nn import Conv
+from conv_pallas.nn import TCN, Conv
 from conv_pallas.spec import OPERATIONS
 from tests import cases
 
@@ -157,7 +157,8 @@ def test_explain_tells_of_no_kernel_that_another_of_its_name_stands_in_for():
 
 
 @pytest.mark.parametrize(
-    "option", [dict(implementation="triton"), dict(padding="SAME"), dict(mask=3), dict(strides=2)]
+    "option",
+    [dict(implementation="triton"), dict(padding="SAME"), dict(precision="high"), dict(strides=2)],
 )
 @pytest.mark.parametrize("what", [_layer(), nnx.Sequential(_layer()), lambda x: x])
 def test_explain_takes_no_options_of_what_has_its_own(what, option):
@@ -174,9 +175,22 @@ def test_explain_of_an_abstract_layer(make):
     assert str(told) == str(explain(make(), X))
 
 
-def test_explain_says_what_to_do_with_more_inputs():
-    with pytest.raises(TypeError, match=r"explain\(lambda x: f\(x, more\), x\)"):
-        explain(lambda x, y: x + y, X, X)
+def test_explain_of_a_model_takes_all_arguments_of_its_call():
+    condition = jax.ShapeDtypeStruct((2, 4), jnp.float32)
+    mask, ids = (jax.ShapeDtypeStruct((2, 16), dtype) for dtype in (bool, np.int32))
+    model = TCN(8, [8], 8, conditioning=4, dropout=0.5, rngs=nnx.Rngs(0))  # changes in a call
+    whole = explain(model, X, condition=condition)
+    assert str(explain(model, X, condition=condition, mask=mask)) == str(whole)
+    packed = explain(model, X, condition=condition, segment_ids=ids, platform="cuda")
+    assert packed.platform == "cuda" and packed.times.keys() != whole.times.keys()
+
+    layer = _layer()
+    alone = explain(X, layer.kernel[...], layer.bias[...], activation="relu", segment_ids=ids)
+    assert explain(layer, X, activation="relu", segment_ids=ids, mask=mask) == alone
+    (words,) = explain(lambda x, w, **more: conv1d(x, w, **more), X, W, activation="tanh").times
+    assert words.endswith("activation=tanh")
+    with pytest.raises(TypeError, match="of arrays got unexpected arguments: condition"):
+        explain(X, W, condition=condition)
 
 
 def test_explain_wants_a_known_platform():

@@ -293,8 +293,17 @@ class Conv(nnx.Conv):
         inputs, kernel, bias = self.promote_dtype((inputs, kernel, bias), dtype=self.dtype)
         return inputs, kernel, bias if self.use_bias else None  # it may have been turned off
 
-    def explain(self, inputs: Any, *, platform: str | None = None) -> explanation.Explanation:
-        """What would run for these inputs; see `conv_pallas.explain`."""
+    def explain(
+        self,
+        inputs: Any,
+        *,
+        platform: str | None = None,
+        activation: str | Callable[[jax.Array], jax.Array] | None = None,
+        mask: Any = None,
+        segment_ids: Any = None,
+        out_sharding: Any = None,
+    ) -> explanation.Explanation:
+        """What would run for these arguments of a call; see `conv_pallas.explain`."""
         if self.conv_general_dilated is not lax.conv_general_dilated:
             note = f"the layer brings its own convolution, {self.conv_general_dilated!r}"
             return explanation.Explanation(platform or explanation.default_platform(), {}, {}, note)
@@ -304,7 +313,9 @@ class Conv(nnx.Conv):
         promote = functools.partial(self.promote_dtype, dtype=self.dtype)
         inputs, kernel, bias = jax.eval_shape(promote, params)
         operands = inputs, kernel, bias if self.use_bias else None
-        return explanation.explain(*operands, platform=platform, **self._arguments())
+        call = dict(activation=activation, mask=mask, segment_ids=segment_ids)
+        call |= dict(platform=platform, out_sharding=out_sharding)
+        return explanation.explain(*operands, **call, **self._arguments())
 
     def _left_to_flax(self) -> bool:
         return (
