@@ -71,13 +71,19 @@ def conv_dense(
     if HAS_BIAS:  # on its way while the tiles are; no compiler moves it up past the loop's barriers
         b = tl.load(bias + g * O + o, o < O, 0.0)
     acc = tl.zeros((BT, BO), tl.float32)
-    if GRAD_OF is None:  # else ptxas would let each product wait for the one before (its C7515)
-        earliest = (a * S + k0 * D - LOW) // E + j0 * ROW_STEP
-        # D * TAP_STEP // E, which itself would overflow in places.
-        apart = D // (E // TAP_STEP)
-        first, end = _live(earliest, apart, (BT - 1) * ROW_STEP, T, taps, K)
-        k0 += first * TAP_STEP
-        taps = end - first
+    earliest = (a * S + k0 * D - LOW) // E + j0 * ROW_STEP
+    # D * TAP_STEP // E, which itself would overflow in places.
+    apart = D // (E // TAP_STEP)
+    first, end = _live(earliest, apart, (BT - 1) * ROW_STEP, T, taps, K)
+    if PHASES == 1:
+        # There is a tap, and one is taken where all see padding alone. Of a loop that may not run
+        # LLVM makes two ways to its end; of what one of them sets to zero ptxas then says that it
+        # has to let each product wait for the one before (C7515), with Triton 3.6 for one.
+        first = tl.minimum(first, taps - 1)
+        end = tl.maximum(end, first + 1)
+        tl.assume((end - first) * TILES_C > 0)
+    k0 += first * TAP_STEP
+    taps = end - first
     for i in tl.range(taps * TILES_C):
         k = k0 + i // TILES_C * TAP_STEP
         c0 = i % TILES_C * BC
