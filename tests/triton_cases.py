@@ -19,6 +19,8 @@ EXTRA = (
     Case("edges", T=17, C=16, O=16, K=4, D=16, padding=[(31, 32)]),
     Case("edges_end", T=17, C=16, O=16, K=4, D=16, padding=[(32, 31)]),
     Case("edges_many", T=33, C=16, O=16, K=17, D=2, padding=[(63, 0)]),
+    # Tiles that see padding alone, before x and after it.
+    Case("edges_beyond", T=9, C=12, O=20, D=2, padding=[(300, 150)], dtype="bfloat16"),
     Case("tiles_depthwise", T=300, C=200, O=200, G=200, K=4, D=3, batch=(2,), dtype="bfloat16"),
     Case("tiles_multiplier", T=70, C=40, O=120, G=40, K=7, D=2, batch=(2,)),
     # Many taps: 16 outputs at a time, and up to 17 taps of the kernel gradient.
