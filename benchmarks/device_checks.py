@@ -87,7 +87,7 @@ def _check_last(case: Case, short: Case, operation: str, dry: bool) -> None:
     @jax.jit
     def compute(lhs, rhs):
         rhs = after_zeros(rhs) if sums else rhs
-        out = bind(problem, after_zeros(lhs), rhs, device_layers.ours(dry))
+        out = bind(problem, after_zeros(lhs), rhs, (device_layers.ours(dry),))
         # Of gradients some steps before the last are not zero.
         before = False if sums else jnp.any(out[:-1] != 0) | jnp.any(out[-1, : -2 * LAST] != 0)
         return out if sums else out[-1:, -LAST:], before
@@ -125,7 +125,7 @@ def _check_operations(log: Log, case: Case, dry: bool, must: bool = False) -> No
         lhs, rhs, _ = lhs_rhs_out(operation, x, w, g)
 
         def run(problem=problem, lhs=lhs, rhs=rhs, operation=operation):
-            compute = lambda lhs, rhs: bind(problem, lhs, rhs, device_layers.ours(dry))  # noqa: E731
+            compute = lambda lhs, rhs: bind(problem, lhs, rhs, (device_layers.ours(dry),))  # noqa: E731
             out = np.asarray(jax.jit(compute)(lhs, rhs))
             check(
                 out, operation, lhs, rhs, case.spec, out_dtype=problem.out_dtype,
@@ -226,8 +226,10 @@ def sanitizer(log: Log, dry: bool) -> None:
     for which in ("memcheck", "racecheck"):
         folder = log.path.parent / which
         command = [
-            # Our kernels, none of XLA's, and no calls that JAX knows may fail.
+            # Our kernels, none of XLA's, and no calls that JAX knows may fail. What is wrong in one
+            # kernel is not to end the others, nor do the assemblers need to be looked into.
             tool, "--tool", which, "--kernel-name", "kns=conv_", "--report-api-errors", "no",
+            "--destroy-on-device-error", "kernel", "--target-processes", "application-only",
             "--error-exitcode", "9", sys.executable, "-m", "benchmarks.on_device",
             "--step", "correctness", "--only", ",".join(SANITIZED), "--out", str(folder),
             "--seconds", str(max(10, log.left() - 10)),

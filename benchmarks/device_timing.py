@@ -12,9 +12,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from benchmarks import baselines, device_layers, device_turns
-from benchmarks.on_device import Log, kill, lines_of, write_whole
+from benchmarks.on_device import Log, kill, lines_of
 from conv_pallas import _measure, aot, inspection
 from conv_pallas._layers import Layer
 from conv_pallas.kernels import xla
@@ -44,7 +45,8 @@ def goals(log: Log, dry: bool) -> None:
     long cuDNN takes to choose among its algorithms. That is left to `against`.
     """
     every = device_layers.with_operations(device_layers.goals(dry))
-    _compared(log, dry, [(*item, ("ours",)) for item in every])
+    # Then, each once, whether it is right at that size.
+    _compared(log, dry, [*((*item, ("ours",)) for item in every), *((*i, ()) for i in every)])
 
 
 def against(log: Log, dry: bool) -> None:
@@ -68,10 +70,18 @@ def against(log: Log, dry: bool) -> None:
 
 
 def _compared(log: Log, dry: bool, plan: list[tuple[Layer, str, tuple[str, ...]]]) -> None:
-    """Times an operation of a layer by programs of those names; the goals' verdicts come last."""
+    """Times an operation of a layer by programs of those names; the goals' verdicts come last.
+
+    Where there are no names, ours is compared with a plain program instead.
+    """
     try:
         copy = _ceilings(log, dry)
-        for layer, operation, names in log.each(plan, lambda item: item[0].name):
+        for layer, operation, names in log.each(plan, lambda item: f"{item[0].name} {item[1]}"):
+            if not names:
+                off = _off(layer, operation, dry)
+                log.write(item=log.item, layer=layer.name, operation=operation,
+                          off_from_plain=off, ok=off <= _measure.tolerance(layer))  # fmt: skip
+                continue
             programs = {
                 name: (lambda name=name, operation=operation, layer=layer: device_layers.operation(
                     operation, device_layers.forward(name, layer, dry)
@@ -93,6 +103,19 @@ def _compared(log: Log, dry: bool, plan: list[tuple[Layer, str, tuple[str, ...]]
         reached = {(r["layer"], r["operation"]): r for r in lines if "tflops" in r}
         for verdict in verdicts(reached):
             log.write(**verdict)
+
+
+def _off(layer: Layer, operation: str, dry: bool) -> float:
+    """How far ours is off from what XLA computes without its convolution."""
+    names = ("ours", baselines.MATMULS if layer.G == 1 else "xla")
+    arrays = device_layers.arrays(layer)
+    ours, plain = (
+        jax.jit(device_layers.operation(operation, device_layers.forward(name, layer, dry)))(
+            *arrays
+        )
+        for name in names
+    )
+    return float(_measure.difference_there(plain, ours))
 
 
 def verdicts(results: dict[tuple[str, str], dict[str, float]]) -> list[dict]:
@@ -177,26 +200,31 @@ def formulations(log: Log, dry: bool) -> None:
 
 
 def pytorch(log: Log, dry: bool) -> None:
-    """PyTorch's convolution, with cudnn.benchmark, of the goals' layers, taking turns with ours."""
+    """PyTorch's convolution, with cudnn.benchmark, of the goals' layers, taking turns with ours.
+
+    A call runs each several times, on other x and g, as in `device_turns.timed`.
+    """
     # The host makes these arrays: the largest last.
     chosen = sorted(device_layers.goals(dry), key=lambda layer: layer.N * layer.T * layer.C)
-    arguments = functools.lru_cache(maxsize=1)(baselines.arguments)
-    on_device = functools.lru_cache(maxsize=1)(lambda layer: jax.device_put(arguments(layer)))
     plan = [(layer, which) for layer in chosen for which in _measure.PASSES]
     for layer, which in log.each(plan, lambda item: item[0].name):
+        x, w, b, g = baselines.arguments(layer)
+        runs = 2 if dry else device_turns.runs_of(layer)
+        each = [(np.roll(x, i, -2), w, b, np.roll(g, i, -2)) for i in range(runs)]
         try:
-            torch, _ = baselines.torch_program(layer, which, arguments(layer))
+            torches = [baselines.torch_program(layer, which, arrays)[0] for arrays in each]
         except baselines.NotApplicableError as e:
             return log.write(skipped=str(e))
-        jax.block_until_ready(torch())  # cuDNN tries its algorithms
         # y as well as all gradients, as there: nothing may be left out because nobody asks for it.
         operation = "forward" if which == _measure.FORWARD else "step"
         f = device_layers.operation(operation, device_layers.forward("ours", layer, dry))
-        ours = functools.partial(jax.jit(f), *on_device(layer))
-        jax.block_until_ready(ours())
-        calls = {"ours": ours, baselines.TORCH: torch}
+        lists = jax.device_put(tuple(map(list, zip(*each, strict=True))))
+        ours = functools.partial(jax.jit(_measure.several(f)), *lists)
+        calls = {"ours": ours, baselines.TORCH: lambda torches=torches: [t() for t in torches][-1]}
+        for call in calls.values():
+            jax.block_until_ready(call())  # cuDNN tries its algorithms
         times = _measure.interleaved(calls, device_turns.settings(dry))
-        spreads = {name: _measure.Spread.of(t) for name, t in times.items()}
+        spreads = {name: _measure.Spread.of([s / runs for s in t]) for name, t in times.items()}
         log.write(
             layer=layer.name, which=which, ours=spreads["ours"].median,
             speedup=spreads[baselines.TORCH].median / spreads["ours"].median,
@@ -205,7 +233,7 @@ def pytorch(log: Log, dry: bool) -> None:
 
 
 def tuning(log: Log, dry: bool) -> None:
-    """Tiles for the goals' layers; the file belongs into kernels/, and the next step reads it."""
+    """Tiles for the goals' layers; their file among the results belongs into kernels/."""
     _tuned(log, dry, device_layers.goals(dry)[:3])
 
 
@@ -220,23 +248,15 @@ def defaults(log: Log, dry: bool) -> None:
 def _tuned(log: Log, dry: bool, chosen: list[Layer]) -> None:
     if dry:
         return log.write(skipped="there is no GPU to tune for")
-    from conv_pallas.kernels import triton_compat, triton_tuned
     from conv_pallas.tuning import tune
-
-    file = triton_tuned.file_of(triton_compat.device_kind())
-
-    def told(line: str) -> None:
-        log.write(tried=line)
-        if file.exists():
-            write_whole(log.path.with_name(file.name), file.read_bytes())
 
     operations = [len(device_layers.operations(layer)) for layer in chosen]
     for layer in log.each(chosen, lambda layer: layer.name):
         x, w, _, _ = device_layers.arrays(layer)
         left = operations[chosen.index(layer) :]
         found = tune(
-            x, w, seconds=log.left() * left[0] / sum(left), report=told,
-            **layer.geometry,
+            x, w, seconds=log.left() * left[0] / sum(left),
+            report=lambda line: log.write(tried=line), **layer.geometry,
         )  # fmt: skip
         log.write(layer=layer.name, tiles=found)
 

@@ -18,11 +18,16 @@ from conv_pallas import _measure
 from conv_pallas._layers import Layer
 
 HOPELESS = 0.5  # seconds of a call that a baseline may last to be called again
-MOST_TAPS = 128  # in one program: of a matmul for each XLA compiles no more in seconds
 
 
 def settings(dry: bool) -> _measure.Settings:
     return _measure.Settings(0, (2, 2)) if dry else _measure.DEVICE
+
+
+def runs_of(layer: Layer) -> int:
+    """How many runs of a program of the layer belong into one call."""
+    x, _, _, g = device_layers.arrays(layer)
+    return _measure.runs_in_a_call(2 * layer.products, x.nbytes + g.nbytes, layer.K)
 
 
 def warm(call: Callable, dry: bool) -> None:
@@ -81,8 +86,7 @@ def timed(
       there is time.
     """
     x, w, b, g = device_layers.arrays(layer)
-    runs = 2 if dry else _measure.runs_in_a_call(2 * layer.products, x.nbytes + g.nbytes)
-    runs = max(1, min(runs, MOST_TAPS // layer.K))
+    runs = 2 if dry else runs_of(layer)
     arguments = (_measure.rolled(x, runs), [w] * runs, [b] * runs, _measure.rolled(g, runs))
     found, lowered = _lowered(programs, arguments)
     calls = {}

@@ -14,7 +14,8 @@ step dies, another goes on after the item that killed it. A step exits with 1 wh
 wrong, and so does the whole; what was wrong, and the goals, are told once more at the end.
 
 A machine may be lent for some minutes only, and be taken back with what lies on it. The bundle is
-whole at any time, and seconds old.
+whole at any time, and seconds old. Unpack it into benchmarks/results/ before the next run: that
+goes on with what is there, and finds the tiles that were tuned.
 
 What the steps do is in `benchmarks.device_checks` and `benchmarks.device_timing`.
 """
@@ -24,6 +25,7 @@ import functools
 import importlib.util
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -59,6 +61,8 @@ STEPS = {
 MINUTES = 9.0  # for all of them, unless told otherwise
 GRACE = 20  # seconds after its end at which a step is stopped
 REAPED = 10  # seconds for one that was killed to be gone
+# Seconds after which an item of a step hangs, where none takes nearly as long.
+STUCK = {"correctness": 60, "goals": 60, "repeatability": 60}
 RENEWED = 20  # seconds after which the bundle is made anew while a step goes on
 DIED = 3  # exit status of a process that another may take over from; so are those of signals
 
@@ -76,7 +80,7 @@ class Log:
 
     def __init__(self, folder: Path, step: str, seconds: float, shard: int = 0, first: int = 0):
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / (f"{step}.jsonl" if shard == 0 else f"{step}.{shard}.jsonl")
+        self.path = folder / _name(step, shard)
         if not first:
             self.path.unlink(missing_ok=True)
         self.end = time.monotonic() + seconds
@@ -105,7 +109,7 @@ class Log:
             self.item = i
             if self.out_of_time():
                 return self.write(cut_short=name(item))
-            _reached(self.path).write_text(str(i + 1), encoding="utf-8")
+            _reached(self.path).write_text(f"{i + 1} {name(item)}", encoding="utf-8")
             before = self.failures
             yield item
             if self.failures > before:
@@ -133,14 +137,31 @@ def lines_of(file: Path) -> list[dict]:
     return [line for line in lines if line is last.get(line.get("item"), line)]
 
 
+def _name(step: str, shard: int) -> str:
+    return f"{step}.{shard}.jsonl" if shard else f"{step}.jsonl"
+
+
 def _reached(path: Path) -> Path:
+    """A file of a number, and of the name of the item that is at work."""
     return path.with_suffix(".reached")
 
 
 def _begun(path: Path) -> int | None:
     """How many items a step has behind it that is not done with all; None where it is."""
     reached = _reached(path)
-    return int(reached.read_text(encoding="utf-8")) if reached.exists() else None
+    return int(reached.read_text(encoding="utf-8").split()[0]) if reached.exists() else None
+
+
+def _hangs(path: Path, seconds: float) -> bool:
+    """Whether an item has been at work for so long; who stopped for it is told in the lines."""
+    reached = _reached(path)
+    if not reached.exists() or time.time() - reached.stat().st_mtime < seconds:
+        return False
+    _, _, item = reached.read_text(encoding="utf-8").partition(" ")
+    line = dict(hung=item, seconds=seconds, ok=False)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    return True
 
 
 def _ask_device() -> None:
@@ -260,7 +281,7 @@ def _run_processes(
             "--seconds", str(end - time.monotonic()), "--from", str(first),
             "--shard", str(shard), "--shards", str(processes), *(["--dry-run"] if dry else []),
         ]  # fmt: skip
-        return subprocess.Popen(command, env=_environment(), process_group=0)
+        return subprocess.Popen(command, env=_environment(out), process_group=0)
 
     running = {shard: (start(shard, first), first) for shard in range(processes)}
     codes = []
@@ -271,18 +292,21 @@ def _run_processes(
                 renew()
                 renewed = time.monotonic()
             for shard, (process, first) in list(running.items()):
-                code = process.poll()
+                code, path = process.poll(), out / _name(step, shard)
                 if code is None and time.monotonic() > end + GRACE:
                     kill(process)
                     code = 124
+                elif code is None and _hangs(path, STUCK.get(step, math.inf)):
+                    kill(process)
+                    code = DIED
                 if code is None:
                     continue
                 codes.append(code)
                 del running[shard]
-                name = f"{step}.jsonl" if shard == 0 else f"{step}.{shard}.jsonl"
-                begun = _begun(out / name) or 0
+                begun = _begun(path) or 0
                 # One that died before it came any further would only die again.
                 if (code == DIED or code < 0) and begun > first and time.monotonic() < end - 5:
+                    os.utime(_reached(path))  # that one's time counts from now on
                     running[shard] = (start(shard, begun), begun)
     finally:
         for process, _ in running.values():
@@ -290,9 +314,13 @@ def _run_processes(
     return codes
 
 
-def _environment() -> dict[str, str]:
-    # Several processes share the device, and nobody's must find its memory taken.
-    found = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+def _environment(out: Path) -> dict[str, str]:
+    found = os.environ | {
+        # Several processes share the device, and nobody's must find its memory taken.
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        # What is tuned lies among the results, where each step finds it, and whoever gets those.
+        "CONV_PALLAS_TUNED": str(out.resolve()),
+    }
     triton = importlib.util.find_spec("triton")
     if triton is not None:
         # JAX looks for a ptxas to assemble Triton's code with. Any toolkit's goes first.

@@ -159,14 +159,16 @@ def ratio(base, other) -> Spread:
 LONG = 4e-4
 # Below what any layer can take: operations and bytes a second of the fastest GPU at hand.
 OPERATIONS, BYTES = 1e15, 5e12
+MOST_TAPS = 128  # in one program: of a matmul for each XLA compiles no more in seconds
 
 
-def runs_in_a_call(operations: float, bytes_: float) -> int:
+def runs_in_a_call(operations: float, bytes_: float, taps: int) -> int:
     """How many runs of a program belong into one call, for the device alone to be timed.
 
-    No more than 8: each is compiled, which for some gradients takes seconds.
+    No more than 8: each is compiled, which for some gradients takes seconds; of many taps fewer.
     """
-    return max(1, min(8, math.ceil(LONG / max(operations / OPERATIONS, bytes_ / BYTES))))
+    runs = math.ceil(LONG / max(operations / OPERATIONS, bytes_ / BYTES))
+    return max(1, min(8, MOST_TAPS // taps, runs))
 
 
 def several(function: Callable) -> Callable:

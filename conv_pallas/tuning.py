@@ -97,7 +97,7 @@ def tune(
 
     Raises:
       RuntimeError: there is no NVIDIA GPU here; or some kernel fails, of which the first is told
-        once all others are measured.
+        once all others are measured, or at once where it takes the device along.
       ModuleNotFoundError: triton or jax-triton is not installed.
       NotImplementedError: the Triton kernels can't run this layer; says why.
       ValueError: the file holds something else.
@@ -125,10 +125,11 @@ def tune(
             report(f"{trial.name}: no time left")
             continue
         share = (end - now) / (len(trials) - i)
-        compiling = now + max(share - SETTINGS.limit - LAST.limit, share / 3)
+        compiling = now + max(share - SETTINGS.limit - LAST.limit, share / 2)
         try:
             found = _tune(trial, triton_tuned.content(kind)["tiles"], tuned, compiling, report)
         except Exception as e:  # told at the end; what was measured and is yet to be counts
+            _ask_device(e)
             failures[f"{trial.name} of {told}"] = e
             report(f"{trial.name}: {_short(e)}")
             found = {"against_xla": dict.fromkeys(trial.keys())}
@@ -138,6 +139,17 @@ def tune(
         more = f", and {len(failures) - 1} more" if len(failures) > 1 else ""
         raise RuntimeError(f"{which} can't be measured{more}: {_short(e)}") from e
     return {key: tile for key, tile in tuned.items() if tile is not None}
+
+
+def _ask_device(e: Exception) -> None:
+    """Raises ``e`` where the device no longer answers, as after a read out of bounds.
+
+    It then is no word about what is measured later, and what was known before stays.
+    """
+    try:
+        jax.block_until_ready(jax.numpy.zeros(()) + 1)
+    except Exception:
+        raise e from None
 
 
 def _short(e: Exception) -> str:
@@ -179,6 +191,7 @@ def _race(trial, key, tile, ours, arguments, report) -> dict[str, Any] | None:
         xla = _call(_lowered(_measure.several(trial.function("xla")), arguments), arguments)
         off = float(_measure.difference_there(expected, xla()))
     except Exception as e:  # for want of memory, say; ours is measured all the same
+        _ask_device(e)
         report(f"{trial.name} xla: {_short(e)}")
         return None
     if not off <= _tolerance(trial.convolution):
@@ -251,7 +264,8 @@ class _Trial:
             jax.random.normal(key, a.shape, a.dtype) for key, a in zip(keys, structs, strict=True)
         )
         operations = 2 * math.prod(problem.y_shape[:-1]) * math.prod(problem.w_shape)
-        runs = _measure.runs_in_a_call(operations, sum(a.nbytes for a in (x, w, g)))
+        bytes_ = sum(a.nbytes for a in (x, w, g))
+        runs = _measure.runs_in_a_call(operations, bytes_, one.spec.kernel_size)
         return _measure.rolled(x, runs), [w] * runs, _measure.rolled(g, runs)
 
 
@@ -375,6 +389,7 @@ def _tiles(trial, arguments, before, tuned, end, report):
             call = _call(made, arguments)
             off = float(_measure.difference_there(expected, call()))
         except Exception as e:  # too large for this chip, say; what it was is reported
+            _ask_device(e)
             report(f"{trial.name} {tile}: {_short(e)}")
             continue
         if off <= _tolerance(trial.convolution):

@@ -12,9 +12,9 @@ Verified without a GPU, by `tests.triton_interpreter` with all its cases and by
 | 3.7.1 | 0.12.0 |
 | 3.9.0 | 0.12.0.1 |
 
-``make test-triton-oldest`` repeats the first. jax-triton 0.4.1 asks pip for triton 3.7, so that 3.6,
-which PyTorch 2.11 pins, has to be there before and jax-triton be installed with ``--no-deps``. The
-interpreter of 3.6, though not its compiler, fails with numpy 2.5 and works with 2.3.
+``make test-triton-oldest`` repeats the first. jax-triton 0.4.1 asks pip for triton 3.7, so that
+3.6, which PyTorch 2.11 pins, has to be there before and jax-triton be installed with ``--no-deps``.
+The interpreter of 3.6, though not its compiler, fails with numpy 2.5 and works with 2.3.
 """
 
 import dataclasses

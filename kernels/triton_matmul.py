@@ -75,7 +75,7 @@ def conv_dense(
     # D * TAP_STEP // E, which itself would overflow in places.
     apart = D // (E // TAP_STEP)
     first, end = _live(earliest, apart, (BT - 1) * ROW_STEP, T, taps, K)
-    if PHASES == 1:
+    if PHASES == 1 and PRECISION != "ieee":  # which has no such products
         # There is a tap, and one is taken where all see padding alone. Of a loop that may not run
         # LLVM makes two ways to its end; of what one of them sets to zero ptxas then says that it
         # has to let each product wait for the one before (C7515), with Triton 3.6 for one.

@@ -29,11 +29,17 @@ def rows(a: np.ndarray) -> np.ndarray:
     return a.reshape(math.prod(a.shape[:-2]), *a.shape[-2:])
 
 
-def bind(problem: Problem, lhs, rhs, implementation: str):
-    """One of the three primitives, as the library's own code binds it."""
+def bind(problem: Problem, lhs, rhs, implementation: str | tuple[str, ...]):
+    """One of the three primitives, as the library's own code binds it.
+
+    Args:
+      implementation: names to try in order, or one for `order`.
+    """
+    if isinstance(implementation, str):
+        implementation = order(implementation)
     return primitives.PRIMITIVES[problem.operation].bind(
         lhs, rhs, spec=problem.spec, kernel_batch=0, precision=problem.precision,
-        out_dtype=problem.out_dtype, implementation=order(implementation), out_sharding=None,
+        out_dtype=problem.out_dtype, implementation=implementation, out_sharding=None,
     )  # fmt: skip
 
 

@@ -38,7 +38,10 @@ def test_a_step_leaves_a_line_for_each_thing_it_learnt(step, tmp_path, monkeypat
     assert log.failures == 0, lines
     if step in ("goals", "against", "layers"):
         assert lines[0]["copy_terabytes_per_second"] > 0 < lines[0]["matmul_tflops"]
-        timed = [line for line in lines[1:] if "goal" not in line]
+        checked = [line for line in lines if "off_from_plain" in line]
+        assert len(checked) == (2 if step == "goals" else 0)  # of a depthwise layer
+        assert all(line["ok"] for line in checked)
+        timed = [line for line in lines[1:] if "goal" not in line and line not in checked]
         assert timed and all(line["ours"] > 0 for line in timed)
         if step == "goals":
             assert all(line["tflops"] > 0 < line["of_copy"] for line in timed)
@@ -73,7 +76,7 @@ def test_time_that_is_up_is_told(tmp_path):
     log = Log(tmp_path, "goals", 0)
     device_timing.goals(log, True)
     lines = _lines(log.path)
-    assert {"cut_short": "dense-512/D4"} in lines
+    assert {"cut_short": "dense-512/D4 forward"} in lines
     assert {line["met"] for line in lines if "goal" in line} == {None}
 
 
@@ -161,7 +164,7 @@ def test_tritons_assembler_is_found_where_there_is_no_toolkit(monkeypatch):
     triton = types.SimpleNamespace(origin="/site/triton/__init__.py")
     monkeypatch.setattr(on_device.importlib.util, "find_spec", lambda name: triton)
     monkeypatch.setenv("PATH", "/usr/bin")
-    path = on_device._environment()["PATH"]
+    path = on_device._environment(Path())["PATH"]
     assert path == "/usr/bin:/site/triton/backends/nvidia/bin"
 
 
@@ -239,6 +242,37 @@ time.sleep(100)
     raise AssertionError("what a step has started outlives it")
 
 
+def test_an_item_that_hangs_is_told_and_left_out(tmp_path, monkeypatch):
+    source = """
+for item in log.each(range(3), lambda item: f"the {item}th"):
+    if item == 1:
+        time.sleep(100)
+    time.sleep(1)
+    log.write(item=item, ok=True)
+"""
+    _python_that_runs(source, tmp_path, monkeypatch)
+    monkeypatch.setattr(on_device, "STUCK", {"goals": 8})
+    assert on_device._run_processes(tmp_path, "goals", 60, 1, False) == [on_device.DIED, 0]
+    first, hung, last = _lines(tmp_path / "goals.jsonl")
+    assert (first["item"], last["item"]) == (0, 2)
+    assert hung == dict(hung="the 1th", seconds=8, ok=False)
+
+
+def test_a_goal_that_is_wrong_at_its_own_size_is_told(tmp_path, monkeypatch):
+    layer = device_timing.device_layers.goals(True)[0]
+    forward = device_timing.device_layers.forward
+
+    def wrong(name, layer, dry):
+        f = forward(name, layer, dry)
+        return (lambda *a: f(*a) * 1.1) if name == "ours" else f
+
+    log = Log(tmp_path, "goals", 60)
+    for f, failures in ((forward, 0), (wrong, 1)):
+        monkeypatch.setattr(device_timing.device_layers, "forward", f)
+        device_timing._compared(log, True, [(layer, "forward", ())])
+        assert log.failures == failures
+
+
 def test_a_device_that_does_not_answer_ends_the_process(tmp_path, monkeypatch):
     def silent():
         raise RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS")
@@ -254,7 +288,7 @@ def test_a_device_that_does_not_answer_ends_the_process(tmp_path, monkeypatch):
     lines = _lines(tmp_path / "repeatability.jsonl")
     assert [line.get("item") for line in lines] == ["right", "wrong", None]
     assert "ILLEGAL_ADDRESS" in lines[-1]["died"]
-    assert (tmp_path / "repeatability.reached").read_text() == "2"
+    assert (tmp_path / "repeatability.reached").read_text() == "2 wrong"
 
 
 def test_the_end_tells_what_was_wrong_and_the_goals(tmp_path):

@@ -1,6 +1,7 @@
 """What the Triton launchers decide before anything is compiled."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -12,7 +13,7 @@ pytest.importorskip("jax_triton")
 from conv_pallas import _layers
 from conv_pallas.kernels import triton_config, triton_dense, triton_depthwise, triton_tuned
 from conv_pallas.kernels import triton_depthwise_walk as walk
-from conv_pallas.kernels.triton_common import Phases, most_programs
+from conv_pallas.kernels.triton_common import Phases, add_in_order, most_programs
 from conv_pallas.kernels.triton_compat import PROCESSORS
 from conv_pallas.spec import OPERATIONS, ConvSpec, Epilogue, lhs_rhs_out
 from tests.cases import Case
@@ -43,6 +44,19 @@ def _problem(case: Case, activation: str | None = None):
 def test_the_derivative_is_computed_where_less_is_moved(C, K, dtype, activation, wanted, expected):
     case = Case("layer", batch=(8,), T=4096, C=C, O=C, K=K, dtype=dtype)
     assert triton_dense.derivative_in_kernels(_problem(case, activation), wanted) is expected
+
+
+@pytest.mark.parametrize("count", [1, 2, 15, 16, 17, 33, 256, 257, 512])
+def test_partial_sums_are_added_neighbours_first_in_few_operations(count):
+    values = np.random.default_rng(0).standard_normal((count, 3, 5), np.float32)
+    values *= np.float32(10) ** np.arange(-3, 3).repeat(-(-count // 6))[:count, None, None]
+    expected = list(values)
+    while len(expected) > 1:
+        groups = [expected[i : i + 16] for i in range(0, len(expected), 16)]
+        expected = [functools.reduce(np.add, group) for group in groups]
+    add = jax.jit(functools.partial(add_in_order, dtype=np.float32))
+    assert np.array_equal(add(values), expected[0])
+    assert len(add.trace(values).jaxpr.eqns) <= 2 * 16 * 3 + 3 * 16
 
 
 @pytest.mark.parametrize("kernel", ["conv_dense_input_grad", triton_config.KERNEL_GRAD])
