@@ -39,7 +39,7 @@ class Config:
 def configure(
     kernel: str, rows: int, columns: int, depth: int, *, taps: int, phases: Phases, count: int,
     dtype: np.dtype, precision: str, tma: bool, untuned: Config | None = None, keep: bool = False,
-    saved: bool = False,
+    saved: bool = False, tight: bool = False,
 ) -> Config:  # fmt: skip
     """A tuned tile, or a heuristic: as large as registers and shared memory allow.
 
@@ -54,6 +54,8 @@ def configure(
         sm_100a); where a processor has one at most, two of half the size take as long.
       saved: whether an activation's derivative is computed from what is fetched beside a factor:
         the rows, or in the kernel gradient the columns.
+      tight: whether something else takes registers that the largest tiles need: the addresses of
+        rows that are no multiple of 16 bytes, or an error function.
     """
     how = (precision,) if phases == Phases(1, 1, 1) else (precision, str(phases))
     if saved:  # a tile that was tuned without may not fit beside what that takes
@@ -82,6 +84,8 @@ def configure(
         limit = Config(128, 128 if saved and kernel == KERNEL_GRAD else 256, 64, 8, 4)
     else:
         limit = Config(128, 128, 32, 8, 3)  # 48 KiB: also where shared memory is scarce
+    if tight:
+        limit = dataclasses.replace(limit, columns=min(limit.columns, 128))
     floor = 16
     fit = lambda size, limit: min(limit, max(floor, triton.next_power_of_2(size)))  # noqa: E731
     bt, bo = fit(rows, limit.rows), fit(columns, limit.columns)

@@ -68,7 +68,7 @@ FEW = Config(rows=64, columns=64, depth=64, warps=4, stages=3, resident=2)
 # --- Launchers ---
 
 
-def _tileable(array: jax.Array, offset: int) -> bool:
+def _tileable(array: jax.Array | jax.ShapeDtypeStruct, offset: int) -> bool:
     """Whether the copy engine can fetch tiles of an array that start at multiples of `offset`.
 
     It moves 16 bytes at a time; starts at a multiple of them are what Triton asks for.
@@ -85,8 +85,13 @@ def _may_stay(spec: ConvSpec, dtype: np.dtype) -> bool:
 def _config(
     N: int, spec: ConvSpec, C: int, O: int, dtype: np.dtype, out_dtype, precision: str,
     tma_x: bool = False, keep: bool = False, transposed: bool = False, saved: bool = False,
+    tight: bool = False,
 ):  # fmt: skip
-    """The tiles of `forward`, where x would be fetched by TMA if ``tma_x``."""
+    """The tiles of `forward`, where x would be fetched by TMA if ``tma_x``.
+
+    Args:
+      keep, saved, tight: see `configure`.
+    """
     G, phases = spec.groups, Phases.of(spec)
     stays = (
         tma_x and _may_stay(spec, dtype)
@@ -100,7 +105,7 @@ def _config(
         triton.cdiv(spec.out_time, phases.phases), O // G, C // G, taps=spec.kernel_size,
         phases=phases, count=N * G * phases.phases, dtype=dtype, precision=precision,
         tma=triton_compat.has_tma(triton_compat.compute_capability()),
-        untuned=FEW if stays else None, keep=keep, saved=saved,
+        untuned=FEW if stays else None, keep=keep, saved=saved, tight=tight,
     )  # fmt: skip
 
 
@@ -132,21 +137,22 @@ def forward(
     tma_x = (
         tma and phases.row_step == 1 and grad_of is None and _tileable(x, c if G > 1 else 0)
     )  # fmt: skip
-    config = _config(
-        N, spec, C, O, dtype, out_dtype, precision, tma_x and x.dtype == w.dtype, keep, transposed,
-        grad_of is not None,
-    )  # fmt: skip
     w, w_row, w_col, contract_last = _laid_out(
         w, c, o, transposed, tensor_cores=tma and dtype.itemsize == 4 and precision != "ieee"
     )
+    tma_w = tma and _tileable(w, w_col if G > 1 else 0)
+    y = jax.ShapeDtypeStruct((N, spec.out_time, O), out_dtype)
+    addresses = not (tma_w and _tileable(y, 0) and (tma_x or grad_of))
+    config = _config(
+        N, spec, C, O, dtype, out_dtype, precision, tma_x and x.dtype == w.dtype, keep, transposed,
+        saved=grad_of is not None, tight=addresses or activation == "gelu_exact",
+    )  # fmt: skip
     # What a tile holds past a group's end only feeds results that are not stored, but for what
     # is summed over: there the next group begins, and the engine has no mask.
     whole = G == 1 or c % config.depth == 0
-    tma_x = tma_x and whole
-    tma_w = tma and whole and _tileable(w, w_col if G > 1 else 0)
+    tma_x, tma_w = tma_x and whole, tma_w and whole
     block = (config.columns, config.depth) if contract_last else (config.depth, config.columns)
     rounded = precision == "tf32"
-    y = jax.ShapeDtypeStruct((N, spec.out_time, O), out_dtype)
     programs = N * G * phases.phases * triton.cdiv(J, config.rows) * triton.cdiv(o, config.columns)
     xt, wt = _tile(x, (config.rows, config.depth), rounded), _tile(w, block, rounded)
     common = dict(

@@ -223,9 +223,11 @@ def forward(
             )  # fmt: skip
     K, phases = spec.kernel_size, Phases.of(spec)
     J = triton.cdiv(spec.out_time, phases.phases)
-    BT, BC = 32, max(16, min(128, triton.next_power_of_2(O)))
     in_per_out = C // O if transposed else 1
     terms = triton.cdiv(K, phases.tap_step) * in_per_out
+    unroll = terms <= 8
+    # What is loaded for all of many terms at once takes more registers than there are.
+    BT, BC = 16 if unroll and terms > 4 else 32, max(16, min(128, triton.next_power_of_2(O)))
     halo = (K - 1) * spec.kernel_dilation // spec.input_dilation * C * x.dtype.itemsize
     return compat.call(
         conv_depthwise, x, w,
@@ -237,7 +239,7 @@ def forward(
         ROW_STEP=phases.row_step, TAP_STEP=phases.tap_step, IN_PER_OUT=in_per_out,
         OUT_PER_IN=1 if transposed else O // C, REVERSE=transposed,
         HAS_BIAS=bias is not None, ACTIVATION=activation, TIME_FIRST=halo > L2_BYTES,
-        TERMS=terms, UNROLL=terms <= 8, BT=BT, BC=BC,
+        TERMS=terms, UNROLL=unroll, BT=BT, BC=BC,
     )  # fmt: skip
 
 

@@ -52,6 +52,8 @@ HOPPER = (
     (_case("depthwise_float32", 256, G=256, S=2, dtype="float32"), "sigmoid"),
     (_case("depthwise_wide", 256, G=256, K=8), "gelu_exact"),
     (_case("multiplier", 64, 256, G=64, K=31), "relu"),
+    (_case("multiplier_few", 128, 256, G=128, K=4, D=2, dtype="float32"), None),
+    (_case("addresses", 450, T=400, batch=(32,)), "gelu"),
     (_case("taps_float32", 256, G=256, K=63, T=835, dtype="float32"), "gelu_exact"),
     # Where ptxas spills, if it may, for the sake of one more program.
     (_case("taps_tight", 512, G=512, K=51, D=1, T=835, batch=(32,), padding="SAME"), None),
@@ -99,7 +101,7 @@ def test_machine_code_is_as_promised(chip, name):
             assert code.blocks >= room, code
     if case.G < case.C or case.C == 1:
         assert kernels == {"conv_dense", "conv_dense_kernel_grad"}
-    elif case.K <= 8 and case.S == 1:
+    elif case.K <= 8 and case.S == 1 and case.O == case.C:
         assert kernels == {"conv_walk", "conv_walk_backward"}
     elif case.S == 1 and case.O == case.C:
         assert kernels == {"conv_taps", "conv_taps_kernel_grad"}
@@ -118,6 +120,27 @@ def test_machine_code_is_as_promised(chip, name):
         # Where ptxas lets each product wait for the one before, it says so in an aside alone.
         wait = "WARPGROUP.DEPBAR.LE"
         assert all(code.listing.count(wait) < code.opcodes["HGMMA"] for code in made), made
+
+
+@pytest.mark.parametrize(
+    "C, O, dtype, activation",
+    [
+        (512, 512, "bfloat16", "gelu_exact"),
+        (512, 512, "float32", "gelu_exact"),
+        (512, 512, "float32", "silu"),
+        (512, 450, "float32", "gelu"),
+        (450, 450, "bfloat16", "gelu_exact"),
+        (150, 600, "bfloat16", "gelu"),
+    ],
+)
+def test_addresses_and_an_activation_leave_the_sums_in_registers(C, O, dtype, activation):
+    """In a forward pass alone; one whose derivative is wanted gives what that is made from."""
+    case = _case("layer", C, O, dtype=dtype)
+    layer = functools.partial(conv1d, activation=activation, implementation="triton")
+    (code,) = codes("h200", layer, *_structs(case))
+    assert code.spills == 0, code
+    largest = {("float32", "silu"): 256}  # where nothing stands against it
+    assert code.meta["BO"] == largest.get((dtype, activation), 128)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
