@@ -32,7 +32,6 @@ def conv(
 ) -> jax.Array:
     """The forward convolution of ``x (N, T, C)`` with ``w (K, C//G, O)``, padded in the window."""
     dtype = holds(x.dtype, w.dtype)  # lax takes operands of one dtype only
-    narrower = holds(dtype, out_dtype) != out_dtype  # lax accumulates in no such type
     return lax.conv_general_dilated(
         x.astype(dtype),
         w.astype(dtype),
@@ -43,7 +42,7 @@ def conv(
         dimension_numbers=("NWC", "WIO", "NWC"),
         feature_group_count=spec.groups,
         precision=precision,
-        preferred_element_type=None if narrower else out_dtype,
+        preferred_element_type=holds(dtype, out_dtype),  # lax accumulates in none that is narrower
     ).astype(out_dtype)
 
 

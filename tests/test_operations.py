@@ -158,6 +158,20 @@ def test_integers_are_exact(name, dtype, implementation):
     check_operation(run(x, w), "conv1d", x, w, case)
 
 
+@each_implementation
+@pytest.mark.parametrize("K, G", [(1, 1), (3, 1), (3, 16)])
+def test_float16_into_a_type_with_more_range(K, G, implementation):
+    """Its 65504 is no bound for what is summed: neither type holds the other."""
+    C = 16
+    x, w = jnp.full((2, 32, C), 200.0, jnp.float16), jnp.full((K, C // G, C), 200.0, jnp.float16)
+    y = conv1d(
+        x, w, preferred_element_type=jnp.bfloat16, feature_group_count=G,
+        implementation=order(implementation),
+    )  # fmt: skip
+    assert y.dtype == jnp.bfloat16
+    assert y[0, -1, 0] == jnp.bfloat16(200.0 * 200.0 * K * C // G)
+
+
 @pytest.mark.parametrize("name", ["grouped", "stride_same", "input_dilation_depthwise"])
 def test_float64(name):
     case = dataclasses.replace(cases.named(name), dtype="float64")
