@@ -174,6 +174,7 @@ def _batching_rule(axis_data, args, dims, *, kernel_batch, out_sharding, operati
         and out_sharding is None
         and mesh_axis is None
         and axis_data.spmd_name is None  # a sharded axis stays one of its own
+        and not _folds_sharded(operation, args, dims)
     ):
         return _widen(bind, operation, lhs, rhs, lhs_dim, rhs_dim, V, params["spec"].groups)
     else:
@@ -200,6 +201,15 @@ def _widen(bind, operation, lhs, rhs, lhs_dim, rhs_dim, V, groups):
         out_axis, out_groups = -1, groups
     out = bind(lhs, rhs, kernel_batch=V, out_sharding=None)
     return _unfold(out, out_axis, size, out_groups)
+
+
+def _folds_sharded(operation, args, dims) -> bool:
+    """Whether `_widen` would fold an axis into channels that are split over a mesh."""
+    (lhs, rhs), (lhs_dim, rhs_dim) = args, dims
+    a, dim = (lhs, lhs_dim) if rhs_dim is None else (rhs, rhs_dim)
+    split = [s for axis, s in enumerate(sharding.entries(jax.typeof(a))) if axis != dim]
+    inner = operation == "conv1d_input_grad" and rhs_dim is not None
+    return split[-2 if inner else -1] is not None
 
 
 def _fold(a, dim: int, axis: int, groups: int):

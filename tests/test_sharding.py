@@ -15,8 +15,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from conv_pallas import conv1d
+from conv_pallas.spec import OPERATIONS, lhs_rhs_out
+from tests.cases import Case
 from tests.streams import functions, model_of, numbers, stream
-from tests.support import collectives, compiled_quickly, gathered_sizes, sent, tree_close
+from tests.support import bind, collectives, compiled_quickly, gathered_sizes, sent, tree_close
 
 pytestmark = pytest.mark.usefixtures("hardly_optimized")
 
@@ -403,6 +405,29 @@ def test_vmap_over_a_sharded_axis(in_axes, axis_type):
         assert "all-gather" not in collectives(compiled)
         want = jax.jit(jax.vmap(transform(_function(layout, "xla_native")), in_axes))(*arrays)
         tree_close(out, want, rtol=1e-4)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize(
+    "sharded", [(P(None, None, "a"), P()), (P(), P(None, None, "a")), (P(), P(None, "a"))]
+)
+@pytest.mark.parametrize("in_axes", [(None, 0), (0, None), (None, 3), (2, None)])
+def test_vmap_over_one_operand_beside_explicit_channels(in_axes, sharded, operation):
+    """What `vmap` would fold into channels stays an axis where those are split."""
+    mesh, case = _mesh(AxisType.Explicit), Case("", batch=(2,), T=12, C=8, O=8)
+    lhs, rhs, _ = lhs_rhs_out(operation, *case.arrays())
+    arrays, placed = [], []
+    for array, axis, spec in zip((lhs, rhs), in_axes, sharded, strict=True):
+        entries = [*spec, *[None] * (3 - len(spec))]
+        if axis is not None:
+            array = np.stack([array, 2 * array, 3 * array], axis)
+            entries.insert(axis, None)
+        arrays.append(array)
+        placed.append(jax.device_put(array, NamedSharding(mesh, P(*entries))))
+    f = lambda name: jax.vmap(lambda a, b: bind(case.problem(operation), a, b, name), in_axes)  # noqa: E731
+    with jax.set_mesh(mesh):
+        out = jax.jit(f("xla"))(*placed)
+    tree_close(np.asarray(out), np.asarray(jax.jit(f("xla"))(*arrays)), rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["batch", "batch_and_channels_out", "channels_in", "depthwise"])
