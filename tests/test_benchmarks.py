@@ -269,10 +269,11 @@ def test_what_depends_on_no_x_is_computed_in_every_run():
 
 def test_a_call_has_runs_enough_to_hide_the_next():
     for operations, bytes_ in ((1, 1), (5e10, 6.7e7), (1e9, 8e8), (1e15, 1e12)):
-        runs = _measure.runs_in_a_call(operations, bytes_)
+        runs = _measure.runs_in_a_call(operations, bytes_, 3)
         least = max(operations / _measure.OPERATIONS, bytes_ / _measure.BYTES)
         assert runs == 8 or runs * least >= _measure.LONG
         assert runs == 1 or (runs - 1) * least < _measure.LONG
+    assert [_measure.runs_in_a_call(1, 1, taps) for taps in (16, 33, 1000)] == [8, 3, 1]
 
 
 def test_differences_are_the_same_wherever_they_are_computed():
