@@ -247,15 +247,15 @@ def test_an_item_that_hangs_is_told_and_left_out(tmp_path, monkeypatch):
 for item in log.each(range(3), lambda item: f"the {item}th"):
     if item == 1:
         time.sleep(100)
-    time.sleep(1)
+    time.sleep(0.1)
     log.write(item=item, ok=True)
 """
     _python_that_runs(source, tmp_path, monkeypatch)
-    monkeypatch.setattr(on_device, "STUCK", {"goals": 8})
+    monkeypatch.setattr(on_device, "STUCK", {"goals": 4})
     assert on_device._run_processes(tmp_path, "goals", 60, 1, False) == [on_device.DIED, 0]
     first, hung, last = _lines(tmp_path / "goals.jsonl")
     assert (first["item"], last["item"]) == (0, 2)
-    assert hung == dict(hung="the 1th", seconds=8, ok=False)
+    assert hung == dict(hung="the 1th", seconds=4, ok=False)
 
 
 def test_a_goal_that_is_wrong_at_its_own_size_is_told(tmp_path, monkeypatch):
