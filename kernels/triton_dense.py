@@ -222,14 +222,14 @@ def kernel_grad(
     J = triton.cdiv(U, phases.phases)
     dtype = np.dtype(jnp.promote_types(x.dtype, gy.dtype))
     tma = triton_compat.has_tma(triton_compat.compute_capability())
+    whole = tma and phases.phases == 1
+    tma_x = whole and phases.row_step == 1 and _tileable(x, c if G > 1 else 0)
+    tma_g = whole and activation is None and _tileable(gy, o if G > 1 else 0)
     # The sum is split, so that there are always tiles enough.
     config = configure(
         KERNEL_GRAD, c, o, J, taps=K, phases=phases, count=PROCESSORS * K * G, dtype=dtype,
-        precision=precision, tma=tma, saved=activation is not None,
+        precision=precision, tma=tma, saved=activation is not None, tight=not (tma_x and tma_g),
     )  # fmt: skip
-    tma = tma and phases.phases == 1
-    tma_x = tma and phases.row_step == 1 and _tileable(x, c if G > 1 else 0)
-    tma_g = tma and activation is None and _tileable(gy, o if G > 1 else 0)
     # Whether some tap's last tile holds steps of x that it does not meet.
     tail = (
         tma_x and U % config.depth != 0

@@ -33,6 +33,7 @@ EVERYWHERE = (
     (_case("dense", 512), "gelu"),
     (_case("bandwidth", 64), "relu"),  # its kernels compute the derivative as they read gy
     (_case("ragged", 25, 30), None),
+    (_case("addresses", 450, T=400, batch=(32,)), "gelu"),  # which nothing but pointers can fetch
     (_case("tf32", 256, dtype="float32"), None),
     (_case("tf32_ragged", 25, 30, dtype="float32"), "relu"),
     (_case("tf32x3", 256, dtype="float32", precision="high"), None),
@@ -53,7 +54,6 @@ HOPPER = (
     (_case("depthwise_wide", 256, G=256, K=8), "gelu_exact"),
     (_case("multiplier", 64, 256, G=64, K=31), "relu"),
     (_case("multiplier_few", 128, 256, G=128, K=4, D=2, dtype="float32"), None),
-    (_case("addresses", 450, T=400, batch=(32,)), "gelu"),
     (_case("taps_float32", 256, G=256, K=63, T=835, dtype="float32"), "gelu_exact"),
     # Where ptxas spills, if it may, for the sake of one more program.
     (_case("taps_tight", 512, G=512, K=51, D=1, T=835, batch=(32,), padding="SAME"), None),
