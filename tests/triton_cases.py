@@ -22,6 +22,7 @@ EXTRA = (
     # Tiles that see padding alone, before x and after it.
     Case("edges_beyond", T=9, C=12, O=20, D=2, padding=[(300, 150)], dtype="bfloat16"),
     Case("tiles_depthwise", T=300, C=200, O=200, G=200, K=4, D=3, batch=(2,), dtype="bfloat16"),
+    Case("walked_two", T=45, C=20, O=20, G=20, K=2, D=3, padding="SAME", dtype="bfloat16"),
     Case("tiles_multiplier", T=70, C=40, O=120, G=40, K=7, D=2, batch=(2,)),
     # Many taps: 16 outputs at a time, and up to 17 taps of the kernel gradient.
     Case("taps_same", T=40, C=72, O=72, G=72, K=33, padding="SAME", batch=(3,), dtype="bfloat16"),
