@@ -168,7 +168,8 @@ def explain(
     if its_own is None and callable(x) and kernel is not None:
         its_own = functools.partial(_explain_model, x)
     if its_own is not None:
-        _refuse(**geometry, **how)
+        options = geometry | how
+        tracing.refuse(n for n in options if options[n] is not explain.__kwdefaults__[n])
         given = dict(call, out_sharding=out_sharding)
         inputs |= {name: value for name, value in given.items() if value is not None}
         arguments = (kernel,) if bias is None else (kernel, bias)
@@ -205,15 +206,6 @@ def explain(
     given = dict(x=x, w=w, spec=spec, precision=precision, out_dtype=out_dtype)
     ask = functools.partial(problem_of, **given, platform=platform)
     return _explain_problem(ask, chain, Epilogue(bias is not None, named), outside)
-
-
-def _refuse(**options) -> None:
-    """What says which convolution it is, of something that knows that itself."""
-    for name, value in options.items():
-        if value is not explain.__kwdefaults__[name]:
-            raise TypeError(
-                f"{name}= is for arrays: a layer, a model and a function have their own"
-            )
 
 
 def _explain_problem(

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -84,6 +84,16 @@ class Convolution:
         if self.kernels > 1:
             words.append(f"{self.kernels} kernels at once")
         return ", ".join(words)
+
+
+def refuse(names: Iterable[str]) -> None:
+    """Raises TypeError where one says which convolution it is: what is called knows that itself."""
+    own = (*ARGUMENTS.values(), "precision", "preferred_element_type", "implementation")
+    for name in names:
+        if name in own:
+            raise TypeError(
+                f"{name}= is for arrays: a layer, a model and a function have their own"
+            )
 
 
 def convolutions(

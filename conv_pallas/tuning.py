@@ -100,6 +100,7 @@ def tune(
         once all others are measured, or at once where it takes the device along.
       ModuleNotFoundError: triton or jax-triton is not installed.
       NotImplementedError: the Triton kernels can't run this layer; says why.
+      TypeError: there is geometry, precision or implementation beside a model.
       ValueError: the file holds something else.
       OSError: the file can't be written.
     """
@@ -272,6 +273,7 @@ class _Trial:
 def _convolutions(x, kernel, arguments, report) -> list[Convolution]:
     """Those that are to be tuned, each once."""
     if callable(x):
+        tracing.refuse(arguments)
         found, left = tracing.convolutions(x, kernel, **arguments)
         if left:
             report(f"{left} left to jax.lax.conv_general_dilated, as stock layers are")

@@ -165,9 +165,11 @@ def test_every_layer_has_its_share_of_the_step(step, layers, h200, tmp_path, mon
     given, chosen = [], device_layers.goals(True)[:3]
     monkeypatch.setattr(device_layers, layers, lambda dry: chosen)
     monkeypatch.setattr(tuning, "tune", lambda x, w, seconds, **more: given.append(seconds))
+    still = types.SimpleNamespace(monotonic=lambda: 0.0)
+    monkeypatch.setattr(on_device, "time", still)
     getattr(device_timing, step)(Log(tmp_path, step, 800), False)
     # Of eight operations, five, and two: where nothing takes any time, the last has it all.
-    assert given == pytest.approx([800 * 3 / 8, 800 * 3 / 5, 800], rel=0.05)
+    assert given == pytest.approx([800 * 3 / 8, 800 * 3 / 5, 800])
 
 
 def test_what_is_tuned_lies_among_the_results(tmp_path, monkeypatch):
@@ -365,8 +367,9 @@ def test_what_the_kernels_cannot_run_is_told_and_left_out(one_tile):
     assert _chosen() == ["triton"] * 3
     with pytest.raises(NotImplementedError, match="'triton' can't run conv1d"):
         _quiet(*(aot.struct(shape, jnp.float32) for shape in DENSE), precision=unknown)
-    with pytest.raises(TypeError, match="strides"):
-        _quiet(two, aot.struct(DENSE[0], jnp.bfloat16), strides=2)
+    for model in (two, nnx.Sequential(two)):  # which would leave it out in silence
+        with pytest.raises(TypeError, match="strides= is for arrays"):
+            _quiet(model, aot.struct(DENSE[0], jnp.bfloat16), strides=2)
 
 
 def test_a_kernel_that_fails_costs_the_others_nothing(one_tile, monkeypatch):
