@@ -186,30 +186,29 @@ def _batching_rule(axis_data, args, dims, *, kernel_batch, out_sharding, operati
     return bind(lhs, rhs, kernel_batch=V, out_sharding=out_sharding), dim
 
 
-def _widen(bind, operation, lhs, rhs, lhs_dim, rhs_dim, V, groups):
-    """Folds an axis that one operand has into its channels: the other is read once."""
+def _widened(operation, lhs, rhs, lhs_dim, rhs_dim):
+    """The operand that has the axis, where it is, and the channels that `_widen` folds it into."""
     # Channels out carry the axis, unless what varies brings in channels in. A kernel's
     # axis of channels in counts within a group.
     if rhs_dim is None:  # x of a kernel gradient
-        size, lhs = lhs.shape[lhs_dim], _fold(lhs, lhs_dim, -1, groups)
-        out_axis, out_groups = -2, 1
-    elif operation == "conv1d_input_grad":
-        size, rhs = rhs.shape[rhs_dim], _fold(rhs, rhs_dim, -2, 1)
-        out_axis, out_groups = -1, groups
-    else:
-        size, rhs = rhs.shape[rhs_dim], _fold(rhs, rhs_dim, -1, groups)
-        out_axis, out_groups = -1, groups
+        return lhs, lhs_dim, -1
+    return rhs, rhs_dim, -2 if operation == "conv1d_input_grad" else -1
+
+
+def _widen(bind, operation, lhs, rhs, lhs_dim, rhs_dim, V, groups):
+    """Folds an axis that one operand has into its channels: the other is read once."""
+    a, dim, axis = _widened(operation, lhs, rhs, lhs_dim, rhs_dim)
+    size, folded = a.shape[dim], _fold(a, dim, axis, 1 if axis == -2 else groups)
+    lhs, rhs = (folded, rhs) if rhs_dim is None else (lhs, folded)
     out = bind(lhs, rhs, kernel_batch=V, out_sharding=None)
-    return _unfold(out, out_axis, size, out_groups)
+    return _unfold(out, -2, size, 1) if rhs_dim is None else _unfold(out, -1, size, groups)
 
 
 def _folds_sharded(operation, args, dims) -> bool:
     """Whether `_widen` would fold an axis into channels that are split over a mesh."""
-    (lhs, rhs), (lhs_dim, rhs_dim) = args, dims
-    a, dim = (lhs, lhs_dim) if rhs_dim is None else (rhs, rhs_dim)
-    split = [s for axis, s in enumerate(sharding.entries(jax.typeof(a))) if axis != dim]
-    inner = operation == "conv1d_input_grad" and rhs_dim is not None
-    return split[-2 if inner else -1] is not None
+    a, dim, axis = _widened(operation, *args, *dims)
+    split = [s for i, s in enumerate(sharding.entries(jax.typeof(a))) if i != dim]
+    return split[axis] is not None
 
 
 def _fold(a, dim: int, axis: int, groups: int):
