@@ -15,7 +15,8 @@ wrong, and so does the whole; what was wrong, and the goals, are told once more 
 
 A machine may be lent for some minutes only, and be taken back with what lies on it. The bundle is
 whole at any time, and seconds old. Unpack it into benchmarks/results/ before the next run: that
-goes on with what is there, and finds the tiles that were tuned.
+goes on with what is there, and finds the tiles that were tuned. Where the files travel without
+their history, the environment variable BENCHMARKS_COMMIT tells the commit.
 
 What the steps do is in `benchmarks.device_checks` and `benchmarks.device_timing`.
 """
@@ -45,7 +46,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 STEPS = {
     "versions": (25, 1),
     "negative_start": (30, 1),
-    "correctness": (110, 6),
+    "correctness": (110, 14),
     "goals": (75, 1),
     "repeatability": (30, 1),
     "sanitizer": (70, 1),
