@@ -63,7 +63,7 @@ from conv_pallas.spec import ConvSpec, Problem
 
 # Of few channels and many steps; two such programs share a processor, so that one multiplies while
 # the other stores.
-FEW = Config(rows=64, columns=64, depth=64, warps=4, stages=3, resident=2)
+FEW = Config(rows=128, columns=64, depth=64, warps=4, stages=3, resident=2)
 
 # --- Launchers ---
 
@@ -246,7 +246,8 @@ def kernel_grad(
     splits = triton.cdiv(blocks, per_split) if blocks else splits
     rounded = precision == "tf32"
     xt = _tile(x, (config.depth, config.rows), rounded)
-    gt = _tile(gy, (config.depth, config.columns), rounded)
+    # The bias's sum is of the same tiles, and of all their bits.
+    gt = _tile(gy, (config.depth, config.columns), rounded and not bias)
     narrow = splits == 1 and not bias
     stays = (
         config.resident and _may_stay(spec, dtype) and tma_x and tma_g and not tail
@@ -275,7 +276,8 @@ def kernel_grad(
         C=c, O=o, G=G, K=K, S=spec.stride, E=spec.input_dilation, PHASES=phases.phases,
         ROW_STEP=phases.row_step, TMA_X=tma_x, TMA_G=tma_g, TAIL=tail, PRECISION=precision,
         WIDEN=x.dtype != gy.dtype, ROUND_X=rounded and not tma_x and x.dtype == np.float32,
-        ROUND_G=rounded and not tma_g and gy.dtype == np.float32, BIAS=bias, GRAD_OF=activation,
+        ROUND_G=rounded and (bias or not tma_g) and gy.dtype == np.float32, BIAS=bias,
+        GRAD_OF=activation,
         BU=config.depth, BC=config.rows, BO=config.columns,
     )  # fmt: skip
     return _added(partial, (K, c, O), out_dtype, bias)

@@ -202,7 +202,9 @@ def call(kernel, *args, out, programs, warps, stages, registers=None, **meta):
 
     def convert(a):
         if isinstance(a, triton_compat.Tile):
-            t = convert(a.array)
+            # The engine's rounding is done before, to an array of its own.
+            t = Tensor(_tf32(np.asarray(a.array))) if a.round_to_tf32 else convert(a.array)
+            tensors.setdefault(id(t), t)
             return TensorDescriptor(t, list(t.shape), list(t.stride()), list(a.block))
         if isinstance(a, int):
             return a
