@@ -49,7 +49,7 @@ from conv_pallas.kernels.triton_common import add_in_order, to_float32
 from conv_pallas.kernels.triton_compat import PROCESSORS
 from conv_pallas.spec import ConvSpec
 
-AHEAD, BACKWARD_AHEAD = 8, 4  # steps that are loaded at a time
+AHEAD = 8  # steps that are loaded at a time
 TAPS = 8  # as many tiles as registers hold
 STEPS = 2**28  # positions are counted with 32 bits, and may go some way past the ends
 
@@ -139,18 +139,20 @@ def conv_walk(
 def conv_walk_backward(
     x, w, bias, gy, T, U, N, D, LOW, SERIES, GROUPS, FIRST, PIECES, TILES, dx, sums,
     C: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
-    INPUT: tl.constexpr, KERNEL: tl.constexpr, AHEAD: tl.constexpr, BR: tl.constexpr,
-    BC: tl.constexpr,
+    INPUT: tl.constexpr, KERNEL: tl.constexpr, WHOLE: tl.constexpr, AHEAD: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """dx of TILES times BR pieces and BC channels, and what they add to dw and db.
 
     A piece is ``GROUPS * AHEAD`` steps, of which the first K-1 belong to the one before: their
     gradients reach into it. Positions count from FIRST, which is the first of u, or of t + LOW
-    where dx begins earlier.
+    where dx begins earlier. With WHOLE a piece is a whole series: nothing reaches into it, and
+    after its last output come K-1 steps of dx alone.
     """
     TILES_C: tl.constexpr = (C + BC - 1) // BC
     ROWS: tl.constexpr = K + 1 if HAS_BIAS else K
-    STEPS = GROUPS * AHEAD - (K - 1)
+    HALO: tl.constexpr = 0 if WHOLE else K - 1
+    STEPS = GROUPS * AHEAD - HALO
     pid = tl.program_id(0)
     c = pid % TILES_C * BC + tl.arange(0, BC)
     split = pid // TILES_C
@@ -170,7 +172,7 @@ def conv_walk_backward(
         n = (tile // per_sample).to(tl.int64)
         piece = tile % per_sample * BR + tl.arange(0, BR)
         real = (piece < PIECES)[:, None] & (c < C)[None, :]
-        u = FIRST + piece // SERIES * (STEPS * D) + piece % SERIES - (K - 1) * D
+        u = FIRST + piece // SERIES * (STEPS * D) + piece % SERIES - HALO * D
         t = u - LOW
         px = n * T * C + t.to(tl.int64)[:, None] * C + c[None, :]
         pg = n * U * C + u.to(tl.int64)[:, None] * C + c[None, :]
@@ -195,7 +197,7 @@ def conv_walk_backward(
             g_ahead = _steps_ahead(gy, pg, u + AHEAD * D, u_end, real, D, step, AHEAD)
             for i in tl.static_range(AHEAD):
                 here = u + i * D
-                halo = group * AHEAD + i < K - 1
+                halo = group * AHEAD + i < HALO
                 met = ((here >= 0) & (here < U))[:, None] & real
                 xs = xs + (to_float32(x_now[i]),)
                 g = to_float32(g_now[i])
@@ -225,6 +227,13 @@ def conv_walk_backward(
                 xs = xs[1:]
             u += AHEAD * D
             pd += AHEAD * step
+        if WHOLE and INPUT:
+            for i in tl.static_range(K - 1):
+                d = gs[i] * taps[K - 1]
+                for k in tl.static_range(i + 1, K - 1):
+                    d += gs[K - 1 + i - k] * taps[k]
+                inside = ((u + i * D >= LOW) & (u + i * D < T + LOW))[:, None] & real
+                tl.store(pd + i * step, d.to(dx.dtype.element_ty), inside)
     if KERNEL:
         out = sums + split.to(tl.int64) * (ROWS * C) + c
         for k in tl.static_range(K):
@@ -259,7 +268,10 @@ def _dilation(spec: ConvSpec) -> int:
     return spec.kernel_dilation if spec.kernel_size > 1 else 1
 
 
-def _tile(kernel: str, N: int, T: int, spec: ConvSpec, C: int, dtype, per_thread: int):
+def _tile(
+    kernel: str, N: int, T: int, spec: ConvSpec, C: int, dtype, per_thread: int, columns: int,
+    steps: int,
+):  # fmt: skip
     """Pieces and channels of one program, steps of a piece, and warps: tuned, or a heuristic."""
     D, K = _dilation(spec), spec.kernel_size
     found = tuned.lookup(tuned.key(kernel, (T, C, K), np.dtype(dtype).name, f"dilation {D}"))
@@ -267,14 +279,18 @@ def _tile(kernel: str, N: int, T: int, spec: ConvSpec, C: int, dtype, per_thread
         rows, columns, steps, warps = found
     else:
         warps = 4
-        columns = min(128, max(16, triton.next_power_of_2(C)))
+        columns = min(columns, max(16, triton.next_power_of_2(C)))
         rows = max(1, 32 * warps * per_thread // columns)
-        steps = 64
         # Pieces enough for every processor: rather shorter ones, and more halo.
         tiles = lambda steps: N * triton.cdiv(C, columns) * (T / (steps * rows))  # noqa: E731
         while steps > 8 and tiles(steps) < (16 if steps > 32 else 8) * PROCESSORS:
             steps //= 2
     return rows, columns, max(1, min(steps, triton.cdiv(T, D))), warps
+
+
+def _ahead(steps: int) -> int:
+    """Of a walk of so many steps."""
+    return AHEAD if -steps % AHEAD < 4 else 4  # or half of the last ones are computed in vain
 
 
 def forward(
@@ -284,9 +300,8 @@ def forward(
     """``activation(conv(x, w) + bias)``; arguments as of `triton_depthwise.forward`."""
     N, T, C = x.shape
     K, D, U = spec.kernel_size, _dilation(spec), spec.out_time
-    per_thread = 8 if x.dtype.itemsize == 2 and K <= 4 else 4
-    BR, BC, steps, warps = _tile("conv_walk", N, U, spec, C, x.dtype, per_thread)
-    ahead = AHEAD if -steps % AHEAD < 4 else 4  # or half of the last ones are computed in vain
+    BR, BC, steps, warps = _tile("conv_walk", N, U, spec, C, x.dtype, 4, columns=512, steps=64)
+    ahead = _ahead(steps)
     groups, series = triton.cdiv(steps, ahead), min(D, U)
     steps = groups * ahead
     pieces = triton.cdiv(U, steps * D) * series
@@ -312,12 +327,21 @@ def backward(
     want_db = want_db and bias is not None
     sums = want_dw or want_db
     first, end = (min(0, low), max(U, T + low)) if want_dx else (0, U)
-    per_thread = 4 if K <= 4 else 2
-    BR, BC, steps, warps = _tile("conv_walk_backward", N, end - first, spec, C, x.dtype, per_thread)
-    ahead = BACKWARD_AHEAD
-    groups, series = triton.cdiv(steps + K - 1, ahead), min(D, end - first)
-    steps = groups * ahead - (K - 1)
-    pieces = triton.cdiv(end - first, steps * D) * series
+    few = K <= 4 and x.dtype.itemsize == gy.dtype.itemsize == 2
+    BR, BC, steps, warps = _tile(
+        "conv_walk_backward", N, end - first, spec, C, x.dtype, 4 if K <= 4 else 2, columns=128,
+        steps=128,
+    )  # fmt: skip
+    whole = steps == triton.cdiv(end - first, D)
+    if whole:  # the last K-1 steps of dx come after the walk
+        last = max(U, T + low - (K - 1) * D) if want_dx else U
+        steps, halo = triton.cdiv(last - first, D), 0
+    else:
+        halo = K - 1
+    ahead = _ahead(steps + halo) if few else 4
+    groups, series = triton.cdiv(steps + halo, ahead), min(D, end - first)
+    steps = groups * ahead - halo
+    pieces = series if whole else triton.cdiv(end - first, steps * D) * series
     tiles, tiles_c = N * triton.cdiv(pieces, BR), triton.cdiv(C, BC)
     splits = min(tiles, max(1, math.ceil(16 * PROCESSORS / tiles_c)), 512)
     per_split = triton.cdiv(tiles, splits)
@@ -333,7 +357,7 @@ def backward(
         ),
         programs=splits * tiles_c, warps=warps, stages=1,
         C=C, K=K, HAS_BIAS=bias is not None, ACTIVATION=activation, INPUT=want_dx, KERNEL=sums,
-        AHEAD=ahead, BR=BR, BC=BC,
+        WHOLE=whole, AHEAD=ahead, BR=BR, BC=BC,
     )  # fmt: skip
     total = add_in_order(partial, np.float32) if sums else None
     return (
