@@ -68,11 +68,15 @@ def smaller(layer: Layer) -> Layer:
 @functools.lru_cache(maxsize=1)
 def arrays(layer: Layer) -> list[jax.Array]:
     """x, kernel, bias and g, random, on the device; those of the last layer are kept."""
+    wanted = structs(layer)
+    keys = jax.random.split(jax.random.key(0), len(wanted))
+    return [jax.random.normal(k, a.shape, a.dtype) for k, a in zip(keys, wanted, strict=True)]
+
+
+def structs(layer: Layer) -> list[jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of x, kernel, bias and g."""
     shapes = (layer.x_shape, layer.kernel_shape, (layer.O,), layer.y_shape)
-    keys = jax.random.split(jax.random.key(0), len(shapes))
-    return [
-        jax.random.normal(k, s, jnp.dtype(layer.dtype)) for k, s in zip(keys, shapes, strict=True)
-    ]
+    return [jax.ShapeDtypeStruct(shape, jnp.dtype(layer.dtype)) for shape in shapes]
 
 
 def forward(name: str, layer: Layer, dry: bool) -> baselines.Forward:

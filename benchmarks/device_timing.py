@@ -35,6 +35,7 @@ GPU_FORMULATIONS = {
     },
 }
 BASELINES = (baselines.STOCK, baselines.BARRIER, baselines.SYMMETRIC, baselines.MATMULS)
+COPY = "copy"  # of an array of x's size, by the driver: what memory gives at best
 ASKED = 10  # seconds for nvidia-smi to answer
 
 
@@ -75,7 +76,7 @@ def _compared(log: Log, dry: bool, plan: list[tuple[Layer, str, tuple[str, ...]]
     Where there are no names, ours is compared with a plain program instead.
     """
     try:
-        copy = _ceilings(log, dry)
+        _ceilings(log, dry)
         for layer, operation, names in log.each(plan, lambda item: f"{item[0].name} {item[1]}"):
             if not names:
                 off = _off(layer, operation, dry)
@@ -88,15 +89,18 @@ def _compared(log: Log, dry: bool, plan: list[tuple[Layer, str, tuple[str, ...]]
                 ))
                 for name in names
             }  # fmt: skip
-            moved = device_layers.passes(operation) * device_layers.arrays(layer)[0].nbytes
-            for timed in device_turns.timed(log, programs, layer, dry):
+            programs[COPY] = lambda: lambda x, w, b, g: jnp.copy(x)
+            sure = ("ours", "xla", COPY)
+            for timed in device_turns.timed(log, programs, layer, dry, sure):
                 extra = {}
                 if timed.off is not None:
                     extra = dict(off_from_xla=timed.off, ok=timed.off <= _measure.tolerance(layer))
-                if "ours" in timed.seconds:
-                    ours = timed.seconds["ours"].median
-                    extra |= dict(tflops=2 * layer.products / ours / 1e12,
-                                  of_copy=moved / ours / 1e12 / copy)  # fmt: skip
+                if {"ours", COPY} <= timed.seconds.keys():
+                    ours, copy = (timed.seconds[name].median for name in ("ours", COPY))
+                    passes = device_layers.passes(operation) / 2  # of which a copy makes two
+                    extra |= dict(
+                        tflops=2 * layer.products / ours / 1e12, of_copy=passes * copy / ours
+                    )
                 _write(log, timed, layer=layer.name, operation=operation, **extra)
     finally:
         lines = lines_of(log.path)
@@ -123,7 +127,7 @@ def verdicts(results: dict[tuple[str, str], dict[str, float]]) -> list[dict]:
 
     Args:
       results: for a layer's name and an operation, ``tflops``, and ``of_copy``: the rate at
-        which it moves what it must, over that of a copy.
+        which it moves what it must, over that of a copy of x, which took turns with it.
     """
 
     def worst(what, layers, operations):
@@ -232,41 +236,37 @@ def pytorch(log: Log, dry: bool) -> None:
         )  # fmt: skip
 
 
-def tuning(log: Log, dry: bool) -> None:
-    """Tiles for the goals' layers; their file among the results belongs into kernels/."""
-    _tuned(log, dry, device_layers.goals(dry)[:3])
+def tuning(log: Log, dry: bool, shard: int = 0, shards: int = 1) -> None:
+    """Tiles for the layers of the goals and the sweep, and whether ours or XLA is their default.
 
-
-def defaults(log: Log, dry: bool) -> None:
-    """Whether ours or XLA's is to be the default in the layers of the sweep; the file as above.
-
-    In so little time hardly a tile is tried: it is the heuristic's that is compared.
+    The file among the results belongs into kernels/. To compile takes most of the time, so that
+    several processes do; they take turns on the device.
     """
-    _tuned(log, dry, device_layers.sweep(dry))
-
-
-def _tuned(log: Log, dry: bool, chosen: list[Layer]) -> None:
+    goals = device_layers.goals(dry)
+    # Of the dense ones with another dilation the tiles are the same.
+    chosen = [*goals[:3], goals[-1], *device_layers.sweep(dry)][shard::shards]
     if dry:
         return log.write(skipped="there is no GPU to tune for")
     from conv_pallas.tuning import tune
 
     operations = [len(device_layers.operations(layer)) for layer in chosen]
     for layer in log.each(chosen, lambda layer: layer.name):
-        x, w, _, _ = device_layers.arrays(layer)
-        left = operations[chosen.index(layer) :]
+        x, w, _, _ = device_layers.structs(layer)
+        left = operations[log.item :]
         found = tune(
-            x, w, seconds=log.left() * left[0] / sum(left),
-            report=lambda line: log.write(tried=line), **layer.geometry,
+            x, w, seconds=log.left() * left[0] / sum(left), processes=shards,
+            report=lambda line, layer=layer: log.write(layer=layer.name, tried=line),
+            **layer.geometry,
         )  # fmt: skip
         log.write(layer=layer.name, tiles=found)
 
 
-def _ceilings(log: Log, dry: bool) -> float:
-    """Terabytes a second of a copy; writes that, and the rate of a plain matmul."""
+def _ceilings(log: Log, dry: bool) -> None:
+    """Writes the terabytes a second of a copy, and the rate of a plain matmul."""
     x = jnp.ones((1 << (20 if dry else 30),), jnp.bfloat16)
     n = 256 if dry else 8192
     a, b = (jax.random.normal(jax.random.key(i), (n, n), jnp.bfloat16) for i in range(2))
-    made = {"copy": lambda x, a, b: -x, "matmul": lambda x, a, b: a @ b}
+    made = {"copy": lambda x, a, b: jnp.copy(x), "matmul": lambda x, a, b: a @ b}
     compiled = {name: jax.jit(f).lower(x, a, b).compile() for name, f in made.items()}
     calls = {name: (lambda f=f: f(x, a, b)) for name, f in compiled.items()}
     device_turns.warm(calls["matmul"], dry)
@@ -277,7 +277,6 @@ def _ceilings(log: Log, dry: bool) -> float:
     kind = jax.devices()[0].device_kind
     log.write(copy_terabytes_per_second=copy, matmul_tflops=matmul, device=kind,
               **_of_data_sheet(kind, copy, matmul), at_work=_at_work(calls["matmul"]))  # fmt: skip
-    return copy
 
 
 def _at_work(call: Callable) -> dict[str, str]:

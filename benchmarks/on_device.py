@@ -42,7 +42,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
 # Name, seconds of ten minutes, and how many processes share the work. Only what is timed needs the
-# device to itself.
+# device to itself; those that tune take turns.
 STEPS = {
     "versions": (25, 1),
     "negative_start": (30, 1),
@@ -50,8 +50,7 @@ STEPS = {
     "goals": (75, 1),
     "repeatability": (30, 1),
     "sanitizer": (70, 1),
-    "tuning": (60, 1),
-    "defaults": (30, 1),
+    "tuning": (90, 14),
     "against": (60, 1),
     "layers": (50, 1),
     "pytorch": (30, 1),
@@ -184,6 +183,8 @@ def run_step(args) -> int:
     try:
         if args.step == "correctness":
             device_checks.correctness(log, args.dry_run, args.shard, args.shards, args.only)
+        elif args.step == "tuning":
+            device_timing.tuning(log, args.dry_run, args.shard, args.shards)
         else:
             module = device_checks if hasattr(device_checks, args.step) else device_timing
             getattr(module, args.step)(log, args.dry_run)

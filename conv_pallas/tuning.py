@@ -25,7 +25,7 @@ from typing import Any
 
 import jax
 
-from conv_pallas import __version__, _measure, dispatch, explanation, tracing
+from conv_pallas import __version__, _measure, _turns, dispatch, explanation, tracing
 from conv_pallas.ops import conv1d
 from conv_pallas.spec import OPERATIONS, Operation
 from conv_pallas.tracing import Convolution
@@ -33,22 +33,18 @@ from conv_pallas.tracing import Convolution
 # The most promising first, as a run on a lent GPU has no time for all.
 # Rows, columns, depth, warps, stages, and programs that stay: `kernels.triton_config.Config`.
 DENSE_TILES = (
-    (128, 256, 64, 8, 4, 1), (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 8, 3),
-    (64, 64, 64, 4, 3, 2), (128, 128, 64, 4, 3), (128, 128, 64, 8, 5), (256, 128, 64, 8, 3),
-    (128, 64, 64, 4, 4), (64, 64, 64, 4, 4), (256, 64, 64, 8, 4), (128, 64, 64, 4, 3),
-    (256, 64, 64, 8, 3), (128, 128, 64, 8, 4),
-    (128, 128, 128, 8, 3), (64, 64, 128, 4, 3), (128, 256, 32, 8, 4), (256, 128, 32, 8, 4),
-    (128, 128, 32, 8, 3), (128, 128, 32, 8, 4), (128, 64, 32, 4, 3), (64, 64, 32, 4, 4),
-    (64, 128, 64, 4, 4), (64, 128, 32, 4, 4), (128, 64, 64, 4, 3, 1),
-    (64, 64, 128, 4, 2, 1), (64, 128, 128, 4, 2, 1), (128, 128, 64, 8, 3, 1),
-    (128, 128, 64, 8, 2, 2), (128, 128, 32, 8, 4, 2), (128, 128, 64, 4, 2, 2),
-    (128, 256, 64, 8, 3, 1), (256, 128, 64, 8, 3, 1),
+    (128, 128, 64, 4, 3, 2), (128, 256, 64, 8, 4, 1), (128, 64, 64, 4, 3, 2), (64, 64, 64, 4, 3, 2),
+    (128, 256, 64, 8, 3), (128, 128, 64, 4, 3), (128, 256, 64, 8, 4), (64, 64, 128, 4, 3),
+    (64, 64, 64, 4, 4, 2), (128, 64, 64, 8, 4, 2), (128, 64, 64, 4, 4), (64, 64, 64, 4, 4),
+    (128, 128, 64, 8, 3), (256, 128, 64, 8, 3), (256, 64, 64, 8, 3), (256, 128, 64, 8, 3, 1),
+    (128, 128, 32, 8, 3), (128, 64, 32, 4, 3), (64, 64, 32, 4, 4), (64, 128, 32, 4, 4),
+    (128, 128, 32, 8, 4), (128, 256, 32, 8, 4), (64, 128, 64, 4, 4), (128, 64, 64, 4, 2, 3),
 )  # fmt: skip
 # Pieces, channels, steps of a piece, warps: see `kernels.triton_depthwise_walk`.
 WALK_TILES = (
-    (4, 128, 32, 4), (8, 128, 128, 4), (8, 128, 32, 4), (4, 128, 64, 4), (8, 128, 16, 4),
-    (8, 64, 32, 4), (4, 256, 32, 4), (8, 128, 32, 8), (2, 256, 32, 4), (2, 128, 32, 2),
-    (8, 128, 64, 4), (4, 128, 16, 4), (4, 256, 64, 4), (4, 128, 128, 4),
+    (1, 512, 64, 4), (4, 128, 128, 4), (1, 256, 64, 1), (2, 256, 64, 4), (1, 1024, 64, 4),
+    (2, 128, 64, 1), (1, 512, 128, 4), (2, 256, 128, 4), (2, 128, 64, 2), (1, 512, 32, 4),
+    (1, 512, 64, 2), (4, 128, 32, 4), (2, 128, 16, 1),
 )  # fmt: skip
 # Rows, channels, R, warps: see `kernels.triton_depthwise_taps`.
 TAPS_TILES = (
@@ -70,6 +66,7 @@ def tune(
     file: Path | None = None,
     seconds: float = math.inf,
     report: Callable[[str], None] = print,
+    processes: int = 1,
     **arguments: Any,
 ) -> dict[str, tuple[int, ...]]:
     """Tunes the Triton kernels for a layer or a model, forward and both gradients.
@@ -86,6 +83,8 @@ def tune(
       seconds: for all operations; each has its share of what those before it have left. Once it
         is up no further tile is compiled, and the best of those that were is taken.
       report: is given a line for each thing that is tried.
+      processes: how many tune other layers on this device at the same time, into the same file.
+        They take turns on it, and each has its share of ``seconds``.
       arguments: of arrays, further ones of `conv1d`, but for ``bias``, ``activation`` and
         ``implementation``; of a model or a function, further ones of its call, such as its mask.
 
@@ -127,14 +126,18 @@ def tune(
             continue
         share = (end - now) / (len(trials) - i)
         compiling = now + max(share - SETTINGS.limit - LAST.limit, share / 2)
+        most = share / 4 / processes  # seconds to time all tiles, of a device that is shared
         try:
-            found = _tune(trial, triton_tuned.content(kind)["tiles"], tuned, compiling, report)
+            found = _tune(
+                trial, triton_tuned.content(kind)["tiles"], tuned, compiling, most, report
+            )
         except Exception as e:  # told at the end; what was measured and is yet to be counts
             _ask_device(e)
             failures[f"{trial.name} of {told}"] = e
             report(f"{trial.name}: {_short(e)}")
             found = {"against_xla": dict.fromkeys(trial.keys())}
-        _write(file, kind, found)
+        with _turns.on_device():
+            _write(file, kind, found)
         triton_tuned.forget()
     for which, e in failures.items():
         more = f", and {len(failures) - 1} more" if len(failures) > 1 else ""
@@ -157,19 +160,26 @@ def _short(e: Exception) -> str:
     return f"{type(e).__name__}: {next(iter(str(e).strip().splitlines()), '')}"
 
 
-def _tune(trial, before, tuned, end, report) -> dict[str, dict]:
+def _tune(trial, before, tuned, end, most, report) -> dict[str, dict]:
     """Times one operation: what `_write` adds to the file.
 
     Args:
       before: the tiles that are in use.
       tuned: by key what this call of `tune` has found, where there then is nothing more to try.
       end: when no further tile is begun, by `time.monotonic`.
+      most: seconds to time all tiles in.
     """
     from conv_pallas.kernels import triton_tuned
 
-    arguments, found = trial.arguments(), {}
+    found = {}
+    with _turns.on_device():
+        arguments = jax.block_until_ready(trial.arguments())
     key, calls = _tiles(trial, arguments, before, tuned, end, report)
-    medians = _medians(trial, calls, arguments, SETTINGS, report) if len(calls) > 1 else {}
+    with _turns.timing():
+        medians = {}
+        if len(calls) > 1 and len(calls := _agreeing(trial, calls, report)) > 1:
+            settings = dataclasses.replace(SETTINGS, limit=min(SETTINGS.limit, most))
+            medians = _medians(trial, calls, arguments, settings, report)
     best = tuned.get(key)
     if key not in tuned and key is not None:
         if medians:
@@ -185,20 +195,39 @@ def _tune(trial, before, tuned, end, report) -> dict[str, dict]:
     return found | {"against_xla": dict.fromkeys(trial.keys(), raced)}
 
 
+def _agreeing(trial, calls, report) -> dict[tuple[int, ...] | None, Callable]:
+    """Those of the tiles that work, and give what the heuristic's gives."""
+    expected, good = calls[None](), {None: calls[None]}
+    for tile, call in list(calls.items())[1:]:
+        try:
+            off = float(_measure.difference_there(expected, call()))
+        except Exception as e:
+            _ask_device(e)
+            report(f"{trial.name} {tile}: {_short(e)}")
+            continue
+        if off <= _tolerance(trial.convolution):
+            good[tile] = call
+        else:
+            report(f"{trial.name} {tile}: is off by {off:.2g} of the largest element")
+    return good
+
+
 def _race(trial, key, tile, ours, arguments, report) -> dict[str, Any] | None:
     """What `triton_tuned.RACED` says of ours against XLA; None where they can't be compared."""
-    expected = ours()  # outside: what fails in ours is no word about XLA
-    try:
-        xla = _call(_lowered(_measure.several(trial.function("xla")), arguments), arguments)
-        off = float(_measure.difference_there(expected, xla()))
-    except Exception as e:  # for want of memory, say; ours is measured all the same
-        _ask_device(e)
-        report(f"{trial.name} xla: {_short(e)}")
-        return None
+    with _turns.on_device():
+        expected = ours()  # outside: what fails in ours is no word about XLA
+        try:  # XLA may time its algorithms as it compiles
+            xla = _call(_lowered(_measure.several(trial.function("xla")), arguments), arguments)
+            off = float(_measure.difference_there(expected, xla()))
+        except Exception as e:  # for want of memory, say; ours is measured all the same
+            _ask_device(e)
+            report(f"{trial.name} xla: {_short(e)}")
+            return None
     if not off <= _tolerance(trial.convolution):
         report(f"{trial.name}: XLA's result and ours are {off:.2g} of the largest element apart")
         return None
-    medians = _medians(trial, {tile: ours, "xla": xla}, arguments, LAST, report)
+    with _turns.timing():
+        medians = _medians(trial, {tile: ours, "xla": xla}, arguments, LAST, report)
     report(f"{trial.name}: {medians['xla'] / medians[tile]:.2f} times as fast as XLA")
     raced = {"seconds": medians[tile], "xla": medians["xla"], "key": key, "tile": tile}
     return raced | _versions()
@@ -351,7 +380,7 @@ def _struct(a):
 
 
 def _tiles(trial, arguments, before, tuned, end, report):
-    """The key that is asked for, and the call of the heuristic (None) and each tile that works.
+    """The key that is asked for, and the call of the heuristic (None) and each tile there is.
 
     Of a key that was tuned it is the call of its tile alone.
     """
@@ -359,19 +388,20 @@ def _tiles(trial, arguments, before, tuned, end, report):
 
     ours = trial.function("triton")
 
+    @_turns.compiling()
     def lowered(tile):
         # A function of its own, or JAX would take what it lowered with the tile before.
         with triton_tuned.trial(tile) as keys:
             return _lowered(_measure.several(lambda *a: ours(*a)), arguments), keys
 
+    call = _turns.compiling()(functools.partial(_call, arguments=arguments))
     heuristic, keys = lowered(None)
     key = keys[-1] if keys else None  # the last kernel asked is that of the gradient
     if key is None or key in tuned:
         tile = tuned.get(key)
         made = heuristic if tile is None else lowered(tile)[0]
-        return key, {tile: _call(made, arguments)}
-    calls = {None: _call(heuristic, arguments)}
-    expected = calls[None]()
+        return key, {tile: call(made)}
+    calls = {None: call(heuristic)}
     tiles = {"conv_walk": WALK_TILES, "conv_taps": TAPS_TILES}.get(key[:9], DENSE_TILES)
     used = before.get(key) and tuple(before[key])  # takes part, however little time there is
     tiles = list(dict.fromkeys([*([used] if used else []), *tiles]))
@@ -388,16 +418,10 @@ def _tiles(trial, arguments, before, tuned, end, report):
             if same != tile:  # the kernel gradient, say, where its programs can't stay
                 report(f"{trial.name} {tile}: the same program as that of {same}")
                 continue
-            call = _call(made, arguments)
-            off = float(_measure.difference_there(expected, call()))
+            calls[tile] = call(made)
         except Exception as e:  # too large for this chip, say; what it was is reported
             _ask_device(e)
             report(f"{trial.name} {tile}: {_short(e)}")
-            continue
-        if off <= _tolerance(trial.convolution):
-            calls[tile] = call
-        else:
-            report(f"{trial.name} {tile}: is off by {off:.2g} of the largest element")
     return key, calls
 
 

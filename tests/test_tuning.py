@@ -160,16 +160,21 @@ def test_every_operation_has_its_share_of_the_time(h200, uncompiled, monkeypatch
     assert clock[0] <= 150 + 10  # of the last, XLA's
 
 
-@pytest.mark.parametrize("step, layers", [("tuning", "goals"), ("defaults", "sweep")])
-def test_every_layer_has_its_share_of_the_step(step, layers, h200, tmp_path, monkeypatch):
-    given, chosen = [], device_layers.goals(True)[:3]
-    monkeypatch.setattr(device_layers, layers, lambda dry: chosen)
-    monkeypatch.setattr(tuning, "tune", lambda x, w, seconds, **more: given.append(seconds))
-    still = types.SimpleNamespace(monotonic=lambda: 0.0)
-    monkeypatch.setattr(on_device, "time", still)
-    getattr(device_timing, step)(Log(tmp_path, step, 800), False)
-    # Of eight operations, five, and two: where nothing takes any time, the last has it all.
-    assert given == pytest.approx([800 * 3 / 8, 800 * 3 / 5, 800])
+def test_every_layer_has_its_share_of_the_step(h200, tmp_path, monkeypatch):
+    given, (dense, few, deep) = [], device_layers.goals(True)[:3]
+    monkeypatch.setattr(device_layers, "goals", lambda dry: [dense, few, few, few, deep])
+    monkeypatch.setattr(device_layers, "sweep", lambda dry: [dense, few, few, deep])
+    monkeypatch.setattr(tuning, "tune", lambda *xw, **how: given.append((xw[0].shape, how)))
+    monkeypatch.setattr(on_device, "time", types.SimpleNamespace(monotonic=lambda: 0.0))
+    for shard in range(2):
+        device_timing.tuning(Log(tmp_path, "tuning", 800, shard), False, shard, shards=2)
+    shapes, times = zip(*((shape, how["seconds"]) for shape, how in given), strict=True)
+    assert shapes == tuple(a.x_shape for a in (dense, few, dense, few, few, deep, few, deep))
+    # Of twelve operations, nine, six, and three; of ten, seven, five, and two: where nothing
+    # takes any time, the last has it all.
+    first, second = [800 * 3 / n for n in (12, 9, 6, 3)], [800 * 3 / 10, 800 * 2 / 7]
+    assert times == pytest.approx([*first, *second, 800 * 3 / 5, 800])
+    assert all(how["processes"] == 2 for _, how in given)
 
 
 def test_what_is_tuned_lies_among_the_results(tmp_path, monkeypatch):
