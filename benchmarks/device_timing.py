@@ -161,10 +161,13 @@ def verdicts(results: dict[tuple[str, str], dict[str, float]]) -> list[dict]:
 def layers(log: Log, dry: bool) -> None:
     """The layers of the sweep, forward and training step, as a user would call them."""
     _ceilings(log, dry)
-    plan = [(layer, which) for layer in device_layers.sweep(dry) for which in _measure.PASSES]
+    # Those last of which a kernel with its dilation written out takes longest.
+    window = lambda layer: layer.products * ((layer.K - 1) * layer.D + 1) / layer.K  # noqa: E731
+    chosen = sorted(device_layers.sweep(dry), key=window)
+    plan = [(layer, which) for layer in chosen for which in _measure.PASSES]
     for layer, which in log.each(plan, lambda item: item[0].name):
         programs = {}
-        for name in ("ours", "xla", *BASELINES):
+        for name in ("ours", "xla", *BASELINES[1:], baselines.STOCK):
 
             def program(name=name, which=which, layer=layer):
                 f = device_layers.forward(name, layer, dry)

@@ -17,6 +17,7 @@ from benchmarks.on_device import Log
 from conv_pallas import _measure
 from conv_pallas._layers import Layer
 
+FIRST = 0.3  # seconds for what is sure to be quick, before the others are compiled
 HOPELESS = 0.5  # seconds of a call that a baseline may last to be called again
 
 
@@ -96,7 +97,8 @@ def timed(
     both = {name: calls.get(found.same_as.get(name, name)) for name in ("ours", "xla")}
     if all(both.values()):
         found.off = float(_measure.difference_there(both["xla"](), both["ours"]()))
-    _take_turns(found, calls, runs, dry)
+    # Briefly, if the others are to take part as well.
+    _take_turns(found, calls, runs, dry, limit=FIRST if lowered else None)
     yield found
     more = {}
     for name, program in lowered.items():
@@ -127,11 +129,15 @@ def _ran(call: Callable) -> Callable:
     return call
 
 
-def _take_turns(found: Timed, calls: dict[str, Callable], runs: int, dry: bool) -> None:
+def _take_turns(
+    found: Timed, calls: dict[str, Callable], runs: int, dry: bool, limit: float | None = None
+) -> None:
     """Adds the seconds of calls, each of so many runs, and what others have from them."""
     if calls:
         warm(next(iter(calls.values())), dry)
-        for name, times in _measure.interleaved(calls, settings(dry)).items():
+        how = settings(dry)
+        how = how if limit is None else dataclasses.replace(how, limit=limit)
+        for name, times in _measure.interleaved(calls, how).items():
             found.seconds[name] = _measure.Spread.of([s / runs for s in times])
     for name, other in found.same_as.items():
         for of in (found.seconds, found.errors):

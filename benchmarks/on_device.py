@@ -83,7 +83,8 @@ class Log:
         self.path = folder / _name(step, shard)
         if not first:
             self.path.unlink(missing_ok=True)
-        self.end = time.monotonic() + seconds
+        self.start = time.monotonic()
+        self.end = self.start + seconds
         self.failures = 0
         self.first = self.item = first
         self.whole = True  # nothing was left out for want of time
@@ -96,7 +97,7 @@ class Log:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(fields, default=str) + "\n")
         told = " ".join(f"{k}={_short(v)}" for k, v in fields.items())
-        print(f"  {told}", flush=True)
+        print(f"  {time.monotonic() - self.start:.0f} s: {told}", flush=True)
 
     def each[T](self, items: Iterable[T], name: Callable[[T], str] = str) -> Iterator[T]:
         """The items, while there is time; after a failure only if the device still answers.

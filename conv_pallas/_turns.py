@@ -6,7 +6,7 @@ timed has, for the host's part in it, the host as well.
 """
 
 import contextlib
-import getpass
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,7 +43,7 @@ def on_device() -> Iterator[None]:
 def _locked(name: str, shared: bool = False) -> Iterator[None]:
     import fcntl  # which Windows lacks, as it does Triton
 
-    path = Path(tempfile.gettempdir()) / f"conv_pallas_{getpass.getuser()}_{name}.lock"
+    path = Path(tempfile.gettempdir()) / f"conv_pallas_{os.getuid()}_{name}.lock"
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         yield  # it is unlocked as it is closed, also where the process dies
