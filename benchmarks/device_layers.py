@@ -80,9 +80,14 @@ def structs(layer: Layer) -> list[jax.ShapeDtypeStruct]:
 
 
 def forward(name: str, layer: Layer, dry: bool) -> baselines.Forward:
-    """``(x, kernel, bias) -> y`` of a baseline, of "ours" or of "xla", our best for XLA."""
-    if name in ("ours", "xla"):
-        return baselines.build(baselines.OURS, layer, ours(dry) if name == "ours" else "xla")
+    """``(x, kernel, bias) -> y`` of a baseline, or of ours.
+
+    That is "ours", the Triton kernels; "xla", our best for XLA; or "default", which of those
+    dispatch chooses.
+    """
+    chosen = {"ours": ours(dry), "xla": "xla", "default": None}
+    if name in chosen:
+        return baselines.build(baselines.OURS, layer, chosen[name])
     return baselines.build(name, layer)
 
 

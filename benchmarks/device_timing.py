@@ -35,6 +35,7 @@ GPU_FORMULATIONS = {
     },
 }
 BASELINES = (baselines.STOCK, baselines.BARRIER, baselines.SYMMETRIC, baselines.MATMULS)
+DEFAULT = "default"  # what dispatch chooses, by what was tuned
 COPY = "copy"  # of an array of x's size, by the driver: what memory gives at best
 ASKED = 10  # seconds for nvidia-smi to answer
 
@@ -167,7 +168,7 @@ def layers(log: Log, dry: bool) -> None:
     plan = [(layer, which) for layer in chosen for which in _measure.PASSES]
     for layer, which in log.each(plan, lambda item: item[0].name):
         programs = {}
-        for name in ("ours", "xla", *BASELINES[1:], baselines.STOCK):
+        for name in ("ours", DEFAULT, "xla", *BASELINES[1:], baselines.STOCK):
 
             def program(name=name, which=which, layer=layer):
                 f = device_layers.forward(name, layer, dry)
@@ -176,7 +177,7 @@ def layers(log: Log, dry: bool) -> None:
                 return baselines.step_of(f)
 
             programs[name] = program
-        for timed in device_turns.timed(log, programs, layer, dry):
+        for timed in device_turns.timed(log, programs, layer, dry, ("ours", DEFAULT, "xla")):
             _write(log, timed, layer=layer.name, which=which)
 
 

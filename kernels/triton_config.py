@@ -78,6 +78,10 @@ def configure(
         # The kernel gradient's operands go through registers, as tensor cores take float32 only
         # with the sum's axis last: a second program on a processor multiplies meanwhile.
         limit = Config(128, 128, 32, 8, 3)
+    elif tma and hopper and not saved and not tight and kernel != KERNEL_GRAD:
+        # Two programs that stay on a processor, as `triton_resident.conv_onward`: while one stores,
+        # the other multiplies.
+        limit = Config(128, 128, 64, 4, 3, 2)
     elif tma:
         # What a derivative is computed from has no room beside 256 columns, nor some derivatives
         # registers.
@@ -97,8 +101,8 @@ def configure(
         bo //= 2
     while bt > 64 and 2 * tiles(bt, bo) <= PROCESSORS:
         bt //= 2
-    warps = 8 if bt * bo >= 128 * 128 else 4
-    config = Config(bt, bo, bc, warps, limit.stages)
+    warps = min(limit.warps, 8 if bt * bo >= 128 * 128 else 4)
+    config = Config(bt, bo, bc, warps, limit.stages, limit.resident)
     if config.stages > 3 and kernel != KERNEL_GRAD:
         # A stage less where that makes room for one more program, whose loads count as well and
         # which multiplies while another begins or stores, and where there are tiles for it.

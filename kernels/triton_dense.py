@@ -62,8 +62,9 @@ from conv_pallas.kernels.triton_matmul import conv_dense, conv_dense_kernel_grad
 from conv_pallas.spec import ConvSpec, Problem
 
 # Of few channels and many steps; two such programs share a processor, so that one multiplies while
-# the other stores.
-FEW = Config(rows=128, columns=64, depth=64, warps=4, stages=3, resident=2)
+# the other stores. Measured on an H200, of C = O = 64, K = 3: 40 us, where `conv_resident` with 64
+# rows takes 43, a copy of as many bytes 34, and a program for each tile 55.
+FEW = Config(rows=128, columns=64, depth=64, warps=8, stages=4, resident=2)
 
 # --- Launchers ---
 
@@ -97,7 +98,7 @@ def _config(
         tma_x and _may_stay(spec, dtype)
         and FEW.depth // 2 < C <= FEW.depth and FEW.columns // 2 < O <= FEW.columns
         and N * triton.cdiv(spec.out_time, FEW.rows) >= 4 * FEW.resident * PROCESSORS
-        and triton_resident.fits(FEW, spec.kernel_size, np.dtype(out_dtype).itemsize)
+        and triton_resident.goes_on(FEW, np.dtype(out_dtype).itemsize)
     )  # fmt: skip
     return configure(
         # What is fastest may differ: they read w in another order.
