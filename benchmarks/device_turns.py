@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 
@@ -90,37 +91,58 @@ def timed(
     runs = 2 if dry else runs_of(layer)
     arguments = (_measure.rolled(x, runs), [w] * runs, [b] * runs, _measure.rolled(g, runs))
     found, lowered = _lowered(programs, arguments)
-    calls = {}
-    for name in [name for name in lowered if name in sure]:
-        with found.tried(name):
-            calls[name] = _ran(functools.partial(lowered.pop(name).compile(), *arguments))
-    both = {name: calls.get(found.same_as.get(name, name)) for name in ("ours", "xla")}
-    if all(both.values()):
-        found.off = float(_measure.difference_there(both["xla"](), both["ours"]()))
-    # Briefly, if the others are to take part as well.
-    _take_turns(found, calls, runs, dry, limit=FIRST if lowered else None)
-    yield found
-    more = {}
-    for name, program in lowered.items():
-        if log.out_of_time():
-            found.errors[name] = "no time"
-            continue
-        with found.tried(name):
-            # A single run tells whether it is worth while to compile several.
-            once = [a[:1] for a in arguments]
-            one = program if runs == 1 else jax.jit(_measure.several(programs[name]())).lower(*once)
-            call = _ran(functools.partial(one.compile(), *once))
-            start = time.perf_counter()
-            jax.block_until_ready(call())
-            if (seconds := time.perf_counter() - start) > HOPELESS / runs:
-                found.seconds[name] = _measure.Spread.of([seconds])
-            elif runs == 1:
-                more[name] = call
-            else:
-                more[name] = _ran(functools.partial(program.compile(), *arguments))
-    if lowered:
-        _take_turns(found, calls | more if more else {}, runs, dry)
+    # What XLA times as it compiles, it times alone.
+    with ThreadPoolExecutor(len(programs)) as pool:
+        made = {name: pool.submit(lowered.pop(name).compile) for name in sure if name in lowered}
+        calls = {}
+        for name, program in made.items():
+            with found.tried(name):
+                calls[name] = _ran(functools.partial(program.result(), *arguments))
+        both = {name: calls.get(found.same_as.get(name, name)) for name in ("ours", "xla")}
+        if all(both.values()):
+            found.off = float(_measure.difference_there(both["xla"](), both["ours"]()))
+        # Briefly, if the others are to take part as well.
+        _take_turns(found, calls, runs, dry, limit=FIRST if lowered else None)
         yield found
+        if not lowered:
+            return
+        if log.out_of_time():
+            found.errors |= dict.fromkeys(lowered, "no time")
+        else:
+            calls |= _those_that_last(found, programs, lowered, arguments, pool)
+    _take_turns(found, calls, runs, dry)
+    yield found
+
+
+def _those_that_last(
+    found: Timed, programs: dict[str, Callable], lowered: dict[str, jax.stages.Lowered],
+    arguments: tuple, pool: ThreadPoolExecutor,
+) -> dict[str, Callable]:  # fmt: skip
+    """Those whose calls are short enough to be repeated; of the others a run is timed."""
+    # It tells whether it is worth while to compile several.
+    once = tuple(a[:1] for a in arguments)
+
+    def compiled(name):
+        return jax.jit(_measure.several(programs[name]())).lower(*once).compile()
+
+    made = {name: pool.submit(compiled, name) for name in lowered}
+    single = {}
+    for name, program in made.items():
+        with found.tried(name):
+            single[name] = _ran(functools.partial(program.result(), *once))
+    several = {}
+    for name, call in single.items():
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        if (seconds := time.perf_counter() - start) > HOPELESS / len(arguments[0]):
+            found.seconds[name] = _measure.Spread.of([seconds])
+        else:
+            several[name] = pool.submit(lowered[name].compile)
+    calls = {}
+    for name, program in several.items():
+        with found.tried(name):
+            calls[name] = _ran(functools.partial(program.result(), *arguments))
+    return calls
 
 
 def _ran(call: Callable) -> Callable:

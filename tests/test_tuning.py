@@ -125,6 +125,19 @@ def test_what_is_hardly_faster_is_not_kept(h200, uncompiled):
     assert set(json.loads(file.read_text())["tiles"].values()) == {None}
 
 
+def test_what_was_fastest_by_luck_is_not_kept(h200, uncompiled, monkeypatch):
+    """Of many tiles one is; against the heuristic's alone it has to be again."""
+    seconds, file = h200
+    race = tuning._measure.interleaved
+    monkeypatch.setattr(
+        tuning._measure, "interleaved",
+        lambda calls, how: race(calls, how) | ({(4, 64, 32, 4): (0.5,)} if len(calls) > 2 else {}),
+    )  # fmt: skip
+    x, w = aot.struct((2, 512, 64), jnp.bfloat16), aot.struct((4, 1, 64), jnp.bfloat16)
+    assert tuning.tune(x, w, feature_group_count=64, report=lambda line: None, seconds=30) == {}
+    assert set(json.loads(file.read_text())["tiles"].values()) == {None}
+
+
 def test_a_tile_that_changes_nothing_is_not_tried(h200, uncompiled, monkeypatch):
     """The kernel gradient has no programs that stay for so many channels."""
     plain = (128, 128, 64, 8, 3)
@@ -353,7 +366,7 @@ def test_a_model_is_tuned_and_then_runs_ours(one_tile):
     tried = [line for line in lines if line.startswith(f"forward {tile}:")]
     keys = {key for key in found if key.startswith("conv_dense ")}
     races = len(compared) // 3  # in which it takes part as well
-    assert 2 == len(keys) < races == len(tried) - len(keys)
+    assert 2 == len(keys) < races == len(tried) - 2 * len(keys)
 
 
 def test_what_the_kernels_cannot_run_is_told_and_left_out(one_tile):
