@@ -81,7 +81,8 @@ def configure(
     elif tma and hopper and not saved and not tight and kernel != KERNEL_GRAD:
         # Two programs that stay on a processor, as `triton_resident.conv_onward`: while one stores,
         # the other multiplies.
-        limit = Config(128, 128, 64, 4, 3, 2)
+        # With two results registers spill there; twice the threads have each half of the sums.
+        limit = Config(128, 128, 64, 8, 3) if keep else Config(128, 128, 64, 4, 3, 2)
     elif tma:
         # What a derivative is computed from has no room beside 256 columns, nor some derivatives
         # registers.
@@ -102,7 +103,9 @@ def configure(
     while bt > 64 and 2 * tiles(bt, bo) <= PROCESSORS:
         bt //= 2
     warps = min(limit.warps, 8 if bt * bo >= 128 * 128 else 4)
-    config = Config(bt, bo, bc, warps, limit.stages, limit.resident)
+    # Who stays gains nothing where each has one tile.
+    resident = limit.resident if tiles(bt, bo) > limit.resident * PROCESSORS else 0
+    config = Config(bt, bo, bc, warps, limit.stages, resident)
     if config.stages > 3 and kernel != KERNEL_GRAD:
         # A stage less where that makes room for one more program, whose loads count as well and
         # which multiplies while another begins or stores, and where there are tiles for it.

@@ -87,12 +87,14 @@ def _codes(chip: str, name: str):
 def test_machine_code_is_as_promised(chip, name):
     case, activation = BY_NAME[name]
     made = _codes(chip, name)
-    kernels = {code.name for code in made}
+    # Of what stays on a processor the sums are those of what does not.
+    kernels = {code.name.replace("conv_onward", "conv_dense") for code in made}
     for code in made:
         assert code.spills == 0, code
         assert code.shared <= SHARED_BYTES[chip], code
-        assert ("dense" in code.name) == (case.G < case.C or case.C == 1), code
-        if "dense" in code.name:
+        dense = code.name.startswith(("conv_dense", "conv_onward"))
+        assert dense == (case.G < case.C or case.C == 1), code
+        if dense:
             assert (code.tensor_cores > 0) == (case.precision != "highest"), code
         if chip == "h200" and code.name == "conv_dense_kernel_grad":
             fields = (code.meta[name] for name in ("BC", "BO", "BU", "warps", "stages"))
@@ -169,20 +171,21 @@ def test_programs_go_on_to_the_next_tile_of_many_channels():
         assert code.opcodes["HGMMA"] == 4 > code.listing.count("WARPGROUP.DEPBAR.LE"), code
 
 
-def test_programs_stay_where_channels_are_few_and_steps_many():
-    case = _case("layer", 64, T=2**14)
+@pytest.mark.parametrize("C", [64, 512])
+def test_programs_stay_where_each_has_several_tiles(C):
+    case = _case("layer", C, T=2**14)
     made = codes("h200", functools.partial(_layer, case, None), *_structs(case))
-    assert [c.name for c in made] == ["conv_resident"] * 2 + ["conv_dense_kernel_grad"]
+    assert [c.name for c in made] == ["conv_onward"] * 2 + ["conv_dense_kernel_grad"]
     # As many as are started have room at a time, or some would begin when the others are done.
-    assert all(code.blocks == triton_dense.FEW.resident for code in made[:2]), made
-    # A result of 32 bits takes more room on its way out, and still there is enough.
+    assert all(code.blocks == triton_dense.FEW.resident and not code.spills for code in made[:2])
+    # A result of 32 bits is in the way of the next tile.
     wide = dataclasses.replace(case, out_dtype="float32")
     layer = functools.partial(conv1d, **wide.kwargs, implementation="triton")
     (code,) = codes("h200", layer, *_structs(wide)[:2])
-    assert (code.name, code.blocks) == ("conv_resident", triton_dense.FEW.resident), code
-    # Two programs with four taps each have none.
-    more = dataclasses.replace(case, K=4)
-    (code,) = codes("h200", layer, *_structs(more)[:2])
+    assert code.name == "conv_dense" and not code.spills, code
+    few = dataclasses.replace(case, T=2**8)
+    layer = functools.partial(conv1d, **few.kwargs, implementation="triton")
+    (code,) = codes("h200", layer, *_structs(few)[:2])
     assert code.name == "conv_dense", code
 
 
@@ -232,10 +235,10 @@ def test_the_same_source_compiles_for_amd(name):
 
 
 def test_depthwise_loads_are_as_wide_as_they_get():
-    """8 channels of 16 bits by one instruction; and several before any result is stored."""
+    """4 channels of 16 bits by one instruction; and several before any result is stored."""
     (forward, *_, backward) = sorted(_codes("h200", "depthwise"), key=lambda code: code.name)
     assert "backward" in backward.name
-    for code, size, ahead in ((forward, 128, 8), (backward, 64, 4)):
+    for code, size, ahead in ((forward, 64, 8), (backward, 64, 4)):
         order = [op for op in code.listing if op.startswith(("LDG.E.", "STG.E."))]
         tiles = [op for op in order if not op.endswith(("U16", "STG.E"))]
         assert all(op.endswith(f".{size}") for op in tiles), order
@@ -251,10 +254,10 @@ def test_depthwise_loads_enough_ahead(D, activation):
     layer = functools.partial(conv1d, **case.kwargs, activation=activation, implementation="triton")
     (code,) = codes("h200", layer, *_structs(case)[:2])
     loop = _longest_loop(code.texts["sass"])
-    loads = collections.Counter(loop)["LDG.E.128"]
+    loads = collections.Counter(loop)["LDG.E.64"]
     assert code.spills == 0 and loads == 8, code
-    assert code.blocks * code.threads * loads * 16 >= 32 * 1024, code
-    assert len(loop) <= 15 * 8 * loads, code  # of 8 elements each
+    assert code.blocks * code.threads * loads * 8 >= 32 * 1024, code
+    assert len(loop) <= 17 * 4 * loads, code  # of 4 elements each
 
 
 @functools.cache
