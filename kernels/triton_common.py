@@ -90,6 +90,13 @@ def to_tf32(x):
     return tl.where(x == x, rounded, x)  # a NaN's bits might overflow into a zero's
 
 
+def tf32_of(x: jax.Array) -> jax.Array:
+    """As `to_tf32`, in XLA."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    rounded = jax.lax.bitcast_convert_type((bits + 0x1000) & -0x2000, x.dtype)
+    return jnp.where(x == x, rounded, x)
+
+
 # --- Numbers ---
 
 

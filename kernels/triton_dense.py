@@ -47,6 +47,7 @@ from conv_pallas.kernels.triton_common import (
     bias_grad_in_xla,
     dot_precision,
     operand_dtype,
+    tf32_of,
 )
 from conv_pallas.kernels.triton_common import decline as decline_any
 from conv_pallas.kernels.triton_compat import PROCESSORS
@@ -61,6 +62,9 @@ from conv_pallas.kernels.triton_config import (
 from conv_pallas.kernels.triton_matmul import conv_dense, conv_dense_kernel_grad
 from conv_pallas.spec import ConvSpec, Problem
 
+# Elements of a kernel from which on XLA rounds it to tf32. Rounded as it is fetched by pointers, it
+# goes from shared memory through registers and back; of a small one a program more takes longer.
+ROUNDED_BEFORE = 2**16
 # Of few channels and many steps; two such programs share a processor, so that one multiplies while
 # the other stores. Measured on an H200, of C = O = 64, K = 3: 40 us, where `conv_resident` with 64
 # rows takes 43, a copy of as many bytes 34, and a program for each tile 55.
@@ -154,6 +158,9 @@ def forward(
     tma_x, tma_w = tma_x and whole, tma_w and whole
     block = (config.columns, config.depth) if contract_last else (config.depth, config.columns)
     rounded = precision == "tf32"
+    round_w = rounded and not tma_w and w.dtype == np.float32
+    if round_w and w.size >= ROUNDED_BEFORE:
+        w, round_w = tf32_of(w), False
     programs = N * G * phases.phases * triton.cdiv(J, config.rows) * triton.cdiv(o, config.columns)
     xt, wt = _tile(x, (config.rows, config.depth), rounded), _tile(w, block, rounded)
     common = dict(
@@ -183,7 +190,7 @@ def forward(
         ROW_STEP=phases.row_step, TAP_STEP=phases.tap_step, W_ROW=w_row, W_COL=w_col,
         W_ROWS=w.shape[1], W_COLS=w.shape[2], TMA_X=tma_x, TMA_W=tma_w, WIDEN=x.dtype != w.dtype,
         ROUND_X=rounded and not tma_x and x.dtype == np.float32,
-        ROUND_W=rounded and not tma_w and w.dtype == np.float32, GRAD_OF=grad_of, **common,
+        ROUND_W=round_w, GRAD_OF=grad_of, **common,
     )  # fmt: skip
 
 
@@ -316,11 +323,14 @@ def fused(problem: Problem, x: jax.Array, w: jax.Array, bias: jax.Array | None):
 def keeps(problem: Problem) -> bool:
     """Not in the largest tiles: with two results of those, registers spill (sm_90a and sm_100a)."""
     dtype = np.dtype(jnp.promote_types(problem.lhs_dtype, problem.rhs_dtype))
+    G = problem.spec.groups
+    # Half as large where addresses take registers as well.
+    addresses = any(n // G * dtype.itemsize % 16 for n in (problem.C, problem.O))
     config = _config(
         problem.N, problem.spec, problem.C, problem.O, dtype, problem.out_dtype,
-        _precision(problem), keep=True,
+        _precision(problem), keep=True, tight=addresses,
     )  # fmt: skip
-    return config.rows * config.columns < LARGEST
+    return config.rows * config.columns < (LARGEST // 2 if addresses else LARGEST)
 
 
 def derivative_in_kernels(problem: Problem, wanted: tuple[bool, bool, bool]) -> bool:

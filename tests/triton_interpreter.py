@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import faulthandler
 import functools
+import itertools
 import math
 import os
 import sys
@@ -29,7 +30,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from conv_pallas.kernels import triton_compat
+from conv_pallas.kernels import triton_common, triton_compat, triton_dense
 from conv_pallas.spec import ACTIVATIONS, Epilogue, lhs_rhs_out
 from tests.cases import Case
 from tests.reference import VALUES
@@ -420,12 +421,19 @@ def run_rounding() -> None:
     triton_compat.compute_capability = lambda: 80
     case = Case("rounding", T=50, C=1, O=1, K=1)
     x, w, g = case.arrays()
-    for problem, lhs, rhs in (
-        (case.problem("conv1d", "cuda"), x, w),
-        (case.problem("conv1d_input_grad", "cuda"), g, w),
+    # A kernel by the kernels, or before by XLA.
+    for large, (problem, lhs, rhs) in itertools.product(
+        (triton_dense.ROUNDED_BEFORE, 1),
+        (
+            (case.problem("conv1d", "cuda"), x, w),
+            (case.problem("conv1d_input_grad", "cuda"), g, w),
+        ),
     ):
-        out = np.asarray(dispatch.select(problem, ("triton",)).run(problem, lhs, rhs))
+        with mock.patch.object(triton_dense, "ROUNDED_BEFORE", large):
+            out = np.asarray(dispatch.select(problem, ("triton",)).run(problem, lhs, rhs))
         np.testing.assert_array_equal(out, _tf32(lhs) * _tf32(rhs))
+    odd = np.array([np.nan, -np.inf, np.inf, -0.0, 2.0], np.float32)
+    np.testing.assert_array_equal(triton_common.tf32_of(odd), odd)
     one = dataclasses.replace(case, name="rounding_grad", T=1)
     (x, _, g), problem = one.arrays(), one.problem("conv1d_kernel_grad", "cuda")
     lhs, rhs = x[:1], g[:1]
