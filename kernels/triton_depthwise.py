@@ -82,14 +82,17 @@ def _tap(
 
 @triton.jit
 def conv_depthwise(
-    x, w, bias, T, J, U, D, LOW, y,
+    x, w, bias, T, J, U, D, LOW, y, z,
     CI: tl.constexpr, CO: tl.constexpr, K: tl.constexpr, S: tl.constexpr, E: tl.constexpr,
     PHASES: tl.constexpr, ROW_STEP: tl.constexpr, TAP_STEP: tl.constexpr,
     IN_PER_OUT: tl.constexpr, OUT_PER_IN: tl.constexpr, REVERSE: tl.constexpr,
     HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, TIME_FIRST: tl.constexpr,
     TERMS: tl.constexpr, UNROLL: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """One tile ``(BT, BC)`` of y, out of CI channels in and CO channels out."""
+    """One tile ``(BT, BC)`` of y, out of CI channels in and CO channels out.
+
+    z is None, or takes what the activation is applied to.
+    """
     TILES_O: tl.constexpr = (CO + BC - 1) // BC
     pid = tl.program_id(0)
     tiles_j = tl.cdiv(J, BT)
@@ -123,12 +126,15 @@ def conv_depthwise(
             )  # fmt: skip
     if HAS_BIAS:
         acc += tl.load(bias + o, o < CO, 0.0).to(tl.float32)[None, :]
-    acc = activate(acc, ACTIVATION)
     j = tl.arange(0, BT)
     u = a + (j0 + j) * PHASES
-    start = y + (n.to(tl.int64) * U + a + j0 * PHASES) * CO
-    where = start + offsets(j, PHASES * CO, BT)[:, None] + o[None, :]
-    tl.store(where, acc.to(y.dtype.element_ty), (u < U)[:, None] & (o < CO)[None, :])
+    start = (n.to(tl.int64) * U + a + j0 * PHASES) * CO
+    where = offsets(j, PHASES * CO, BT)[:, None] + o[None, :]
+    inside = (u < U)[:, None] & (o < CO)[None, :]
+    if z is not None:
+        tl.store(z + start + where, acc.to(z.dtype.element_ty), inside)
+    acc = activate(acc, ACTIVATION)
+    tl.store(y + start + where, acc.to(y.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -204,23 +210,24 @@ def conv_depthwise_kernel_grad(
 
 def forward(
     x: jax.Array, w: jax.Array, spec: ConvSpec, *, O: int, out_dtype, transposed: bool = False,
-    bias: jax.Array | None = None, activation: str | None = None,
-) -> jax.Array:  # fmt: skip
+    bias: jax.Array | None = None, activation: str | None = None, keep: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:  # fmt: skip
     """``activation(conv(x, w) + bias)``.
 
     Args:
       x: ``(N, T, C)``; w: ``(K, 1, max(C, O))``.
       spec: of this convolution: for an input gradient the transposed one.
       O: channels out; a multiple of C, or if ``transposed`` (its taps to be reversed) C of it.
-      bias, activation: as in `triton_dense.forward`.
+      bias, activation, keep: as in `triton_dense.forward`; what is walked keeps nothing.
     """
     N, T, C = x.shape
-    for better in (walk, taps):
-        if better.decline(spec, C, O) is None:
-            return better.forward(
-                x, w, spec, out_dtype=out_dtype, transposed=transposed, bias=bias,
-                activation=activation,
-            )  # fmt: skip
+    common = dict(
+        out_dtype=out_dtype, transposed=transposed, bias=bias, activation=activation
+    )  # fmt: skip
+    if walk.decline(spec, C, O) is None:
+        return walk.forward(x, w, spec, **common)
+    if taps.decline(spec, C, O) is None:
+        return taps.forward(x, w, spec, keep=keep, **common)
     K, phases = spec.kernel_size, Phases.of(spec)
     J = triton.cdiv(spec.out_time, phases.phases)
     in_per_out = C // O if transposed else 1
@@ -229,17 +236,18 @@ def forward(
     # What is loaded for all of many terms at once takes more registers than there are.
     BT, BC = 16 if unroll and terms > 4 else 32, max(16, min(128, triton.next_power_of_2(O)))
     halo = (K - 1) * spec.kernel_dilation // spec.input_dilation * C * x.dtype.itemsize
+    y = jax.ShapeDtypeStruct((N, spec.out_time, O), out_dtype)
     return compat.call(
         conv_depthwise, x, w,
         x if bias is None else bias,  # a pointer that is not read
         T, J, spec.out_time, spec.kernel_dilation, spec.padding[0],
-        out=jax.ShapeDtypeStruct((N, spec.out_time, O), out_dtype),
+        out=(y, y) if keep else y,
         programs=N * phases.phases * triton.cdiv(J, BT) * triton.cdiv(O, BC), warps=4, stages=2,
         CI=C, CO=O, K=K, S=spec.stride, E=spec.input_dilation, PHASES=phases.phases,
         ROW_STEP=phases.row_step, TAP_STEP=phases.tap_step, IN_PER_OUT=in_per_out,
         OUT_PER_IN=1 if transposed else O // C, REVERSE=transposed,
         HAS_BIAS=bias is not None, ACTIVATION=activation, TIME_FIRST=halo > L2_BYTES,
-        TERMS=terms, UNROLL=unroll, BT=BT, BC=BC,
+        TERMS=terms, UNROLL=unroll, BT=BT, BC=BC, **({} if keep else {"z": None}),
     )  # fmt: skip
 
 
@@ -301,13 +309,13 @@ def run(problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
 def fused(problem: Problem, x: jax.Array, w: jax.Array, bias: jax.Array | None) -> jax.Array:
     return forward(
         x, w, problem.spec, O=problem.O, out_dtype=problem.out_dtype, bias=bias,
-        activation=problem.epilogue.activation,
+        activation=problem.epilogue.activation, keep=problem.epilogue.keep,
     )  # fmt: skip
 
 
 def backward(problem: Problem, x, w, bias, saved, gy, wanted):
     spec, activation = problem.spec, problem.epilogue.activation
-    if walk.decline(spec, problem.C, problem.O) is None:
+    if _walked(problem):
         return walk.backward(
             x, w, bias, gy, spec, activation=activation, wanted=wanted, dx_dtype=x.dtype,
             dw_dtype=w.dtype,
@@ -350,6 +358,10 @@ def describe(problem: Problem) -> str:
     return triton_tuned.described(how, problem)
 
 
+def _walked(problem: Problem) -> bool:
+    return walk.decline(problem.spec, problem.C, problem.O) is None
+
+
 KERNEL = Kernel(
     implementation="triton",
     platforms=("cuda",),
@@ -360,7 +372,8 @@ KERNEL = Kernel(
     decline_fused=decline,
     backward=backward,
     decline_backward=lambda problem, wanted: decline(problem),
-    recomputes=lambda problem: walk.decline(problem.spec, problem.C, problem.O) is None,
+    keeps=lambda problem: not _walked(problem),
+    recomputes=_walked,
     priority=triton_tuned.priority,
     by_name=triton_tuned.by_name,
     opaque=True,

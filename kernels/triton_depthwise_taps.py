@@ -117,14 +117,15 @@ def _slide(
 
 @triton.jit
 def conv_taps(
-    x, w, bias, T, U, N, D, LOW, SERIES, PIECES, y,
+    x, w, bias, T, U, N, D, LOW, SERIES, PIECES, y, z,
     C: tl.constexpr, K: tl.constexpr, REVERSE: tl.constexpr, HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr, R: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """y of BP pieces of R outputs each, and BC channels.
 
     Of the PIECES of a sample piece ``i`` is the ``i // SERIES``-th of series ``i % SERIES``. Those
-    of all samples are counted through, so that no sample ends in the midst of a tile.
+    of all samples are counted through, so that no sample ends in the midst of a tile. z is None,
+    or takes what the activation is applied to.
     """
     TILES_C: tl.constexpr = (C + BC - 1) // BC
     pid = tl.program_id(0)
@@ -160,12 +161,15 @@ def conv_taps(
 
     if HAS_BIAS:
         b = tl.load(bias + c, c < C, 0.0).to(tl.float32)[None, :]
-    py = y + (n * U + u)[:, None] * C + c[None, :]
+    where = (n * U + u)[:, None] * C + c[None, :]
     end = _until(U, n < N, c, C)
     for r in tl.static_range(R):
-        z = sums[r] + b if HAS_BIAS else sums[r]
-        z = activate(z, ACTIVATION).to(y.dtype.element_ty)
-        tl.store(py + r * step, z, u[:, None] + r * D < end)
+        total = sums[r] + b if HAS_BIAS else sums[r]
+        inside = u[:, None] + r * D < end
+        if z is not None:
+            tl.store(z + where + r * step, total.to(z.dtype.element_ty), inside)
+        total = activate(total, ACTIVATION)
+        tl.store(y + where + r * step, total.to(y.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -242,8 +246,8 @@ def _tuned(kernel: str, U: int, spec: ConvSpec, C: int, dtype):
 
 def forward(
     x: jax.Array, w: jax.Array, spec: ConvSpec, *, out_dtype, transposed: bool = False,
-    bias: jax.Array | None = None, activation: str | None = None,
-) -> jax.Array:  # fmt: skip
+    bias: jax.Array | None = None, activation: str | None = None, keep: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:  # fmt: skip
     """``activation(conv(x, w) + bias)``; arguments as of `triton_depthwise.forward`."""
     N, T, C = x.shape
     K, D, U = spec.kernel_size, spec.kernel_dilation, spec.out_time
@@ -258,14 +262,15 @@ def forward(
             warps //= 2
         tile = (64 * warps // BC, BC, OUTPUTS, warps)
     BP, BC, R, warps = tile
+    y = jax.ShapeDtypeStruct((N, U, C), out_dtype)
     return compat.call(
         conv_taps, x, w,
         x if bias is None else bias,  # a pointer that is not read
         T, U, N, D, spec.padding[0], series, pieces(R),
-        out=jax.ShapeDtypeStruct((N, U, C), out_dtype),
+        out=(y, y) if keep else y,
         programs=triton.cdiv(N * pieces(R), BP) * triton.cdiv(C, BC), warps=warps, stages=1,
         C=C, K=K, REVERSE=transposed, HAS_BIAS=bias is not None, ACTIVATION=activation,
-        R=R, BP=BP, BC=BC,
+        R=R, BP=BP, BC=BC, **({} if keep else {"z": None}),
     )  # fmt: skip
 
 
