@@ -39,7 +39,7 @@ class Config:
 def configure(
     kernel: str, rows: int, columns: int, depth: int, *, taps: int, phases: Phases, count: int,
     dtype: np.dtype, precision: str, tma: bool, untuned: Config | None = None, keep: bool = False,
-    saved: bool = False, tight: bool = False,
+    saved: bool = False, tight: bool = False, stay: bool = False,
 ) -> Config:  # fmt: skip
     """A tuned tile, or a heuristic: as large as registers and shared memory allow.
 
@@ -56,6 +56,7 @@ def configure(
         the rows, or in the kernel gradient the columns.
       tight: whether something else takes registers that the largest tiles need: the addresses of
         rows that are no multiple of 16 bytes, or an error function.
+      stay: whether programs may stay on their processor, and go from tile to tile.
     """
     how = (precision,) if phases == Phases(1, 1, 1) else (precision, str(phases))
     if saved:  # a tile that was tuned without may not fit beside what that takes
@@ -78,11 +79,11 @@ def configure(
         # The kernel gradient's operands go through registers, as tensor cores take float32 only
         # with the sum's axis last: a second program on a processor multiplies meanwhile.
         limit = Config(128, 128, 32, 8, 3)
-    elif tma and hopper and not saved and not tight and kernel != KERNEL_GRAD:
-        # Two programs that stay on a processor, as `triton_resident.conv_onward`: while one stores,
-        # the other multiplies.
-        # With two results registers spill there; twice the threads have each half of the sums.
-        limit = Config(128, 128, 64, 8, 3) if keep else Config(128, 128, 64, 4, 3, 2)
+    elif tma and hopper and keep and not tight:
+        limit = Config(128, 128, 64, 8, 3)
+    elif hopper and stay and not saved and not tight:
+        # Two on each, as `triton_resident.conv_onward`: while one stores, the other multiplies.
+        limit = Config(128, 128, 64, 4, 3, 2)
     elif tma:
         # What a derivative is computed from has no room beside 256 columns, nor some derivatives
         # registers.

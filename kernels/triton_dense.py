@@ -98,8 +98,10 @@ def _config(
       keep, saved, tight: see `configure`.
     """
     G, phases = spec.groups, Phases.of(spec)
+    # Who stays fetches tiles of padding like any other, where `conv_dense` leaves them out.
+    padded = 8 * sum(max(0, p) for p in spec.padding) > spec.out_time
     stays = (
-        tma_x and _may_stay(spec, dtype)
+        tma_x and not padded and _may_stay(spec, dtype)
         and FEW.depth // 2 < C <= FEW.depth and FEW.columns // 2 < O <= FEW.columns
         and N * triton.cdiv(spec.out_time, FEW.rows) >= 4 * FEW.resident * PROCESSORS
         and triton_resident.goes_on(FEW, np.dtype(out_dtype).itemsize)
@@ -111,6 +113,7 @@ def _config(
         phases=phases, count=N * G * phases.phases, dtype=dtype, precision=precision,
         tma=triton_compat.has_tma(triton_compat.compute_capability()),
         untuned=FEW if stays else None, keep=keep, saved=saved, tight=tight,
+        stay=tma_x and not padded and _may_stay(spec, dtype),
     )  # fmt: skip
 
 

@@ -155,6 +155,11 @@ def conv_onward(
     """
     TILES_O: tl.constexpr = (O + BO - 1) // BO
     TILES_C: tl.constexpr = (C + BC - 1) // BC
+    # Of many channels, kept for the next tile it would take registers, which spill.
+    ONCE: tl.constexpr = HAS_BIAS and BO <= 64 and O <= BO
+    if ONCE:
+        o = tl.arange(0, BO)
+        b = tl.load(bias + o, o < O, 0.0).to(tl.float32)[None, :]
     per_sample = tl.cdiv(U, BT)
     for tile in tl.range(tl.program_id(0), TILES, STEP, flatten=True):
         o0 = tile % TILES_O * BO
@@ -173,7 +178,9 @@ def conv_onward(
                 wb = w.load([kw, c0, o0]).reshape(BC, BO)
             acc = tl.dot(xb, wb, acc, input_precision=PRECISION)
         o = o0 + tl.arange(0, BO)
-        if HAS_BIAS:  # here, as in front of the loop it would take registers, which spill
+        if ONCE:
+            acc += b
+        elif HAS_BIAS:
             acc += tl.load(bias + o, o < O, 0.0).to(tl.float32)[None, :]
         _store(acc, y, z, n, u0, o, U, O, ACTIVATION, BT)
 
