@@ -149,7 +149,9 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Of the checkout, with a plus where it has changes; outside one what `COMMIT` says."""
+    """What `COMMIT` says, or of the checkout, with a plus where it has changes; None outside one."""
+    if told := os.environ.get(COMMIT):
+        return told
     folder = Path(__file__).parent
     try:
         git = [
@@ -157,5 +159,5 @@ def commit() -> str | None:
             for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
         ]
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get(COMMIT)
+        return None
     return git[0].stdout.strip() + ("+" if git[1].stdout else "")
