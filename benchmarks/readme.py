@@ -1,4 +1,4 @@
-"""Writes the README's figures from a stored result, so that nobody types one.
+"""Writes the README's figures from stored results, so that nobody types one.
 
 python -m benchmarks.readme
 """
@@ -10,13 +10,18 @@ import re
 from pathlib import Path
 from typing import Any
 
+from benchmarks.baselines import BARRIER, MATMULS, SYMMETRIC
+from benchmarks.on_device import lines_of
 from conv_pallas._measure import PASSES, STOCK
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 RESULT = ROOT / "benchmarks" / "results" / "cpu" / "layers.json"
 COMMAND = "python -m benchmarks --json benchmarks/results/cpu/layers.json"
+GPU_RESULTS = ROOT / "benchmarks" / "results" / "nvidia-h200"
 MARKS = "<!-- figures: written by benchmarks/readme.py -->", "<!-- end of figures -->"
+GPU_MARKS = tuple(mark.replace("figures", "figures of a GPU") for mark in MARKS)
+BASELINES = (STOCK, BARRIER, SYMMETRIC, MATMULS)
 
 
 def figures(result: dict[str, Any]) -> str:
@@ -60,6 +65,43 @@ def figures(result: dict[str, Any]) -> str:
     )
 
 
+def gpu_figures(folder: Path) -> str:
+    """A Markdown table: of each pass, what ours takes on a GPU, and stock, and the fastest."""
+    (ceilings, *goals), sweep = (
+        lines_of(folder / f"{name}.jsonl") for name in ("against", "layers")
+    )
+    rows = [_gpu_row(f"{line['layer']}, bfloat16", line["operation"], line) for line in goals]
+    rows += [_gpu_row(line["layer"], line["which"], line) for line in sweep if "which" in line]
+    source = folder.relative_to(ROOT)
+    return "\n".join(
+        [
+            f"On an {ceilings['device']}: microseconds of the Triton kernels, of stock `nnx.Conv`, "
+            "and of the fastest of all baselines, which took turns. The first layers are those "
+            "that the kernels were made for: `dense-512` has N=8, T=4096, C=O=512, K=3; `dense-64` "
+            "T=65536, C=O=64; `depthwise` N=1, T=16384, C=12288, K=4 and SiLU. The others are "
+            "published ones, as far as the time on that GPU went. From "
+            f"[{source}]({source}), which says what was measured when.",
+            "",
+            "| layer | pass | ours, us | stock | fastest baseline | ours is faster |",
+            "|---|---|---|---|---|---|",
+            *filter(None, rows),
+        ]
+    )
+
+
+def _gpu_row(layer: str, which: str, line: dict) -> str | None:
+    seconds = {name: spread["median"] for name, spread in line.get("seconds", {}).items()}
+    theirs = {name: seconds[name] for name in BASELINES if name in seconds}
+    if "ours" not in seconds or not theirs:
+        return None
+    best = min(theirs, key=theirs.get)
+    us = lambda s: f"{1e6 * s:,.{1 if s < 1e-4 else 0}f}"  # noqa: E731
+    stock = us(seconds[STOCK]) if STOCK in seconds else ""
+    fastest = f"{us(theirs[best])} ({best})"
+    cells = (layer, which.replace("_", " "), us(seconds["ours"]), stock, fastest)
+    return f"| {' | '.join(cells)} | {_digits(theirs[best] / seconds['ours'])} |"
+
+
 def _cell(speedups: list[dict]) -> str:
     ratios = sorted(1.0 if s["same_program"] else s["median"] for s in speedups)
     if all(s["same_program"] for s in speedups):
@@ -74,9 +116,9 @@ def _digits(ratio: float) -> str:
     return f"{round(ratio, places):.{max(0, places)}f}"
 
 
-def with_figures(readme: str, table: str) -> str:
+def with_figures(readme: str, table: str, marks: tuple[str, str] = MARKS) -> str:
     """The README with ``table`` between its two marks."""
-    start, end = map(re.escape, MARKS)
+    start, end = map(re.escape, marks)
     return re.sub(
         f"({start}\n).*?(\n{end})",
         lambda m: f"{m[1]}\n{table}\n{m[2]}",
@@ -88,5 +130,7 @@ def with_figures(readme: str, table: str) -> str:
 
 if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    table = figures(json.loads(RESULT.read_text(encoding="utf-8")))
-    README.write_text(with_figures(README.read_text(encoding="utf-8"), table), encoding="utf-8")
+    text = with_figures(
+        README.read_text(encoding="utf-8"), figures(json.loads(RESULT.read_text(encoding="utf-8")))
+    )
+    README.write_text(with_figures(text, gpu_figures(GPU_RESULTS), GPU_MARKS), encoding="utf-8")

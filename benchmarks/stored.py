@@ -149,7 +149,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """What `COMMIT` says, or of the checkout, with a plus where it has changes; None outside one."""
+    """What `COMMIT` says, else of the checkout, with a plus where it has changes; None outside."""
     if told := os.environ.get(COMMIT):
         return told
     folder = Path(__file__).parent

@@ -14,6 +14,9 @@ def test_figures_are_those_of_the_result():
     text = readme.README.read_text(encoding="utf-8")
     table = readme.figures(json.loads(readme.RESULT.read_text(encoding="utf-8")))
     assert readme.with_figures(text, table) == text, "run python -m benchmarks.readme"
+    on_gpu = readme.gpu_figures(readme.GPU_RESULTS)
+    assert readme.with_figures(text, on_gpu, readme.GPU_MARKS) == text
+    assert on_gpu.count("\n|") > 30 and on_gpu not in table
     assert table in text
     assert readme.with_figures(text, table + "\n| another | row |") != text
 
