@@ -19,7 +19,9 @@ of neighbouring steps serve every dilation here, and tiles inside residue classe
 be fetched by TMA in one piece, would save nothing. In the kernel gradient the programs that are at
 work at one time walk along some 5 pieces of time, and the same reckoning gives 5 times D steps,
 11 MB. It ends at D = 6000 or so for K = 3 and C = 512; from there on x comes from memory up to K
-times, which a layer of that many channels can still hide behind its matmul.
+times, which a layer of that many channels can still hide behind its matmul. On an H200 D = 1, 4
+and 64 take the same time within 2 % (benchmarks/results/nvidia-h200/goals.jsonl), N = 8, T = 4096;
+larger ones less, for the padding that is left out (goals-first.jsonl).
 
 That is for many channels. With few, what the programs fetch from the L2 is several times what
 memory moves; `triton_resident` has programs that fetch less.
@@ -66,8 +68,7 @@ from conv_pallas.spec import ConvSpec, Problem
 # goes from shared memory through registers and back; of a small one a program more takes longer.
 ROUNDED_BEFORE = 2**16
 # Of few channels and many steps; two such programs share a processor, so that one multiplies while
-# the other stores. Measured on an H200, of C = O = 64, K = 3: 40 us, where `conv_resident` with 64
-# rows takes 43, a copy of as many bytes 34, and a program for each tile 55.
+# the other stores: see `triton_resident` for what that brings.
 FEW = Config(rows=128, columns=64, depth=64, warps=8, stages=4, resident=2)
 
 # --- Launchers ---

@@ -14,13 +14,17 @@ is multiplied and stored, the copy engine fetches the next.
 In the kernel gradient a program keeps the sums of all K taps in registers, and so fetches a tile of
 g once where `conv_dense_kernel_grad`, with a program for each tap, does it K times.
 
-Whether that is faster nothing has measured yet. By estimate it is, in the forward pass and the
-input gradient of 33 to 64 channels and many steps, where `triton_dense` picks it: of 128 steps
-`conv_dense` fetches 72 KiB from the L2 for 32 that memory moves, and this 48. (Taken that an H200's
-L2 gives 7 TB/s, which nothing here has measured, for the 4.3 of its memory.) In the kernel gradient
-it leaves more partial sums to be added, and ptxas lets each product wait for the one before (its
-C7515: the sums of several taps are under way from one tile to the next); it is only among the tiles
-that `conv_pallas.tuning.tune` tries.
+Measured on an H200 (benchmarks/results/nvidia-h200), C = O = 64, K = 3, 2^19 steps in bf16: a
+program for each tile of 128 steps takes 55 us; two on each processor that keep the kernel and take
+tiles of 64 steps 43; and two of `conv_onward`, which fetch the kernel anew and have room for tiles
+of 128 steps, 40. A copy of as many bytes takes 34.5. With C = O = 512 two programs of `conv_onward`
+take 75 us at D = 1, where one for each tile of 128x256 took 79 to 84. But at D = 1024 of 4096 steps
+they take 107, and those that leave out tiles of padding 70; what takes so long is not known. So
+`triton_dense` lets programs stay where little is padding.
+
+In the kernel gradient all this leaves more partial sums to be added, and ptxas lets each product
+wait for the one before (its C7515: the sums of several taps are under way from one tile to the
+next); it is only among the tiles that `conv_pallas.tuning.tune` tries.
 
 No warps of their own for the copies: Triton's ``tl.range(warp_specialize=True)`` splits such tiles
 among two groups of warps, and for sm_90a can't do that to descriptors of three axes (3.9.0), of
@@ -150,8 +154,7 @@ def conv_onward(
     x and w are `Tile`s; z is None, or takes what the activation is applied to. Over `conv_dense`
     it gains the start of a program, and a tile's first loads, which are under way while the tile
     before is stored. It takes more registers, so that some activations spill beside 128x256 sums,
-    and waits for the bias there: by estimate 5 % of 512 channels, for `conv_pallas.tuning.tune` to
-    find out.
+    and waits for the bias of more than 64 channels.
     """
     TILES_O: tl.constexpr = (O + BO - 1) // BO
     TILES_C: tl.constexpr = (C + BC - 1) // BC

@@ -72,6 +72,19 @@ def choose(problem: Problem) -> str:
 GPU_TAPS = 8  # that are written out: matmuls hold a copy of x for each, reductions compile slowly
 
 
+def _gpu_ragged(problem: Problem) -> bool:
+    """Whether a few taps are of channels that fill no 16 bytes.
+
+    cuDNN has slow algorithms alone for those. Measured on an H200, of 10, 25 and 150 channels and 5
+    to 8 taps: matmuls take 0.5 to 0.9 of its time forward, and a training step 0.4 to 0.5
+    (benchmarks/results/nvidia-h200/layers.jsonl).
+    """
+    spec, size = problem.spec, max(problem.lhs_dtype.itemsize, problem.rhs_dtype.itemsize)
+    plain = spec.groups == spec.stride == spec.input_dilation == 1
+    ragged = any(n * size % 16 for n in (problem.C, problem.O))
+    return plain and ragged and spec.kernel_size <= GPU_TAPS
+
+
 def _gpu_in_parts(formulation: Formulation, name: str, problem: Problem) -> Formulation:
     """The formulation of that name, as many taps at a time as can be compiled and held.
 
@@ -106,7 +119,7 @@ def _gpu_forward(problem: Problem) -> str:
     spec, gradient = problem.spec, problem.operation == "conv1d_input_grad"
     if problem.depthwise:
         return "shifts"
-    if spec.kernel_size == 1:
+    if spec.kernel_size == 1 or _gpu_ragged(problem):
         return "matmuls"
     if gradient and spec.stride > 1 and spec.kernel_dilation == 1:
         return "transposed"
@@ -130,7 +143,8 @@ def _gpu_kernel_grad(problem: Problem) -> str:
     spec = problem.spec
     if problem.depthwise:
         return "shifts"
-    if spec.kernel_size == 1 or (spec.groups > 1 and spec.kernel_size <= GPU_TAPS):
+    few_of_groups = spec.groups > 1 and spec.kernel_size <= GPU_TAPS
+    if spec.kernel_size == 1 or few_of_groups or _gpu_ragged(problem):
         return "matmuls"
     if spec.kernel_dilation == 1:
         return "native"

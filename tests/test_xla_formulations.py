@@ -94,6 +94,7 @@ GPU = (
     Case("multiplier_many_taps", T=50, C=4, O=12, G=4, K=23, S=2),
     Case("dense_many_taps", T=50, C=4, O=3, K=19, D=2, S=3),
     Case("grouped_many_taps", T=50, C=4, O=6, G=2, K=9, D=4),
+    Case("channels_of_16_bytes", T=50, C=4, O=8, K=3, D=4),
 )
 
 
@@ -107,12 +108,26 @@ def test_what_is_chosen_for_a_gpu(case, operation):
     check(compiled(lhs, rhs), operation, lhs, rhs, case.spec, out_dtype=problem.out_dtype)
 
 
+@pytest.mark.parametrize("C, dtype, ragged", [
+    (10, "float32", True), (12, "float32", False), (12, "bfloat16", True), (16, "bfloat16", False),
+])  # fmt: skip
+def test_channels_that_fill_no_16_bytes_are_multiplied_tap_by_tap_on_a_gpu(C, dtype, ragged):
+    """Which cuDNN is slow at; but for strides and many taps, where nobody has measured it."""
+    case = Case("layer", T=50, C=C, O=C, K=3, D=4, dtype=dtype)
+    for operation in OPERATIONS:
+        chosen = [
+            xla.choose(dataclasses.replace(case, **more).problem(operation, "cuda"))
+            for more in ({}, {"K": 9}, {"S": 2, "D": 1})
+        ]
+        assert [name == "matmuls" for name in chosen] == [ragged, False, False], (operation, chosen)
+
+
 def test_a_view_brings_back_nothing_that_was_cut_off():
     """Steps that make time a multiple of the dilation are zeros, and nothing else."""
-    x = jnp.ones((1, 9, 2)).at[:, 6:].set(np.nan)
+    x = jnp.ones((1, 9, 4)).at[:, 6:].set(np.nan)
     spec = ConvSpec(9, 2, padding=(0, -3), kernel_dilation=3)
     f32 = np.dtype(np.float32)
-    problem = Problem("conv1d_kernel_grad", spec, 1, 2, 2, f32, f32, f32, None, "cuda")
+    problem = Problem("conv1d_kernel_grad", spec, 1, 4, 4, f32, f32, f32, None, "cuda")
     for more in (spec, ConvSpec(9, 2, padding=(1, -3), kernel_dilation=2)):
         this = dataclasses.replace(problem, spec=more)
         assert xla.choose(this) == "fold"
