@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("jax_triton")
 
+from benchmarks import device_layers
 from conv_pallas import aot, conv1d
 from conv_pallas.kernels import triton_compat, triton_config, triton_dense, triton_tuned
 from conv_pallas.kernels.triton_config import Config
@@ -387,3 +388,32 @@ def test_a_precision_that_names_an_algorithm_is_declined():
         assert "triton" not in aot.lower_for("h200", chain, x, w).as_text()
         with pytest.raises(NotImplementedError, match="not BF16_BF16_F32"):
             aot.lower_for("h200", functools.partial(conv1d, implementation="triton"), x, w)
+
+
+# Of the sweep and the goals, those that have a tile in the table of an H200.
+TUNED = (
+    "tcn-adding/D128", "ms-tcn/D512", "tcn-ptb-words/D8", "conv-tasnet/D128", "depthwise/D1024",
+)  # fmt: skip
+
+
+def test_every_tile_that_is_shipped_compiles_and_spills_nothing(monkeypatch):
+    lookup, found = triton_tuned.lookup, {}
+
+    def told(key):
+        found[key] = lookup(key)
+        return found[key]
+
+    monkeypatch.setattr(triton_tuned, "lookup", told)
+    every = [*device_layers.goals(False), *device_layers.sweep(False)]
+    for layer in (layer for layer in every if layer.name in TUNED):
+        if layer.G == 1:  # whose activation's derivative would have a tile of its own
+            layer = dataclasses.replace(layer, activation=None)
+        f = device_layers.forward("ours", layer, False)
+        # What is walked computes both gradients at once, and one alone otherwise.
+        for operation in ("step", "kernel_grad")[: 1 if layer.G == 1 else 2]:
+            program = device_layers.operation(operation, f)
+            for code in codes("h200", program, *device_layers.structs(layer)):
+                assert code.spills == 0 and code.shared <= SHARED_BYTES["h200"], code
+    shipped = triton_tuned.read(triton_tuned.FOLDER / "triton_tuned_nvidia-h200.json")["tiles"]
+    tiles = {key: tuple(tile) for key, tile in shipped.items() if tile}
+    assert tiles and tiles.items() <= found.items()
