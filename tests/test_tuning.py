@@ -14,7 +14,7 @@ from flax import nnx
 
 from benchmarks import device_layers, device_timing, on_device
 from benchmarks.on_device import Log
-from conv_pallas import aot, conv1d, explain, explanation, tuning
+from conv_pallas import aot, conv1d, dispatch, explain, explanation, tuning
 from conv_pallas.__main__ import main
 from conv_pallas.nn import TCN
 
@@ -23,6 +23,7 @@ pytest.importorskip("jax_triton")
 from conv_pallas import machine_code
 from conv_pallas.kernels import triton_compat, triton_tuned
 from conv_pallas.spec import OPERATIONS
+from tests.cases import Case
 
 pytestmark = pytest.mark.aot
 
@@ -294,6 +295,68 @@ def test_another_device_knows_nothing_of_it(one_tile, monkeypatch):
     assert _chosen() == ["xla"] * 3
     monkeypatch.setattr(triton_compat, "device_kind", lambda: None)
     assert _chosen() == ["xla"] * 3
+
+
+def _operations_in_triton(dtype="bfloat16", precision=None, out_dtype=None, **sizes) -> str:
+    """Of the forward pass, the input gradient and the kernel gradient the first letters."""
+    case = Case("layer", **dict(T=4096, K=3, D=4, batch=(8,), dtype=dtype) | sizes)
+    case = dataclasses.replace(case, precision=precision, out_dtype=out_dtype)
+    names = {"conv1d": "f", "conv1d_input_grad": "i", "conv1d_kernel_grad": "k"}
+    return "".join(
+        letter
+        for operation, letter in names.items()
+        if "triton" in dispatch.select(case.problem(operation, "cuda"), None).implementation
+    )
+
+
+@pytest.mark.parametrize("sizes, chosen", [
+    (dict(C=512, O=512), "fik"),
+    (dict(C=64, O=64, D=1024), "fik"),
+    (dict(C=512, O=512, dtype="float32"), "fi"),
+    (dict(C=512, O=512, dtype="float32", precision="highest"), ""),
+    (dict(C=512, O=512, out_dtype="float32"), ""),
+    (dict(C=512, O=512, K=1), ""),
+    (dict(C=512, O=512, S=2, D=1), ""),
+    (dict(C=512, O=512, G=2), ""),
+    (dict(C=510, O=512), ""),
+    (dict(C=24, O=64), ""),
+    (dict(C=64, O=2048), ""),
+    (dict(C=64, O=64, T=64), ""),
+    (dict(C=2048, O=2048, G=2048), "fik"),
+    (dict(C=2048, O=2048, G=2048, dtype="float32", K=31), "fik"),
+    (dict(C=2048, O=4096, G=2048), ""),
+    (dict(C=512, O=512, G=512), ""),
+], ids=str)  # fmt: skip
+def test_what_is_like_all_that_was_faster_is_the_default_of_that_device(sizes, chosen, h200):
+    assert _operations_in_triton(**sizes) == chosen
+    told = triton_tuned.described("so", Case("x", T=8, C=2, O=2).problem("conv1d", "cuda"))
+    assert told == "so"
+
+
+def test_what_is_like_others_is_no_default_where_they_were_not_measured(h200, monkeypatch):
+    for kind in ("NVIDIA B200", None):
+        monkeypatch.setattr(triton_compat, "device_kind", lambda kind=kind: kind)
+        assert _operations_in_triton(C=512, O=512) == ""
+
+
+@pytest.mark.parametrize("raced, chosen", [
+    ({"seconds": 2.0, "xla": 1.0}, "ik"), ({"seconds": 1.0, "xla": 2.0}, "fik"), (None, "ik"),
+])  # fmt: skip
+def test_what_was_measured_itself_comes_before_what_is_like_it(raced, chosen, h200):
+    _, file = h200
+    problem = Case("layer", T=4096, C=512, O=512, K=3, D=4, batch=(8,), dtype="bfloat16").problem(
+        "conv1d", "cuda"
+    )
+    raced = raced and raced | {"key": "conv_dense", "tile": None}
+    found = {"tiles": {}, "against_xla": {triton_tuned.problem_key(problem): raced}}
+    file.write_text(json.dumps(found))
+    triton_tuned.forget()
+    assert _operations_in_triton(C=512, O=512) == chosen
+    exported = dataclasses.replace(problem, operation="conv1d_input_grad", exported=True)
+    assert triton_tuned.priority(exported) is None
+    assert "of its kind" in triton_tuned.described(
+        "so", dataclasses.replace(exported, exported=False)
+    )
 
 
 @pytest.mark.parametrize("theirs", [1.0, 0.4])
