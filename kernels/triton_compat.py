@@ -3,8 +3,9 @@
 Each shim says which version it is for and when it can go. Kernels call `call` with `Tile`s, and
 `compute_capability`, and import triton for nothing but the language.
 
-Verified without a GPU, by `tests.triton_interpreter` with all its cases and by
-`tests.test_aot_triton` for sm_80, sm_90a and gfx942, with jax-triton 0.4.1:
+Verified on an H200 with the first of these (benchmarks/results/nvidia-h200), and without a GPU, by
+`tests.triton_interpreter` with all its cases and by `tests.test_aot_triton` for sm_80, sm_90a and
+gfx942, with jax-triton 0.4.1:
 
 | triton | jax |
 |---|---|

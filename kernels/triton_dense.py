@@ -360,9 +360,9 @@ def derivative_in_kernels(problem: Problem, wanted: tuple[bool, bool, bool]) -> 
     return gradients * max(2 * move, compute) < (3 + gradients) * move
 
 
-# Taken for an H200, of which no measured result is stored: nine tenths of the bandwidth in its data
-# sheet, that sheet's lanes times clock, and where four fifths of its bfloat16 products take as long
-# as moving what they are of.
+# Taken for an H200: nine tenths of the bandwidth in its data sheet (a copy of 4 GiB reached 87 %),
+# that sheet's lanes times clock, and where four fifths of its bfloat16 products, which a matmul
+# reached, take as long as moving what they are of (benchmarks/results/nvidia-h200/layers.jsonl).
 BYTES_PER_SECOND, INSTRUCTIONS_PER_SECOND, TURNING_POINT = 4.3e12, 33e12, 184
 
 
