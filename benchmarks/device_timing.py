@@ -241,8 +241,9 @@ def pytorch(log: Log, dry: bool) -> None:
 
 
 def tuning(log: Log, dry: bool, shard: int = 0, shards: int = 1) -> None:
-    """Tiles for the layers of the goals and the sweep, and whether ours or XLA is their default.
+    """Tiles for the layers of the goals; and whether ours or XLA is their and the sweep's default.
 
+    For tiles of the sweep there is no time: `tune` without ``quick`` takes a minute for a layer.
     The file among the results belongs into kernels/. To compile takes most of the time, so that
     several processes do; they take turns on the device.
     """
@@ -258,7 +259,8 @@ def tuning(log: Log, dry: bool, shard: int = 0, shards: int = 1) -> None:
         x, w, _, _ = device_layers.structs(layer)
         left = operations[log.item :]
         found = tune(
-            x, w, seconds=log.left() * left[0] / sum(left), processes=shards,
+            x, w, seconds=log.left() * left[0] / sum(left), quick=layer not in goals,
+            processes=shards,
             report=lambda line, layer=layer: log.write(layer=layer.name, tried=line),
             **layer.geometry,
         )  # fmt: skip

@@ -142,6 +142,9 @@ def _add_tune(commands) -> None:
     tune.add_argument(
         "--seconds", type=_positive, metavar="N", help="after which nothing more is tried"
     )
+    tune.add_argument(
+        "--quick", action="store_true", help="try no tiles, compare the ones in use with XLA"
+    )
 
 
 def _add_layer(parser, count: str) -> None:
@@ -214,7 +217,9 @@ def _tune(options: argparse.Namespace) -> int:
     try:
         layer = _layer(options.layer, options.dtype)
         x, kernel, _, _ = inspection.structs(layer)
-        tuning.tune(x, kernel, seconds=options.seconds or math.inf, **layer.geometry)
+        tuning.tune(
+            x, kernel, seconds=options.seconds or math.inf, quick=options.quick, **layer.geometry
+        )
     except (ValueError, TypeError, NotImplementedError) as e:
         return _fail(str(e))
     except RuntimeError as e:

@@ -68,6 +68,7 @@ def tune(
     file: Path | None = None,
     seconds: float = math.inf,
     report: Callable[[str], None] = print,
+    quick: bool = False,
     processes: int = 1,
     **arguments: Any,
 ) -> dict[str, tuple[int, ...]]:
@@ -85,6 +86,7 @@ def tune(
       seconds: for all operations; each has its share of what those before it have left. Once it
         is up no further tile is compiled, and the best of those that were is taken.
       report: is given a line for each thing that is tried.
+      quick: race no tiles, but those in use alone against XLA.
       processes: how many tune other layers on this device at the same time, into the same file.
         They take turns on it, and each has its share of ``seconds``.
       arguments: of arrays, further ones of `conv1d`, but for ``bias``, ``activation`` and
@@ -131,7 +133,7 @@ def tune(
         most = share / 4 / processes  # seconds to time all tiles, of a device that is shared
         try:
             found = _tune(
-                trial, triton_tuned.content(kind)["tiles"], tuned, compiling, most, report
+                trial, triton_tuned.content(kind)["tiles"], tuned, compiling, most, quick, report
             )
         except Exception as e:  # told at the end; what was measured and is yet to be counts
             _ask_device(e)
@@ -162,7 +164,7 @@ def _short(e: Exception) -> str:
     return f"{type(e).__name__}: {next(iter(str(e).strip().splitlines()), '')}"
 
 
-def _tune(trial, before, tuned, end, most, report) -> dict[str, dict]:
+def _tune(trial, before, tuned, end, most, quick, report) -> dict[str, dict]:
     """Times one operation: what `_write` adds to the file.
 
     Args:
@@ -170,13 +172,14 @@ def _tune(trial, before, tuned, end, most, report) -> dict[str, dict]:
       tuned: by key what this call of `tune` has found, where there then is nothing more to try.
       end: when no further tile is begun, by `time.monotonic`.
       most: seconds to time all tiles in.
+      quick: whether no tile is to be tried but the one in use.
     """
     from conv_pallas.kernels import triton_tuned
 
     found = {}
     with _turns.on_device():
         arguments = jax.block_until_ready(trial.arguments())
-    key, calls = _tiles(trial, arguments, before, tuned, end, report)
+    key, calls = _tiles(trial, arguments, before, tuned, end, quick, report)
     with _turns.timing():
         medians = {}
         if len(calls) > 1 and len(calls := _agreeing(trial, calls, report)) > 1:
@@ -384,7 +387,7 @@ def _struct(a):
     return jax.ShapeDtypeStruct(a.shape, a.dtype)
 
 
-def _tiles(trial, arguments, before, tuned, end, report):
+def _tiles(trial, arguments, before, tuned, end, quick, report):
     """The key that is asked for, and the call of the heuristic (None) and each tile there is.
 
     Of a key that was tuned it is the call of its tile alone.
@@ -408,6 +411,7 @@ def _tiles(trial, arguments, before, tuned, end, report):
         return key, {tile: call(made)}
     calls = {None: call(heuristic)}
     tiles = {"conv_walk": WALK_TILES, "conv_taps": TAPS_TILES}.get(key[:9], DENSE_TILES)
+    tiles = () if quick else tiles
     used = before.get(key) and tuple(before[key])  # takes part, however little time there is
     tiles = list(dict.fromkeys([*([used] if used else []), *tiles]))
     seen = {heuristic.as_text(): "the heuristic"}

@@ -189,6 +189,12 @@ def test_every_layer_has_its_share_of_the_step(h200, tmp_path, monkeypatch):
     first, second = [800 * 3 / n for n in (12, 9, 6, 3)], [800 * 3 / 10, 800 * 2 / 7]
     assert times == pytest.approx([*first, *second, 800 * 3 / 5, 800])
     assert all(how["processes"] == 2 for _, how in given)
+    assert not any(how["quick"] for _, how in given)  # these are all among the goals
+    other = dataclasses.replace(dense, name="another")
+    monkeypatch.setattr(device_layers, "sweep", lambda dry: [other])
+    given.clear()
+    device_timing.tuning(Log(tmp_path, "tuning", 800), False, shard=4, shards=5)
+    assert [how["quick"] for _, how in given] == [True]
 
 
 def test_what_is_tuned_lies_among_the_results(tmp_path, monkeypatch):
@@ -285,6 +291,21 @@ def test_what_was_measured_to_be_faster_than_xla_is_the_default(one_tile, by):
     assert _chosen(x=(3, 512, 64), kernel_dilation=4) == ["xla"] * 3
     # Time and batch count by powers of two, as they do for tiles.
     assert _chosen(x=(2, 500, 64), kernel_dilation=4) == ["triton"] * 3
+
+
+def test_who_has_no_time_for_tiles_races_the_one_in_use(one_tile):
+    seconds, _ = one_tile
+    tile = (64, 64, 32, 4, 3)
+    seconds |= {None: 0.5, tile: 0.25}
+    lines = []
+    x, w = (aot.struct(shape, jnp.bfloat16) for shape in DENSE)
+    tune = functools.partial(tuning.tune, x, w, report=lines.append)
+    assert tune(quick=True) == {} and not any(str(tile) in line for line in lines)
+    assert _chosen() == ["triton"] * 3
+    found = tune()
+    assert set(found.values()) == {tile}
+    lines.clear()
+    assert tune(quick=True) == found and any(str(tile) in line for line in lines)
 
 
 def test_another_device_knows_nothing_of_it(one_tile, monkeypatch):
@@ -720,8 +741,11 @@ def test_the_command_tunes_a_layer(one_tile, capsys):
     seconds, _ = one_tile
     seconds[None] = 0.5
     assert _command("N=2", "T=512", "C=64", "K=3", "--seconds", "600") == 0
-    assert "forward: 2.00 times as fast as XLA" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "forward: 2.00 times as fast as XLA" in told and "(64, 64, 32, 4, 3)" in told
     assert _chosen() == ["triton"] * 3
+    assert _command("N=2", "T=512", "C=64", "K=3", "--quick") == 0
+    assert "(64, 64, 32, 4, 3)" not in capsys.readouterr().out
 
 
 def test_the_command_says_what_is_wrong(one_tile, capsys, monkeypatch, tmp_path):
