@@ -284,6 +284,8 @@ def _tile(
     else:
         warps = 4
         columns = min(columns, max(16, triton.next_power_of_2(C)))
+        while columns > 128 and -C % columns > C // 8:  # that are not there
+            columns //= 2
         rows = max(1, 32 * warps * per_thread // columns)
         # Pieces enough for every processor: rather shorter ones, and more halo.
         tiles = lambda steps: N * triton.cdiv(C, columns) * (T / (steps * rows))  # noqa: E731

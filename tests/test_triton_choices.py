@@ -192,3 +192,14 @@ def test_a_launch_takes_no_more_programs_than_were_counted(G, S, E, monkeypatch)
         triton_dense.run(case.problem(operation, "cuda"), lhs, rhs)
     assert len(seen) == 3
     assert max(seen) <= most_programs(case.problem("conv1d"))
+
+
+@pytest.mark.parametrize(
+    "C, columns", [(12288, 512), (512, 512), (500, 512), (768, 256), (320, 128), (60, 64), (3, 16)]
+)
+def test_a_walk_goes_along_whole_rows_of_channels_that_are_there(C, columns):
+    spec = ConvSpec(4096, 4, padding=(3, 0), groups=C)
+    rows, found, steps, warps = walk._tile(
+        "conv_walk", 8, 4096, spec, C, np.dtype(np.float32), 4, columns=512, steps=64
+    )
+    assert found == columns and rows * columns == 32 * warps * 4 and steps <= 64
