@@ -54,7 +54,7 @@ HOPPER = (
     (_case("depthwise_float32", 256, G=256, S=2, dtype="float32"), "sigmoid"),
     (_case("depthwise_wide", 256, G=256, K=8), "gelu_exact"),
     (_case("multiplier", 64, 256, G=64, K=31), "relu"),
-    (_case("multiplier_few", 128, 256, G=128, K=4, D=2, dtype="float32"), None),
+    (_case("multiplier_few", 128, 256, G=128, K=4, D=2, dtype="float32"), "silu"),
     (_case("taps_float32", 256, G=256, K=63, T=835, dtype="float32"), "gelu_exact"),
     # Where ptxas spills, if it may, for the sake of one more program.
     (_case("taps_tight", 512, G=512, K=51, D=1, T=835, batch=(32,), padding="SAME"), None),

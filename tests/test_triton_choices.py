@@ -84,10 +84,11 @@ def test_a_tile_that_was_tuned_without_a_derivative_is_not_taken_with_one(kernel
     ids=str,
 )
 def test_how_depthwise_is_computed(case, how):
-    """And what is walked computes z anew."""
+    """And what is walked computes z anew, where the others keep it."""
     problem = _problem(case, "silu")
     assert (walk.decline(case.spec, case.C, case.O) is None) is (how == WALKED)
     assert triton_depthwise.KERNEL.recomputes(problem) is (how == WALKED)
+    assert triton_depthwise.KERNEL.keeps(problem) is (how != WALKED)
     assert triton_depthwise.describe(problem).startswith(how)
 
 

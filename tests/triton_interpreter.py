@@ -294,7 +294,7 @@ def run_fused(name: str, capability: int) -> None:
 def _run_fused(fused, kernel, problem, arrays) -> None:
     x, w, bias, gy, saved = arrays
     fused.check_forward(np.asarray(kernel.fused(problem, x, w, bias)), x, w, bias)
-    if kernel.keeps(problem) and problem.epilogue.saved == "z":
+    if problem.epilogue.saved == "z" and not kernel.recomputes(problem):
         fused.check_kept(kernel, x, w, bias)
     assert kernel.decline_backward(problem, fused.wanted) is None
     out = kernel.backward(problem, x, w, bias, saved, gy, fused.wanted)
