@@ -5,10 +5,10 @@ import functools
 from collections.abc import Iterable
 
 import jax
-import jax.numpy as jnp
 
 from benchmarks import baselines
 from benchmarks.layers import quick
+from conv_pallas import inspection
 from conv_pallas._layers import Layer
 from conv_pallas.kernels import xla
 from conv_pallas.spec import Problem, lhs_rhs_out
@@ -68,15 +68,9 @@ def smaller(layer: Layer) -> Layer:
 @functools.lru_cache(maxsize=1)
 def arrays(layer: Layer) -> list[jax.Array]:
     """x, kernel, bias and g, random, on the device; those of the last layer are kept."""
-    wanted = structs(layer)
+    wanted = inspection.structs(layer)
     keys = jax.random.split(jax.random.key(0), len(wanted))
     return [jax.random.normal(k, a.shape, a.dtype) for k, a in zip(keys, wanted, strict=True)]
-
-
-def structs(layer: Layer) -> list[jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of x, kernel, bias and g."""
-    shapes = (layer.x_shape, layer.kernel_shape, (layer.O,), layer.y_shape)
-    return [jax.ShapeDtypeStruct(shape, jnp.dtype(layer.dtype)) for shape in shapes]
 
 
 def forward(name: str, layer: Layer, dry: bool) -> baselines.Forward:

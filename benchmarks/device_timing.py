@@ -256,7 +256,7 @@ def tuning(log: Log, dry: bool, shard: int = 0, shards: int = 1) -> None:
 
     operations = [len(device_layers.operations(layer)) for layer in chosen]
     for layer in log.each(chosen, lambda layer: layer.name):
-        x, w, _, _ = device_layers.structs(layer)
+        x, w, _, _ = inspection.structs(layer)
         left = operations[log.item :]
         found = tune(
             x, w, seconds=log.left() * left[0] / sum(left), quick=layer not in goals,

@@ -120,9 +120,11 @@ def _those_that_last(
 ) -> dict[str, Callable]:  # fmt: skip
     """Those whose calls are short enough to be repeated; of the others a run is timed."""
     # It tells whether it is worth while to compile several.
-    once = tuple(a[:1] for a in arguments)
+    runs, once = len(arguments[0]), tuple(a[:1] for a in arguments)
 
     def compiled(name):
+        if runs == 1:
+            return lowered[name].compile()
         return jax.jit(_measure.several(programs[name]())).lower(*once).compile()
 
     made = {name: pool.submit(compiled, name) for name in lowered}
@@ -130,15 +132,16 @@ def _those_that_last(
     for name, program in made.items():
         with found.tried(name):
             single[name] = _ran(functools.partial(program.result(), *once))
-    several = {}
+    calls, several = {}, {}
     for name, call in single.items():
         start = time.perf_counter()
         jax.block_until_ready(call())
-        if (seconds := time.perf_counter() - start) > HOPELESS / len(arguments[0]):
+        if (seconds := time.perf_counter() - start) > HOPELESS / runs:
             found.seconds[name] = _measure.Spread.of([seconds])
+        elif runs == 1:
+            calls[name] = call
         else:
             several[name] = pool.submit(lowered[name].compile)
-    calls = {}
     for name, program in several.items():
         with found.tried(name):
             calls[name] = _ran(functools.partial(program.result(), *arguments))

@@ -182,13 +182,10 @@ def run_step(args) -> int:
 
     log = Log(args.out, args.step, args.seconds or STEPS[args.step][0], args.shard, args.first)
     try:
-        if args.step == "correctness":
-            device_checks.correctness(log, args.dry_run, args.shard, args.shards, args.only)
-        elif args.step == "tuning":
-            device_timing.tuning(log, args.dry_run, args.shard, args.shards)
-        else:
-            module = device_checks if hasattr(device_checks, args.step) else device_timing
-            getattr(module, args.step)(log, args.dry_run)
+        module = device_checks if hasattr(device_checks, args.step) else device_timing
+        share = (args.shard, args.shards) if STEPS[args.step][1] > 1 else ()
+        only = {"only": args.only} if args.only else {}
+        getattr(module, args.step)(log, args.dry_run, *share, **only)
     except Exception as e:
         traceback.print_exc()
         log.write(ok=False, died=f"{type(e).__name__}: {e}"[:1500])

@@ -52,7 +52,7 @@ TAPS_TILES = (
     (2, 128, 16, 4), (1, 256, 16, 4), (4, 64, 22, 4), (2, 128, 17, 4), (4, 64, 11, 4),
     (8, 64, 11, 8), (8, 128, 11, 8), (8, 64, 12, 8), (4, 128, 11, 8),
 )  # fmt: skip
-# Three rounds of some thirty tiles tell those that are close, and the rest is theirs: a winner of
+# Three rounds of some twenty tiles tell those that are close, and the rest is theirs: a winner of
 # three samples would be whichever was lucky.
 SETTINGS = dataclasses.replace(_measure.DEVICE, limit=6.0, hopeless=1.1, rounds=(7, 15))
 # The winner against the heuristic's, once more: of many it may have been the luckiest.

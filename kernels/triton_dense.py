@@ -101,9 +101,9 @@ def _config(
     G, phases = spec.groups, Phases.of(spec)
     # Who stays fetches tiles of padding like any other, where `conv_dense` leaves them out.
     padded = 8 * sum(max(0, p) for p in spec.padding) > spec.out_time
-    stays = (
-        tma_x and not padded and _may_stay(spec, dtype)
-        and FEW.depth // 2 < C <= FEW.depth and FEW.columns // 2 < O <= FEW.columns
+    stay = tma_x and not padded and _may_stay(spec, dtype)
+    few = (
+        stay and FEW.depth // 2 < C <= FEW.depth and FEW.columns // 2 < O <= FEW.columns
         and N * triton.cdiv(spec.out_time, FEW.rows) >= 4 * FEW.resident * PROCESSORS
         and triton_resident.goes_on(FEW, np.dtype(out_dtype).itemsize)
     )  # fmt: skip
@@ -113,8 +113,7 @@ def _config(
         triton.cdiv(spec.out_time, phases.phases), O // G, C // G, taps=spec.kernel_size,
         phases=phases, count=N * G * phases.phases, dtype=dtype, precision=precision,
         tma=triton_compat.has_tma(triton_compat.compute_capability()),
-        untuned=FEW if stays else None, keep=keep, saved=saved, tight=tight,
-        stay=tma_x and not padded and _may_stay(spec, dtype),
+        untuned=FEW if few else None, keep=keep, saved=saved, tight=tight, stay=stay,
     )  # fmt: skip
 
 
@@ -289,8 +288,7 @@ def kernel_grad(
         ROW_STEP=phases.row_step, TMA_X=tma_x, TMA_G=tma_g, TAIL=tail, PRECISION=precision,
         WIDEN=x.dtype != gy.dtype, ROUND_X=rounded and not tma_x and x.dtype == np.float32,
         ROUND_G=rounded and (bias or not tma_g) and gy.dtype == np.float32, BIAS=bias,
-        GRAD_OF=activation,
-        BU=config.depth, BC=config.rows, BO=config.columns,
+        GRAD_OF=activation, BU=config.depth, BC=config.rows, BO=config.columns,
     )  # fmt: skip
     return _added(partial, (K, c, O), out_dtype, bias)
 

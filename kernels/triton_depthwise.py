@@ -295,7 +295,7 @@ def kernel_grad(
 def run(problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
     (spec, _, O), out_dtype = problem.as_convolution, problem.out_dtype
     if problem.operation == "conv1d_kernel_grad":
-        if walk.decline(spec, problem.C, problem.O) is None:
+        if _walked(problem):
             wanted = (False, True, False)
             return walk.backward(
                 lhs, lhs, None, rhs, spec, activation=None, wanted=wanted, dx_dtype=None,
@@ -349,11 +349,10 @@ def decline(problem: Problem) -> str | None:
 
 
 def describe(problem: Problem) -> str:
-    geometry = (problem.spec, problem.C, problem.O)
-    if walk.decline(*geometry) is None:
+    if _walked(problem):
         how = "steps in registers, read once"
     else:
-        why = taps.decline(*geometry)
+        why = taps.decline(problem.spec, problem.C, problem.O)
         how = "taps and steps in registers" if why is None else f"a tile for each tap: {why}"
     return triton_tuned.described(how, problem)
 

@@ -82,9 +82,8 @@ def problem_key(problem: Problem) -> str:
     ]
     optional = {"stride": spec.stride, "input dilation": spec.input_dilation}
     words += [f"{name} {value}" for name, value in optional.items() if value != 1]
-    if not _by_default(precision := problem.precision):
-        both = precision if isinstance(precision, tuple) else (precision,)
-        words.append(f"precision {','.join(map(str, both))}")
+    if not _by_default(problem):
+        words.append(f"precision {','.join(map(str, _precisions(problem)))}")
     return " ".join(words)
 
 
@@ -133,7 +132,7 @@ def _like_those_ahead(problem: Problem) -> bool:
         return False
     if problem_key(problem) in content(triton_compat.device_kind())["against_xla"]:
         return False  # what failed there, say, or had another tile
-    if spec.stride * spec.input_dilation != 1 or not _by_default(problem.precision):
+    if spec.stride * spec.input_dilation != 1 or not _by_default(problem):
         return False
     size = problem.lhs_dtype.itemsize
     if problem.depthwise:
@@ -148,10 +147,15 @@ def _like_those_ahead(problem: Problem) -> bool:
     return dense and (size == 2 or problem.operation != "conv1d_kernel_grad")
 
 
-def _by_default(precision) -> bool:
-    """Whether a precision says no more than XLA's own."""
-    both = precision if isinstance(precision, tuple) else (precision,)
-    return set(both) <= {None, jax.lax.Precision.DEFAULT}
+def _by_default(problem: Problem) -> bool:
+    """Whether its precision says no more than XLA's own."""
+    return set(_precisions(problem)) <= {None, jax.lax.Precision.DEFAULT}
+
+
+def _precisions(problem: Problem) -> tuple:
+    """Of both factors, or of the two at once."""
+    asked = problem.precision
+    return asked if isinstance(asked, tuple) else (asked,)
 
 
 def _ratio(problem: Problem) -> float | None:
