@@ -184,6 +184,11 @@ def test_programs_stay_where_each_has_several_tiles(C):
     layer = functools.partial(conv1d, **wide.kwargs, implementation="triton")
     (code,) = codes("h200", layer, *_structs(wide)[:2])
     assert code.name == "conv_dense" and not code.spills, code
+    # Nor does who stays leave out tiles of padding.
+    padded = dataclasses.replace(case, D=2**11)
+    layer = functools.partial(conv1d, **padded.kwargs, implementation="triton")
+    (code,) = codes("h200", layer, *_structs(padded)[:2])
+    assert code.name == "conv_dense" and not code.spills, code
     few = dataclasses.replace(case, T=2**8)
     layer = functools.partial(conv1d, **few.kwargs, implementation="triton")
     (code,) = codes("h200", layer, *_structs(few)[:2])

@@ -1,5 +1,6 @@
 """`python -m benchmarks.on_device`, as far as it goes without a GPU."""
 
+import functools
 import json
 import os
 import re
@@ -8,13 +9,16 @@ import sys
 import tarfile
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import device_checks, device_timing, on_device
+from benchmarks import device_checks, device_timing, device_turns, on_device
 from benchmarks.on_device import Log
+from conv_pallas import _measure
 
 pytestmark = pytest.mark.usefixtures("hardly_optimized")
 
@@ -58,6 +62,40 @@ def test_a_step_leaves_a_line_for_each_thing_it_learnt(step, tmp_path, monkeypat
         assert all(len(line["seconds"]) >= 3 and not line["errors"] for line in lines)
     if step in ("correctness", "negative_start", "repeatability"):
         assert all(line["ok"] for line in lines)
+
+
+@pytest.mark.parametrize("step, module, asked", [
+    ("correctness", device_checks, {"only": "dense"}),
+    ("tuning", device_timing, {}),
+    ("goals", device_timing, None),  # of one process
+])  # fmt: skip
+def test_each_process_of_a_step_has_its_share(step, module, asked, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(module, step, lambda log, *args, **more: given.append((args, more)))
+    only = ["--only", "dense"] if asked else []
+    where = ["--out", str(tmp_path), "--seconds", "9", "--shard", "1", "--shards", "3"]
+    assert on_device.main(["--step", step, *where, *only]) == 0
+    assert given == [((False,), {}) if asked is None else ((False, 1, 3), asked)]
+
+
+@pytest.mark.parametrize("runs", [1, 2])
+def test_what_takes_long_is_timed_once_and_what_does_not_may_run_again(runs, monkeypatch):
+    x, programs = jnp.ones(8), {"a": lambda: lambda x: x + 1, "b": lambda: lambda x: x + 2}
+    lowered = {
+        name: jax.jit(_measure.several(make())).lower([x] * runs) for name, make in programs.items()
+    }
+    found = device_turns.Timed()
+    with ThreadPoolExecutor(2) as pool:
+        those = functools.partial(
+            device_turns._those_that_last, found, programs, lowered, ([x] * runs,), pool
+        )
+        calls = those()
+        assert {name: [float(y[0]) for y in call()] for name, call in calls.items()} == {
+            "a": [2.0] * runs, "b": [3.0] * runs,
+        }  # fmt: skip
+        assert not found.seconds and not found.errors
+        monkeypatch.setattr(device_turns, "HOPELESS", 0.0)
+        assert those() == {} and found.seconds.keys() == {"a", "b"}
 
 
 def test_of_the_lines_about_an_item_the_last_counts(tmp_path):

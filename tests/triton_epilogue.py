@@ -132,6 +132,8 @@ FUSED = (
     Fused(Case("walked_wide", T=150, C=136, O=136, G=136, K=4, D=3, **_BFLOAT16), "silu"),
     Fused(dataclasses.replace(_WALKED, name="walked_far", T=70, D=64, K=8, **_BFLOAT16), "gelu"),
     Fused(dataclasses.replace(_WALKED, name="walked_over", T=9, D=64), "tanh"),
+    # A piece is a series, after whose last output there is more of dx.
+    Fused(dataclasses.replace(_WALKED, name="walked_whole", T=250, D=64), "silu"),
     Fused(dataclasses.replace(_WALKED, name="walked_pad", padding=[(7, 20)], K=2), "relu"),
     Fused(dataclasses.replace(_WALKED, name="walked_crop", padding=[(-5, -3)]), "silu"),
     Fused(dataclasses.replace(_WALKED, name="walked_alone", K=1, D=2**31 - 1), None),
