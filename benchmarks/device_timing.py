@@ -166,17 +166,27 @@ def layers(log: Log, dry: bool) -> None:
     window = lambda layer: layer.products * ((layer.K - 1) * layer.D + 1) / layer.K  # noqa: E731
     chosen = sorted(device_layers.sweep(dry), key=window)
     plan = [(layer, which) for layer in chosen for which in _measure.PASSES]
+    rest = (*BASELINES[1:], baselines.STOCK)
+
+    def program(name, layer, which):
+        f = device_layers.forward(name, layer, dry)
+        if which == _measure.FORWARD:
+            return lambda x, w, b, g: f(x, w, b)
+        return baselines.step_of(f)
+
+    ahead = [
+        (functools.partial(program, name, layer, which), layer)
+        for layer, which in plan[log.first :]
+        for name in rest
+    ]
+    # What is left uncompiled then is compiled when its turn comes.
+    missing = device_turns.compile_ahead(ahead, log.left() / 2)
+    log.write(compiled_ahead=len(ahead), not_reached=missing)
     for layer, which in log.each(plan, lambda item: item[0].name):
-        programs = {}
-        for name in ("ours", DEFAULT, "xla", *BASELINES[1:], baselines.STOCK):
-
-            def program(name=name, which=which, layer=layer):
-                f = device_layers.forward(name, layer, dry)
-                if which == _measure.FORWARD:
-                    return lambda x, w, b, g: f(x, w, b)
-                return baselines.step_of(f)
-
-            programs[name] = program
+        programs = {
+            name: functools.partial(program, name, layer, which)
+            for name in ("ours", DEFAULT, "xla", *rest)
+        }
         for timed in device_turns.timed(log, programs, layer, dry, ("ours", DEFAULT, "xla")):
             _write(log, timed, layer=layer.name, which=which)
 

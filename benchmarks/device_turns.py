@@ -4,18 +4,20 @@ They take turns. What is known first is told first: a GPU's compiler may take a 
 the programs that ours is compared with.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
 
 from benchmarks import baselines, device_layers
 from benchmarks.on_device import Log
-from conv_pallas import _measure
+from conv_pallas import _measure, inspection
 from conv_pallas._layers import Layer
 
 FIRST = 0.3  # seconds for what is sure to be quick, before the others are compiled
@@ -28,8 +30,39 @@ def settings(dry: bool) -> _measure.Settings:
 
 def runs_of(layer: Layer) -> int:
     """How many runs of a program of the layer belong into one call."""
-    x, _, _, g = device_layers.arrays(layer)
-    return _measure.runs_in_a_call(2 * layer.products, x.nbytes + g.nbytes, layer.K)
+    x, _, _, g = inspection.structs(layer)
+    bytes_ = sum(a.size * a.dtype.itemsize for a in (x, g))
+    return _measure.runs_in_a_call(2 * layer.products, bytes_, layer.K)
+
+
+def lower(make: Callable, arguments: Iterable[jax.ShapeDtypeStruct], runs: int):
+    """The program that ``make`` makes, of so many runs in a call."""
+    return jax.jit(_measure.several(make())).lower(*([a] * runs for a in arguments))
+
+
+def compile_ahead(programs: Iterable[tuple[Callable, Layer]], seconds: float) -> int:
+    """Compiles makers' programs side by side; `timed` then finds them in JAX's compilation cache.
+
+    Of several that it compiles in one process XLA tries the algorithms one at a time. That the
+    device is left alone before this returns, it waits for those that are at work when its time is
+    over.
+
+    Returns:
+      How many were not reached.
+    """
+
+    def compile_(make, layer, runs):
+        with contextlib.suppress(Exception):  # `timed` meets it again, and tells it
+            lower(make, inspection.structs(layer), runs).compile()
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        futures = [
+            pool.submit(compile_, make, layer, runs)
+            for make, layer in programs
+            for runs in sorted({1, runs_of(layer)})
+        ]
+        concurrent.futures.wait(futures, seconds)
+        return sum(future.cancel() for future in futures)
 
 
 def warm(call: Callable, dry: bool) -> None:
@@ -90,7 +123,7 @@ def timed(
     x, w, b, g = device_layers.arrays(layer)
     runs = 2 if dry else runs_of(layer)
     arguments = (_measure.rolled(x, runs), [w] * runs, [b] * runs, _measure.rolled(g, runs))
-    found, lowered = _lowered(programs, arguments)
+    found, lowered = _lowered(programs, layer, runs)
     # What XLA times as it compiles, it times alone.
     with ThreadPoolExecutor(len(programs)) as pool:
         made = {name: pool.submit(lowered.pop(name).compile) for name in sure if name in lowered}
@@ -121,11 +154,12 @@ def _those_that_last(
     """Those whose calls are short enough to be repeated; of the others a run is timed."""
     # It tells whether it is worth while to compile several.
     runs, once = len(arguments[0]), tuple(a[:1] for a in arguments)
+    structs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for (a,) in once]
 
     def compiled(name):
         if runs == 1:
             return lowered[name].compile()
-        return jax.jit(_measure.several(programs[name]())).lower(*once).compile()
+        return lower(programs[name], structs, 1).compile()
 
     made = {name: pool.submit(compiled, name) for name in lowered}
     single = {}
@@ -170,13 +204,13 @@ def _take_turns(
 
 
 def _lowered(
-    programs: dict[str, Callable], arguments: tuple
+    programs: dict[str, Callable], layer: Layer, runs: int
 ) -> tuple[Timed, dict[str, jax.stages.Lowered]]:
     """Those that differ, and what is known of the others."""
     found, lowered, texts = Timed(), {}, {}
     for name, make in programs.items():
         with found.tried(name):
-            program = jax.jit(_measure.several(make())).lower(*arguments)
+            program = lower(make, inspection.structs(layer), runs)
             other = texts.setdefault(program.as_text(), name)
             if other == name:
                 lowered[name] = program

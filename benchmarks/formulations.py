@@ -269,6 +269,7 @@ def candidates(problem: Problem, stock: str) -> list[str]:
         "fold": spec.kernel_dilation > 1 and spec.stride == 1,
         "winograd": spec.groups == spec.stride == spec.input_dilation == 1 < spec.kernel_size,
         "barrier": problem.platform != "cpu",
+        "symmetric": problem.platform != "cpu",
         "parts": problem.platform == "cpu" and len(xla_cpu.pieces(problem)[0]) > 1,
     }
     table = KERNEL_GRAD if problem.operation == "conv1d_kernel_grad" else FORWARD

@@ -33,6 +33,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -321,6 +322,10 @@ def _environment(out: Path) -> dict[str, str]:
         # What is tuned lies among the results, where each step finds it, and whoever gets those.
         "CONV_PALLAS_TUNED": str(out.resolve()),
     }
+    # Where a step finds what it has compiled ahead. To keep it for another run, name a folder.
+    cache = Path(tempfile.gettempdir()) / f"conv_pallas_{os.getuid()}_xla"
+    found.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    found.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     triton = importlib.util.find_spec("triton")
     if triton is not None:
         # JAX looks for a ptxas to assemble Triton's code with. Any toolkit's goes first.

@@ -39,7 +39,6 @@ instructions an element. With 8 values and tiles of 128 channels three programs 
 instructions, and took 257 us: rows of 512 channels, one after the other in memory, are what counts.
 """
 
-import math
 
 import jax
 import numpy as np
@@ -54,8 +53,10 @@ from conv_pallas.kernels.triton_compat import PROCESSORS
 from conv_pallas.spec import ConvSpec
 
 AHEAD = 8  # steps that are loaded at a time
+BACKWARD_AHEAD = 4  # of x and of gy: 8 take 176 registers, and leave room for half the programs
 TAPS = 8  # as many tiles as registers hold
 STEPS = 2**28  # positions are counted with 32 bits, and may go some way past the ends
+NOWHERE = tl.constexpr(2**30)  # a position beyond all of them
 
 # --- Device functions ---
 #
@@ -77,10 +78,15 @@ def _steps_ahead(x, start, t, T, real, D, step, COUNT: tl.constexpr):
     """COUNT tiles, the steps t, t + D, ... of the rows that are `real`; zeros outside."""
     tiles = ()
     for i in tl.static_range(COUNT):
-        here = t + i * D
-        inside = real & (here >= 0)[:, None] & (here < T)[:, None]
+        inside = real & _among(t + i * D, T)[:, None]
         tiles = tiles + (tl.load(x + start + i * step, inside, 0.0),)
     return tiles
+
+
+@triton.jit
+def _among(t, T):
+    """Whether each is from 0 to T - 1: a negative one is beyond, seen without its sign."""
+    return t.to(tl.uint32) < tl.cast(T, tl.uint32)
 
 
 @triton.jit
@@ -140,26 +146,61 @@ def conv_walk(
 
 
 @triton.jit
+def _begin(
+    tile, last, PIECES, SERIES, STRIDE, FIRST, LOW, T, U, c,
+    C: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """Where a tile's pieces begin: the step of u, and the offsets in x and gy. STRIDE: of pieces.
+
+    What is not there begins beyond the end of everything.
+    """
+    per_sample = tl.cdiv(PIECES, BR)
+    n = (tile // per_sample).to(tl.int64)
+    piece = tile % per_sample * BR + tl.arange(0, BR)
+    u = FIRST + piece // SERIES * STRIDE + piece % SERIES
+    px = (n * T + (u - LOW))[:, None] * C + c[None, :]
+    pg = (n * U + u)[:, None] * C + c[None, :]
+    return tl.where(piece < tl.where(tile < last, PIECES, 0), u, NOWHERE), px, pg
+
+
+@triton.jit
+def _gradient(xs, g, taps, b, here, U, K: tl.constexpr, ACTIVATION: tl.constexpr):
+    """gz of the steps ``here``, of x the K steps that they see; zero where there are none."""
+    g = to_float32(g)
+    if ACTIVATION is not None:
+        z = xs[0] * taps[0] if b is None else xs[0] * taps[0] + b
+        for k in tl.static_range(1, K):
+            z += xs[k] * taps[k]
+        # Steps of x that no output has may be NaN, times which no zero is zero.
+        g = tl.where(_among(here, U)[:, None], activate_grad_of_z(g, z, ACTIVATION), 0.0)
+    return g
+
+
+@triton.jit
 def conv_walk_backward(
     x, w, bias, gy, T, U, N, D, LOW, SERIES, GROUPS, FIRST, PIECES, TILES, dx, sums,
     C: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
-    INPUT: tl.constexpr, KERNEL: tl.constexpr, WHOLE: tl.constexpr, AHEAD: tl.constexpr,
-    BR: tl.constexpr, BC: tl.constexpr,
+    INPUT: tl.constexpr, KERNEL: tl.constexpr, WHOLE: tl.constexpr, CROPPED: tl.constexpr,
+    AHEAD: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """dx of TILES times BR pieces and BC channels, and what they add to dw and db.
 
-    A piece is ``GROUPS * AHEAD`` steps, of which the first K-1 belong to the one before: their
-    gradients reach into it. Positions count from FIRST, which is the first of u, or of t + LOW
+    A piece is ``GROUPS * AHEAD`` steps. The gradients of the K-1 before reach into it, and are
+    computed once more. Positions count from FIRST, which is the first of u, or of t + LOW
     where dx begins earlier. With WHOLE a piece is a whole series: nothing reaches into it, and
-    after its last output come K-1 steps of dx alone.
+    after its last output come K-1 steps of dx alone. CROPPED: there are steps of x that no output
+    has.
     """
     TILES_C: tl.constexpr = (C + BC - 1) // BC
     ROWS: tl.constexpr = K + 1 if HAS_BIAS else K
-    HALO: tl.constexpr = 0 if WHOLE else K - 1
-    STEPS = GROUPS * AHEAD - HALO
+    HALO: tl.constexpr = K - 1 if INPUT and not WHOLE else 0
+    STRIDE = GROUPS * AHEAD * D
     pid = tl.program_id(0)
     c = pid % TILES_C * BC + tl.arange(0, BC)
+    real = (c < C)[None, :]
     split = pid // TILES_C
+    taps = ()
+    b = None
     if INPUT or ACTIVATION is not None:
         taps = _kernel_taps(w, c, C, K, False)
     if HAS_BIAS and ACTIVATION is not None:
@@ -170,64 +211,69 @@ def conv_walk_backward(
     for _ in tl.static_range(K):
         dw = dw + (tl.zeros((BR, BC), tl.float32),)
     db = tl.zeros((BR, BC), tl.float32)
-    per_sample = tl.cdiv(PIECES, BR)
-    last = tl.minimum((split + 1) * TILES, N * per_sample)
+    last = tl.minimum((split + 1) * TILES, N * tl.cdiv(PIECES, BR))
+    u, px, pg = _begin(split * TILES, last, PIECES, SERIES, STRIDE, FIRST, LOW, T, U, c, C, BR)
+    x_ahead = _steps_ahead(x, px + (K - 1) * step, u - LOW + (K - 1) * D, T, real, D, step, AHEAD)
+    g_ahead = _steps_ahead(gy, pg, u, U, real, D, step, AHEAD)
     for tile in tl.range(split * TILES, last):
-        n = (tile // per_sample).to(tl.int64)
-        piece = tile % per_sample * BR + tl.arange(0, BR)
-        real = (piece < PIECES)[:, None] & (c < C)[None, :]
-        u = FIRST + piece // SERIES * (STEPS * D) + piece % SERIES - HALO * D
-        t = u - LOW
-        px = n * T * C + t.to(tl.int64)[:, None] * C + c[None, :]
-        pg = n * U * C + u.to(tl.int64)[:, None] * C + c[None, :]
+        u_next, px_next, pg_next = _begin(
+            tile + 1, last, PIECES, SERIES, STRIDE, FIRST, LOW, T, U, c, C, BR
+        )
         pd = dx + px
+        t = u - LOW
+        before = _steps_ahead(
+            x, px - HALO * step, t - HALO * D, T, real, D, step, HALO + K - 1
+        )
+        g_before = _steps_ahead(gy, pg - HALO * step, u - HALO * D, U, real, D, step, HALO)
         xs, gs = (), ()
-        before = _steps_ahead(x, px, t, T, real, D, step, K - 1)
         for k in tl.static_range(K - 1):
             xs = xs + (to_float32(before[k]),)
-            gs = gs + (tl.zeros((BR, BC), tl.float32),)
+            if HALO == 0:
+                gs = gs + (tl.zeros((BR, BC), tl.float32),)
+        for i in tl.static_range(HALO):
+            xs = xs + (to_float32(before[K - 1 + i]),)
+            here = u + (i - HALO) * D
+            gs = gs + (_gradient(xs, g_before[i], taps, b, here, U, K, ACTIVATION),)
+            xs = xs[1:]
         px += (K - 1) * step
         t += (K - 1) * D
-        x_ahead = _steps_ahead(x, px, t, T, real, D, step, AHEAD)
-        g_ahead = _steps_ahead(gy, pg, u, U, real, D, step, AHEAD)
         for group in tl.range(0, GROUPS):
             x_now, g_now = x_ahead, g_ahead
-            t_end = tl.where(group + 1 < GROUPS, T, 0)
-            u_end = tl.where(group + 1 < GROUPS, U, 0)
             px += AHEAD * step
             pg += AHEAD * step
             t += AHEAD * D
-            x_ahead = _steps_ahead(x, px, t, t_end, real, D, step, AHEAD)
-            g_ahead = _steps_ahead(gy, pg, u + AHEAD * D, u_end, real, D, step, AHEAD)
+            # After this group's steps come those of the next, or of the next tile.
+            more = group + 1 < GROUPS
+            x_ahead = _steps_ahead(
+                x, tl.where(more, px, px_next + (K - 1) * step),
+                tl.where(more, t, u_next - LOW + (K - 1) * D), T, real, D, step, AHEAD,
+            )  # fmt: skip
+            g_ahead = _steps_ahead(
+                gy, tl.where(more, pg, pg_next), tl.where(more, u + AHEAD * D, u_next), U, real,
+                D, step, AHEAD,
+            )  # fmt: skip
             for i in tl.static_range(AHEAD):
                 here = u + i * D
-                halo = group * AHEAD + i < HALO
-                met = ((here >= 0) & (here < U))[:, None] & real
                 xs = xs + (to_float32(x_now[i]),)
-                g = to_float32(g_now[i])
-                if ACTIVATION is not None:
-                    z = xs[0] * taps[0] + b if HAS_BIAS else xs[0] * taps[0]
-                    for k in tl.static_range(1, K):
-                        z += xs[k] * taps[k]
-                    # Steps of x that no output has may be NaN, times which no zero is zero.
-                    g = tl.where(met, activate_grad_of_z(g, z, ACTIVATION), 0.0)
+                g = _gradient(xs, g_now[i], taps, b, here, U, K, ACTIVATION)
                 if INPUT:
                     gs = gs + (g,)
                     d = gs[K - 1] * taps[0]
                     for k in tl.static_range(1, K):
                         d += gs[K - 1 - k] * taps[k]
-                    inside = (here >= LOW) & (here < tl.where(halo, LOW, T + LOW))
-                    inside = inside[:, None] & real
+                    inside = _among(here - LOW, T)[:, None] & real
                     tl.store(pd + i * step, d.to(dx.dtype.element_ty), inside)
                     gs = gs[1:]
                 if KERNEL:
-                    own = ((here >= 0) & (here < tl.where(halo, 0, U)))[:, None] & real
                     added = ()
                     for k in tl.static_range(K):
-                        added = added + (tl.where(own, dw[k] + g * xs[k], dw[k]),)
+                        sum = dw[k] + g * xs[k]
+                        if CROPPED:
+                            sum = tl.where(_among(here, U)[:, None], sum, dw[k])
+                        added = added + (sum,)
                     dw = added
                     if HAS_BIAS:
-                        db = tl.where(own, db + g, db)
+                        db += g
                 xs = xs[1:]
             u += AHEAD * D
             pd += AHEAD * step
@@ -236,8 +282,9 @@ def conv_walk_backward(
                 d = gs[i] * taps[K - 1]
                 for k in tl.static_range(i + 1, K - 1):
                     d += gs[K - 1 + i - k] * taps[k]
-                inside = ((u + i * D >= LOW) & (u + i * D < T + LOW))[:, None] & real
+                inside = _among(u + i * D - LOW, T)[:, None] & real
                 tl.store(pd + i * step, d.to(dx.dtype.element_ty), inside)
+        u, px, pg = u_next, px_next, pg_next
     if KERNEL:
         out = sums + split.to(tl.int64) * (ROWS * C) + c
         for k in tl.static_range(K):
@@ -333,7 +380,6 @@ def backward(
     want_db = want_db and bias is not None
     sums = want_dw or want_db
     first, end = (min(0, low), max(U, T + low)) if want_dx else (0, U)
-    few = K <= 4 and x.dtype.itemsize == gy.dtype.itemsize == 2
     BR, BC, steps, warps = _tile(
         "conv_walk_backward", N, end - first, spec, C, x.dtype, 4 if K <= 4 else 2, columns=128,
         steps=128,
@@ -341,15 +387,16 @@ def backward(
     whole = steps == triton.cdiv(end - first, D)
     if whole:  # the last K-1 steps of dx come after the walk
         last = max(U, T + low - (K - 1) * D) if want_dx else U
-        steps, halo = triton.cdiv(last - first, D), 0
-    else:
-        halo = K - 1
-    ahead = _ahead(steps + halo) if few else 4
-    groups, series = triton.cdiv(steps + halo, ahead), min(D, end - first)
-    steps = groups * ahead - halo
+        steps = triton.cdiv(last - first, D)
+    ahead = BACKWARD_AHEAD
+    groups, series = triton.cdiv(steps, ahead), min(D, end - first)
+    steps = groups * ahead
     pieces = series if whole else triton.cdiv(end - first, steps * D) * series
     tiles, tiles_c = N * triton.cdiv(pieces, BR), triton.cdiv(C, BC)
-    splits = min(tiles, max(1, math.ceil(16 * PROCESSORS / tiles_c)), 512)
+    # Programs for twice as many places as 128 registers a thread leave: a third round of a few
+    # would take as long as a full one.
+    places = 16 // warps * PROCESSORS
+    splits = min(tiles, max(1, 2 * places // tiles_c), 512)
     per_split = triton.cdiv(tiles, splits)
     splits = triton.cdiv(tiles, per_split)
     nothing = jax.ShapeDtypeStruct((1,), np.dtype(np.float32))  # a pointer that is not written
@@ -363,7 +410,7 @@ def backward(
         ),
         programs=splits * tiles_c, warps=warps, stages=1,
         C=C, K=K, HAS_BIAS=bias is not None, ACTIVATION=activation, INPUT=want_dx, KERNEL=sums,
-        WHOLE=whole, AHEAD=ahead, BR=BR, BC=BC,
+        WHOLE=whole, CROPPED=min(spec.padding) < 0, AHEAD=ahead, BR=BR, BC=BC,
     )  # fmt: skip
     total = add_in_order(partial, np.float32) if sums else None
     return (

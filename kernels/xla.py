@@ -40,6 +40,7 @@ DESCRIPTIONS = {
     "padded": "x padded in memory if need be, then one lax.conv_general_dilated",
     "canonical": "one lax.conv_general_dilated, its axes in order",
     "barrier": "x padded in memory behind a barrier, so that the dilation stays one",
+    "symmetric": "padded alike on both sides, and what is too many cut off",
     "shifts": "shifted multiply-adds of one padded x",
     "own_pads": "shifted multiply-adds, each with a pad fused into it",
     "channel_blocks": "multiply-adds in a layout of channel blocks",

@@ -158,6 +158,15 @@ def barrier(x, w, spec, numbers):
     return native(lax.optimization_barrier(pad(x, spec)), w, _valid(spec), numbers)
 
 
+def symmetric(x, w, spec, numbers):
+    """Padded alike on both sides, as cuDNN pads, and the outputs that are too many cut off."""
+    low, high = spec.padding
+    before = max(0, -(-(high - low) // spec.stride))
+    low += before * spec.stride  # is at least high now
+    wide = dataclasses.replace(spec, padding=(low, low))
+    return native(x, w, wide, numbers)[:, before : before + spec.out_time]
+
+
 def _valid(spec: ConvSpec) -> ConvSpec:
     """What is left to do once x is padded."""
     time = spec.dilated_time + sum(spec.padding)
@@ -296,6 +305,7 @@ FORWARD: dict[str, Formulation] = {
         native,
         padded,
         barrier,
+        symmetric,
         shifts,
         own_pads,
         matmuls,
