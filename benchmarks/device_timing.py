@@ -174,14 +174,6 @@ def layers(log: Log, dry: bool) -> None:
             return lambda x, w, b, g: f(x, w, b)
         return baselines.step_of(f)
 
-    ahead = [
-        (functools.partial(program, name, layer, which), layer)
-        for layer, which in plan[log.first :]
-        for name in rest
-    ]
-    # What is left uncompiled then is compiled when its turn comes.
-    missing = device_turns.compile_ahead(ahead, log.left() / 2)
-    log.write(compiled_ahead=len(ahead), not_reached=missing)
     for layer, which in log.each(plan, lambda item: item[0].name):
         programs = {
             name: functools.partial(program, name, layer, which)
@@ -333,12 +325,24 @@ def _of_data_sheet(kind: str, copy: float, matmul: float) -> dict[str, float]:
 
 
 def _write(log: Log, timed: device_turns.Timed, **what) -> None:
-    """One line: ours against the fastest of the baselines, and every time."""
+    """One line: ours against the fastest of the baselines, and every time.
+
+    Its ``device_speedup`` is that of the times in which the device was at work, where a trace tells
+    them: of a program that is shorter than the host's part in it the other says nothing.
+    """
     what["item"] = log.item
     if "ours" not in timed.seconds:
         return log.write(**what, ok=False, errors=timed.errors)
+    best, speedup = _speedup(timed.seconds)
+    device = {}
+    if "ours" in timed.device_seconds:
+        device["device_speedup"] = _speedup(timed.device_seconds)[1]
     ours = timed.seconds["ours"].median
-    rest = {name: s.median for name, s in timed.seconds.items() if name in BASELINES}
+    log.write(**what, ours=ours, best_baseline=best, speedup=speedup, **device, **timed.told())
+
+
+def _speedup(seconds: dict[str, _measure.Spread]) -> tuple[str | None, float | None]:
+    """The fastest of the baselines, and how many times as long as ours it takes."""
+    rest = {name: s.median for name, s in seconds.items() if name in BASELINES}
     best = min(rest, key=rest.get, default=None)
-    speedup = rest[best] / ours if best else None
-    log.write(**what, ours=ours, best_baseline=best, speedup=speedup, **timed.told())
+    return best, rest[best] / seconds["ours"].median if best else None

@@ -4,11 +4,9 @@ They take turns. What is known first is told first: a GPU's compiler may take a 
 the programs that ours is compared with.
 """
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import functools
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,10 +15,11 @@ import jax
 
 from benchmarks import baselines, device_layers
 from benchmarks.on_device import Log
-from conv_pallas import _measure, inspection
+from conv_pallas import _measure, _trace, inspection
 from conv_pallas._layers import Layer
 
 FIRST = 0.3  # seconds for what is sure to be quick, before the others are compiled
+CLOSE = 4  # times as long as the fastest: of what takes longer no trace is taken
 HOPELESS = 0.5  # seconds of a call that a baseline may last to be called again
 
 
@@ -40,31 +39,6 @@ def lower(make: Callable, arguments: Iterable[jax.ShapeDtypeStruct], runs: int):
     return jax.jit(_measure.several(make())).lower(*([a] * runs for a in arguments))
 
 
-def compile_ahead(programs: Iterable[tuple[Callable, Layer]], seconds: float) -> int:
-    """Compiles makers' programs side by side; `timed` then finds them in JAX's compilation cache.
-
-    Of several that it compiles in one process XLA tries the algorithms one at a time. That the
-    device is left alone before this returns, it waits for those that are at work when its time is
-    over.
-
-    Returns:
-      How many were not reached.
-    """
-
-    def compile_(make, layer, runs):
-        with contextlib.suppress(Exception):  # `timed` meets it again, and tells it
-            lower(make, inspection.structs(layer), runs).compile()
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        futures = [
-            pool.submit(compile_, make, layer, runs)
-            for make, layer in programs
-            for runs in sorted({1, runs_of(layer)})
-        ]
-        concurrent.futures.wait(futures, seconds)
-        return sum(future.cancel() for future in futures)
-
-
 def warm(call: Callable, dry: bool) -> None:
     """Keeps the device at work until its clock has settled."""
     end = time.perf_counter() + (0 if dry else 0.2)
@@ -78,12 +52,14 @@ class Timed:
 
     Attributes:
       seconds: of each that can run.
+      device_seconds: the part of those in which the device is at work, of those that are close.
       errors: why the others can't.
       same_as: for one that lowers to what another before it does, that one; it has its seconds.
       off: how far ours is off from XLA's, where both are there.
     """
 
     seconds: dict[str, _measure.Spread] = dataclasses.field(default_factory=dict)
+    device_seconds: dict[str, _measure.Spread] = dataclasses.field(default_factory=dict)
     errors: dict[str, str] = dataclasses.field(default_factory=dict)
     same_as: dict[str, str] = dataclasses.field(default_factory=dict)
     off: float | None = None
@@ -99,9 +75,14 @@ class Timed:
             self.errors[name] = f"{type(e).__name__}: {e}"[:300]
 
     def told(self) -> dict:
-        seconds = {name: dataclasses.asdict(spread) for name, spread in self.seconds.items()}
-        same = {"same_as": self.same_as} if self.same_as else {}
-        return dict(seconds=seconds, errors=self.errors) | same
+        told = dict(seconds=_told(self.seconds), errors=self.errors)
+        if self.device_seconds:
+            told["device_seconds"] = _told(self.device_seconds)
+        return told | ({"same_as": self.same_as} if self.same_as else {})
+
+
+def _told(seconds: dict[str, _measure.Spread]) -> dict[str, dict[str, float]]:
+    return {name: dataclasses.asdict(spread) for name, spread in seconds.items()}
 
 
 def timed(
@@ -198,8 +179,14 @@ def _take_turns(
         how = how if limit is None else dataclasses.replace(how, limit=limit)
         for name, times in _measure.interleaved(calls, how).items():
             found.seconds[name] = _measure.Spread.of([s / runs for s in times])
+        if limit is None:
+            most = CLOSE * min(found.seconds[name].median for name in calls)
+            close = {n: call for n, call in calls.items() if found.seconds[n].median <= most}
+            found.device_seconds = {
+                name: spread.over(runs) for name, spread in _trace.device_seconds(close).items()
+            }
     for name, other in found.same_as.items():
-        for of in (found.seconds, found.errors):
+        for of in (found.seconds, found.device_seconds, found.errors):
             of.update({name: of[other]} if other in of else {})
 
 

@@ -322,7 +322,8 @@ def _environment(out: Path) -> dict[str, str]:
         # What is tuned lies among the results, where each step finds it, and whoever gets those.
         "CONV_PALLAS_TUNED": str(out.resolve()),
     }
-    # Where a step finds what it has compiled ahead. To keep it for another run, name a folder.
+    # XLA tries its algorithms for minutes as it compiles the baselines; the next run finds what
+    # this one did, on another machine too where the folder is one that travels.
     cache = Path(tempfile.gettempdir()) / f"conv_pallas_{os.getuid()}_xla"
     found.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     found.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

@@ -57,6 +57,10 @@ class Spread:
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
         return cls(median, low, high)
 
+    def over(self, runs: int) -> "Spread":
+        """Of one of so many runs that were measured at once."""
+        return Spread(*(value / runs for value in dataclasses.astuple(self)))
+
     @property
     def width(self) -> float:
         """Between the quartiles, relative to the median."""

@@ -25,7 +25,7 @@ from typing import Any
 
 import jax
 
-from conv_pallas import __version__, _measure, _turns, dispatch, explanation, tracing
+from conv_pallas import __version__, _measure, _trace, _turns, dispatch, explanation, tracing
 from conv_pallas.ops import conv1d
 from conv_pallas.spec import OPERATIONS, Operation
 from conv_pallas.tracing import Convolution
@@ -59,6 +59,7 @@ SETTINGS = dataclasses.replace(_measure.DEVICE, limit=6.0, hopeless=1.1, rounds=
 AGAIN = dataclasses.replace(_measure.DEVICE, limit=1.0, rounds=(7, 15))
 # And against XLA.
 LAST = dataclasses.replace(_measure.DEVICE, limit=2.0, rounds=(7, 15))
+SHORT = 4e-4  # seconds of a call of which the host may have more to do than the device
 
 
 def tune(
@@ -242,11 +243,14 @@ def _race(trial, key, tile, ours, arguments, report) -> dict[str, Any] | None:
 
 
 def _medians(trial, calls, arguments, settings, report) -> dict[Any, float]:
-    """Seconds of one run, of calls that take turns."""
+    """Seconds of one run, of calls that take turns; of short ones those of the device alone."""
     medians = {
-        name: _measure.Spread.of(times).median / len(arguments[0])
+        name: _measure.Spread.of(times).median
         for name, times in _measure.interleaved(calls, settings).items()
     }
+    if min(medians.values()) < SHORT:
+        medians |= {name: s.median for name, s in _trace.device_seconds(calls).items()}
+    medians = {name: median / len(arguments[0]) for name, median in medians.items()}
     for name, median in medians.items():
         report(f"{trial.name} {name or 'heuristic'}: {1e6 * median:.1f} us")
     return medians

@@ -39,7 +39,7 @@ class Config:
 def configure(
     kernel: str, rows: int, columns: int, depth: int, *, taps: int, phases: Phases, count: int,
     dtype: np.dtype, precision: str, tma: bool, untuned: Config | None = None, keep: bool = False,
-    saved: bool = False, tight: bool = False, stay: bool = False,
+    saved: bool = False, tight: bool = False, stay: bool = False, pointers: bool = False,
 ) -> Config:  # fmt: skip
     """A tuned tile, or a heuristic: as large as registers and shared memory allow.
 
@@ -57,6 +57,7 @@ def configure(
       tight: whether something else takes registers that the largest tiles need: the addresses of
         rows that are no multiple of 16 bytes, or an error function.
       stay: whether programs may stay on their processor, and go from tile to tile.
+      pointers: whether a factor is fetched by pointers.
     """
     how = (precision,) if phases == Phases(1, 1, 1) else (precision, str(phases))
     if saved:  # a tile that was tuned without may not fit beside what that takes
@@ -68,11 +69,23 @@ def configure(
         return untuned
     itemsize = dtype.itemsize
     hopper = (triton_compat.compute_capability() or 90) < 100  # a B200 spills in some larger tiles
+    few = max(columns, rows if kernel == KERNEL_GRAD else depth) <= 32  # channels
     if itemsize == 4 and precision == "ieee":
         # No tensor cores: each thread keeps its share of both tiles in registers.
         limit = Config(64, 64, 16, 8, 2)
     elif itemsize == 4 and precision == "tf32x3":
         limit = Config(128 if tma else 64, 64, 32, 8, 2)
+    elif itemsize == 4 and tma and hopper and pointers and few:
+        # As below: values that are fetched by pointers are rounded in registers.
+        limit = Config(32, 32, 32, 1, 3 if kernel == KERNEL_GRAD else 4)
+    elif itemsize == 4 and tma and hopper and kernel == KERNEL_GRAD and not pointers:
+        # The tensor cores of Hopper take float32 only with the sum's axis last: to be so, both
+        # factors went through registers back to shared memory (1160 us on an H200 where these
+        # tiles take 333: 512 channels, K = 3, 2^15 steps). Those of Ampere take it from registers,
+        # and Triton uses them where there are less than four warps.
+        limit = Config(64, 64, 32, 1, 3)
+    elif itemsize == 4 and tma and hopper and pointers and not saved and kernel != KERNEL_GRAD:
+        limit = Config(128, 128, 32, 4, 3)
     elif itemsize == 4 and tma and hopper and kernel != KERNEL_GRAD:
         limit = Config(128, 256, 32, 8, 4)
     elif itemsize == 4:

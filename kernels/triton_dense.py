@@ -91,12 +91,12 @@ def _may_stay(spec: ConvSpec, dtype: np.dtype) -> bool:
 def _config(
     N: int, spec: ConvSpec, C: int, O: int, dtype: np.dtype, out_dtype, precision: str,
     tma_x: bool = False, keep: bool = False, transposed: bool = False, saved: bool = False,
-    tight: bool = False,
+    tight: bool = False, pointers: bool = False,
 ):  # fmt: skip
     """The tiles of `forward`, where x would be fetched by TMA if ``tma_x``.
 
     Args:
-      keep, saved, tight: see `configure`.
+      keep, saved, tight, pointers: see `configure`.
     """
     G, phases = spec.groups, Phases.of(spec)
     # Who stays fetches tiles of padding like any other, where `conv_dense` leaves them out.
@@ -114,6 +114,7 @@ def _config(
         phases=phases, count=N * G * phases.phases, dtype=dtype, precision=precision,
         tma=triton_compat.has_tma(triton_compat.compute_capability()),
         untuned=FEW if few else None, keep=keep, saved=saved, tight=tight, stay=stay,
+        pointers=pointers,
     )  # fmt: skip
 
 
@@ -154,6 +155,7 @@ def forward(
     config = _config(
         N, spec, C, O, dtype, out_dtype, precision, tma_x and x.dtype == w.dtype, keep, transposed,
         saved=grad_of is not None, tight=addresses or activation == "gelu_exact",
+        pointers=not tma_x,
     )  # fmt: skip
     # What a tile holds past a group's end only feeds results that are not stored, but for what
     # is summed over: there the next group begins, and the engine has no mask.
@@ -240,6 +242,7 @@ def kernel_grad(
     config = configure(
         KERNEL_GRAD, c, o, J, taps=K, phases=phases, count=PROCESSORS * K * G, dtype=dtype,
         precision=precision, tma=tma, saved=activation is not None, tight=not (tma_x and tma_g),
+        pointers=not (tma_x and tma_g),
     )  # fmt: skip
     # Whether some tap's last tile holds steps of x that it does not meet.
     tail = (

@@ -39,7 +39,6 @@ instructions an element. With 8 values and tiles of 128 channels three programs 
 instructions, and took 257 us: rows of 512 channels, one after the other in memory, are what counts.
 """
 
-
 import jax
 import numpy as np
 import triton
@@ -221,9 +220,7 @@ def conv_walk_backward(
         )
         pd = dx + px
         t = u - LOW
-        before = _steps_ahead(
-            x, px - HALO * step, t - HALO * D, T, real, D, step, HALO + K - 1
-        )
+        before = _steps_ahead(x, px - HALO * step, t - HALO * D, T, real, D, step, HALO + K - 1)
         g_before = _steps_ahead(gy, pg - HALO * step, u - HALO * D, U, real, D, step, HALO)
         xs, gs = (), ()
         for k in tl.static_range(K - 1):
@@ -321,7 +318,7 @@ def _dilation(spec: ConvSpec) -> int:
 
 def _tile(
     kernel: str, N: int, T: int, spec: ConvSpec, C: int, dtype, per_thread: int, columns: int,
-    steps: int,
+    steps: int, warps: int = 4,
 ):  # fmt: skip
     """Pieces and channels of one program, steps of a piece, and warps: tuned, or a heuristic."""
     D, K = _dilation(spec), spec.kernel_size
@@ -329,7 +326,6 @@ def _tile(
     if found is not None:
         rows, columns, steps, warps = found
     else:
-        warps = 4
         columns = min(columns, max(16, triton.next_power_of_2(C)))
         while columns > 128 and -C % columns > C // 8:  # that are not there
             columns //= 2
@@ -382,7 +378,7 @@ def backward(
     first, end = (min(0, low), max(U, T + low)) if want_dx else (0, U)
     BR, BC, steps, warps = _tile(
         "conv_walk_backward", N, end - first, spec, C, x.dtype, 4 if K <= 4 else 2, columns=128,
-        steps=128,
+        steps=128, warps=2,
     )  # fmt: skip
     whole = steps == triton.cdiv(end - first, D)
     if whole:  # the last K-1 steps of dx come after the walk

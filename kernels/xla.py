@@ -70,20 +70,22 @@ def choose(problem: Problem) -> str:
 
 # --- GPU ---
 
+GPU_FEW = 256  # channels; between 150 and 450 nothing was measured
 GPU_TAPS = 8  # that are written out: matmuls hold a copy of x for each, reductions compile slowly
 
 
 def _gpu_ragged(problem: Problem) -> bool:
-    """Whether a few taps are of channels that fill no 16 bytes.
+    """Whether a few taps are of few channels that fill no 16 bytes.
 
     cuDNN has slow algorithms alone for those. Measured on an H200, of 10, 25 and 150 channels and 5
-    to 8 taps: matmuls take 0.5 to 0.9 of its time forward, and a training step 0.4 to 0.5
-    (benchmarks/results/nvidia-h200/layers.jsonl).
+    to 8 taps: matmuls take 0.5 to 0.9 of its time forward, and a training step 0.4 to 0.5. Of 450
+    channels it is as fast as of others, and matmuls take 1.1 (kernel gradient) to 1.9 of its time.
     """
     spec, size = problem.spec, max(problem.lhs_dtype.itemsize, problem.rhs_dtype.itemsize)
     plain = spec.groups == spec.stride == spec.input_dilation == 1
     ragged = any(n * size % 16 for n in (problem.C, problem.O))
-    return plain and ragged and spec.kernel_size <= GPU_TAPS
+    few = max(problem.C, problem.O) <= GPU_FEW
+    return plain and ragged and few and spec.kernel_size <= GPU_TAPS
 
 
 def _gpu_in_parts(formulation: Formulation, name: str, problem: Problem) -> Formulation:
@@ -109,7 +111,8 @@ def _gpu_forward(problem: Problem) -> str:
     cuDNN pads both sides alike. XLA:GPU folds CAUSAL padding into the window, finds it uneven, and
     fills the kernel with zeros: for K=3 and D=512 ``window={size=1025}``. Behind a barrier it stays
     ``window={size=3 rhs_dilate=512}``, at the price of a copy of x, which even padding does not
-    have to pay (read from jax 0.12.0.1's output for an H200; `conv_pallas.aot`).
+    have to pay (read from jax 0.12.0.1's output for an H200; `conv_pallas.aot`). Where little is
+    padded, as much on the other side costs less than that copy.
 
     What JAX makes of a strided layer's input gradient becomes ``__cudnn$convBackwardInput``. As a
     convolution of a g that is filled up with zeros it has S times the work. cuDNN has none with a
@@ -124,8 +127,12 @@ def _gpu_forward(problem: Problem) -> str:
         return "matmuls"
     if gradient and spec.stride > 1 and spec.kernel_dilation == 1:
         return "transposed"
-    low, high = problem.as_convolution[0].padding
-    return "native" if low == high or spec.kernel_dilation == 1 else "barrier"
+    here = problem.as_convolution[0]
+    low, high = here.padding
+    if low == high or spec.kernel_dilation == 1:
+        return "native"
+    little = isinstance(here.out_time, int) and 8 * abs(low - high) <= here.out_time
+    return "symmetric" if little else "barrier"
 
 
 def _gpu_kernel_grad(problem: Problem) -> str:

@@ -1,0 +1,63 @@
+"""How long a GPU is at work, told by a trace of JAX's profiler."""
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from conv_pallas._measure import Spread
+
+PAUSE = 5e-3  # seconds between calls, by which a trace tells them apart
+
+
+def device_seconds(calls: Mapping[str, Callable[[], Any]], rounds: int = 5) -> dict[str, Spread]:
+    """How long a GPU is at work in a call, whatever the host takes to start it.
+
+    That is the time in which any kernel or copy runs. Of a call that is shorter than what the host
+    takes to start it `_measure.interleaved` measures the host: on a machine with an H200 some 150
+    us for 40 arrays that go in or come out.
+
+    Returns:
+      Of each call; nothing where there is no trace of a GPU, or the calls can't be told apart.
+    """
+    if jax.default_backend() != "gpu":
+        return {}
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = options.host_tracer_level = 0
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            for call in (*calls.values(),) * rounds:
+                jax.block_until_ready(call())
+                time.sleep(PAUSE)
+        files = Path(folder).rglob("*.xplane.pb")
+        intervals = [
+            (event.start_ns, event.start_ns + event.duration_ns)
+            for file in files
+            for plane in jax.profiler.ProfileData.from_file(str(file)).planes
+            if plane.name.startswith("/device:GPU")
+            for line in plane.lines
+            if line.name.startswith("Stream")
+            for event in line.events
+        ]
+    found = at_work(intervals, PAUSE / 2 * 1e9)
+    if len(found) != rounds * len(calls):
+        return {}
+    return {
+        name: Spread.of([seconds / 1e9 for seconds in found[i :: len(calls)]])
+        for i, name in enumerate(calls)
+    }
+
+
+def at_work(intervals: Iterable[tuple[float, float]], apart: float) -> list[float]:
+    """How much time intervals cover, of each group of them; groups are so far apart or more."""
+    groups, until = [], -math.inf
+    for start, end in sorted(intervals):
+        if start - until >= apart:
+            groups.append(0.0)
+        groups[-1] += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return groups
