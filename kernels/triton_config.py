@@ -70,6 +70,7 @@ def configure(
     itemsize = dtype.itemsize
     hopper = (triton_compat.compute_capability() or 90) < 100  # a B200 spills in some larger tiles
     few = max(columns, rows if kernel == KERNEL_GRAD else depth) <= 32  # channels
+    short = 4 * count * triton.cdiv(rows, 64) * triton.cdiv(columns, 64) <= PROCESSORS
     if itemsize == 4 and precision == "ieee":
         # No tensor cores: each thread keeps its share of both tiles in registers.
         limit = Config(64, 64, 16, 8, 2)
@@ -84,6 +85,8 @@ def configure(
         # tiles take 333: 512 channels, K = 3, 2^15 steps). Those of Ampere take it from registers,
         # and Triton uses them where there are less than four warps.
         limit = Config(64, 64, 32, 1, 3)
+    elif itemsize == 4 and tma and hopper and pointers and short and not saved:
+        limit = Config(32, 32, 128, 4, 3)  # more programs, and fewer rounds that wait for memory
     elif itemsize == 4 and tma and hopper and pointers and not saved and kernel != KERNEL_GRAD:
         limit = Config(128, 128, 32, 4, 3)
     elif itemsize == 4 and tma and hopper and kernel != KERNEL_GRAD:

@@ -99,7 +99,8 @@ def test_machine_code_is_as_promised(chip, name):
             assert (code.tensor_cores > 0) == (case.precision != "highest"), code
         if chip == "h200" and code.name == "conv_dense_kernel_grad":
             fields = (code.meta[name] for name in ("BC", "BO", "BU", "warps", "stages"))
-            size, precision = 2 if "16" in case.dtype else 4, case.precision or "tf32"
+            size = 2 if "16" in case.dtype and case.out_dtype is None else 4  # of the wider factor
+            precision = case.precision or "tf32"
             room = triton_config.room(Config(*fields), size, precision, activation == "relu")
             assert code.blocks >= room, code
     if case.G < case.C or case.C == 1:
@@ -122,7 +123,12 @@ def test_machine_code_is_as_promised(chip, name):
     if name in ("dense", "bandwidth", "tf32", "tf32x3", "tail", "narrow"):
         # Where ptxas lets each product wait for the one before, it says so in an aside alone.
         wait = "WARPGROUP.DEPBAR.LE"
-        assert all(code.listing.count(wait) < code.opcodes["HGMMA"] for code in made), made
+        for code in made:
+            # Of float32 wgmma can't sum what it does not find with the sum's axis last.
+            warps = code.name == "conv_dense_kernel_grad" and case.dtype == "float32"
+            by_warps = warps and case.precision is None
+            assert (code.opcodes["HGMMA"] > 0) != by_warps, code
+            assert code.listing.count(wait) < code.opcodes["HGMMA"] or by_warps, code
 
 
 @pytest.mark.parametrize(
@@ -280,11 +286,11 @@ def _arithmetic(activation: str | None) -> list[int]:
 @pytest.mark.parametrize(
     "activation, forward, backward",
     [
-        ("silu", 6, 42),
-        ("sigmoid", 5, 40),
-        ("tanh", 22, 57),
-        ("gelu", 30, 71),
-        ("gelu_exact", 5, 43),
+        ("silu", 6, 18),
+        ("sigmoid", 5, 16),
+        ("tanh", 22, 33),
+        ("gelu", 30, 47),
+        ("gelu_exact", 5, 19),
     ],
 )
 def test_an_exponent_costs_one_multiplication(activation, forward, backward):
