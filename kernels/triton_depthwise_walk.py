@@ -20,17 +20,22 @@ computes its gradient in one such kernel too, for D = 1 and SiLU, with atomic ad
 sums stand here, one for each program, added afterwards in a fixed order.
 
 Measured on an H200 (benchmarks/results/nvidia-h200/goals.jsonl), N = 1, T = 16384, C = 12288,
-K = 4, SiLU and bias in bf16: forward takes 212 us at D = 1 and 225 at D = 1024, where a copy of x
-takes 197; backward, three halves of a copy, 373 and 488. At D = 1024 a piece is a whole series of
-16 steps, in whose 230 registers two programs fit on a processor, and what each has to wait for at
-the start of a piece is what is left to gain.
+K = 4, SiLU and bias in bf16: forward takes 211 us at D = 1 and 222 at D = 1024, where a copy of x
+takes 197; backward, three halves of a copy, 340 and 414. At D = 1024 a piece is a whole series of
+16 steps, and each 1024 rows after the one before.
+
+Backward, the K-1 steps that reach into a piece come before the walk, whose loop then has one
+condition for a step, and no halo (373 and 488 us with both); the next piece's first steps are
+fetched before the last ones of this one are done. It takes 32 instructions an element in sm_90
+machine code, of which SiLU's derivative is half, and an H200 has time for 47 while it moves the 6
+bytes; were gz computed anew for each tap that needs it, as a kernel that tiles time has to, there
+were some 100. So the walk is what makes backward a matter of bytes alone. 4 steps of x and gy at a
+time leave registers for 16 warps on a processor; 8 at a time, or a loop of two such groups, whose
+registers need not be moved, save 3 to 5 % of the instructions and are mostly slower for want of
+warps, by up to 15 % (walks.jsonl).
 
 By estimate: a piece of R steps reads ``R + 2K - 2`` steps of x and ``R + K - 1`` of gy, so that for
-K = 4 and R = 64 the halo is 5 % of the three passes, less what of it the L2 still has; for as much
-the instructions grow. With SiLU they are some 36 an element in sm_90 machine code, and an H200 has
-time for 47 while it moves the 6 bytes; were gz computed anew for each tap that needs it, as a
-kernel that tiles time has to, there were some 100. So the walk is what makes backward a matter of
-bytes alone.
+K = 4 and R = 128 the halo is 3 % of the three passes, less what of it the L2 still has.
 
 Forward there is time for 31 instructions an element, and loads have to be under way: by Little's
 law, an estimate as well, 25 to 40 KB on each processor for an H200's bandwidth. With 4 values a

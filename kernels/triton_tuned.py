@@ -118,14 +118,13 @@ def described(how: str, problem: Problem) -> str:
 def _like_those_ahead(problem: Problem) -> bool:
     """Whether all problems of its kind that were measured on this kind of device are ahead of XLA.
 
-    On an H200 those are (benchmarks/results/nvidia-h200, ``tuning*.jsonl`` and ``against.jsonl``),
-    without strides and at XLA's own precision:
+    On an H200 those are (benchmarks/results/nvidia-h200/tuning.jsonl), without strides and at
+    XLA's own precision:
 
-    - depthwise, of 0.1 GB and more that are moved: each operation, 1.1 to 30 times;
-    - dense, of 32 to 600 channels in rows that the copy engine can fetch, and several taps: forward
-      and input gradient, 1.1 to 3.5 times;
-    - of those in 16 bits (bfloat16 was) the kernel gradient too, 1.3 to 2.4 times. In float32 that
-      is 0.4 to 2.1.
+    - depthwise, of 30 MB and more that are moved: each operation, 1.1 to 30 times;
+    - dense, of 32 to 512 channels in rows that the copy engine can fetch, several taps, and 4096
+      steps and more of all samples together: each operation, 1.1 to 4.8 times. Of 600 channels and
+      1280 steps it is 0.9.
     """
     spec, dtypes = problem.spec, {problem.lhs_dtype, problem.rhs_dtype, problem.out_dtype}
     if triton_compat.device_kind() not in MEASURED or not problem.known or len(dtypes) > 1:
@@ -137,14 +136,14 @@ def _like_those_ahead(problem: Problem) -> bool:
     size = problem.lhs_dtype.itemsize
     if problem.depthwise:
         moved = size * problem.N * (spec.time * problem.C + spec.out_time * problem.O)
-        return problem.C == problem.O and moved >= 1e8
+        return problem.C == problem.O and moved >= 3e7
     channels = (problem.C, problem.O)
-    operations = 2 * problem.N * spec.out_time * math.prod(problem.w_shape)
-    dense = (
-        spec.groups == 1 < spec.kernel_size and operations >= 1e8
+    steps = problem.N * spec.out_time
+    return (
+        spec.groups == 1 < spec.kernel_size and steps >= 4096
+        and 2 * steps * math.prod(problem.w_shape) >= 1e8
         and all(32 <= n <= 1024 and n * size % 16 == 0 for n in channels)
     )  # fmt: skip
-    return dense and (size == 2 or problem.operation != "conv1d_kernel_grad")
 
 
 def _by_default(problem: Problem) -> bool:

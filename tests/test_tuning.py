@@ -333,7 +333,9 @@ def _operations_in_triton(dtype="bfloat16", precision=None, out_dtype=None, **si
 @pytest.mark.parametrize("sizes, chosen", [
     (dict(C=512, O=512), "fik"),
     (dict(C=64, O=64, D=1024), "fik"),
-    (dict(C=512, O=512, dtype="float32"), "fi"),
+    (dict(C=512, O=512, dtype="float32"), "fik"),
+    (dict(C=600, O=600, T=512, dtype="float32"), "fik"),
+    (dict(C=600, O=600, T=511, dtype="float32"), ""),
     (dict(C=512, O=512, dtype="float32", precision="highest"), ""),
     (dict(C=512, O=512, out_dtype="float32"), ""),
     (dict(C=512, O=512, K=1), ""),
@@ -342,11 +344,12 @@ def _operations_in_triton(dtype="bfloat16", precision=None, out_dtype=None, **si
     (dict(C=510, O=512), ""),
     (dict(C=24, O=64), ""),
     (dict(C=64, O=2048), ""),
-    (dict(C=64, O=64, T=64), ""),
+    (dict(C=32, O=32, T=1024), ""),
     (dict(C=2048, O=2048, G=2048), "fik"),
     (dict(C=2048, O=2048, G=2048, dtype="float32", K=31), "fik"),
     (dict(C=2048, O=4096, G=2048), ""),
-    (dict(C=512, O=512, G=512), ""),
+    (dict(C=512, O=512, G=512), "fik"),
+    (dict(C=512, O=512, G=512, T=1024), ""),
 ], ids=str)  # fmt: skip
 def test_what_is_like_all_that_was_faster_is_the_default_of_that_device(sizes, chosen, h200):
     assert _operations_in_triton(**sizes) == chosen
