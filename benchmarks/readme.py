@@ -99,8 +99,8 @@ def gpu_figures(folder: Path) -> str:
             "is the Triton kernels, of the published ones below them what runs by default. The "
             "last column compares how long the GPU was at work: of what takes less than some 50 us "
             "the host's part in it is the longer one. Those of the first layers that are not "
-            f"compared with PyTorch are of earlier kernels. {means} From [{source}]({source}), which "
-            "says what was measured when.",
+            f"compared with PyTorch are of earlier kernels. {means} From [{source}]({source}), "
+            "which says what was measured when.",
             "",
             "| layer | pass | ours, us | stock | fastest baseline | ours is faster | on the GPU |",
             "|---|---|---|---|---|---|---|",

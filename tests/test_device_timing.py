@@ -1,5 +1,6 @@
 """What the steps of `python -m benchmarks.on_device` that time something make of what they see."""
 
+import json
 import sys
 import time
 
@@ -94,6 +95,38 @@ def test_one_program_is_compiled_and_timed_once(tmp_path, monkeypatch):
     assert calls == ["ours", "ours", "stock"] and timed.off == 0
     assert timed.seconds["xla"] == timed.seconds["ours"]
     assert timed.seconds.keys() == programs.keys() and not timed.errors
+
+
+def test_what_the_device_did_is_told_of_those_that_are_close(tmp_path, monkeypatch):
+    layer, traced = device_layers.goals(True)[0], []
+    took = {"ours": 1e-3, "default": 1e-3, "stock": 3.9e-3, "barrier": 4.1e-3, "matmuls": 2e-3}
+    monkeypatch.setattr(
+        device_turns._measure, "interleaved",
+        lambda calls, settings: {name: (2 * took[name],) for name in calls},  # two runs
+    )  # fmt: skip
+
+    def device_seconds(calls):
+        traced.append(set(calls))
+        return {
+            name: device_turns._measure.Spread.of([took[name] * (8 if name == "matmuls" else 1)])
+            for name in calls
+        }
+
+    monkeypatch.setattr(device_turns._trace, "device_seconds", device_seconds)
+    programs = {
+        name: lambda factor=factor: lambda x, w, b, g: x * factor
+        for factor, name in enumerate(took, start=2)
+        if name != "default"
+    } | {"default": lambda: lambda x, w, b, g: x * 2}
+    log = Log(tmp_path, "layers", 60)
+    for timed in device_turns.timed(log, programs, layer, True, ("ours", "default")):
+        device_timing._write(log, timed, layer=layer.name)
+    first, last = (json.loads(line) for line in log.path.read_text().splitlines())
+    assert traced == [{"ours", "matmuls", "stock"}] and "device_seconds" not in first
+    medians = {name: spread["median"] for name, spread in last["device_seconds"].items()}
+    assert medians == dict(ours=5e-4, default=5e-4, stock=1.95e-3, matmuls=8e-3)
+    assert (last["best_baseline"], last["speedup"]) == ("matmuls", 2)
+    assert last["device_speedup"] == pytest.approx(3.9)
 
 
 def test_a_slow_baseline_costs_two_calls_of_one_run(tmp_path, monkeypatch):

@@ -38,3 +38,24 @@ def test_its_programs_run(capsys):
 )
 def test_two_significant_digits(ratio, text):
     assert readme._digits(ratio) == text
+
+
+def test_means_take_the_clock_where_there_is_no_trace():
+    """A baseline that takes many times as long as ours is not traced."""
+
+    def line(wall, work, which="forward"):
+        told = {"default": {"median": 1.0}}
+        lines = {
+            "which": which,
+            "seconds": told | {"stock": {"median": wall}, "barrier": {"median": 99.0}},
+        }
+        return lines | ({"device_seconds": told | {"matmuls": {"median": work}}} if work else {})
+
+    sweep = [line(2.0, 8.0), line(8.0, None), line(3.0, 2.0, "training step")]
+    assert readme._means(sweep) == (
+        "Geometric means over the published layers: forward 4.0, and 8.0 on the GPU; "
+        "training step 3.0, and 2.0 on the GPU."
+    )
+    assert readme._means(
+        [*sweep, {"which": "forward", "seconds": {"default": {"median": 1.0}}}]
+    ) == (readme._means(sweep))

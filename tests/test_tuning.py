@@ -14,7 +14,7 @@ from flax import nnx
 
 from benchmarks import device_layers, device_timing, on_device
 from benchmarks.on_device import Log
-from conv_pallas import aot, conv1d, dispatch, explain, explanation, tuning
+from conv_pallas import _measure, aot, conv1d, dispatch, explain, explanation, tuning
 from conv_pallas.__main__ import main
 from conv_pallas.nn import TCN
 
@@ -137,6 +137,27 @@ def test_what_was_fastest_by_luck_is_not_kept(h200, uncompiled, monkeypatch):
     x, w = aot.struct((2, 512, 64), jnp.bfloat16), aot.struct((4, 1, 64), jnp.bfloat16)
     assert tuning.tune(x, w, feature_group_count=64, report=lambda line: None, seconds=30) == {}
     assert set(json.loads(file.read_text())["tiles"].values()) == {None}
+
+
+@pytest.mark.parametrize("runs", [1, 4])
+def test_of_short_programs_it_counts_what_the_device_does(runs, monkeypatch):
+    told, asked = {"xla": 3e-4}, []
+    monkeypatch.setattr(
+        tuning._measure, "interleaved", lambda calls, settings: dict.fromkeys(calls, (told["xla"],))
+    )
+
+    def device_seconds(calls):
+        asked.append(list(calls))
+        return {name: _measure.Spread.of([1e-5 * i]) for i, name in enumerate(calls, start=1)}
+
+    monkeypatch.setattr(tuning._trace, "device_seconds", device_seconds)
+    trial = types.SimpleNamespace(name="forward")
+    medians = functools.partial(
+        tuning._medians, trial, {None: 0, "xla": 0}, ([0] * runs,), None, lambda line: None
+    )
+    assert medians() == {None: 1e-5 / runs, "xla": 2e-5 / runs} and len(asked) == 1
+    told["xla"] = 5e-4
+    assert medians() == {None: 5e-4 / runs, "xla": 5e-4 / runs} and len(asked) == 1
 
 
 def test_a_tile_that_changes_nothing_is_not_tried(h200, uncompiled, monkeypatch):

@@ -95,6 +95,8 @@ GPU = (
     Case("dense_many_taps", T=50, C=4, O=3, K=19, D=2, S=3),
     Case("grouped_many_taps", T=50, C=4, O=6, G=2, K=9, D=4),
     Case("channels_of_16_bytes", T=50, C=4, O=8, K=3, D=4),
+    Case("little_padding", T=70, C=4, O=8, K=3, D=4),
+    Case("little_padding_strided", T=70, C=4, O=8, K=3, D=4, S=3, padding=[(2, 9)]),
 )
 
 
@@ -120,6 +122,23 @@ def test_channels_that_fill_no_16_bytes_are_multiplied_tap_by_tap_on_a_gpu(C, dt
             for more in ({}, {"K": 9}, {"S": 2, "D": 1})
         ]
         assert [name == "matmuls" for name in chosen] == [ragged, False, False], (operation, chosen)
+
+
+@pytest.mark.parametrize("sizes, forward, input_grad", [
+    (dict(T=64), "symmetric", "symmetric"),
+    (dict(T=63), "barrier", "barrier"),  # as much again is too much beside what is there
+    (dict(T=63, D=1), "native", "native"),
+    (dict(T=63, padding="SAME"), "native", "native"),
+    (dict(T=64, padding=[(0, 8)]), "symmetric", "symmetric"),
+    (dict(T=64, C=450, O=450), "symmetric", "symmetric"),  # of many channels no matmuls
+    (dict(T=64, C=150, O=450), "symmetric", "symmetric"),
+    (dict(T=64, C=150, O=150), "matmuls", "matmuls"),
+    (dict(T=64, K=1), "matmuls", "matmuls"),
+], ids=str)  # fmt: skip
+def test_how_padding_on_one_side_is_done_on_a_gpu(sizes, forward, input_grad):
+    case = Case("layer", **dict(C=32, O=32, K=3, D=4) | sizes)
+    chosen = [xla.choose(case.problem(operation, "cuda")) for operation in OPERATIONS[:2]]
+    assert chosen == [forward, input_grad]
 
 
 def test_a_view_brings_back_nothing_that_was_cut_off():
