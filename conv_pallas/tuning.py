@@ -10,6 +10,9 @@ kernels, or in the one that the environment variable ``CONV_PALLAS_TUNED`` names
 compilation on such a device finds it there: a kernel gets the tile that was the fastest, and where
 it was faster than XLA with that it is the default. Nothing else in the package measures: without
 this call the kernels take what a heuristic says, and run where they are asked for by name.
+
+Of a program that is shorter than the host's part in starting it, what counts is how long the device
+is at work, which a trace of JAX's profiler tells.
 """
 
 import dataclasses
@@ -34,11 +37,13 @@ from conv_pallas.tracing import Convolution
 # Rows, columns, depth, warps, stages, and programs that stay: `kernels.triton_config.Config`.
 DENSE_TILES = (
     (128, 128, 64, 4, 3, 2), (128, 256, 64, 8, 4, 1), (128, 64, 64, 4, 3, 2), (64, 64, 64, 4, 3, 2),
+    (64, 64, 32, 1, 3), (64, 64, 64, 2, 3), (128, 128, 32, 4, 3), (32, 32, 32, 1, 4),  # of float32
     (128, 256, 64, 8, 3), (128, 128, 64, 4, 3), (128, 256, 64, 8, 4), (64, 64, 128, 4, 3),
     (64, 64, 64, 4, 4, 2), (128, 64, 64, 8, 4, 2), (128, 64, 64, 4, 4), (64, 64, 64, 4, 4),
     (128, 128, 64, 8, 3), (256, 128, 64, 8, 3), (256, 64, 64, 8, 3), (256, 128, 64, 8, 3, 1),
     (128, 128, 32, 8, 3), (128, 64, 32, 4, 3), (64, 64, 32, 4, 4), (64, 128, 32, 4, 4),
     (128, 128, 32, 8, 4), (128, 256, 32, 8, 4), (64, 128, 64, 4, 4), (128, 64, 64, 4, 2, 3),
+    (32, 32, 128, 4, 3), (128, 64, 32, 2, 4),
 )  # fmt: skip
 # Pieces, channels, steps of a piece, warps: see `kernels.triton_depthwise_walk`.
 WALK_TILES = (
