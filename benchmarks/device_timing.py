@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks import baselines, device_layers, device_turns
 from benchmarks.on_device import Log, kill, lines_of
-from conv_pallas import _measure, aot, inspection
+from conv_pallas import _measure, _trace, aot, inspection
 from conv_pallas._layers import Layer
 from conv_pallas.kernels import xla
 from conv_pallas.spec import OPERATIONS
@@ -166,21 +166,19 @@ def layers(log: Log, dry: bool) -> None:
     window = lambda layer: layer.products * ((layer.K - 1) * layer.D + 1) / layer.K  # noqa: E731
     chosen = sorted(device_layers.sweep(dry), key=window)
     plan = [(layer, which) for layer in chosen for which in _measure.PASSES]
-    rest = (*BASELINES[1:], baselines.STOCK)
-
-    def program(name, layer, which):
-        f = device_layers.forward(name, layer, dry)
-        if which == _measure.FORWARD:
-            return lambda x, w, b, g: f(x, w, b)
-        return baselines.step_of(f)
-
+    names = ("ours", DEFAULT, "xla", *BASELINES[1:], baselines.STOCK)
     for layer, which in log.each(plan, lambda item: item[0].name):
-        programs = {
-            name: functools.partial(program, name, layer, which)
-            for name in ("ours", DEFAULT, "xla", *rest)
-        }
+        programs = {name: functools.partial(_pass, name, layer, which, dry) for name in names}
         for timed in device_turns.timed(log, programs, layer, dry, ("ours", DEFAULT, "xla")):
             _write(log, timed, layer=layer.name, which=which)
+
+
+def _pass(name: str, layer: Layer, which: str, dry: bool) -> Callable:
+    """``(x, kernel, bias, g) -> result`` of a pass of a layer."""
+    f = device_layers.forward(name, layer, dry)
+    if which == _measure.FORWARD:
+        return lambda x, w, b, g: f(x, w, b)
+    return baselines.step_of(f)
 
 
 def formulations(log: Log, dry: bool) -> None:
@@ -240,6 +238,22 @@ def pytorch(log: Log, dry: bool) -> None:
             speedup=spreads[baselines.TORCH].median / spreads["ours"].median,
             seconds={name: dataclasses.asdict(s) for name, s in spreads.items()},
         )  # fmt: skip
+
+
+def kernels(log: Log, dry: bool) -> None:
+    """What the device runs in the goals' layers and in those of the sweep, kernel by kernel."""
+    chosen = [*device_layers.goals(dry), *device_layers.sweep(dry)]
+    plan = [(layer, which) for layer in chosen for which in _measure.PASSES]
+    for layer, which in log.each(plan, lambda item: item[0].name):
+        arrays = device_layers.arrays(layer)
+        for name in (DEFAULT, baselines.MATMULS):
+            program = jax.jit(_pass(name, layer, which, dry))
+            jax.block_until_ready(program(*arrays))
+            found = _trace.kernels(functools.partial(program, *arrays))
+            if not found and not dry:
+                return log.write(ok=False, why="the profiler tells nothing of this device")
+            total = sum(seconds for _, seconds in found.values())
+            log.write(layer=layer.name, which=which, name=name, seconds=total, kernels=found)
 
 
 def tuning(log: Log, dry: bool, shard: int = 0, shards: int = 1) -> None:

@@ -55,6 +55,7 @@ STEPS = {
     "against": (60, 1),
     "layers": (50, 1),
     "pytorch": (30, 1),
+    "kernels": (30, 1),
     "formulations": (30, 1),
 }
 

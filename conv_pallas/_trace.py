@@ -24,25 +24,7 @@ def device_seconds(calls: Mapping[str, Callable[[], Any]], rounds: int = 5) -> d
     Returns:
       Of each call; nothing where there is no trace of a GPU, or the calls can't be told apart.
     """
-    if jax.default_backend() != "gpu":
-        return {}
-    options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = options.host_tracer_level = 0
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder, profiler_options=options):
-            for call in (*calls.values(),) * rounds:
-                jax.block_until_ready(call())
-                time.sleep(PAUSE)
-        files = Path(folder).rglob("*.xplane.pb")
-        intervals = [
-            (event.start_ns, event.start_ns + event.duration_ns)
-            for file in files
-            for plane in jax.profiler.ProfileData.from_file(str(file)).planes
-            if plane.name.startswith("/device:GPU")
-            for line in plane.lines
-            if line.name.startswith("Stream")
-            for event in line.events
-        ]
+    intervals = [(start, end) for _, start, end in _events(calls.values(), rounds)]
     found = at_work(intervals, PAUSE / 2 * 1e9)
     if len(found) != rounds * len(calls):
         return {}
@@ -50,6 +32,41 @@ def device_seconds(calls: Mapping[str, Callable[[], Any]], rounds: int = 5) -> d
         name: Spread.of([seconds / 1e9 for seconds in found[i :: len(calls)]])
         for i, name in enumerate(calls)
     }
+
+
+def kernels(call: Callable[[], Any], rounds: int = 5) -> dict[str, tuple[float, float]]:
+    """Which kernels and copies a GPU runs in a call, in the order in which they begin.
+
+    Returns:
+      Of each name how often in a call, and how many seconds all of them take together.
+    """
+    found: dict[str, tuple[float, float]] = {}
+    for name, start, end in sorted(_events([call], rounds), key=lambda event: event[1]):
+        times, seconds = found.get(name, (0.0, 0.0))
+        found[name] = times + 1 / rounds, seconds + (end - start) / 1e9 / rounds
+    return found
+
+
+def _events(calls: Iterable[Callable[[], Any]], rounds: int) -> list[tuple[str, float, float]]:
+    """Name, start and end in ns of what a GPU runs in calls that take turns."""
+    if jax.default_backend() != "gpu":
+        return []
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = options.host_tracer_level = 0
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            for call in (*calls,) * rounds:
+                jax.block_until_ready(call())
+                time.sleep(PAUSE)
+        return [
+            (event.name, event.start_ns, event.start_ns + event.duration_ns)
+            for file in Path(folder).rglob("*.xplane.pb")
+            for plane in jax.profiler.ProfileData.from_file(str(file)).planes
+            if plane.name.startswith("/device:GPU")
+            for line in plane.lines
+            if line.name.startswith("Stream")
+            for event in line.events
+        ]
 
 
 def at_work(intervals: Iterable[tuple[float, float]], apart: float) -> list[float]:

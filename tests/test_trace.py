@@ -29,7 +29,7 @@ def test_where_there_is_no_gpu_nothing_is_told():
     def call():
         raise AssertionError("nothing is to be called")
 
-    assert _trace.device_seconds({"a": call}) == {}
+    assert _trace.device_seconds({"a": call}) == _trace.kernels(call) == {}
 
 
 @pytest.fixture
@@ -47,7 +47,9 @@ def gpu(monkeypatch):
 
     def from_file(name):
         assert name.endswith(".xplane.pb")
-        event = lambda start, ns: types.SimpleNamespace(start_ns=start, duration_ns=ns)  # noqa: E731
+        event = lambda start, ns, name="k": types.SimpleNamespace(  # noqa: E731
+            name=name, start_ns=start, duration_ns=ns
+        )
         line = lambda name, events: types.SimpleNamespace(name=name, events=events)  # noqa: E731
         plane = lambda name, lines: types.SimpleNamespace(name=name, lines=lines)  # noqa: E731
         real = [line(name, [event(*e) for e in device.events]) for name in device.streams]
@@ -66,9 +68,9 @@ def gpu(monkeypatch):
         """Of kernels so many ns after each other, of so many ns."""
 
         def run():
-            for wait, ns in kernels:
+            for wait, ns, *name in kernels:
                 device.now += wait
-                device.events.append((device.now, ns))
+                device.events.append((device.now, ns, *name))
                 device.now += ns
 
         return run
@@ -87,6 +89,14 @@ def test_each_call_is_told_by_what_the_device_did_in_it(gpu):
         {"a": 3e-6, "b": 7e-6}
     )
     assert found["a"].over(3).median == pytest.approx(1e-6)
+
+
+def test_kernels_are_told_in_their_order(gpu):
+    call = gpu.call((0, 1000, "pad"), (0, 3000, "conv"), (0, 2000, "pad"))
+    gpu.streams += ("Stream #14(MemcpyD2D)",)  # on which the same runs at the same time
+    found = _trace.kernels(call, rounds=2)
+    assert list(found) == ["pad", "conv"]
+    assert found["pad"] == pytest.approx((4, 6e-6)) and found["conv"] == pytest.approx((2, 6e-6))
 
 
 def test_nothing_is_told_where_calls_cannot_be_told_apart(gpu):
