@@ -19,7 +19,9 @@ from conv_pallas import _measure, _trace, inspection
 from conv_pallas._layers import Layer
 
 FIRST = 0.3  # seconds for what is sure to be quick, before the others are compiled
-CLOSE = 4  # times as long as the fastest: of what takes longer no trace is taken
+# Times as long as the fastest, and seconds: of what takes longer than both no trace is taken. Of
+# the shorter ones the host may have taken most of the time.
+CLOSE, SHORT = 4, 2e-4
 HOPELESS = 0.5  # seconds of a call that a baseline may last to be called again
 
 
@@ -180,7 +182,7 @@ def _take_turns(
         for name, times in _measure.interleaved(calls, how).items():
             found.seconds[name] = _measure.Spread.of([s / runs for s in times])
         if limit is None:
-            most = CLOSE * min(found.seconds[name].median for name in calls)
+            most = max(SHORT, CLOSE * min(found.seconds[name].median for name in calls))
             close = {n: call for n, call in calls.items() if found.seconds[n].median <= most}
             found.device_seconds = {
                 name: spread.over(runs) for name, spread in _trace.device_seconds(close).items()

@@ -1,6 +1,7 @@
 """How long a GPU is at work, told by a trace of JAX's profiler."""
 
 import math
+import random
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -17,21 +18,24 @@ PAUSE = 5e-3  # seconds between calls, by which a trace tells them apart
 def device_seconds(calls: Mapping[str, Callable[[], Any]], rounds: int = 5) -> dict[str, Spread]:
     """How long a GPU is at work in a call, whatever the host takes to start it.
 
-    That is the time in which any kernel or copy runs. Of a call that is shorter than what the host
-    takes to start it `_measure.interleaved` measures the host: on a machine with an H200 some 150
-    us for 40 arrays that go in or come out.
+    That is the time in which any kernel or copy runs; gaps between them don't count. Of a call that
+    is shorter than what the host takes to start it `_measure.interleaved` measures the host: on a
+    machine with an H200 some 150 us for 40 arrays that go in or come out.
 
     Returns:
       Of each call; nothing where there is no trace of a GPU, or the calls can't be told apart.
     """
-    intervals = [(start, end) for _, start, end in _events(calls.values(), rounds)]
-    found = at_work(intervals, PAUSE / 2 * 1e9)
-    if len(found) != rounds * len(calls):
+    # Who follows whom must not matter: each finds the caches as another leaves them.
+    order = random.Random(0)
+    turns = [name for _ in range(rounds) for name in order.sample(list(calls), len(calls))]
+    events = _events([calls[name] for name in turns])
+    found = at_work([(start, end) for _, start, end in events], PAUSE / 2 * 1e9)
+    if len(found) != len(turns):
         return {}
-    return {
-        name: Spread.of([seconds / 1e9 for seconds in found[i :: len(calls)]])
-        for i, name in enumerate(calls)
-    }
+    seconds = {name: [] for name in calls}
+    for name, ns in zip(turns, found, strict=True):
+        seconds[name].append(ns / 1e9)
+    return {name: Spread.of(values) for name, values in seconds.items()}
 
 
 def kernels(call: Callable[[], Any], rounds: int = 5) -> dict[str, tuple[float, float]]:
@@ -41,21 +45,21 @@ def kernels(call: Callable[[], Any], rounds: int = 5) -> dict[str, tuple[float, 
       Of each name how often in a call, and how many seconds all of them take together.
     """
     found: dict[str, tuple[float, float]] = {}
-    for name, start, end in sorted(_events([call], rounds), key=lambda event: event[1]):
+    for name, start, end in sorted(_events([call] * rounds), key=lambda event: event[1]):
         times, seconds = found.get(name, (0.0, 0.0))
         found[name] = times + 1 / rounds, seconds + (end - start) / 1e9 / rounds
     return found
 
 
-def _events(calls: Iterable[Callable[[], Any]], rounds: int) -> list[tuple[str, float, float]]:
-    """Name, start and end in ns of what a GPU runs in calls that take turns."""
+def _events(calls: Iterable[Callable[[], Any]]) -> list[tuple[str, float, float]]:
+    """Name, start and end in ns of what a GPU runs in calls, one after the other."""
     if jax.default_backend() != "gpu":
         return []
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = options.host_tracer_level = 0
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder, profiler_options=options):
-            for call in (*calls,) * rounds:
+            for call in calls:
                 jax.block_until_ready(call())
                 time.sleep(PAUSE)
         return [

@@ -87,8 +87,6 @@ def configure(
         limit = Config(64, 64, 32, 1, 3)
     elif itemsize == 4 and tma and hopper and pointers and short and not saved:
         limit = Config(32, 32, 128, 4, 3)  # more programs, and fewer rounds that wait for memory
-    elif itemsize == 4 and tma and hopper and pointers and not saved and kernel != KERNEL_GRAD:
-        limit = Config(128, 128, 32, 4, 3)
     elif itemsize == 4 and tma and hopper and kernel != KERNEL_GRAD:
         limit = Config(128, 256, 32, 8, 4)
     elif itemsize == 4:

@@ -20,8 +20,8 @@ be fetched by TMA in one piece, would save nothing. In the kernel gradient the p
 work at one time walk along some 5 pieces of time, and the same reckoning gives 5 times D steps,
 11 MB. It ends at D = 6000 or so for K = 3 and C = 512; from there on x comes from memory up to K
 times, which a layer of that many channels can still hide behind its matmul. On an H200 D = 1 to 512
-take the same time within 2 % (benchmarks/results/nvidia-h200/goals.jsonl), N = 8, T = 4096; D =
-1024 a tenth less, for the padding that is left out.
+take the same time within 3 % (benchmarks/results/nvidia-h200/goals.jsonl), N = 8, T = 4096; D =
+1024 a tenth less forward and in the input gradient, for the padding that is left out.
 
 That is for many channels. With few, what the programs fetch from the L2 is several times what
 memory moves; `triton_resident` has programs that fetch less.

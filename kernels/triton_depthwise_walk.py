@@ -184,16 +184,15 @@ def _gradient(xs, g, taps, b, here, U, K: tl.constexpr, ACTIVATION: tl.constexpr
 def conv_walk_backward(
     x, w, bias, gy, T, U, N, D, LOW, SERIES, GROUPS, FIRST, PIECES, TILES, dx, sums,
     C: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
-    INPUT: tl.constexpr, KERNEL: tl.constexpr, WHOLE: tl.constexpr, CROPPED: tl.constexpr,
-    AHEAD: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    INPUT: tl.constexpr, KERNEL: tl.constexpr, WHOLE: tl.constexpr, AHEAD: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """dx of TILES times BR pieces and BC channels, and what they add to dw and db.
 
     A piece is ``GROUPS * AHEAD`` steps. The gradients of the K-1 before reach into it, and are
     computed once more. Positions count from FIRST, which is the first of u, or of t + LOW
     where dx begins earlier. With WHOLE a piece is a whole series: nothing reaches into it, and
-    after its last output come K-1 steps of dx alone. CROPPED: there are steps of x that no output
-    has.
+    after its last output come K-1 steps of dx alone.
     """
     TILES_C: tl.constexpr = (C + BC - 1) // BC
     ROWS: tl.constexpr = K + 1 if HAS_BIAS else K
@@ -267,12 +266,10 @@ def conv_walk_backward(
                     tl.store(pd + i * step, d.to(dx.dtype.element_ty), inside)
                     gs = gs[1:]
                 if KERNEL:
+                    met = _among(here, U)[:, None]  # else g is zero, and x may be infinite
                     added = ()
                     for k in tl.static_range(K):
-                        sum = dw[k] + g * xs[k]
-                        if CROPPED:
-                            sum = tl.where(_among(here, U)[:, None], sum, dw[k])
-                        added = added + (sum,)
+                        added = added + (tl.where(met, dw[k] + g * xs[k], dw[k]),)
                     dw = added
                     if HAS_BIAS:
                         db += g
@@ -396,8 +393,8 @@ def backward(
     tiles, tiles_c = N * triton.cdiv(pieces, BR), triton.cdiv(C, BC)
     # Programs for twice as many places as 128 registers a thread leave: a third round of a few
     # would take as long as a full one.
-    places = 16 // warps * PROCESSORS
-    splits = min(tiles, max(1, 2 * places // tiles_c), 512)
+    places = max(1, 16 // warps) * PROCESSORS
+    splits = min(tiles, max(1, 2 * places // tiles_c), 2048 // warps)
     per_split = triton.cdiv(tiles, splits)
     splits = triton.cdiv(tiles, per_split)
     nothing = jax.ShapeDtypeStruct((1,), np.dtype(np.float32))  # a pointer that is not written
@@ -411,7 +408,7 @@ def backward(
         ),
         programs=splits * tiles_c, warps=warps, stages=1,
         C=C, K=K, HAS_BIAS=bias is not None, ACTIVATION=activation, INPUT=want_dx, KERNEL=sums,
-        WHOLE=whole, CROPPED=min(spec.padding) < 0, AHEAD=ahead, BR=BR, BC=BC,
+        WHOLE=whole, AHEAD=ahead, BR=BR, BC=BC,
     )  # fmt: skip
     total = add_in_order(partial, np.float32) if sums else None
     return (

@@ -84,7 +84,7 @@ def _gpu_ragged(problem: Problem) -> bool:
     spec, size = problem.spec, max(problem.lhs_dtype.itemsize, problem.rhs_dtype.itemsize)
     plain = spec.groups == spec.stride == spec.input_dilation == 1
     ragged = any(n * size % 16 for n in (problem.C, problem.O))
-    few = max(problem.C, problem.O) <= GPU_FEW
+    few = all(isinstance(n, int) and n <= GPU_FEW for n in (problem.C, problem.O))
     return plain and ragged and few and spec.kernel_size <= GPU_TAPS
 
 
@@ -131,8 +131,9 @@ def _gpu_forward(problem: Problem) -> str:
     low, high = here.padding
     if low == high or spec.kernel_dilation == 1:
         return "native"
-    little = isinstance(here.out_time, int) and 8 * abs(low - high) <= here.out_time
-    return "symmetric" if little else "barrier"
+    if here.input_dilation > 1 or not isinstance(here.out_time, int):
+        return "barrier"  # which writes the dilated input as well: XLA has none beside a kernel's
+    return "symmetric" if 8 * abs(low - high) <= here.out_time else "barrier"
 
 
 def _gpu_kernel_grad(problem: Problem) -> str:

@@ -138,8 +138,11 @@ def test_machine_code_is_as_promised(chip, name):
         (512, 512, "float32", "gelu_exact"),
         (512, 512, "float32", "silu"),
         (512, 450, "float32", "gelu"),
+        (450, 450, "float32", None),
+        (450, 450, "float32", "gelu_exact"),
         (450, 450, "bfloat16", "gelu_exact"),
         (150, 600, "bfloat16", "gelu"),
+        (25, 30, "float32", "gelu_exact"),
     ],
 )
 def test_addresses_and_an_activation_leave_the_sums_in_registers(C, O, dtype, activation):
@@ -149,7 +152,7 @@ def test_addresses_and_an_activation_leave_the_sums_in_registers(C, O, dtype, ac
     (code,) = codes("h200", layer, *_structs(case))
     assert code.spills == 0, code
     largest = {("float32", "silu"): 256}  # where nothing stands against it
-    assert code.meta["BO"] == largest.get((dtype, activation), 128)
+    assert code.meta["BO"] == (largest.get((dtype, activation), 128) if O > 30 else 32)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -63,7 +63,7 @@ def test_the_derivative_is_computed_where_less_is_moved(C, K, dtype, activation,
         ("conv_dense", (4096, 25, 30), True, 90, (32, 32, 1)),
         ("conv_dense", (4096, 25, 40), True, 90, (128, 32, 4)),
         ("conv_dense", (4096, 40, 25), True, 90, (128, 64, 4)),
-        ("conv_dense", (4096, 450, 450), True, 90, (128, 128, 4)),
+        ("conv_dense", (4096, 450, 450), True, 90, (128, 128, 8)),
         ("conv_dense", (4096, 450, 450), True, 100, (128, 128, 8)),
         ("conv_dense", (4096, 450, 450), False, 90, (128, 128, 8)),  # w alone by pointers
     ],

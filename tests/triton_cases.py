@@ -42,11 +42,13 @@ EXTRA = (
 
 # The heuristic picks programs that stay for more steps than the interpreter has time for, and none
 # with several tiles of taps.
-OWN = {"resident": (64, 64, 64, 4, 3, 1), "taps_tuned": (4, 16, 5, 1)}
+OWN = {
+    "resident": (64, 64, 64, 4, 3, 1), "taps_tuned": (4, 16, 5, 1), "walked_onward": (2, 16, 8, 2),
+}  # fmt: skip
 
 NAMES = (
     *(fused.name for fused in FUSED), "unmet_dense", "unmet_depthwise", "unmet_taps",
-    "padding",
+    "unread", "padding",
     "rounding", "extremes", "far_dense", "far_strided", "far_walked", "far_taps",
     *(case.name for case in EXTRA if case.name != "resident_long"),
     "dense", "wide", "ragged", "grouped", "grouped_narrowing", "depthwise", "depthwise_dilated",

@@ -134,6 +134,11 @@ FUSED = (
     Fused(dataclasses.replace(_WALKED, name="walked_over", T=9, D=64), "tanh"),
     # A piece is a series, after whose last output there is more of dx.
     Fused(dataclasses.replace(_WALKED, name="walked_whole", T=250, D=64), "silu"),
+    # Each program has several tiles, of pieces and of whole series, and of several samples.
+    Fused(dataclasses.replace(_WALKED, name="walked_onward", T=61, batch=(3,)), "silu"),
+    Fused(
+        dataclasses.replace(_WALKED, name="walked_onward_whole", T=250, D=64, **_BFLOAT16), "relu"
+    ),
     Fused(dataclasses.replace(_WALKED, name="walked_pad", padding=[(7, 20)], K=2), "relu"),
     Fused(dataclasses.replace(_WALKED, name="walked_crop", padding=[(-5, -3)]), "silu"),
     Fused(dataclasses.replace(_WALKED, name="walked_alone", K=1, D=2**31 - 1), None),

@@ -30,7 +30,12 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from conv_pallas.kernels import triton_common, triton_compat, triton_dense
+from conv_pallas.kernels import (
+    triton_common,
+    triton_compat,
+    triton_dense,
+    triton_depthwise_walk,
+)
 from conv_pallas.spec import ACTIVATIONS, Epilogue, lhs_rhs_out
 from tests.cases import Case
 from tests.reference import VALUES
@@ -239,7 +244,11 @@ def _as_named(name: str):
     """With the tile that a case is about, and few programs that stay: each has several tiles."""
     few = "resident" in name or name == "taps_tuned"
     processors = 2 if few else triton_compat.processors()
-    with own_tile(name), mock.patch.object(triton_compat, "processors", lambda: processors):
+    walked = 1 if "onward" in name else triton_depthwise_walk.PROCESSORS
+    with (
+        own_tile(name), mock.patch.object(triton_compat, "processors", lambda: processors),
+        mock.patch.object(triton_depthwise_walk, "PROCESSORS", walked),
+    ):  # fmt: skip
         yield
 
 
@@ -347,6 +356,44 @@ def run_unmet(name: str, capability: int) -> None:
     problem = case.problem("conv1d_kernel_grad", "cuda")
     dw = dispatch.select(problem, ("triton",)).run(problem, x, g)
     assert np.isfinite(np.asarray(dw, float)).all()
+
+
+UNREAD = (  # time, taps, dilation and padding: steps that no output reads, cropped or in between
+    (10, 2, 9, (0, 0)), (40, 4, 12, (0, 0)), (20, 3, 30, (45, 0)), (41, 4, 3, (-5, -3)),
+)  # fmt: skip
+
+
+def run_unread(capability: int) -> None:
+    """As `run_unmet`, of all gradients of a walk at once, which computes dx beyond the outputs."""
+    from conv_pallas import dispatch
+
+    triton_compat.compute_capability = lambda: capability
+
+    def gradients(case, activation, x, w, g):
+        epilogue = Epilogue(True, activation)
+        problem = dataclasses.replace(case.problem("conv1d", "cuda"), epilogue=epilogue)
+        backward = dispatch.select(problem, ("triton",)).backward
+        return backward(problem, x, w, np.zeros(16, x.dtype), None, g, (True, True, True))
+
+    for T, K, D, padding in UNREAD:
+        case = Case("unread", T=T, C=16, O=16, G=16, K=K, D=D, padding=[padding])
+        x, w, g = case.arrays()
+        first = np.arange(g.shape[1])[:, None] - padding[0]
+        unread = np.setdiff1d(np.arange(T), first + D * np.arange(K))
+        assert unread.size
+        x[:, unread] = np.nan
+        for activation in ("silu", None):
+            for found in gradients(case, activation, x, w, g):
+                assert np.isfinite(found).all(), (case, activation)
+    for padding in ("CAUSAL", "SAME"):
+        case = Case("unread", T=37, C=16, O=16, G=16, K=3, D=4, padding=padding)
+        x, w, g = case.arrays()
+        x[:, -1] = np.inf
+        expected = REFERENCES["conv1d_kernel_grad"](x, g, case.spec)
+        assert np.isfinite(expected[0]).all() and not np.isfinite(expected[2]).any()
+        dx, dw, db = gradients(case, None, x, w, g)
+        np.testing.assert_array_equal(np.isfinite(dw), np.isfinite(expected))
+        assert np.isfinite(dx).all() and np.isfinite(db).all()
 
 
 def run_padding(K: int, D: int, capability: int) -> None:
@@ -494,6 +541,8 @@ def main(names: list[str]) -> int:
                 for K, D in ((3, 128), (17, 8))
                 for c in (80, 90)
             }
+        elif name == "unread":
+            runs = {name: functools.partial(run_unread, 90)}
         elif name.startswith("unmet_"):
             runs = {name: functools.partial(run_unmet, name, 90)}
         else:
