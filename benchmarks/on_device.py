@@ -283,7 +283,7 @@ def _run_processes(
             "--seconds", str(end - time.monotonic()), "--from", str(first),
             "--shard", str(shard), "--shards", str(processes), *(["--dry-run"] if dry else []),
         ]  # fmt: skip
-        return subprocess.Popen(command, env=_environment(out), process_group=0)
+        return subprocess.Popen(command, env=_environment(out, dry), process_group=0)
 
     running = {shard: (start(shard, first), first) for shard in range(processes)}
     codes = []
@@ -316,18 +316,19 @@ def _run_processes(
     return codes
 
 
-def _environment(out: Path) -> dict[str, str]:
+def _environment(out: Path, dry: bool) -> dict[str, str]:
     found = os.environ | {
         # Several processes share the device, and nobody's must find its memory taken.
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         # What is tuned lies among the results, where each step finds it, and whoever gets those.
         "CONV_PALLAS_TUNED": str(out.resolve()),
     }
-    # XLA tries its algorithms for minutes as it compiles the baselines; the next run finds what
-    # this one did, on another machine too where the folder is one that travels.
-    cache = Path(tempfile.gettempdir()) / f"conv_pallas_{os.getuid()}_xla"
-    found.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
-    found.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    if not dry:
+        # XLA tries its algorithms for minutes as it compiles the baselines; the next run finds what
+        # this one did, on another machine too where the folder is one that travels.
+        cache = Path(tempfile.gettempdir()) / f"conv_pallas_{os.getuid()}_xla"
+        found.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+        found.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     triton = importlib.util.find_spec("triton")
     if triton is not None:
         # JAX looks for a ptxas to assemble Triton's code with. Any toolkit's goes first.

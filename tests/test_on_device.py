@@ -202,8 +202,17 @@ def test_tritons_assembler_is_found_where_there_is_no_toolkit(monkeypatch):
     triton = types.SimpleNamespace(origin="/site/triton/__init__.py")
     monkeypatch.setattr(on_device.importlib.util, "find_spec", lambda name: triton)
     monkeypatch.setenv("PATH", "/usr/bin")
-    path = on_device._environment(Path())["PATH"]
+    path = on_device._environment(Path(), False)["PATH"]
     assert path == "/usr/bin:/site/triton/backends/nvidia/bin"
+
+
+def test_what_xla_compiled_is_kept_for_the_next_run_on_a_device(monkeypatch):
+    name = "JAX_COMPILATION_CACHE_DIR"
+    monkeypatch.delenv(name, raising=False)
+    assert name not in on_device._environment(Path(), True)
+    assert Path(on_device._environment(Path(), False)[name]).is_absolute()
+    monkeypatch.setenv(name, "/travels")
+    assert on_device._environment(Path(), False)[name] == "/travels"
 
 
 def test_after_a_crash_another_process_goes_on(tmp_path, monkeypatch):

@@ -221,7 +221,7 @@ def test_every_layer_has_its_share_of_the_step(h200, tmp_path, monkeypatch):
 def test_what_is_tuned_lies_among_the_results(tmp_path, monkeypatch):
     """For the steps after that, and to come back with them."""
     monkeypatch.chdir(tmp_path)
-    for name, value in on_device._environment(Path("results")).items():
+    for name, value in on_device._environment(Path("results"), False).items():
         monkeypatch.setenv(name, value)
     assert triton_tuned.file_of("NVIDIA H200").parent == tmp_path / "results"
 
