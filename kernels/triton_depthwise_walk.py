@@ -79,7 +79,7 @@ def _kernel_taps(w, c, C: tl.constexpr, K: tl.constexpr, REVERSE: tl.constexpr):
 
 @triton.jit
 def _steps_ahead(x, start, t, T, real, D, step, COUNT: tl.constexpr):
-    """COUNT tiles, the steps t, t + D, ... of the rows that are `real`; zeros outside."""
+    """COUNT tiles, the steps t, t + D, ... of what is `real`; zeros outside."""
     tiles = ()
     for i in tl.static_range(COUNT):
         inside = real & _among(t + i * D, T)[:, None]
