@@ -22,10 +22,11 @@ from conv_pallas.kernels import xla
 from conv_pallas.spec import OPERATIONS
 
 # By what each kind of layer might best be computed; the first is stock's.
+_DENSE = ("native", "barrier", "symmetric", "fold", "matmuls", "im2col")
 GPU_FORMULATIONS = {
     "dense": {
-        "conv1d": ("native", "barrier", "fold", "matmuls", "im2col"),
-        "conv1d_input_grad": ("transposed", "native", "barrier", "fold", "matmuls", "im2col"),
+        "conv1d": _DENSE,
+        "conv1d_input_grad": ("transposed", *_DENSE),
         "conv1d_kernel_grad": ("native", "fold", "matmuls", "im2col"),
     },
     "depthwise": {
@@ -232,7 +233,7 @@ def pytorch(log: Log, dry: bool) -> None:
         for call in calls.values():
             jax.block_until_ready(call())  # cuDNN tries its algorithms
         times = _measure.interleaved(calls, device_turns.settings(dry))
-        spreads = {name: _measure.Spread.of([s / runs for s in t]) for name, t in times.items()}
+        spreads = {name: _measure.Spread.of(t).over(runs) for name, t in times.items()}
         log.write(
             layer=layer.name, which=which, ours=spreads["ours"].median,
             speedup=spreads[baselines.TORCH].median / spreads["ours"].median,

@@ -180,7 +180,7 @@ def _take_turns(
         how = settings(dry)
         how = how if limit is None else dataclasses.replace(how, limit=limit)
         for name, times in _measure.interleaved(calls, how).items():
-            found.seconds[name] = _measure.Spread.of([s / runs for s in times])
+            found.seconds[name] = _measure.Spread.of(times).over(runs)
         if limit is None:
             most = max(SHORT, CLOSE * min(found.seconds[name].median for name in calls))
             close = {n: call for n, call in calls.items() if found.seconds[n].median <= most}

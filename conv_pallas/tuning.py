@@ -57,14 +57,13 @@ TAPS_TILES = (
     (2, 128, 16, 4), (1, 256, 16, 4), (4, 64, 22, 4), (2, 128, 17, 4), (4, 64, 11, 4),
     (8, 64, 11, 8), (8, 128, 11, 8), (8, 64, 12, 8), (4, 128, 11, 8),
 )  # fmt: skip
-# Three rounds of some twenty tiles tell those that are close, and the rest is theirs: a winner of
+# Three rounds of some thirty tiles tell those that are close, and the rest is theirs: a winner of
 # three samples would be whichever was lucky.
 SETTINGS = dataclasses.replace(_measure.DEVICE, limit=6.0, hopeless=1.1, rounds=(7, 15))
 # The winner against the heuristic's, once more: of many it may have been the luckiest.
 AGAIN = dataclasses.replace(_measure.DEVICE, limit=1.0, rounds=(7, 15))
 # And against XLA.
 LAST = dataclasses.replace(_measure.DEVICE, limit=2.0, rounds=(7, 15))
-SHORT = 4e-4  # seconds of a call of which the host may have more to do than the device
 
 
 def tune(
@@ -253,7 +252,7 @@ def _medians(trial, calls, arguments, settings, report) -> dict[Any, float]:
         name: _measure.Spread.of(times).median
         for name, times in _measure.interleaved(calls, settings).items()
     }
-    if min(medians.values()) < SHORT:
+    if min(medians.values()) < _measure.LONG:  # of such a call the host may do most
         medians |= {name: s.median for name, s in _trace.device_seconds(calls).items()}
     medians = {name: median / len(arguments[0]) for name, median in medians.items()}
     for name, median in medians.items():

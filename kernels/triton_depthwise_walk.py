@@ -25,14 +25,14 @@ takes 197; backward, three halves of a copy, 340 and 414. At D = 1024 a piece is
 16 steps, and each 1024 rows after the one before.
 
 Backward, the K-1 steps that reach into a piece come before the walk, whose loop then has one
-condition for a step, and no halo (373 and 488 us with both); the next piece's first steps are
-fetched before the last ones of this one are done. It takes 32 instructions an element in sm_90
-machine code, of which SiLU's derivative is half, and an H200 has time for 47 while it moves the 6
-bytes; were gz computed anew for each tap that needs it, as a kernel that tiles time has to, there
-were some 100. So the walk is what makes backward a matter of bytes alone. 4 steps of x and gy at a
-time leave registers for 16 warps on a processor; 8 at a time, or a loop of two such groups, whose
-registers need not be moved, save 3 to 5 % of the instructions and are mostly slower for want of
-warps, by up to 15 % (walks.jsonl).
+condition for a step, and no halo (377 and 495 us with both, walks.jsonl); the next piece's first
+steps are fetched before the last ones of this one are done. It takes 32 instructions an element in
+sm_90 machine code, of which SiLU's derivative is half, and an H200 has time for 47 while it moves
+the 6 bytes; were gz computed anew for each tap that needs it, as a kernel that tiles time has to,
+there were some 100. So the walk is what makes backward a matter of bytes alone. 4 steps of x and gy
+at a time leave registers for 16 warps on a processor; 8 at a time, or a loop of two such groups,
+whose registers need not be moved, save 3 to 5 % of the instructions and are mostly slower for want
+of warps, by up to 15 % (walks.jsonl).
 
 By estimate: a piece of R steps reads ``R + 2K - 2`` steps of x and ``R + K - 1`` of gy, so that for
 K = 4 and R = 128 the halo is 3 % of the three passes, less what of it the L2 still has.
@@ -386,9 +386,8 @@ def backward(
     if whole:  # the last K-1 steps of dx come after the walk
         last = max(U, T + low - (K - 1) * D) if want_dx else U
         steps = triton.cdiv(last - first, D)
-    ahead = BACKWARD_AHEAD
-    groups, series = triton.cdiv(steps, ahead), min(D, end - first)
-    steps = groups * ahead
+    groups, series = triton.cdiv(steps, BACKWARD_AHEAD), min(D, end - first)
+    steps = groups * BACKWARD_AHEAD
     pieces = series if whole else triton.cdiv(end - first, steps * D) * series
     tiles, tiles_c = N * triton.cdiv(pieces, BR), triton.cdiv(C, BC)
     # Programs for twice as many places as 128 registers a thread leave: a third round of a few
@@ -408,7 +407,7 @@ def backward(
         ),
         programs=splits * tiles_c, warps=warps, stages=1,
         C=C, K=K, HAS_BIAS=bias is not None, ACTIVATION=activation, INPUT=want_dx, KERNEL=sums,
-        WHOLE=whole, AHEAD=ahead, BR=BR, BC=BC,
+        WHOLE=whole, AHEAD=BACKWARD_AHEAD, BR=BR, BC=BC,
     )  # fmt: skip
     total = add_in_order(partial, np.float32) if sums else None
     return (

@@ -79,7 +79,8 @@ def _gpu_ragged(problem: Problem) -> bool:
 
     cuDNN has slow algorithms alone for those. Measured on an H200, of 10, 25 and 150 channels and 5
     to 8 taps: matmuls take 0.5 to 0.9 of its time forward, and a training step 0.4 to 0.5. Of 450
-    channels it is as fast as of others, and matmuls take 1.1 (kernel gradient) to 1.9 of its time.
+    channels it is as fast as of others, and matmuls take 1.1 (kernel gradient) to 1.9 of its time
+    (benchmarks/results/nvidia-h200, layers-first.jsonl and tiles-again.jsonl).
     """
     spec, size = problem.spec, max(problem.lhs_dtype.itemsize, problem.rhs_dtype.itemsize)
     plain = spec.groups == spec.stride == spec.input_dilation == 1

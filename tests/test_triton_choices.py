@@ -11,12 +11,7 @@ import pytest
 pytest.importorskip("jax_triton")
 
 from conv_pallas import _layers
-from conv_pallas.kernels import (
-    triton_config,
-    triton_dense,
-    triton_depthwise,
-    triton_tuned,
-)
+from conv_pallas.kernels import triton_config, triton_dense, triton_depthwise, triton_tuned
 from conv_pallas.kernels import triton_depthwise_walk as walk
 from conv_pallas.kernels.triton_common import Phases, add_in_order, most_programs
 from conv_pallas.kernels.triton_compat import PROCESSORS
