@@ -125,6 +125,7 @@ def test_what_the_device_did_is_told_of_those_that_are_close(tmp_path, monkeypat
     assert traced == [{"ours", "matmuls", "stock"}] and "device_seconds" not in first
     medians = {name: spread["median"] for name, spread in last["device_seconds"].items()}
     assert medians == dict(ours=5e-4, default=5e-4, stock=1.95e-3, matmuls=8e-3)
+    assert {name: spread["median"] for name, spread in last["seconds"].items()} == took
     assert (last["best_baseline"], last["speedup"]) == ("matmuls", 2)
     assert last["device_speedup"] == pytest.approx(3.9)
 

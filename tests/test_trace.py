@@ -91,6 +91,14 @@ def test_each_call_is_told_by_what_the_device_did_in_it(gpu):
     assert found["a"].over(3).median == pytest.approx(1e-6)
 
 
+def test_no_call_always_follows_the_same_one(gpu):
+    order = []
+    calls = {name: lambda name=name: order.append(name) or gpu.call((0, 1000))() for name in "abc"}
+    assert _trace.device_seconds(calls, rounds=9).keys() == set("abc")
+    rounds = [tuple(order[i : i + 3]) for i in range(0, 27, 3)]
+    assert all(sorted(turn) == ["a", "b", "c"] for turn in rounds) and len(set(rounds)) > 2
+
+
 def test_kernels_are_told_in_their_order(gpu):
     call = gpu.call((0, 1000, "pad"), (0, 3000, "conv"), (0, 2000, "pad"))
     gpu.streams += ("Stream #14(MemcpyD2D)",)  # on which the same runs at the same time
