@@ -118,6 +118,8 @@ def configure(
     while bt > 64 and 2 * tiles(bt, bo) <= PROCESSORS:
         bt //= 2
     warps = min(limit.warps, 8 if bt * bo >= 128 * 128 else 4)
+    if saved and tight and not tma and itemsize == 2 and kernel != KERNEL_GRAD:
+        warps = 8  # each thread's share of two tiles that come a number at a time spilled (sm_80)
     # Who stays gains nothing where each has one tile.
     resident = limit.resident if tiles(bt, bo) > limit.resident * PROCESSORS else 0
     config = Config(bt, bo, bc, warps, limit.stages, resident)

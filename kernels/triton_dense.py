@@ -36,6 +36,8 @@ Groups are one more index of the grid. Strides and input dilation run by phases 
 `triton_common.Phases`): each output phase is a convolution without either.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,6 +69,9 @@ from conv_pallas.spec import ConvSpec, Problem
 # Elements of a kernel from which on XLA rounds it to tf32. Rounded as it is fetched by pointers, it
 # goes from shared memory through registers and back; of a small one a program more takes longer.
 ROUNDED_BEFORE = 2**16
+# Of the kernel gradient's smallest tiles of 16 bits, without TMA: else ptxas spills a few (sm_80),
+# so that a processor has room for ten programs and not for nine.
+REGISTERS = 56
 # Of few channels and many steps; two such programs share a processor, so that one multiplies while
 # the other stores: see `triton_resident` for what that brings.
 FEW = Config(rows=128, columns=64, depth=64, warps=8, stages=4, resident=2)
@@ -88,34 +93,70 @@ def _may_stay(spec: ConvSpec, dtype: np.dtype) -> bool:
     return spec.groups == spec.stride == spec.input_dilation == 1 and dtype.itemsize == 2
 
 
-def _config(
-    N: int, spec: ConvSpec, C: int, O: int, dtype: np.dtype, out_dtype, precision: str,
-    tma_x: bool = False, keep: bool = False, transposed: bool = False, saved: bool = False,
-    tight: bool = False, pointers: bool = False,
-):  # fmt: skip
-    """The tiles of `forward`, where x would be fetched by TMA if ``tma_x``.
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """How `forward` works: in which tiles, and which of its arrays the copy engine (TMA) fetches.
+
+    Attributes:
+      w_row, w_col: a group's first row and column of w as the kernel reads it.
+      contract_last: whether w's last axis is the one that is summed over.
+    """
+
+    config: Config
+    tma_x: bool
+    tma_w: bool
+    w_row: int
+    w_col: int
+    contract_last: bool
+
+
+def _plan(
+    x, w, spec: ConvSpec, O: int, *, out_dtype, precision: str, transposed: bool = False,
+    activation: str | None = None, derivative: bool = False, keep: bool = False,
+) -> _Plan:  # fmt: skip
+    """Of arrays, or of structs of their shapes and dtypes.
 
     Args:
-      keep, saved, tight, pointers: see `configure`.
+      derivative: whether x is taken times an activation's.
+      transposed, activation, keep: see `forward`.
     """
+    N, _, C = x.shape
     G, phases = spec.groups, Phases.of(spec)
+    c, o = C // G, O // G
+    dtype = np.dtype(jnp.promote_types(x.dtype, w.dtype))
+    tma = triton_compat.has_tma(triton_compat.compute_capability())
+    tma_x = (
+        tma and phases.row_step == 1 and not derivative and _tileable(x, c if G > 1 else 0)
+    )  # fmt: skip
+    # In a transposed kernel, ``(K, o, G * c)``, it is. Else w is ``(K, c, G * o)``; but for float32
+    # the tensor cores of Hopper take nothing else, and transposing the kernel is cheap.
+    turned = not transposed and tma and dtype.itemsize == 4 and precision != "ieee"
+    w_row, w_col = (o, 0) if turned else (0, c if transposed else o)
+    if turned:
+        w = jax.ShapeDtypeStruct((len(w), G * o, c), w.dtype)
+    tma_w = tma and _tileable(w, w_col if G > 1 else 0)
+    y = jax.ShapeDtypeStruct((N, spec.out_time, O), out_dtype)
+    addresses = not (tma_w and _tileable(y, 0) and (tma_x or derivative))
     # Who stays fetches tiles of padding like any other, where `conv_dense` leaves them out.
     padded = 8 * sum(max(0, p) for p in spec.padding) > spec.out_time
-    stay = tma_x and not padded and _may_stay(spec, dtype)
+    stay = tma_x and x.dtype == w.dtype and not padded and _may_stay(spec, dtype)
     few = (
         stay and FEW.depth // 2 < C <= FEW.depth and FEW.columns // 2 < O <= FEW.columns
         and N * triton.cdiv(spec.out_time, FEW.rows) >= 4 * FEW.resident * PROCESSORS
-        and triton_resident.goes_on(FEW, np.dtype(out_dtype).itemsize)
+        and triton_resident.goes_on(FEW, y.dtype.itemsize)
     )  # fmt: skip
-    return configure(
+    config = configure(
         # What is fastest may differ: they read w in another order.
         "conv_dense_input_grad" if transposed else "conv_dense",
-        triton.cdiv(spec.out_time, phases.phases), O // G, C // G, taps=spec.kernel_size,
-        phases=phases, count=N * G * phases.phases, dtype=dtype, precision=precision,
-        tma=triton_compat.has_tma(triton_compat.compute_capability()),
-        untuned=FEW if few else None, keep=keep, saved=saved, tight=tight, stay=stay,
-        pointers=pointers,
+        triton.cdiv(spec.out_time, phases.phases), o, c, taps=spec.kernel_size,
+        phases=phases, count=N * G * phases.phases, dtype=dtype, precision=precision, tma=tma,
+        untuned=FEW if few else None, keep=keep, saved=derivative,
+        tight=addresses or activation == "gelu_exact", stay=stay, pointers=not tma_x,
     )  # fmt: skip
+    # What a tile holds past a group's end only feeds results that are not stored, but for what
+    # is summed over: there the next group begins, and the engine has no mask.
+    whole = G == 1 or c % config.depth == 0
+    return _Plan(config, tma_x and whole, tma_w and whole, w_row, w_col, turned or transposed)
 
 
 def forward(
@@ -142,25 +183,14 @@ def forward(
     phases = Phases.of(spec)
     J = triton.cdiv(spec.out_time, phases.phases)
     dtype = np.dtype(jnp.promote_types(x.dtype, w.dtype))
-    tma = triton_compat.has_tma(triton_compat.compute_capability())
-    tma_x = (
-        tma and phases.row_step == 1 and grad_of is None and _tileable(x, c if G > 1 else 0)
+    plan = _plan(
+        x, w, spec, O, out_dtype=out_dtype, precision=precision, transposed=transposed,
+        activation=activation, derivative=grad_of is not None, keep=keep,
     )  # fmt: skip
-    w, w_row, w_col, contract_last = _laid_out(
-        w, c, o, transposed, tensor_cores=tma and dtype.itemsize == 4 and precision != "ieee"
-    )
-    tma_w = tma and _tileable(w, w_col if G > 1 else 0)
+    config, tma_x, tma_w, contract_last = plan.config, plan.tma_x, plan.tma_w, plan.contract_last
+    if contract_last and not transposed:
+        w = jnp.swapaxes(w, 1, 2)
     y = jax.ShapeDtypeStruct((N, spec.out_time, O), out_dtype)
-    addresses = not (tma_w and _tileable(y, 0) and (tma_x or grad_of))
-    config = _config(
-        N, spec, C, O, dtype, out_dtype, precision, tma_x and x.dtype == w.dtype, keep, transposed,
-        saved=grad_of is not None, tight=addresses or activation == "gelu_exact",
-        pointers=not tma_x,
-    )  # fmt: skip
-    # What a tile holds past a group's end only feeds results that are not stored, but for what
-    # is summed over: there the next group begins, and the engine has no mask.
-    whole = G == 1 or c % config.depth == 0
-    tma_x, tma_w = tma_x and whole, tma_w and whole
     block = (config.columns, config.depth) if contract_last else (config.depth, config.columns)
     rounded = precision == "tf32"
     round_w = rounded and not tma_w and w.dtype == np.float32
@@ -192,7 +222,7 @@ def forward(
         conv_dense, xt if tma_x else x, wt if tma_w else w, bias, x if saved is None else saved,
         T, J, spec.out_time, spec.kernel_dilation, spec.padding[0], programs=programs,
         G=G, S=spec.stride, E=spec.input_dilation, PHASES=phases.phases,
-        ROW_STEP=phases.row_step, TAP_STEP=phases.tap_step, W_ROW=w_row, W_COL=w_col,
+        ROW_STEP=phases.row_step, TAP_STEP=phases.tap_step, W_ROW=plan.w_row, W_COL=plan.w_col,
         W_ROWS=w.shape[1], W_COLS=w.shape[2], TMA_X=tma_x, TMA_W=tma_w, WIDEN=x.dtype != w.dtype,
         ROUND_X=rounded and not tma_x and x.dtype == np.float32,
         ROUND_W=round_w, GRAD_OF=grad_of, **common,
@@ -202,19 +232,6 @@ def forward(
 def _tile(array: jax.Array, block: tuple[int, int], rounded: bool) -> triton_compat.Tile:
     """Of one sample, or tap."""
     return triton_compat.Tile(array, (1, *block), rounded and array.dtype == np.float32)
-
-
-def _laid_out(w, c: int, o: int, transposed: bool, tensor_cores: bool):
-    """w as the kernel reads it, a group's first row and column, whether its last axis is summed.
-
-    It is in a transposed kernel, ``(K, o, G * c)``. Else w is ``(K, c, G * o)``; but for float32
-    the tensor cores of Hopper take nothing else, and transposing the kernel is cheap.
-    """
-    if transposed:
-        return w, 0, c, True
-    if tensor_cores:
-        return jnp.swapaxes(w, 1, 2), o, 0, True
-    return w, 0, o, False
 
 
 def kernel_grad(
@@ -263,6 +280,7 @@ def kernel_grad(
     # The bias's sum is of the same tiles, and of all their bits.
     gt = _tile(gy, (config.depth, config.columns), rounded and not bias)
     narrow = splits == 1 and not bias
+    smallest = dtype.itemsize == 2 and config.rows * config.columns <= 32 * 32 and saved is None
     stays = (
         config.resident and _may_stay(spec, dtype) and tma_x and tma_g and not tail
         and x.dtype == gy.dtype and c <= config.rows
@@ -292,6 +310,7 @@ def kernel_grad(
         WIDEN=x.dtype != gy.dtype, ROUND_X=rounded and not tma_x and x.dtype == np.float32,
         ROUND_G=rounded and (bias or not tma_g) and gy.dtype == np.float32, BIAS=bias,
         GRAD_OF=activation, BU=config.depth, BC=config.rows, BO=config.columns,
+        registers=REGISTERS if smallest and not tma else None,
     )  # fmt: skip
     return _added(partial, (K, c, O), out_dtype, bias)
 
@@ -327,15 +346,16 @@ def fused(problem: Problem, x: jax.Array, w: jax.Array, bias: jax.Array | None):
 
 def keeps(problem: Problem) -> bool:
     """Not in the largest tiles: with two results of those, registers spill (sm_90a and sm_100a)."""
-    dtype = np.dtype(jnp.promote_types(problem.lhs_dtype, problem.rhs_dtype))
-    G = problem.spec.groups
-    # Half as large where addresses take registers as well.
-    addresses = any(n // G * dtype.itemsize % 16 for n in (problem.C, problem.O))
-    config = _config(
-        problem.N, problem.spec, problem.C, problem.O, dtype, problem.out_dtype,
-        _precision(problem), keep=True, tight=addresses,
+    N, O, spec = problem.N, problem.O, problem.spec
+    x = jax.ShapeDtypeStruct((N, spec.time, problem.C), problem.lhs_dtype)
+    w = jax.ShapeDtypeStruct((spec.kernel_size, problem.C // spec.groups, O), problem.rhs_dtype)
+    plan = _plan(
+        x, w, spec, O, out_dtype=problem.out_dtype, precision=_precision(problem), keep=True,
+        activation=problem.epilogue.activation,
     )  # fmt: skip
-    return config.rows * config.columns < (LARGEST // 2 if addresses else LARGEST)
+    # Half as large where addresses take registers as well.
+    addresses = not (_tileable(x, problem.C // spec.groups) and _tileable(w, O // spec.groups))
+    return plan.config.rows * plan.config.columns < (LARGEST // 2 if addresses else LARGEST)
 
 
 def derivative_in_kernels(problem: Problem, wanted: tuple[bool, bool, bool]) -> bool:

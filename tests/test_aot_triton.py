@@ -155,6 +155,24 @@ def test_addresses_and_an_activation_leave_the_sums_in_registers(C, O, dtype, ac
     assert code.meta["BO"] == (largest.get((dtype, activation), 128) if O > 30 else 32)
 
 
+@pytest.mark.parametrize("C, activation", [(32, None), (30, "silu")])
+def test_small_tiles_spill_nothing_for_one_more_program(C, activation):
+    """As ptxas would where copies are no engine's; of 30 channels beside a derivative as well."""
+    case = _case("few", C, batch=(32,), T=400)
+    made = codes("a100", functools.partial(_layer, case, activation), *_structs(case))
+    assert [code.name for code in made] == ["conv_dense"] * 2 + ["conv_dense_kernel_grad"]
+    kwargs = dict(case.kwargs, activation=activation, implementation="triton")
+
+    def input_grad(x, w, bias):
+        y, vjp = jax.vjp(lambda x: conv1d(x, w, bias, **kwargs), x)
+        return vjp(y)
+
+    (*_, alone) = codes("a100", input_grad, *_structs(case))
+    assert (alone.meta["warps"], alone.meta["BO"]) == (8 if activation else 4, 32)
+    for code in (*made, alone):
+        assert code.spills == 0, code
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_processor_has_two_programs_where_they_compute_a_derivative(dtype):
     """One of four warps would have nobody who multiplies while it waits, or stores."""
