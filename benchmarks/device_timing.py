@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -105,9 +105,7 @@ def _compared(log: Log, dry: bool, plan: list[tuple[Layer, str, tuple[str, ...]]
                     )
                 _write(log, timed, layer=layer.name, operation=operation, **extra)
     finally:
-        lines = lines_of(log.path)
-        reached = {(r["layer"], r["operation"]): r for r in lines if "tflops" in r}
-        for verdict in verdicts(reached):
+        for verdict in verdicts(lines_of(log.path)):
             log.write(**verdict)
 
 
@@ -124,26 +122,28 @@ def _off(layer: Layer, operation: str, dry: bool) -> float:
     return float(_measure.difference_there(plain, ours))
 
 
-def verdicts(results: dict[tuple[str, str], dict[str, float]]) -> list[dict]:
+def verdicts(lines: Iterable[dict]) -> list[dict]:
     """Each goal, what was reached, and whether that is enough; None where it was not measured.
 
     Args:
-      results: for a layer's name and an operation, ``tflops``, and ``of_copy``: the rate at
-        which it moves what it must, over that of a copy of x, which took turns with it.
+      lines: of `goals`. For a layer's name and an operation they have ``tflops``, and ``of_copy``:
+        the rate at which it moves what it must, over that of a copy of x, which took turns with it.
     """
+    results = {(r["layer"], r["operation"]): r for r in lines if "tflops" in r or "of_copy" in r}
 
     def worst(what, layers, operations):
         found = [r[what] for (la, op), r in results.items() if la in layers and op in operations]
         return min(found) if len(found) == len(layers) * len(operations) else None
 
     dense, depthwise = [f"dense-512/D{D}" for D in (1, 4, 64, 512, 1024)], ["depthwise/D1"]
-    forward = [results[la, "forward"]["tflops"] for la in dense if (la, "forward") in results]
+    gradients = ("input_grad", "kernel_grad")
     # Tiles of padding are left out, so that a large dilation may take less time than none: what
     # dilation costs, the second of these says.
-    whole = len(forward) == len(dense)
-    spread = max(forward) / min(forward) if whole else None
-    cost = forward[0] / min(forward) if whole else None
-    gradients = ("input_grad", "kernel_grad")
+    spread = cost = None
+    if worst("tflops", dense, ("forward", *gradients)) is not None:
+        rates = [[results[la, op]["tflops"] for la in dense] for op in ("forward", *gradients)]
+        spread = max(max(of_one) / min(of_one) for of_one in rates)
+        cost = max(of_one[0] / min(of_one) for of_one in rates)
     lines = (
         ("dense, forward, TFLOP/s", worst("tflops", dense, ("forward",)), 600),
         ("dense, gradients, TFLOP/s", worst("tflops", dense, gradients), 500),
