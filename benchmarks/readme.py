@@ -69,27 +69,21 @@ def figures(result: dict[str, Any]) -> str:
 
 
 def gpu_figures(folder: Path) -> str:
-    """Markdown tables: the goals, and of each pass what ours takes on a GPU and what others do."""
+    """Markdown tables: the goals, then published layers and the goals' own beside all baselines."""
     goals, against, torch, sweep = (
         lines_of(folder / f"{name}.jsonl") for name in ("goals", "against", "pytorch", "layers")
     )
     device = next(line["device"] for line in goals if "device" in line)
-    rows = [
-        _gpu_row(f"{line['layer']}, bfloat16", line.get("operation", line.get("which")), line)
-        for line in (*against, *torch)
-        if "layer" in line
-    ]
-    rows += [
-        _gpu_row(line["layer"], line["which"], line, DEFAULT) for line in sweep if "which" in line
-    ]
+    passes = {(line["layer"], line["which"]): line for line in sweep if "which" in line}
+    beside = {(line["layer"], line["operation"]): line for line in against if "operation" in line}
+    beside |= {(line["layer"], f"torch {line['which']}"): line for line in torch if "which" in line}
     source = folder.relative_to(ROOT)
-    means = _means([line for line in sweep if "which" in line])
     return "\n".join(
         [
             f"On an {device}, of the layers that the kernels were made for (`dense-512`: N=8, "
             "T=4096, C=O=512, K=3; `dense-64`: T=65536, C=O=64; `depthwise`: N=1, T=16384, C=12288,"
             " K=4 and SiLU; all of them in bfloat16). A copy is one of x, by the driver, in turns "
-            "with ours.",
+            f"with ours. From [{source}]({source}), which says what was measured when.",
             "",
             "| of the slowest | goal | reached |",
             "|---|---|---|",
@@ -100,19 +94,29 @@ def gpu_figures(folder: Path) -> str:
                 if line.get("layer") == "depthwise/D1024" and "of_copy" in line
             ),
             "",
-            f"There as well: microseconds of ours, of stock `nnx.Conv`, and of the fastest of all "
-            "baselines, which took turns; PyTorch's is cuDNN's convolution. Of those layers ours "
-            "is the Triton kernels, of the published ones below them what runs by default. The "
-            "last column compares how long the GPU was at work: of what takes less than some 50 us "
-            "the host's part in it is the longer one. Of a baseline that takes more than four "
-            "times as long there is no such time, and the mean has the clock's. Those of the first "
-            "layers that are not "
-            f"compared with PyTorch are of earlier kernels. {means} From [{source}]({source}), "
-            "which says what was measured when.",
+            "How many times faster ours is than the fastest baseline, and than PyTorch, whose "
+            "convolution is cuDNN's. What is not compared with PyTorch is of earlier kernels; "
+            "blank is what was not measured.",
             "",
-            "| layer | pass | ours, us | stock | fastest baseline | ours is faster | on the GPU |",
+            "| layer | forward | input gradient | kernel gradient | training step "
+            "| PyTorch: forward | training step |",
             "|---|---|---|---|---|---|---|",
-            *filter(None, rows),
+            *(
+                _beside_row(layer, beside)
+                for layer in sorted({name for name, _ in beside}, key=_by_D)
+            ),
+            "",
+            "Of published layers what runs by default, in microseconds, and how many times faster "
+            "that is than stock `nnx.Conv` and than the fastest of all baselines, which took turns "
+            "with it; and than the fastest by how long the GPU was at work, for of what takes "
+            "less than some 50 us the host's part is the longer one. There is no such time of a "
+            "baseline that takes more than four times as long, and the means have the clock's. "
+            f"{_means(list(passes.values()))}",
+            "",
+            "| layer | forward, us | stock | fastest | on the GPU "
+            "| step, us | stock | fastest | on the GPU |",
+            "|---|---|---|---|---|---|---|---|---|",
+            *(_gpu_row(layer, passes) for layer in dict.fromkeys(name for name, _ in passes)),
         ]
     )
 
@@ -132,21 +136,36 @@ def _copy_row(line: dict) -> str:
     return f"| {layer}, D={D}, {line['operation']}, of a copy | | {line['of_copy']:.2f} |"
 
 
-def _gpu_row(layer: str, which: str, line: dict, ours: str = "ours") -> str | None:
-    seconds = _medians(line, "seconds")
-    theirs = {name: seconds[name] for name in (*BASELINES, TORCH) if name in seconds}
-    if ours not in seconds or not theirs:
-        return None
-    best = min(theirs, key=theirs.get)
-    us = lambda s: f"{1e6 * s:,.{1 if s < 1e-4 else 0}f}"  # noqa: E731
-    stock = us(seconds[STOCK]) if STOCK in seconds else ""
-    fastest = f"{us(theirs[best])} ({best})"
-    at_work = _ratio(line, "device_seconds", ours)
-    cells = (
-        layer, which.replace("_", " "), us(seconds[ours]), stock, fastest,
-        _digits(theirs[best] / seconds[ours]), _digits(at_work) if at_work else "",
-    )  # fmt: skip
-    return f"| {' | '.join(cells)} |"
+def _beside_row(layer: str, lines: dict[tuple[str, str], dict]) -> str:
+    """Of a layer that has a goal: what is compared, operation by operation."""
+    columns = ("forward", "input_grad", "kernel_grad", "step", *(f"torch {p}" for p in PASSES))
+    ratios = [_ratio(lines.get((layer, column), {}), "seconds", "ours") for column in columns]
+    return f"| {layer} | {' | '.join(_digits(r) if r else '' for r in ratios)} |"
+
+
+def _by_D(layer: str) -> tuple[str, int]:
+    name, _, D = layer.partition("/D")
+    return name, int(D)
+
+
+def _gpu_row(layer: str, lines: dict[tuple[str, str], dict]) -> str:
+    """Of a published layer: both passes of what runs by default."""
+    return f"| {layer} | {' | '.join(_gpu_cells(lines.get((layer, which))) for which in PASSES)} |"
+
+
+def _gpu_cells(line: dict | None) -> str:
+    """Four cells of one pass of a published layer."""
+    seconds = _medians(line or {}, "seconds")
+    if DEFAULT not in seconds:
+        return " | | | "
+    ours = seconds[DEFAULT]
+    ratios = (
+        seconds[STOCK] / ours if STOCK in seconds else None,
+        _ratio(line, "seconds", DEFAULT),
+        _ratio(line, "device_seconds", DEFAULT),
+    )
+    us = f"{1e6 * ours:,.{1 if ours < 1e-4 else 0}f}"
+    return " | ".join((us, *(_digits(r) if r else "" for r in ratios)))
 
 
 def _medians(line: dict, kind: str) -> dict[str, float]:
