@@ -7,6 +7,7 @@ the programs that ours is compared with.
 import contextlib
 import dataclasses
 import functools
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -56,7 +57,8 @@ class Timed:
       seconds: of each that can run.
       device_seconds: the part of those in which the device is at work, of those that are close.
       errors: why the others can't.
-      same_as: for one that lowers to what another before it does, that one; it has its seconds.
+      same_as: for one that is the program of another before it, that one; it has its seconds.
+        What XLA's autotuner chose for it is luck, as that measures algorithms which are close.
       off: how far ours is off from XLA's, where both are there.
     """
 
@@ -126,7 +128,7 @@ def timed(
             found.errors |= dict.fromkeys(lowered, "no time")
         else:
             calls |= _those_that_last(found, programs, lowered, arguments, pool)
-    _take_turns(found, calls, runs, dry)
+    _take_turns(found, _that_differ(found, calls), runs, dry)
     yield found
 
 
@@ -163,6 +165,26 @@ def _those_that_last(
         with found.tried(name):
             calls[name] = _ran(functools.partial(program.result(), *arguments))
     return calls
+
+
+def _that_differ(found: Timed, calls: dict[str, functools.partial]) -> dict[str, Callable]:
+    """Those of which no other before them is the same program, and who has whose time."""
+    differ, texts = {}, {}
+    for name, call in calls.items():
+        other = texts.setdefault(before_autotuning(call.func.as_text()), name)
+        if other == name:
+            differ[name] = call
+        else:
+            found.same_as[name] = other
+    return differ
+
+
+def before_autotuning(text: str) -> str:
+    """Compiled HLO without names, and without the algorithms that cuDNN and cuBLAS are told."""
+    text = re.sub(
+        r'"(algorithm|selected_algorithm)":(\{[^{}]*(\{[^{}]*\}[^{}]*)*\}|"[^"]*")', "", text
+    )
+    return _measure.anonymous(re.sub(r"\bu8\[\d+\]", "u8[]", text))  # what those work in
 
 
 def _ran(call: Callable) -> Callable:

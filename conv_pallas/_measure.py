@@ -260,9 +260,10 @@ def prepare(layer: Layer, which: str, module: nnx.Conv, x: jax.Array, g: jax.Arr
 
 
 def anonymous(text: str) -> str:
-    """Compiled HLO without its names, which tell where in the source an operation is from."""
+    """Compiled HLO without names, and what else tells where in the source an operation is from."""
     text = re.sub(r"\nFileNames\n.*?\n\n\n", "\n", text, count=1, flags=re.DOTALL)
     text = re.sub(r", metadata=\{[^}]*\}", "", text)
+    text = re.sub(r'fingerprint_\w+="\w+"', "", text)  # for GPUs: of what it was before
     text = re.sub(r"[\w.-]+: (?=\(|\w+\[)", "", text)  # the parameters in a computation's head
     numbers: dict[str, str] = {}
     return re.sub(r"%[\w.-]+", lambda m: numbers.setdefault(m[0], f"%{len(numbers)}"), text)

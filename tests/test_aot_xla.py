@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conv_pallas import aot, conv1d
+from benchmarks import device_layers, device_turns
+from conv_pallas import aot, conv1d, inspection
 from conv_pallas.kernels import xla, xla_native
 from conv_pallas.spec import OPERATIONS, ConvSpec, Problem
 
@@ -195,3 +196,15 @@ def test_missing_wheel(monkeypatch):
 
 def raise_(error):
     raise error
+
+
+def test_h200_layer_that_is_padded_by_much_compiles_to_the_baseline():
+    """Where a run on the device tells them apart, XLA's autotuner has chosen twice."""
+    (layer,) = (layer for layer in device_layers.sweep(False) if layer.name == "tcn-ptb-words/D8")
+    ours, barrier = (
+        aot.compile_for("h200", device_layers.operation("forward", f), *inspection.structs(layer))
+        for f in (device_layers.forward(name, layer, False) for name in ("xla", "barrier"))
+    )
+    told = device_turns.before_autotuning(ours.as_text())
+    assert told == device_turns.before_autotuning(barrier.as_text())
+    assert "__cudnn$convBiasActivationForward" in told

@@ -107,6 +107,29 @@ def test_one_program_is_compiled_and_timed_once(tmp_path, monkeypatch):
     assert timed.seconds.keys() == programs.keys() and not timed.errors
 
 
+def test_what_the_autotuner_chose_makes_no_other_program(tmp_path):
+    """As an H200 told of one layer, whose two equal programs took 21 and 25 us."""
+    conv = """ENTRY %main.{n} (x.{n}: f32[16,80,600]) -> f32[16,80,600] {{
+  %conv.{n} = (f32[16,80,600]{{2,1,0}}, u8[{room}]{{0}}) custom-call(%x.{n}), \
+custom_call_target="__cudnn$convForward", backend_config={{"cudnn_conv_backend_config":\
+{{"activation_mode":"{mode}","algorithm":{{"algo_id":"{algorithm}","tuning_knobs":\
+{{"14":"{n}"}},"workspace_size":{{"value":"{room}"}}}},"leakyrelu_alpha":0}}}}
+}}"""
+    told = lambda **how: device_turns.before_autotuning(conv.format(**how))  # noqa: E731
+    first = told(n=1, room=0, algorithm=31, mode="kRelu")
+    assert "kRelu" in first and "algo_id" not in first
+    assert told(n=2, room=2048, algorithm=7, mode="kRelu") == first
+    assert told(n=2, room=2048, algorithm=7, mode="kNone") != first
+    # One lowers to what the other does not, and both are compiled to a doubling.
+    doubled = lambda: lambda x, w, b, g: x * 2  # noqa: E731
+    more = lambda: lambda x, w, b, g: x.T.T * 2  # noqa: E731
+    programs = {"ours": doubled, "stock": more}
+    log, layer = Log(tmp_path, "against", 60), device_layers.goals(True)[0]
+    *_, timed = device_turns.timed(log, programs, layer, True)
+    assert timed.told()["same_as"] == {"stock": "ours"}
+    assert timed.seconds["stock"] == timed.seconds["ours"]
+
+
 def test_what_the_device_did_is_told_of_those_that_are_close(tmp_path, monkeypatch):
     layer, traced = device_layers.goals(True)[0], []
     took = {"ours": 1e-3, "default": 1e-3, "stock": 3.9e-3, "barrier": 4.1e-3, "matmuls": 2e-3}
