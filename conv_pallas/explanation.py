@@ -95,6 +95,7 @@ class ModelExplanation:
         for words, told in self.convolutions.items():
             lines.append(f"{self.times[words]} of {words}")
             lines += [f"  {operation:<18} {told.how(operation)}" for operation in told.chosen]
+            lines += [f"  {told.note}"] if told.note else []
             if told.epilogue:
                 lines.append(f"  {told.epilogue}")
         if self.left_to_lax:
@@ -213,6 +214,8 @@ def _explain_problem(
 ) -> Explanation:
     """Of one convolution, of which ``ask(operation)`` is the problem."""
     chosen, answers = {}, {}
+    if (problem := ask("conv1d")).empty:
+        return Explanation(problem.platform, {}, {}, note="nothing to compute")
     for operation in OPERATIONS:
         problem = ask(operation)
         try:

@@ -35,7 +35,7 @@ from jax.sharding import PartitionSpec as P
 
 from conv_pallas import dispatch, fused_sharding, halo, lowering, primitives, sharding, taps
 from conv_pallas.activations import FUNCTIONS, activate
-from conv_pallas.spec import ConvSpec, Epilogue, Problem, problem_of
+from conv_pallas.spec import ConvSpec, Epilogue, problem_of
 
 
 def times_derivative(d: jax.Array, saved: jax.Array | None, activation: str | None) -> jax.Array:
@@ -164,11 +164,6 @@ def _rows(a):
     return a.reshape(math.prod(a.shape[:-2]), *a.shape[-2:])
 
 
-def _empty(problem: Problem) -> bool:
-    shapes = (*problem.x_shape, *problem.w_shape, *problem.y_shape)
-    return 0 in shapes or problem.spec.live_taps == range(0)
-
-
 def _forward_local(x, w, bias=None, *, on, spec, time=halo.UNSPLIT, psum=(), **params):
     """A device's share where time is split as ``time`` says.
 
@@ -192,7 +187,7 @@ def _forward_alone(x, w, bias, on, *, activation, has_bias, keep, **conv):
         return _forward(x, w, bias, activation=activation, has_bias=has_bias, keep=keep, **conv)
 
     problem = problem_of("conv1d", x, w, conv["spec"], conv["precision"], conv["out_dtype"], **on)
-    if _empty(problem):
+    if problem.empty:
         return composed()
     kernel = dispatch.select(problem, conv["implementation"])
     live = taps.some(w, conv["spec"].live_taps)  # as the problem has it
@@ -229,7 +224,7 @@ def _backward_local(
     if whole and own is not None:
         problem = problem_of("conv1d", x, w, own, conv["precision"], conv["out_dtype"], **on)
         epilogue = Epilogue(has_bias, activation)
-        if not _empty(problem):
+        if not problem.empty:
             found = dispatch.backward(problem, epilogue, conv["implementation"], wanted)
     # What a kernel would compute anew of z is wrong where x ends and the sequence does not.
     if found is None or (time.shards > 1 and found[0].recomputes(found[1])):
@@ -329,6 +324,8 @@ def _tangent_transpose(cts, *operands, wanted, **params):
     asked = iter([ad.is_undefined_primal(t) for t in tangents])
     still = tuple(there and next(asked) for there in wanted)
     (ct,) = map(ad.instantiate_zeros, cts)
+    if 0 in ct.shape:
+        return [None] * len(operands)  # zeros; XLA compiles no `jax.shard_map` that reads nothing
     grads = iter(_bind("conv1d_fused_backward", *constants, ct, wanted=still, **params))
     return [next(grads) if ad.is_undefined_primal(a) else None for a in operands]
 

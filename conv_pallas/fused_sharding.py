@@ -86,7 +86,7 @@ def of_y(x, w, bias=None, *, spec: ConvSpec) -> NamedSharding:
     if bias is not None:
         hint = (
             (1,) * (x.ndim - 1) + bias.shape,
-            (None,) * (x.ndim - 1) + tuple(bias.sharding.spec),
+            [*[None] * (x.ndim - 1), *sharding.entries(bias)],
         )
-    placed = axes.place(mesh, *((a.shape, a.sharding.spec) for a in (x, w)), hint)
+    placed = axes.place(mesh, *((a.shape, sharding.entries(a)) for a in (x, w)), hint)
     return NamedSharding(mesh, axes.partition_specs(placed)[2])

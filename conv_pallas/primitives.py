@@ -67,7 +67,7 @@ def _sharding_rule(lhs, rhs, *, operation, spec, kernel_batch, out_sharding, **p
         return out_sharding
     mesh = (rhs if lhs.sharding.mesh.empty else lhs).sharding.mesh
     axes = sharding.Axes.of(operation, spec, lhs.ndim, kernel_batch)
-    operands = [(a.shape, a.sharding.spec) for a in (lhs, rhs)]
+    operands = [(a.shape, sharding.entries(a)) for a in (lhs, rhs)]
     placed = axes.place(mesh, *operands, ((), None))
     return NamedSharding(mesh, axes.partition_specs(placed)[2])
 
@@ -121,7 +121,12 @@ def _run_as_groups(problem: Problem, kernels: int, lhs, rhs, implementation):
     """V convolutions as one with V times the groups."""
     join = lambda a: jnp.moveaxis(a, 0, -2).reshape(*a.shape[1:-1], kernels * a.shape[-1])  # noqa: E731
     wide = problem.in_groups(kernels)
-    out = dispatch.select(wide, implementation).run(wide, join(lhs), join(rhs))
+    try:
+        kernel = dispatch.select(wide, implementation)
+    except NotImplementedError as e:
+        how = f"{kernels} kernels at once, as of jax.vmap, run as {kernels} times the groups"
+        raise NotImplementedError(f"{e}; {how}") from None
+    out = kernel.run(wide, join(lhs), join(rhs))
     return jnp.moveaxis(out.reshape(*out.shape[:-1], kernels, -1), -2, 0)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from conv_pallas import halo
-from conv_pallas.sharding import shard_by_xla
+from conv_pallas.sharding import entries, like, shard_by_xla
 from conv_pallas.spec import ConvSpec, resolve_padding, scalar
 
 # Ages stop here: far beyond any kernel, and far from the end of an int32.
@@ -32,6 +32,7 @@ def hide(x: jax.Array, mask) -> jax.Array:
       ValueError: the mask's shape is not x's without the channels, or it is no bool.
     """
     mask, x = check_mask(mask, x.shape[:-1]), jnp.asarray(x)
+    mask = like(mask, P(*entries(jax.typeof(x))[:-1]))
     return jnp.where(mask[..., None], x, jnp.zeros((), x.dtype))
 
 

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 from jax._src.sharding_impls import parse_flatten_op_sharding
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -269,9 +270,30 @@ def explicit(aval) -> NamedSharding | None:
 
 
 def entries(aval) -> list:
-    """For each dimension of an array of that type, what its `PartitionSpec` says, None included."""
+    """For each dimension of an array of that type, what its `PartitionSpec` says, None included.
+
+    Raises:
+      NotImplementedError: it is a part of a sum over devices, or its cotangent will be.
+    """
     spec = aval.sharding.spec
+    if spec.unreduced or spec.reduced:
+        raise NotImplementedError(
+            f"convolutions take no arrays that are unreduced or reduced, got {aval}: "
+            "jax.sharding.reshard them before"
+        )
     return [*spec, *[None] * (aval.ndim - len(spec))]
+
+
+def like(a: jax.Array, spec: P) -> jax.Array:
+    """``a``, split as ``spec`` says where its mesh has explicit axes."""
+    found = explicit(jax.typeof(a))
+    return a if found is None else jax.sharding.reshard(a, NamedSharding(found.mesh, spec))
+
+
+def join_channels(*arrays: jax.Array) -> jax.Array:
+    """Arrays side by side along the last axis, the others placed as the first one's are."""
+    spec = whole(P(*entries(jax.typeof(arrays[0]))), -1)
+    return jnp.concatenate([like(a, spec) for a in arrays], -1)
 
 
 def shard_by_xla(f: Callable, spec: Callable[[P], P], *arrays: jax.Array) -> jax.Array:

@@ -229,6 +229,12 @@ class Problem:
         return all(isinstance(size, int) for size in sizes)
 
     @property
+    def empty(self) -> bool:
+        """Whether there is nothing to compute: an array has no elements, or no tap sees a step."""
+        shapes = (*self.x_shape, *self.w_shape, *self.y_shape)
+        return 0 in shapes or self.spec.live_taps == range(0)
+
+    @property
     def depthwise(self) -> bool:
         """Whether every input channel is a group of its own."""
         return self.spec.groups == self.C and self.C > 1

@@ -93,7 +93,7 @@ def configure(
         # The kernel gradient's operands go through registers, as tensor cores take float32 only
         # with the sum's axis last: a second program on a processor multiplies meanwhile.
         limit = Config(128, 128, 32, 8, 3)
-    elif tma and hopper and keep and not tight:
+    elif tma and keep and not tight:
         limit = Config(128, 128, 64, 8, 3)
     elif hopper and stay and not saved and not tight:
         # Two on each, as `triton_resident.conv_onward`: while one stores, the other multiplies.
@@ -105,7 +105,8 @@ def configure(
     else:
         limit = Config(128, 128, 32, 8, 3)  # 48 KiB: also where shared memory is scarce
     if tight:
-        limit = dataclasses.replace(limit, columns=min(limit.columns, 128))
+        most = 64 if keep and itemsize == 2 else 128
+        limit = dataclasses.replace(limit, columns=min(limit.columns, most))
     floor = 16
     fit = lambda size, limit: min(limit, max(floor, triton.next_power_of_2(size)))  # noqa: E731
     bt, bo = fit(rows, limit.rows), fit(columns, limit.columns)
@@ -118,6 +119,8 @@ def configure(
     while bt > 64 and 2 * tiles(bt, bo) <= PROCESSORS:
         bt //= 2
     warps = min(limit.warps, 8 if bt * bo >= 128 * 128 else 4)
+    if keep and tight and itemsize == 2 and bo == 64:
+        warps = 8  # with four it would spill again
     if saved and tight and not tma and itemsize == 2 and kernel != KERNEL_GRAD:
         warps = 8  # each thread's share of two tiles that come a number at a time spilled (sm_80)
     # Who stays gains nothing where each has one tile.

@@ -472,10 +472,15 @@ def _grouped_kernel_grad(problem: Problem) -> str:
         # Each of its pieces copies what it sees of x, D (K - 1) steps more than its own.
         blocks = K >= 12 and spec.kernel_dilation <= 8 and spec.input_dilation == 1
         return "channel_blocks" if blocks else "tree"
-    if K <= 8 and (spec.stride > 1 or (_bfloat16(problem) and _little(problem))):
+    # It holds K / S copies of x. With a stride it is twice as slow as "split" from some 20 MB on.
+    held = problem.N * G * _held("im2col", problem)
+    if K <= 8 and (held <= WHOLE if spec.stride > 1 else _bfloat16(problem) and _little(problem)):
         return "im2col"
-    if G > 32:
-        return "tree" if K * c <= 20 else "im2col" if K <= 8 else "matmuls"
+    if G > 32 and K * c <= 20:
+        return "tree"
+    # 64 convolutions take 2.5 s to compile, so only where one run takes half a second without.
+    if G > 64 or (G > 32 and _little(problem)):
+        return "im2col" if K <= 8 and _little(problem) else "matmuls"
     return "matmuls" if problem.N == 1 and c >= 64 else "split"
 
 

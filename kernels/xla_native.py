@@ -20,11 +20,16 @@ from conv_pallas.spec import ConvSpec, Problem
 
 
 def holds(a: np.dtype, b: np.dtype) -> np.dtype:
-    """A dtype for both. JAX promotes no float of 8 bits; bfloat16 holds each of them."""
-    if a == b:
-        return a
-    narrow = lambda d: jnp.issubdtype(d, jnp.floating) and np.dtype(d).itemsize == 1  # noqa: E731
-    return jnp.promote_types(*(np.dtype(jnp.bfloat16) if narrow(d) else d for d in (a, b)))
+    """A dtype for both. JAX promotes no float of 8 bits, and no integer of less."""
+
+    def wider(d):
+        if jnp.issubdtype(d, jnp.floating):
+            return jnp.bfloat16 if np.dtype(d).itemsize == 1 else d
+        if jnp.issubdtype(d, jnp.integer) and jnp.iinfo(d).bits < 8:
+            return jnp.int8 if jnp.issubdtype(d, jnp.signedinteger) else jnp.uint8
+        return d
+
+    return a if a == b else jnp.promote_types(wider(a), wider(b))
 
 
 def conv(

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from jax import lax
 
-from conv_pallas import conv1d, dispatch, explain, kernels
+from conv_pallas import conv1d, conv_general_dilated, dispatch, explain, kernels
 from conv_pallas.nn import TCN, Conv
 from conv_pallas.spec import OPERATIONS
 from tests import cases
@@ -425,3 +425,45 @@ def test_explain_says_that_a_dtype_which_does_not_hold_the_bias_keeps_it_outside
     told = explain(x, w, b, preferred_element_type=jnp.float16)
     assert told.epilogue.endswith("for float16 does not hold a bias of bfloat16")
     assert "does not hold" not in explain(x, w, b, preferred_element_type=jnp.float32).epilogue
+
+
+@pytest.mark.parametrize(
+    ("x", "w", "geometry"),
+    [
+        ((1, 3, 4), (3, 4, 4), dict(kernel_dilation=2, padding="VALID")),
+        ((2, 0, 4), (3, 4, 4), dict(padding=[(1, 0)])),
+        ((1, 1000, 0), (63, 0, 1), {}),
+        ((0, 1000, 500), (63, 500, 64), dict(padding=[(328, 320)], kernel_dilation=7)),
+    ],
+)
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_nothing_to_compute_is_explained_and_can_be_ordered(x, w, geometry, platform):
+    x, w = jnp.zeros(x), jnp.zeros(w)
+    told = explain(x, w, platform=platform, **geometry)
+    assert str(told) == f"on {platform}: nothing to compute"
+    for implementation in ("pallas_tpu", "triton", "xla"):
+        order = functools.partial(conv1d, implementation=implementation, **geometry)
+        told = explain(order, x, w, platform=platform)
+        assert "nothing to compute" in str(told)
+        y = jax.jit(order)(x, w)
+        assert not y.any()
+
+
+def test_an_order_for_a_batch_of_kernels_says_what_became_of_it():
+    f = jax.vmap(functools.partial(conv1d, implementation="pallas_tpu"))
+    arrays = jnp.zeros((4, 2, 300, 256)), jnp.zeros((4, 3, 256, 256))
+    with pytest.raises(NotImplementedError, match=r"4 kernels at once, .* run as 4 times"):
+        jax.jit(f).trace(*arrays).lower(lowering_platforms=("tpu",))
+
+
+@pytest.mark.parametrize("dtype", ["int4", "uint4"])
+def test_integers_of_four_bits_are_summed_in_more(dtype):
+    """XLA refuses them on a CPU, and lowers them elsewhere."""
+    x, w = jnp.zeros((2, 16, 8), dtype), jnp.zeros((3, 8, 8), dtype)
+    f = functools.partial(
+        conv_general_dilated, window_strides=(1,), padding="SAME",
+        dimension_numbers=("NWC", "WIO", "NWC"), preferred_element_type=jnp.int32,
+    )  # fmt: skip
+    for platform in ("tpu", "cuda"):
+        lowered = jax.jit(f).trace(x, w).lower(lowering_platforms=(platform,))
+        assert lowered.out_info.dtype == jnp.int32

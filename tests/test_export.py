@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from conv_pallas import conv1d, explain
 from tests import cases
@@ -200,3 +202,24 @@ def test_symbolic_time_with_a_stride(name):
     for time in (5, 6, 24, 41):
         x = np.random.default_rng(0).standard_normal((2, time, case.C)).astype(np.float32)
         tree_close(loaded.call(x, w), jax.jit(f)(x, w))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("implementation", [None, "xla_native"])
+def test_a_sharded_function_with_its_derivative(kind, implementation):
+    """On automatic axes of stock's convolution alone, as the README says."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,))
+    by_batch = NamedSharding(mesh, P("data"))
+    w = jnp.ones((3, 4, 4))
+    f = lambda x: conv1d(x, w, implementation=implementation)  # noqa: E731
+    x = jax.ShapeDtypeStruct((8, 16, 4), jnp.float32, sharding=by_batch)
+    exported = export.export(jax.jit(f, in_shardings=by_batch))(x)
+    if kind == AxisType.Auto and implementation is None:
+        with pytest.raises(ValueError, match="AbstractMesh"):
+            exported.serialize(vjp_order=1)
+        return
+    loaded = export.deserialize(exported.serialize(vjp_order=1))
+    x = jax.device_put(jnp.ones((8, 16, 4)), by_batch)
+    y, vjp = jax.vjp(jax.jit(loaded.call), x)
+    np.testing.assert_allclose(y, f(np.ones((8, 16, 4), np.float32)))
+    assert vjp(y)[0].shape == x.shape

@@ -15,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from conv_pallas import conv1d
+from conv_pallas.nn import TCN
 from conv_pallas.spec import OPERATIONS, lhs_rhs_out
 from tests.cases import Case
 from tests.streams import functions, model_of, numbers, stream
@@ -528,3 +529,48 @@ def test_a_stream_stays_on_the_devices_of_its_batch(kind):
     for leaf, want in zip(jax.tree.leaves(after), jax.tree.leaves(where), strict=True):
         assert leaf.sharding.is_equivalent_to(want, leaf.ndim)
     np.testing.assert_allclose(y, whole(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu", None])
+def test_gradients_of_no_output_are_zeros_on_explicit_axes(activation):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))
+    x = jax.device_put(numbers(4, 4, 8), NamedSharding(mesh, P("data")))
+
+    def loss(x, w, b):
+        y = conv1d(x, w, b, kernel_dilation=8, padding="VALID", activation=activation)
+        assert y.shape == (4, 0, 8)
+        return jnp.sum(y)
+
+    with jax.set_mesh(mesh):
+        grads = jax.jit(jax.grad(loss, (0, 1, 2)))(x, numbers(3, 8, 8), numbers(8))
+    assert grads[0].sharding.spec[0] == "data"
+    assert [g.shape for g in grads] == [(4, 4, 8), (3, 8, 8), (8,)]
+    assert not any(np.asarray(g).any() for g in grads)
+
+
+@pytest.mark.parametrize("spec", [P("data", "model"), P("data", None, "model"), P(None, "model")])
+def test_what_stands_beside_x_may_lie_elsewhere(spec):
+    """A condition has no time, and a mask no channels."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    model = TCN(
+        8, [8], 4, 3, 0.0, rngs=nnx.Rngs(0), conditioning=4, conditioning_mode="concat",
+    )  # fmt: skip
+    x, condition = numbers(4, 8, 8), numbers(4, 4, seed=1)
+    mask = np.arange(8) < np.array([8, 3, 5, 1])[:, None]
+    run = jax.jit(lambda x, c, mask: model(x, condition=c, mask=mask))
+    want = run(x, condition, mask)
+    for specs in ((P("data"), P("data", "model")), (P(), P(None, "model"))):
+        places = [NamedSharding(mesh, s) for s in (spec, *specs)]
+        y = run(*map(jax.device_put, (x, condition, mask), places))
+        assert y.sharding.spec[0] == spec[0]
+        tree_close(np.asarray(y), np.asarray(want))
+
+
+@pytest.mark.parametrize("spec", [P(reduced={"data"}), P(unreduced={"data"})], ids=str)
+def test_a_part_of_a_sum_is_refused(spec):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))
+    for bias in (None, jnp.ones(8)):
+        with jax.set_mesh(mesh), pytest.raises(NotImplementedError, match="reshard them before"):
+            jax.jit(lambda x, w, b: conv1d(x, jax.sharding.reshard(w, spec), b))(
+                numbers(4, 8, 8), numbers(3, 8, 8), bias
+            )

@@ -247,3 +247,16 @@ def test_a_walk_goes_along_whole_rows_of_channels_that_are_there(C, columns):
         "conv_walk", 8, 4096, spec, C, np.dtype(np.float32), 4, columns=512, steps=64
     )
     assert found == columns and rows * columns == 32 * warps * 4 and steps <= 64
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_what_an_activation_is_applied_to_is_kept_unrounded_until_it_is(
+    dtype, capability, monkeypatch
+):
+    """In training: of 16 bits an activation of what was stored would be rounded twice."""
+    monkeypatch.setattr(triton_dense.triton_compat, "compute_capability", lambda: capability)
+    for C, O, G in ((512, 512, 1), (450, 450, 1), (150, 600, 1), (25, 30, 1), (768, 768, 8)):
+        case = Case("layer", batch=(8,), T=4096, C=C, O=O, G=G, dtype=dtype)
+        for activation in ("gelu", "gelu_exact", "silu", "tanh"):
+            assert triton_dense.keeps(_problem(case, activation)), (case, activation)

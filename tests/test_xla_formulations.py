@@ -539,3 +539,20 @@ def test_what_a_gradient_reads_is_computed_once():
     arrays = jnp.zeros((4, 1000, 64)), jnp.zeros((3, 64, 64))
     hlo = jax.jit(jax.grad(loss, (0, 1))).lower(*arrays).compile().as_text()
     assert hlo.count(" maximum(") == 1
+
+
+@pytest.mark.parametrize(
+    "sizes, expected",
+    [
+        ((4, 1000, 128, 4, 2, 8), "im2col"),
+        ((4, 4000, 128, 8, 2, 8), "split"),
+        ((2, 500, 768, 8, 1, 64), "im2col"),
+        ((16, 2000, 768, 8, 1, 64), "split"),
+    ],
+)
+def test_a_kernel_gradient_of_groups_holds_no_more_than_a_few_copies(sizes, expected):
+    N, T, C, K, S, G = sizes
+    spec = ConvSpec(T, K, stride=S, padding=(K - 1, 0), groups=G)
+    float32 = np.dtype(np.float32)
+    problem = Problem("conv1d_kernel_grad", spec, N, C, C, *[float32] * 3, None, platform="cpu")
+    assert xla.choose(problem) == expected

@@ -14,6 +14,7 @@ from conv_pallas.activations import FUNCTIONS
 from conv_pallas.dispatch import Implementation
 from conv_pallas.nn.conv import Conv
 from conv_pallas.nn.runs import Chunk, Rehearsal, WeightNorm, Whole, is_ours
+from conv_pallas.sharding import join_channels
 
 NORMS = (None, "weight", "layer", "batch")
 MODES = ("add", "concat")
@@ -188,7 +189,7 @@ class TemporalBlock(nnx.Module):
                 if not jnp.issubdtype(x.dtype, jnp.inexact):  # no integer holds a condition
                     h = x.astype(ops.promoted_dtype(x, condition))
                 wide = jnp.broadcast_to(condition, (*x.shape[:-1], condition.shape[-1]))
-                h = jnp.concatenate([h, wide.astype(h.dtype)], -1)
+                h = join_channels(h, wide.astype(h.dtype))
             else:
                 added = self.condition(condition)
                 added = run.late("condition", added, self.first_lookahead) if changing else added
