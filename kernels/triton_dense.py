@@ -69,9 +69,9 @@ from conv_pallas.spec import ConvSpec, Problem
 # Elements of a kernel from which on XLA rounds it to tf32. Rounded as it is fetched by pointers, it
 # goes from shared memory through registers and back; of a small one a program more takes longer.
 ROUNDED_BEFORE = 2**16
-# Of the kernel gradient's smallest tiles of 16 bits, without TMA: else ptxas spills a few (sm_80),
-# so that a processor has room for ten programs and not for nine.
-REGISTERS = 56
+# Of the kernel gradient's smallest tiles of 16 bits without TMA: else ptxas spills some (sm_80), so
+# that a processor has room for ten programs and not for seven. With 56 Triton 3.6 spills.
+REGISTERS = 72
 # Of few channels and many steps; two such programs share a processor, so that one multiplies while
 # the other stores: see `triton_resident` for what that brings.
 FEW = Config(rows=128, columns=64, depth=64, warps=8, stages=4, resident=2)
