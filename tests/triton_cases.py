@@ -31,6 +31,12 @@ EXTRA = (
     Case("taps_pad", T=45, C=20, O=20, G=20, K=16, D=2, padding=[(7, 40)]),
     Case("taps_crop", T=45, C=8, O=8, G=8, K=9, padding=[(-5, -3)], dtype="bfloat16"),
     Case("taps_tuned", T=80, C=24, O=24, G=24, K=23, D=2, batch=(3,), dtype="bfloat16"),
+    # Halves of many steps of a kernel gradient's sum, of several samples, in two programs.
+    Case("summed", T=350, C=24, O=40, D=7, batch=(3,), dtype="bfloat16"),
+    Case("summed_ragged", T=350, C=20, O=30, K=2, D=33, batch=(3,)),
+    # A halo that no cache holds, by its name.
+    Case("time_first_strided", T=170, C=40, O=40, G=40, K=4, S=2, D=3, batch=(2,)),
+    Case("time_first_multiplier", T=170, C=40, O=120, G=40, K=7, D=2, batch=(2,)),
     # Several tiles for each program that stays; a chip runs more of those than the interpreter.
     Case("resident", T=192, C=40, O=24, D=7, batch=(3,), dtype="bfloat16"),
     Case("resident_ragged", T=150, C=64, O=64, K=2, D=33, batch=(2,), dtype="float16"),
@@ -49,7 +55,7 @@ OWN = {
 NAMES = (
     *(fused.name for fused in FUSED), "unmet_dense", "unmet_depthwise", "unmet_taps",
     "unread", "padding",
-    "rounding", "extremes", "far_dense", "far_strided", "far_walked", "far_taps",
+    "rounding", "extremes", "slopes", "far_dense", "far_strided", "far_walked", "far_taps",
     *(case.name for case in EXTRA if case.name != "resident_long"),
     "dense", "wide", "ragged", "grouped", "grouped_narrowing", "depthwise", "depthwise_dilated",
     "multiplier", "depthwise_of_one", "pointwise_dilated", "many_taps",

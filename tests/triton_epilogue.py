@@ -171,6 +171,8 @@ FUSED = (
     # With a tile of its own: see `tests.triton_cases.own_tile`.
     Fused(Case("resident", T=192, C=40, O=24, D=7, batch=(3,), **_BFLOAT16), "gelu"),
     Fused(Case("resident_narrow", T=150, C=72, O=24, D=7, batch=(3,), **_BFLOAT16), None),
+    Fused(Case("resident_narrow_out", T=150, C=40, O=136, D=7, batch=(3,), **_BFLOAT16), None),
+    Fused(Case("summed", T=350, C=24, O=40, D=7, batch=(3,), **_BFLOAT16), "relu"),
 )  # fmt: skip
 
 

@@ -34,11 +34,12 @@ from conv_pallas.kernels import (
     triton_common,
     triton_compat,
     triton_dense,
+    triton_depthwise,
     triton_depthwise_walk,
 )
 from conv_pallas.spec import ACTIVATIONS, Epilogue, lhs_rhs_out
 from tests.cases import Case
-from tests.reference import VALUES
+from tests.reference import SLOPES, VALUES
 from tests.support import padded, rows
 from tests.tolerance import REFERENCES, check
 from tests.triton_cases import own_tile
@@ -245,11 +246,21 @@ def _as_named(name: str):
     few = "resident" in name or name == "taps_tuned"
     processors = 2 if few else triton_compat.processors()
     walked = 1 if "onward" in name else triton_depthwise_walk.PROCESSORS
+    split = _in_two if name.startswith(("summed", "fused_summed")) else triton_dense.choose_splits
+    cache = 0 if name.startswith("time_first") else triton_depthwise.L2_BYTES
     with (
         own_tile(name), mock.patch.object(triton_compat, "processors", lambda: processors),
         mock.patch.object(triton_depthwise_walk, "PROCESSORS", walked),
+        mock.patch.object(triton_dense, "choose_splits", split),
+        mock.patch.object(triton_depthwise, "L2_BYTES", cache),
     ):  # fmt: skip
         yield
+
+
+def _in_two(tiles: int, blocks: int, *rest) -> int:
+    """Splits of a sum, where as many as fill a chip would leave each program a single block."""
+    assert blocks > 8 and blocks % 2, blocks
+    return 2
 
 
 def run_case(case: Case, operation: str, capability: int) -> None:
@@ -483,6 +494,14 @@ def run_rounding() -> None:
         np.testing.assert_array_equal(out, _tf32(lhs) * _tf32(rhs))
     odd = np.array([np.nan, -np.inf, np.inf, -0.0, 2.0], np.float32)
     np.testing.assert_array_equal(triton_common.tf32_of(odd), odd)
+    # NaNs as a GPU makes them: rounded up, their bits are a zero's.
+    full = np.array([0x7FFFFFFF, 0xFFFFFFFF], np.uint32).view(np.float32)
+    assert np.isnan(triton_common.tf32_of(full)).all()
+    one = dataclasses.replace(case, name="rounding_nan", T=2, batch=(1,))
+    problem = one.problem("conv1d", "cuda")
+    kernel = dispatch.select(problem, ("triton",))
+    y = kernel.run(problem, full.reshape(1, 2, 1), np.ones((1, 1, 1), np.float32))
+    assert np.isnan(np.asarray(y)).all()
     one = dataclasses.replace(case, name="rounding_grad", T=1)
     (x, _, g), problem = one.arrays(), one.problem("conv1d_kernel_grad", "cuda")
     lhs, rhs = x[:1], g[:1]
@@ -508,6 +527,30 @@ def run_extremes() -> None:
         np.testing.assert_allclose(y, VALUES[activation](z.astype(float)), rtol=1e-5, atol=1e-6)
 
 
+def run_slopes() -> None:
+    """Activations and their derivatives to float32's digits, wherever they bend."""
+    from conv_pallas import dispatch
+
+    triton_compat.compute_capability = lambda: 90
+    z = np.linspace(-8, 8, 1000, dtype=np.float32).reshape(1, -1, 2)
+    one, bias = np.ones((1, 1, 2), np.float32), np.zeros(2, np.float32)
+    case = Case("slopes", batch=(1,), T=z.shape[1], C=2, O=2, G=2, K=1)
+    for activation in ACTIVATIONS:
+        problem = dataclasses.replace(
+            case.problem("conv1d", "cuda"), epilogue=Epilogue(True, activation)
+        )
+        kernel = dispatch.select(problem, ("triton",))
+        assert kernel.recomputes(problem)  # which makes each slope of z
+        y = kernel.fused(problem, z, one, bias)
+        dx, *_ = kernel.backward(problem, z, one, bias, None, np.ones_like(z), (True, True, True))
+        for found, expected in ((y, VALUES), (dx, SLOPES)):
+            expected = expected[activation](z.astype(float))
+            np.testing.assert_allclose(np.asarray(found), expected, rtol=2e-6, atol=5e-6)
+
+
+ALONE = {"rounding": run_rounding, "extremes": run_extremes, "slopes": run_slopes}
+
+
 def _tf32(a: np.ndarray) -> np.ndarray:
     """The nearest number of 11 significant bits."""
     fraction, exponent = np.frexp(a.astype(np.float64))
@@ -526,8 +569,8 @@ def main(names: list[str]) -> int:
     faulthandler.enable()  # a read far outside ends the process
     failed = 0
     for name in names:
-        if name in ("rounding", "extremes"):
-            runs = {name: run_rounding if name == "rounding" else run_extremes}
+        if name in ALONE:
+            runs = {name: ALONE[name]}
         elif name.startswith("fused_"):
             runs = {
                 f"{name} sm_{c}": functools.partial(run_fused, name, c)
