@@ -61,7 +61,8 @@ def figures(result: dict[str, Any]) -> str:
             f"takes {compiling[0]:.0f} s, and stock's {compiling[1]:.0f} s. From "
             f"[{source}]({source}), measured by `{COMMAND}`; [{page}]({page}) draws it.",
             "",
-            "| model | layers | forward, stock | forward, fastest | step, stock | step, fastest |",
+            "| model | kind | forward, over stock | over fastest "
+            "| step, over stock | over fastest |",
             "|---|---|---|---|---|---|",
             *rows,
         ]
@@ -83,9 +84,10 @@ def gpu_figures(folder: Path) -> str:
             f"On an {device}, of the layers that the kernels were made for (`dense-512`: N=8, "
             "T=4096, C=O=512, K=3; `dense-64`: T=65536, C=O=64; `depthwise`: N=1, T=16384, C=12288,"
             " K=4 and SiLU; all of them in bfloat16). A copy is one of x, by the driver, in turns "
-            f"with ours. From [{source}]({source}), which says what was measured when.",
+            f"with ours. From [{source}]({source}), which says what was measured when; with "
+            f"{_versions(folder)}.",
             "",
-            "| of the slowest | goal | reached |",
+            "| the slowest, of all operations and dilations | goal | reached |",
             "|---|---|---|",
             *(_goal_row(line) for line in verdicts(goals) if line["met"] is not None),
             *(
@@ -94,9 +96,9 @@ def gpu_figures(folder: Path) -> str:
                 if line.get("layer") == "depthwise/D1024" and "of_copy" in line
             ),
             "",
-            "How many times faster ours is than the fastest baseline, and than PyTorch, whose "
-            "convolution is cuDNN's. What is not compared with PyTorch is of earlier kernels; "
-            "blank is what was not measured.",
+            "How many times faster ours is than the fastest baseline, and than PyTorch's "
+            "`F.pad` and `F.conv1d`, which is cuDNN's. What is not compared with PyTorch is of "
+            "earlier kernels; blank is what was not measured.",
             "",
             "| layer | forward | input gradient | kernel gradient | training step "
             "| PyTorch: forward | training step |",
@@ -106,19 +108,30 @@ def gpu_figures(folder: Path) -> str:
                 for layer in sorted({name for name, _ in beside}, key=_by_D)
             ),
             "",
-            "Of published layers what runs by default, in microseconds, and how many times faster "
-            "that is than stock `nnx.Conv` and than the fastest of all baselines, which took turns "
-            "with it; and than the fastest by how long the GPU was at work, for of what takes "
-            "less than some 50 us the host's part is the longer one. There is no such time of a "
-            "baseline that takes more than four times as long, and the means have the clock's. "
+            "Of published layers, and of some that stand for a kind (`depthwise`, `stride`, "
+            "`grouped`, `bfloat16`, `wide-and-long`, `very-long`), what runs by default, in "
+            "microseconds, and how many times faster that is than stock `nnx.Conv` and than the "
+            "fastest of all baselines, which took turns with it; and than the fastest by how long "
+            "the GPU was at work, for of what takes less than some 50 us the host's part is the "
+            "longer one. There is no such time of a baseline that takes more than four times as "
+            "long, and the means have the clock's; blank is what was not measured, and no mean has "
+            "it. "
             f"{_means(list(passes.values()))}",
             "",
-            "| layer | forward, us | stock | fastest | on the GPU "
-            "| step, us | stock | fastest | on the GPU |",
+            "| layer | forward, us | over stock | over fastest | on the GPU "
+            "| step, us | over stock | over fastest | on the GPU |",
             "|---|---|---|---|---|---|---|---|---|",
             *(_gpu_row(layer, passes) for layer in dict.fromkeys(name for name, _ in passes)),
         ]
     )
+
+
+def _versions(folder: Path) -> str:
+    """Those of what it was measured with."""
+    lines = lines_of(folder / "versions.jsonl")
+    found = {line["package"]: line["version"] for line in lines if "package" in line}
+    jax = next(line["jax"] for line in lines if "jax" in line)
+    return f"JAX {jax}, Triton {found['triton']} and PyTorch {found['torch']}"
 
 
 def _goal_row(line: dict) -> str:

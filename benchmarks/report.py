@@ -46,16 +46,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.report", description=__doc__.splitlines()[0]
     )
     parser.add_argument("result", type=Path, metavar="RESULT.json")
-    parser.add_argument("other", type=Path, nargs="?", metavar="OTHER.json")
     parser.add_argument(
-        "--output", type=Path, metavar="PAGE.html", help="default: beside RESULT.json"
+        "other", type=Path, nargs="?", metavar="OTHER.json", help="how it was before"
     )
+    parser.add_argument(
+        "--output", type=Path, metavar="PAGE.html",
+        help="default: beside RESULT.json; with two results no page unless it is named here",
+    )  # fmt: skip
     options = parser.parse_args(argv)
-    output = options.output or options.result.with_suffix(".html")
+    output = options.output
+    if output is None and options.other is None:
+        output = options.result.with_suffix(".html")
     try:
         result = stored.read(options.result)
         other = stored.read(options.other) if options.other else None
-        output.write_text(page(result, other, name=options.result.name), encoding="utf-8")
+        if output is not None:
+            output.write_text(page(result, other, name=options.result.name), encoding="utf-8")
     except stored.BadResultError as e:
         parser.error(str(e))
     except OSError as e:
@@ -63,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if other is not None:
         print_changes(changes(result, other))
         print(ranking.agreement(result, other))
-    print(f"wrote {output}")
+    if output is not None:
+        print(f"wrote {output}")
     return 0
 
 

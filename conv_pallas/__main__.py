@@ -229,7 +229,7 @@ def _tune(options: argparse.Namespace) -> int:
     except ModuleNotFoundError as e:
         if e.name not in _EXTRAS["cuda"]:
             raise
-        return _fail(f"tune needs {e.name}: pip install 'conv_pallas[cuda]'")
+        return _fail(f"tune needs {e.name}: pip install '.[cuda]' in its folder")
     except OSError as e:
         from conv_pallas.kernels.triton_tuned import ENVIRONMENT_VARIABLE
 
@@ -243,7 +243,7 @@ def _demo(options: argparse.Namespace) -> int:
     except ModuleNotFoundError as e:
         if e.name not in _EXTRAS["demo"]:
             raise
-        return _fail(f"the demo needs {e.name}: pip install 'conv_pallas[demo]'")
+        return _fail(f"the demo needs {e.name}: pip install '.[demo]' in its folder")
     try:
         options.output.mkdir(parents=True, exist_ok=True)
     except OSError as e:

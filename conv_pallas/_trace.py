@@ -20,8 +20,8 @@ def device_seconds(calls: Mapping[str, Callable[[], Any]], rounds: int = 5) -> d
 
     That is the time in which any kernel or copy runs; gaps between them don't count. Of a call that
     is shorter than what the host takes to start it `_measure.interleaved` measures the host: on a
-    machine with an H200 some 150 us for 40 arrays that go in or come out (the shortest of
-    benchmarks/results/nvidia-h200/tiles-again.jsonl, of 8 runs in a call).
+    machine with an H200 some 100 us for 8 runs of a program (the shortest of
+    benchmarks/results/nvidia-h200/tiles-again.jsonl).
 
     Returns:
       Of each call; nothing where there is no trace of a GPU, or the calls can't be told apart.

@@ -231,7 +231,7 @@ def _require(*wheels: str) -> None:
         except importlib.metadata.PackageNotFoundError:
             raise MissingWheelError(
                 f"compiling for this chip needs the wheel {wheel}, which is not installed: "
-                'pip install "conv_pallas[aot]", or make venv-aot'
+                'pip install ".[aot]" in the folder of conv_pallas, or make venv-aot'
             ) from None
         if wheel.startswith("jax-") and version != jax.__version__:
             raise MissingWheelError(

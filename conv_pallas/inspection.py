@@ -174,7 +174,8 @@ def inspect(
         tell(f"{layer.name}: {layer}, {layer.padding}, {layer.activation or 'no activation'}, "
              f"{layer.dtype}, on {chip}")  # fmt: skip
         chain = implementation or KERNELS[platform]
-        _tell_choice(layer, platform, chain, tell)
+        with aot.as_on(chip):  # what is the default is by the chip
+            _tell_choice(layer, platform, chain, tell)
         for which, ours, stock, arguments in (
             ("forward", layer.ours(chain), layer.stock(), structs(layer)[:3]),
             ("gradients", _gradients(layer.ours(chain)), _gradients(layer.stock()), structs(layer)),
@@ -284,7 +285,7 @@ def _reader():
     except ModuleNotFoundError as e:
         raise aot.MissingWheelError(
             f"reading machine code needs the wheel {e.name}, which is not installed: "
-            'pip install "conv_pallas[aot]", or make venv-aot'
+            'pip install ".[aot]" in the folder of conv_pallas, or make venv-aot'
         ) from None
     return machine_code
 
@@ -293,7 +294,7 @@ def _machine_code(code) -> list[str]:
     tile = " ".join(f"{k}={v}" for k, v in code.meta.items())
     mix = ", ".join(f"{count} {kind}" for kind, count in code.mix.items())
     return [
-        f"{code.name}: {tile} ({'tuned' if code.tuned else 'by the heuristic, not measured'})",
+        f"{code.name}: {tile} ({'tuned' if code.tuned else "the heuristic's"})",
         f"  {code.registers} registers, {code.shared / 1024:.4g} KiB shared, {code.threads} "
         f"threads, {code.spills} spills, {code.blocks} blocks on a multiprocessor "
         f"({code.occupancy:.0%} occupancy)",

@@ -9,7 +9,8 @@ prints what it tries and writes what it finds to ``triton_tuned_<device>.json`` 
 kernels, or in the one that the environment variable ``CONV_PALLAS_TUNED`` names. Every later
 compilation on such a device finds it there: a kernel gets the tile that was the fastest, and where
 it was faster than XLA with that it is the default. Nothing else in the package measures: without
-this call the kernels take what a heuristic says, and run where they are asked for by name.
+this call the kernels take what a heuristic says, and run where they are asked for by name, or where
+measurements that come with the package, of that kind of device, speak for them.
 
 Of a program that is shorter than the host's part in starting it, what counts is how long the device
 is at work, which a trace of JAX's profiler tells.

@@ -5,7 +5,8 @@ maps a key, which tells a kernel and a shape, to the fields of `triton_config.Co
 tile of `triton_depthwise_walk` or `triton_depthwise_taps`; and another key, which tells a problem,
 to the seconds that ours and XLA's best take.
 `conv_pallas.tuning.tune` measures and writes such a file; nothing measures by itself inside
-somebody's training step. What no file knows, a heuristic decides, and XLA runs.
+somebody's training step. What no file knows gets a heuristic's tile, and runs in XLA unless it is
+like what was ahead: see `_like_those_ahead`.
 """
 
 import contextlib

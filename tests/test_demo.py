@@ -88,4 +88,4 @@ def test_missing_extra(demo, tmp_path):
     done = demo("--quick", PYTHONPATH=str(tmp_path))
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert "needs optax" in line and "pip install 'conv_pallas[demo]'" in line
+    assert "needs optax" in line and "pip install '.[demo]'" in line

@@ -122,6 +122,13 @@ def test_inspect_a_gpu(chip, most, tmp_path):
 
 
 @pytest.mark.aot
+def test_inspect_knows_what_is_the_default_on_the_chip():
+    done = run("inspect", "wavenet/D512", "--chip", "h200")
+    assert done.returncode == 0, done.stderr
+    assert "conv1d: triton" in done.stdout and "without an order" not in done.stdout
+
+
+@pytest.mark.aot
 def test_inspect_a_tpu(tmp_path):
     done = run("inspect", *SHAPE, "--chip", "v5e", "--dump", tmp_path / "dump")
     assert done.returncode == 0, done.stderr
