@@ -26,13 +26,13 @@ takes 197; backward, three halves of a copy, 340 and 414. At D = 1024 a piece is
 
 Backward, the K-1 steps that reach into a piece come before the walk, whose loop then has one
 condition for a step, and no halo (377 and 495 us with both, walks.jsonl); the next piece's first
-steps are fetched before the last ones of this one are done. With Triton 3.6 it takes 32 instructions
-an element in sm_90 machine code, of which SiLU's derivative is half, and an H200 has time for 47 while it moves
-the 6 bytes; were gz computed anew for each tap that needs it, as a kernel that tiles time has to,
-there were some 100. So the walk is what makes backward a matter of bytes alone. 4 steps of x and gy
-at a time leave registers for 16 warps on a processor; 8 at a time, or a loop of two such groups,
-whose registers need not be moved, save 3 to 5 % of the instructions and are mostly slower for want
-of warps, by up to 15 % (walks.jsonl).
+steps are fetched before the last ones of this one are done. With Triton 3.6 it takes 32
+instructions an element in sm_90 machine code, of which SiLU's derivative is half, and an H200 has
+time for 47 while it moves the 6 bytes; were gz computed anew for each tap that needs it, as a
+kernel that tiles time has to, there were some 100. So the walk is what makes backward a matter of
+bytes alone. 4 steps of x and gy at a time leave registers for 16 warps on a processor; 8 at a time,
+or a loop of two such groups, whose registers need not be moved, save 3 to 5 % of the instructions
+and are mostly slower for want of warps, by up to 15 % (walks.jsonl).
 
 By estimate: a piece of R steps reads ``R + 2K - 2`` steps of x and ``R + K - 1`` of gy, so that for
 K = 4 and R = 128 the halo is 3 % of the three passes, less what of it the L2 still has.
