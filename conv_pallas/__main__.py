@@ -1,6 +1,7 @@
 """``python -m conv_pallas``: what the package can show from the command line."""
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import os
@@ -120,9 +121,15 @@ def _add_explain(commands) -> None:
     )
     explain.set_defaults(run=_explain)
     _add_layer(explain, "*")
-    explain.add_argument(
+    where = explain.add_mutually_exclusive_group()
+    where.add_argument(
         "--platform", choices=dispatch.PLATFORMS, help="default: that of the default device"
     )
+    where.add_argument(
+        "--chip", choices=aot.CHIPS, metavar="CHIP",
+        help=f"one of {', '.join(aot.CHIPS)}, which need not be here: what is the default may "
+        "differ from one to another; needs the extra aot (make venv-aot)",
+    )  # fmt: skip
     explain.add_argument(
         "--implementation", type=_implementation, metavar="NAME", help="as in the library"
     )
@@ -197,16 +204,22 @@ def _explain(options: argparse.Namespace) -> int:
 
     # A dense layer and a depthwise one, for who names none.
     wanted = [options.layer] if options.layer else [["wavenet/D512"], ["conv-tasnet/D128"]]
+    platform, on = options.platform, contextlib.nullcontext()
     try:
-        for words in wanted:
-            layer = _layer(words, options.dtype)
-            print(f"{layer.name}: {layer}, {layer.dtype}")
-            x, kernel, bias, _ = inspection.structs(layer)
-            print(explain(
-                x, kernel, bias, platform=options.platform, **layer.geometry,
-                activation=layer.activation, implementation=options.implementation,
-            ))  # fmt: skip
-    except (ValueError, TypeError, NotImplementedError) as e:
+        if options.chip is not None:
+            inspection.jax_without_devices()
+            platform = "cuda" if options.chip in aot.GPUS else "tpu"
+            on = aot.as_on(options.chip)
+        with on:
+            for words in wanted:
+                layer = _layer(words, options.dtype)
+                print(f"{layer.name}: {layer}, {layer.dtype}")
+                x, kernel, bias, _ = inspection.structs(layer)
+                print(explain(
+                    x, kernel, bias, platform=platform, **layer.geometry,
+                    activation=layer.activation, implementation=options.implementation,
+                ))  # fmt: skip
+    except (ValueError, TypeError, NotImplementedError, aot.MissingWheelError) as e:
         return _fail(str(e))
     return 0
 
