@@ -249,11 +249,6 @@ def test_a_training_step_of_a_network_on_split_time(axis_type):
 @each_mesh
 def test_what_four_devices_can_not_share(layout, activation, axis_type):
     f = functools.partial(_function(layout), activation=activation)
-    if activation and axis_type == AxisType.Explicit and 0 in layout.x:
-        # XLA refuses a part of the program that reads nothing; once it does not, this falls.
-        with pytest.raises(jax.errors.JaxRuntimeError, match="expected at least one operand"):
-            compiled_quickly(_gradient(f), _mesh(axis_type), *layout.place(_mesh(axis_type)))
-        return
     _, out = compiled_quickly(_gradient(f), _mesh(axis_type), *layout.place(_mesh(axis_type)))
     tree_close(out, jax.jit(_gradient(f))(*layout.arrays()), rtol=1e-4)
 
