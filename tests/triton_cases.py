@@ -31,7 +31,7 @@ EXTRA = (
     Case("taps_pad", T=45, C=20, O=20, G=20, K=16, D=2, padding=[(7, 40)]),
     Case("taps_crop", T=45, C=8, O=8, G=8, K=9, padding=[(-5, -3)], dtype="bfloat16"),
     Case("taps_tuned", T=80, C=24, O=24, G=24, K=23, D=2, batch=(3,), dtype="bfloat16"),
-    # Halves of many steps of a kernel gradient's sum, of several samples, in two programs.
+    # A kernel gradient's sum of several samples in four programs, each of many steps.
     Case("summed", T=350, C=24, O=40, D=7, batch=(3,), dtype="bfloat16"),
     Case("summed_ragged", T=350, C=20, O=30, K=2, D=33, batch=(3,)),
     # A halo that no cache holds, by its name.

@@ -246,7 +246,7 @@ def _as_named(name: str):
     few = "resident" in name or name == "taps_tuned"
     processors = 2 if few else triton_compat.processors()
     walked = 1 if "onward" in name else triton_depthwise_walk.PROCESSORS
-    split = _in_two if name.startswith(("summed", "fused_summed")) else triton_dense.choose_splits
+    split = _in_four if name.startswith(("summed", "fused_summed")) else triton_dense.choose_splits
     cache = 0 if name.startswith("time_first") else triton_depthwise.L2_BYTES
     with (
         own_tile(name), mock.patch.object(triton_compat, "processors", lambda: processors),
@@ -257,10 +257,10 @@ def _as_named(name: str):
         yield
 
 
-def _in_two(tiles: int, blocks: int, *rest) -> int:
+def _in_four(tiles: int, blocks: int, *rest) -> int:
     """Splits of a sum, where as many as fill a chip would leave each program a single block."""
-    assert blocks > 8 and blocks % 2, blocks
-    return 2
+    assert blocks > 8 and blocks % 4, blocks
+    return 4
 
 
 def run_case(case: Case, operation: str, capability: int) -> None:
