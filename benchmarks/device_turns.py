@@ -175,7 +175,9 @@ def _that_differ(found: Timed, calls: dict[str, functools.partial]) -> dict[str,
         if other == name:
             differ[name] = call
         else:
-            found.same_as[name] = other
+            # And those that lower to that one, which are timed no more than it is.
+            same = [n for n, first in found.same_as.items() if first == name]
+            found.same_as |= dict.fromkeys([name, *same], other)
     return differ
 
 

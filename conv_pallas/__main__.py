@@ -208,7 +208,7 @@ def _explain(options: argparse.Namespace) -> int:
     try:
         if options.chip is not None:
             inspection.jax_without_devices()
-            platform = "cuda" if options.chip in aot.GPUS else "tpu"
+            platform = aot.platform_of(options.chip)
             on = aot.as_on(options.chip)
         with on:
             for words in wanted:

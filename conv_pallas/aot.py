@@ -147,9 +147,14 @@ def lower_for(chip: str, f: Callable, *structs: Any) -> jax.stages.Lowered:
         return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=given or alone)
 
     structs = jax.tree.map(placed, structs)
-    platform = "cuda" if chip in _GPUS else "tpu"
+    platform = platform_of(chip)
     with as_on(chip):
         return jax.jit(f).trace(*structs).lower(lowering_platforms=(platform,))
+
+
+def platform_of(chip: str) -> str:
+    """As lowering rules name the platform of one of `CHIPS`."""
+    return "cuda" if chip in _GPUS else "tpu"
 
 
 def as_on(chip: str):

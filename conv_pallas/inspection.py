@@ -163,7 +163,7 @@ def inspect(
     """
     if chip not in aot.CHIPS:
         raise ValueError(f"chip must be one of {', '.join(aot.CHIPS)}, got {chip!r}")
-    platform = "cuda" if chip in aot.GPUS else "tpu"
+    platform = aot.platform_of(chip)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         if dump is not None:

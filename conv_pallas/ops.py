@@ -451,9 +451,7 @@ def _pad_in_memory(x, kernel, bias, mode: str, spec: ConvSpec):
     pads[-2] = ((span - 1) // 2, span // 2)
     zeros = dataclasses.replace(spec, time=x.shape[-2], padding=pads[-2])
     place = fused.place_of_y(x, kernel, bias, zeros)
-    if (own := sharding.explicit(jax.typeof(x))) is not None:
-        spec = sharding.whole(P(*sharding.entries(jax.typeof(x))), -2)
-        x = jax.sharding.reshard(x, own.update(spec=spec))
+    x = sharding.like(x, sharding.whole(P(*sharding.entries(jax.typeof(x))), -2))
     return jnp.pad(x, pads, mode={"CIRCULAR": "wrap", "REFLECT": "reflect"}[mode]), place
 
 
