@@ -227,8 +227,9 @@ def pytorch(log: Log, dry: bool) -> None:
         # y as well as all gradients, as there: nothing may be left out because nobody asks for it.
         operation = "forward" if which == _measure.FORWARD else "step"
         f = device_layers.operation(operation, device_layers.forward("ours", layer, dry))
-        lists = jax.device_put(tuple(map(list, zip(*each, strict=True))))
-        ours = functools.partial(jax.jit(_measure.several(f)), *lists)
+        xs, _, _, gs = map(list, zip(*each, strict=True))
+        given = jax.device_put((xs, w, b, gs))
+        ours = functools.partial(jax.jit(_measure.several(f)), *given)
         calls = {"ours": ours, baselines.TORCH: lambda torches=torches: [t() for t in torches][-1]}
         for call in calls.values():
             jax.block_until_ready(call())  # cuDNN tries its algorithms

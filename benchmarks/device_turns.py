@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -37,9 +37,12 @@ def runs_of(layer: Layer) -> int:
     return _measure.runs_in_a_call(2 * layer.products, bytes_, layer.K)
 
 
-def lower(make: Callable, arguments: Iterable[jax.ShapeDtypeStruct], runs: int):
-    """The program that ``make`` makes, of so many runs in a call."""
-    return jax.jit(_measure.several(make())).lower(*([a] * runs for a in arguments))
+def lower(make: Callable, arguments: tuple) -> jax.stages.Lowered:
+    """The program that ``make`` makes, of as many runs in a call as there are of arguments.
+
+    Those are arrays or structs, as `conv_pallas._measure.several` takes them.
+    """
+    return jax.jit(_measure.several(make())).lower(*arguments)
 
 
 def warm(call: Callable, dry: bool) -> None:
@@ -94,8 +97,8 @@ def timed(
 ) -> Iterator[Timed]:
     """Times each program that can run, and each that lowers to the same only once.
 
-    One call runs a program several times, each on other x and g, and calls queue up: so neither
-    the host's part in them nor the L2 cache counts.
+    One call runs a program several times, each on other x and g, and calls queue up: so the L2
+    cache does not count, and of the host's part only what grows with the program.
 
     Args:
       programs: makers of functions of x, kernel, bias and g.
@@ -107,8 +110,8 @@ def timed(
     """
     x, w, b, g = device_layers.arrays(layer)
     runs = 2 if dry else runs_of(layer)
-    arguments = (_measure.rolled(x, runs), [w] * runs, [b] * runs, _measure.rolled(g, runs))
-    found, lowered = _lowered(programs, layer, runs)
+    arguments = (_measure.rolled(x, runs), w, b, _measure.rolled(g, runs))
+    found, lowered = _lowered(programs, arguments)
     # What XLA times as it compiles, it times alone.
     with ThreadPoolExecutor(len(programs)) as pool:
         made = {name: pool.submit(lowered.pop(name).compile) for name in sure if name in lowered}
@@ -137,14 +140,13 @@ def _those_that_last(
     arguments: tuple, pool: ThreadPoolExecutor,
 ) -> dict[str, Callable]:  # fmt: skip
     """Those whose calls are short enough to be repeated; of the others a run is timed."""
-    # It tells whether it is worth while to compile several.
-    runs, once = len(arguments[0]), tuple(a[:1] for a in arguments)
-    structs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for (a,) in once]
+    # One tells whether it is worth while to compile several.
+    runs, once = len(arguments[0]), tuple(a[:1] if isinstance(a, list) else a for a in arguments)
 
     def compiled(name):
         if runs == 1:
             return lowered[name].compile()
-        return lower(programs[name], structs, 1).compile()
+        return lower(programs[name], once).compile()
 
     made = {name: pool.submit(compiled, name) for name in lowered}
     single = {}
@@ -217,13 +219,13 @@ def _take_turns(
 
 
 def _lowered(
-    programs: dict[str, Callable], layer: Layer, runs: int
+    programs: dict[str, Callable], arguments: tuple
 ) -> tuple[Timed, dict[str, jax.stages.Lowered]]:
     """Those that differ, and what is known of the others."""
     found, lowered, texts = Timed(), {}, {}
     for name, make in programs.items():
         with found.tried(name):
-            program = lower(make, inspection.structs(layer), runs)
+            program = lower(make, arguments)
             other = texts.setdefault(program.as_text(), name)
             if other == name:
                 lowered[name] = program

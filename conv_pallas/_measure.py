@@ -178,10 +178,13 @@ def runs_in_a_call(operations: float, bytes_: float, taps: int) -> int:
 def several(function: Callable) -> Callable:
     """Runs a function on each of several arguments, one after the other, as one program.
 
-    Each parameter becomes a list, of as many arrays as there are to be runs.
+    A parameter becomes a list, of as many arrays as there are to be runs, or stays the one array
+    that each of them takes: for each array that a program is given the host takes a microsecond.
     """
 
-    def run(*lists):
+    def run(*given):
+        count = next(len(a) for a in given if isinstance(a, list))
+        lists = [a if isinstance(a, list) else [a] * count for a in given]
         outs = []
         for arguments in zip(*lists, strict=True):
             if outs:  # else XLA might run them side by side, or take two for the same

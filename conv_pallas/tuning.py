@@ -301,8 +301,8 @@ class _Trial:
         problems = (self.convolution.problem(operation, "cuda") for operation in self.operations)
         return [triton_tuned.problem_key(problem) for problem in problems]
 
-    def arguments(self) -> tuple[list[jax.Array], ...]:
-        """Lists of x, w and g, for several runs in a call."""
+    def arguments(self) -> tuple[list[jax.Array], jax.Array, list[jax.Array]]:
+        """x, w and g, for several runs in a call: w is the same in each."""
         one = self.convolution
         problem = one.problem("conv1d", "cuda")
         structs = (one.x, one.w, jax.ShapeDtypeStruct(problem.y_shape, one.out_dtype))
@@ -313,7 +313,7 @@ class _Trial:
         operations = 2 * math.prod(problem.y_shape[:-1]) * math.prod(problem.w_shape)
         bytes_ = sum(a.nbytes for a in (x, w, g))
         runs = _measure.runs_in_a_call(operations, bytes_, one.spec.kernel_size)
-        return _measure.rolled(x, runs), [w] * runs, _measure.rolled(g, runs)
+        return _measure.rolled(x, runs), w, _measure.rolled(g, runs)
 
 
 def _convolutions(x, kernel, arguments, report) -> list[Convolution]:

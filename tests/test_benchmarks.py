@@ -195,7 +195,7 @@ def pytest_configure():  # once conftest.py has set what JAX reads
 
 
 def test_short_calls_are_repeated_inside_one_launch(monkeypatch):
-    monkeypatch.setattr(harness, "_launch_seconds", lambda: 1e-3)
+    monkeypatch.setattr(harness, "_launch_seconds", lambda: 1.0)
     tiny = dataclasses.replace(SMALL, T=8, K=1, D=1)
     m = harness.measure(tiny, FORWARD, settings=BRIEF, variants={STOCK: None, "xla": "xla"})
     assert m.inside == harness.MOST_INSIDE
@@ -256,6 +256,15 @@ def test_runs_of_one_call_are_not_taken_for_one():
     outs = jax.jit(_measure.several(lambda x: 2 * x))(xs)
     for i, out in enumerate(outs):
         assert (out == 2 * jnp.roll(xs[0], i, axis=1)).all()
+
+
+def test_what_each_run_takes_is_given_once_and_worked_on_in_each():
+    """Else what a layer computes of its kernel alone would be there for nothing but once."""
+    xs, w = [jnp.ones((4, 8, 16))] * 3, jnp.ones((16, 16))
+    compiled = jax.jit(_measure.several(lambda x, w: x @ jnp.exp(w))).lower(xs, w).compile()
+    assert len(jax.tree.leaves(compiled.args_info)) == 4
+    assert compiled.as_text().count(" dot(") == 3
+    assert compiled.as_text().count(" exponential(") == 3
 
 
 def test_what_depends_on_no_x_is_computed_in_every_run():
