@@ -53,6 +53,28 @@ if "is_im2col" in _lib.TensorDescMeta.__required_keys__ and VERSION < (3, 9):
         _lib.TensorDescMeta.__required_keys__ - {"is_im2col"}
     )
 
+_proto = _lib.triton_kernel_call_lib
+
+
+class _WithoutIr:
+    """What jax-triton builds a custom call with, but for the kernel's IR that it sends along.
+
+    jaxlib reads nothing of it. But it finds the kernel of a call by all the bytes that came with
+    it, at each run of a program, and the IR with its locations is two thirds of them: on an H200's
+    host a call took 4.3 us of that with it, and 2.8 without
+    (benchmarks/results/nvidia-h200/host.jsonl). Goes when jaxlib has a shorter key.
+    """
+
+    @staticmethod
+    def TritonKernel(name, warps, programs, shared, binary, ir, *rest):
+        return _proto.TritonKernel(name, warps, programs, shared, binary, "", *rest)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_proto, name)
+
+
+_lib.triton_kernel_call_lib = _WithoutIr()
+
 # For triton 3.7 and newer: they write PTX for the newest CUDA, which the ptxas of CUDA 13.0
 # refuses. 8.7 knows every architecture up to sm_100a. Goes when CUDA 13.1 is the oldest.
 OPTIONS = {"enable_fp_fusion": True} | ({"ptx_version": 87} if VERSION >= (3, 7) else {})

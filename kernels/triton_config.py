@@ -14,6 +14,8 @@ from conv_pallas.kernels.triton_compat import PROCESSORS
 # Of a processor of Hopper or data-centre Blackwell; each program costs 1 KiB on top of its own.
 SHARED_BYTES = 228 * 2**10
 LARGEST = 128 * 256  # sums of one tile
+# The names of kernels in what is tuned; an input gradient reads the kernel in another order.
+FORWARD, INPUT_GRAD = "conv_dense", "conv_dense_input_grad"
 KERNEL_GRAD = "conv_dense_kernel_grad"
 
 
@@ -44,7 +46,7 @@ def configure(
     """A tuned tile, or a heuristic: as large as registers and shared memory allow.
 
     Args:
-      kernel: `KERNEL_GRAD`, or the name that the forward pass or the input gradient has.
+      kernel: `FORWARD`, `INPUT_GRAD` or `KERNEL_GRAD`.
       rows, columns, depth: sizes of one group's matmul.
       taps, phases: what else tells what is tuned apart.
       count: how many matmuls of that size there are.
@@ -86,7 +88,15 @@ def configure(
         # and Triton uses them where there are less than four warps.
         limit = Config(64, 64, 32, 1, 3)
     elif itemsize == 4 and tma and hopper and pointers and short and not saved:
-        limit = Config(32, 32, 128, 4, 3)  # more programs, and fewer rounds that wait for memory
+        # More programs, and fewer rounds that wait for memory. Of a kernel that is read as it lies
+        # a tile's rows are short, and few of them better: 256 steps of 150 channels and 5 taps
+        # take 11.4 us, 14.7 twice as deep, and 12.3 so with the kernel transposed before.
+        limit = Config(32, 32, 64 if kernel == FORWARD else 128, 4, 3)
+    elif itemsize == 4 and tma and hopper and kernel == FORWARD and few:
+        # By two warps, for which no kernel is transposed before: see `takes_last_axis_alone`. So
+        # eight groups of 32 channels and three taps take 5.6 us, by four warps 6.6; 32 channels of
+        # 11 taps 31 and 33, of 41 taps 89 and 88.
+        limit = Config(128, 32, 32, 2, 3)
     elif itemsize == 4 and tma and hopper and kernel != KERNEL_GRAD:
         limit = Config(128, 256, 32, 8, 4)
     elif itemsize == 4:
@@ -153,6 +163,15 @@ def _in_shared(config: Config, itemsize: int, kernel: str, saved: bool = False) 
     else:
         rows, columns = rows * stages, columns * stages
     return SHARED_BYTES // (itemsize * config.depth * (rows + columns) + 1024)
+
+
+def takes_last_axis_alone(config: Config) -> bool:
+    """Whether float32 must lie with the axis last that is summed over, on Hopper and newer.
+
+    The instructions that came with Hopper take it from shared memory as it lies, and Triton uses
+    them where there are four warps and 64 rows; those of Ampere take it from registers.
+    """
+    return config.warps >= 4 and config.rows >= 64
 
 
 def room(config: Config, itemsize: int, precision: str, saved: bool) -> int:

@@ -56,12 +56,15 @@ from conv_pallas.kernels.triton_common import (
 from conv_pallas.kernels.triton_common import decline as decline_any
 from conv_pallas.kernels.triton_compat import PROCESSORS
 from conv_pallas.kernels.triton_config import (
+    FORWARD,
+    INPUT_GRAD,
     KERNEL_GRAD,
     LARGEST,
     Config,
     choose_splits,
     configure,
     room,
+    takes_last_axis_alone,
 )
 from conv_pallas.kernels.triton_matmul import conv_dense, conv_dense_kernel_grad
 from conv_pallas.spec import ConvSpec, Problem
@@ -129,12 +132,11 @@ def _plan(
         tma and phases.row_step == 1 and not derivative and _tileable(x, c if G > 1 else 0)
     )  # fmt: skip
     # In a transposed kernel, ``(K, o, G * c)``, it is. Else w is ``(K, c, G * o)``; but for float32
-    # the tensor cores of Hopper take nothing else, and transposing the kernel is cheap.
-    turned = not transposed and tma and dtype.itemsize == 4 and precision != "ieee"
-    w_row, w_col = (o, 0) if turned else (0, c if transposed else o)
-    if turned:
-        w = jax.ShapeDtypeStruct((len(w), G * o, c), w.dtype)
-    tma_w = tma and _tileable(w, w_col if G > 1 else 0)
+    # the tensor cores of Hopper take nothing else.
+    turn = not transposed and tma and dtype.itemsize == 4 and precision != "ieee"
+    turned = jax.ShapeDtypeStruct((len(w), G * o, c), w.dtype)
+    fetched = lambda w, col: tma and _tileable(w, col if G > 1 else 0)  # noqa: E731
+    tma_w = fetched(turned, 0) if turn else fetched(w, c if transposed else o)
     y = jax.ShapeDtypeStruct((N, spec.out_time, O), out_dtype)
     addresses = not (tma_w and _tileable(y, 0) and (tma_x or derivative))
     # Who stays fetches tiles of padding like any other, where `conv_dense` leaves them out.
@@ -146,17 +148,19 @@ def _plan(
         and triton_resident.goes_on(FEW, y.dtype.itemsize)
     )  # fmt: skip
     config = configure(
-        # What is fastest may differ: they read w in another order.
-        "conv_dense_input_grad" if transposed else "conv_dense",
+        INPUT_GRAD if transposed else FORWARD,
         triton.cdiv(spec.out_time, phases.phases), o, c, taps=spec.kernel_size,
         phases=phases, count=N * G * phases.phases, dtype=dtype, precision=precision, tma=tma,
         untuned=FEW if few else None, keep=keep, saved=derivative,
         tight=addresses or activation == "gelu_exact", stay=stay, pointers=not tma_x,
     )  # fmt: skip
+    if turn and not takes_last_axis_alone(config):
+        turn, tma_w = False, fetched(w, o)
     # What a tile holds past a group's end only feeds results that are not stored, but for what
     # is summed over: there the next group begins, and the engine has no mask.
     whole = G == 1 or c % config.depth == 0
-    return _Plan(config, tma_x and whole, tma_w and whole, w_row, w_col, turned or transposed)
+    w_row, w_col = (o, 0) if turn else (0, c if transposed else o)
+    return _Plan(config, tma_x and whole, tma_w and whole, w_row, w_col, turn or transposed)
 
 
 def forward(
@@ -188,14 +192,14 @@ def forward(
         activation=activation, derivative=grad_of is not None, keep=keep,
     )  # fmt: skip
     config, tma_x, tma_w, contract_last = plan.config, plan.tma_x, plan.tma_w, plan.contract_last
-    if contract_last and not transposed:
-        w = jnp.swapaxes(w, 1, 2)
-    y = jax.ShapeDtypeStruct((N, spec.out_time, O), out_dtype)
-    block = (config.columns, config.depth) if contract_last else (config.depth, config.columns)
     rounded = precision == "tf32"
     round_w = rounded and not tma_w and w.dtype == np.float32
     if round_w and w.size >= ROUNDED_BEFORE:
         w, round_w = tf32_of(w), False
+    if contract_last and not transposed:
+        w = jnp.swapaxes(w, 1, 2)
+    y = jax.ShapeDtypeStruct((N, spec.out_time, O), out_dtype)
+    block = (config.columns, config.depth) if contract_last else (config.depth, config.columns)
     programs = N * G * phases.phases * triton.cdiv(J, config.rows) * triton.cdiv(o, config.columns)
     xt, wt = _tile(x, (config.rows, config.depth), rounded), _tile(w, block, rounded)
     common = dict(

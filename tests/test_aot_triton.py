@@ -48,6 +48,7 @@ HOPPER = (
     (_case("tiny", 16, batch=(1,), T=100, dtype="float16"), "tanh"),
     (_case("tail", 128, T=4001), None),
     (_case("grouped", 256, G=8), "relu"),
+    (_case("tf32_few", 256, G=8, dtype="float32"), "relu"),
     (_case("strided", 64, S=2), None),
     (_case("one_channel", 1, 16), None),
     (_case("mixed", 64, out_dtype="float32"), None),
@@ -394,6 +395,24 @@ def test_a_training_step_moves_no_activation(name, kernels):
     moved = {"pad", "transpose", "copy", "concatenate", "gather", "convolution"}
     size = math.prod(case.out_shape)
     assert [i for i in _instructions(hlo) if i[0] in moved and i[1] >= size] == []
+
+
+@pytest.mark.parametrize(
+    "C, G, T, before",
+    [
+        (256, 8, 4096, []), (25, 1, 4096, []), (64, 1, 4096, ["transposed"]),
+        (150, 1, 256, ["rounded"]), (150, 1, 4096, ["transposed", "rounded"]),
+    ],
+)  # fmt: skip
+def test_a_kernel_in_float32_is_transposed_for_large_tiles_alone(C, G, T, before):
+    """Where the program that does it, and what rounds a large one, takes little of the time."""
+    case = _case("layer", C, G=G, T=T, batch=(1,), dtype="float32")
+    forward = lambda *args: conv1d(*args, **case.kwargs, implementation="triton")  # noqa: E731
+    hlo = aot.compile_for("h200", forward, *_structs(case)).as_text()
+    assert (" transpose(" in hlo) == ("transposed" in before)
+    assert (" and(" in hlo) == ("rounded" in before)
+    entry = hlo[hlo.index("ENTRY") :]
+    assert (entry.count(" custom-call("), entry.count(" fusion(")) == (1, bool(before))
 
 
 @pytest.mark.parametrize(

@@ -55,12 +55,15 @@ def test_the_derivative_is_computed_where_less_is_moved(C, K, dtype, activation,
         (triton_config.KERNEL_GRAD, (450, 450, 4096), True, 90, (128, 128, 8)),
         (triton_config.KERNEL_GRAD, (25, 30, 4096), True, 90, (32, 32, 1)),
         (triton_config.KERNEL_GRAD, (25, 40, 4096), True, 90, (32, 64, 4)),
-        ("conv_dense", (4096, 25, 30), True, 90, (32, 32, 1)),
-        ("conv_dense", (4096, 25, 40), True, 90, (128, 32, 4)),
-        ("conv_dense", (4096, 40, 25), True, 90, (128, 64, 4)),
-        ("conv_dense", (4096, 450, 450), True, 90, (128, 128, 8)),
-        ("conv_dense", (4096, 450, 450), True, 100, (128, 128, 8)),
-        ("conv_dense", (4096, 450, 450), False, 90, (128, 128, 8)),  # w alone by pointers
+        (triton_config.FORWARD, (4096, 25, 30), True, 90, (32, 32, 1)),
+        (triton_config.FORWARD, (4096, 32, 32), False, 90, (128, 32, 2)),
+        (triton_config.INPUT_GRAD, (4096, 32, 32), False, 90, (128, 32, 4)),
+        (triton_config.FORWARD, (4096, 32, 32), False, 100, (128, 32, 4)),
+        (triton_config.FORWARD, (4096, 25, 40), True, 90, (128, 32, 4)),
+        (triton_config.FORWARD, (4096, 40, 25), True, 90, (128, 64, 4)),
+        (triton_config.FORWARD, (4096, 450, 450), True, 90, (128, 128, 8)),
+        (triton_config.FORWARD, (4096, 450, 450), True, 100, (128, 128, 8)),
+        (triton_config.FORWARD, (4096, 450, 450), False, 90, (128, 128, 8)),  # w alone by pointers
     ],
 )
 def test_float32_is_multiplied_by_the_warps_that_do_it_fastest(
@@ -77,15 +80,16 @@ def test_float32_is_multiplied_by_the_warps_that_do_it_fastest(
 
 
 def test_a_short_sequence_has_more_programs_and_fewer_rounds():
-    def tile(count, **more):
+    def tile(count, kernel=triton_config.INPUT_GRAD, **more):
         found = triton_config.configure(
-            "conv_dense", 256, 150, 150, taps=5, phases=Phases(1, 1, 1),
+            kernel, 256, 150, 150, taps=5, phases=Phases(1, 1, 1),
             count=count, dtype=np.dtype(np.float32), precision="tf32", tma=True, tight=True,
             pointers=True, **more,
         )  # fmt: skip
         return found.rows, found.columns, found.depth
 
     assert tile(1) == tile(2) == (32, 32, 128)
+    assert tile(1, triton_config.FORWARD) == (32, 32, 64)  # of a kernel as it lies
     assert tile(3)[0] > 32 and tile(1, saved=True)[0] > 32
 
 
@@ -102,7 +106,7 @@ def test_partial_sums_are_added_neighbours_first_in_few_operations(count):
     assert len(add.trace(values).jaxpr.eqns) <= 2 * 16 * 3 + 3 * 16
 
 
-@pytest.mark.parametrize("kernel", ["conv_dense_input_grad", triton_config.KERNEL_GRAD])
+@pytest.mark.parametrize("kernel", [triton_config.INPUT_GRAD, triton_config.KERNEL_GRAD])
 def test_a_tile_that_was_tuned_without_a_derivative_is_not_taken_with_one(kernel):
     """What a derivative is computed from takes as much memory again."""
     common = dict(taps=3, phases=Phases(1, 1, 1), count=1, dtype=np.dtype("float16"),
