@@ -229,7 +229,7 @@ def pytorch(log: Log, dry: bool) -> None:
         f = device_layers.operation(operation, device_layers.forward("ours", layer, dry))
         xs, _, _, gs = map(list, zip(*each, strict=True))
         given = jax.device_put((xs, w, b, gs))
-        ours = functools.partial(jax.jit(_measure.several(f)), *given)
+        ours = _measure.InPlace(_measure.lower(f, given).compile(), given)
         calls = {"ours": ours, baselines.TORCH: lambda torches=torches: [t() for t in torches][-1]}
         for call in calls.values():
             jax.block_until_ready(call())  # cuDNN tries its algorithms

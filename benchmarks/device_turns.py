@@ -6,7 +6,6 @@ the programs that ours is compared with.
 
 import contextlib
 import dataclasses
-import functools
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -35,14 +34,6 @@ def runs_of(layer: Layer) -> int:
     x, _, _, g = inspection.structs(layer)
     bytes_ = sum(a.size * a.dtype.itemsize for a in (x, g))
     return _measure.runs_in_a_call(2 * layer.products, bytes_, layer.K)
-
-
-def lower(make: Callable, arguments: tuple) -> jax.stages.Lowered:
-    """The program that ``make`` makes, of as many runs in a call as there are of arguments.
-
-    Those are arrays or structs, as `conv_pallas._measure.several` takes them.
-    """
-    return jax.jit(_measure.several(make())).lower(*arguments)
 
 
 def warm(call: Callable, dry: bool) -> None:
@@ -118,10 +109,10 @@ def timed(
         calls = {}
         for name, program in made.items():
             with found.tried(name):
-                calls[name] = _ran(functools.partial(program.result(), *arguments))
+                calls[name] = _ran(_measure.InPlace(program.result(), arguments))
         both = {name: calls.get(found.same_as.get(name, name)) for name in ("ours", "xla")}
         if all(both.values()):
-            found.off = float(_measure.difference_there(both["xla"](), both["ours"]()))
+            found.off = _off(both["xla"], both["ours"])
         # Briefly, if the others are to take part as well.
         _take_turns(found, calls, runs, dry, limit=FIRST if lowered else None)
         yield found
@@ -135,6 +126,11 @@ def timed(
     yield found
 
 
+def _off(xla: Callable, ours: Callable) -> float:
+    # Of one program the second call would write over what the first gave.
+    return 0.0 if xla is ours else float(_measure.difference_there(xla(), ours()))
+
+
 def _those_that_last(
     found: Timed, programs: dict[str, Callable], lowered: dict[str, jax.stages.Lowered],
     arguments: tuple, pool: ThreadPoolExecutor,
@@ -146,13 +142,13 @@ def _those_that_last(
     def compiled(name):
         if runs == 1:
             return lowered[name].compile()
-        return lower(programs[name], once).compile()
+        return _measure.lower(programs[name](), once).compile()
 
     made = {name: pool.submit(compiled, name) for name in lowered}
     single = {}
     for name, program in made.items():
         with found.tried(name):
-            single[name] = _ran(functools.partial(program.result(), *once))
+            single[name] = _ran(_measure.InPlace(program.result(), once))
     calls, several = {}, {}
     for name, call in single.items():
         start = time.perf_counter()
@@ -165,15 +161,15 @@ def _those_that_last(
             several[name] = pool.submit(lowered[name].compile)
     for name, program in several.items():
         with found.tried(name):
-            calls[name] = _ran(functools.partial(program.result(), *arguments))
+            calls[name] = _ran(_measure.InPlace(program.result(), arguments))
     return calls
 
 
-def _that_differ(found: Timed, calls: dict[str, functools.partial]) -> dict[str, Callable]:
+def _that_differ(found: Timed, calls: dict[str, _measure.InPlace]) -> dict[str, Callable]:
     """Those of which no other before them is the same program, and who has whose time."""
     differ, texts = {}, {}
     for name, call in calls.items():
-        other = texts.setdefault(before_autotuning(call.func.as_text()), name)
+        other = texts.setdefault(before_autotuning(call.compiled.as_text()), name)
         if other == name:
             differ[name] = call
         else:
@@ -225,7 +221,7 @@ def _lowered(
     found, lowered, texts = Timed(), {}, {}
     for name, make in programs.items():
         with found.tried(name):
-            program = lower(make, arguments)
+            program = _measure.lower(make(), arguments)
             other = texts.setdefault(program.as_text(), name)
             if other == name:
                 lowered[name] = program

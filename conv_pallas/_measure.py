@@ -195,6 +195,39 @@ def several(function: Callable) -> Callable:
     return run
 
 
+def lower(function: Callable, arguments: tuple) -> jax.stages.Lowered:
+    """One program of as many runs as there are arguments, for `InPlace`.
+
+    Args:
+      arguments: arrays or structs, as `several` takes them.
+    """
+    run = several(function)
+    count = next(len(a) for a in arguments if isinstance(a, list))
+    one = jax.eval_shape(function, *(a[0] if isinstance(a, list) else a for a in arguments))
+    over = jax.jit(lambda into, *given: run(*given), donate_argnums=0, keep_unused=True)
+    return over.lower([one] * count, *arguments)
+
+
+class InPlace:
+    """A call that writes over what it gave the last time.
+
+    So what it gives lies where it lay, as the state does that a training step is donated. A graph
+    of launches that XLA makes holds addresses, and the host builds part of it anew for others: with
+    fresh memory for each result a program took from 1 to 2 times as long, by where that lay.
+
+    Attributes:
+      compiled: from `lower`.
+    """
+
+    def __init__(self, compiled: jax.stages.Compiled, arguments: tuple):
+        self.compiled, self.arguments = compiled, arguments
+        self.last = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), compiled.out_info)
+
+    def __call__(self) -> Any:
+        self.last = self.compiled(self.last, *self.arguments)
+        return self.last
+
+
 def rolled(a: jax.Array, count: int) -> list[jax.Array]:
     """An array and others with its values at other steps: no run finds its own in a cache."""
     return [a, *(jnp.roll(a, i, axis=-2) for i in range(1, count))]

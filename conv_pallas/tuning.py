@@ -231,7 +231,7 @@ def _race(trial, key, tile, ours, arguments, report) -> dict[str, Any] | None:
     with _turns.on_device():
         expected = ours()  # outside: what fails in ours is no word about XLA
         try:  # XLA may time its algorithms as it compiles
-            xla = _call(_lowered(_measure.several(trial.function("xla")), arguments), arguments)
+            xla = _call(_lowered(trial.function("xla"), arguments), arguments)
             off = float(_measure.difference_there(expected, xla()))
         except Exception as e:  # for want of memory, say; ours is measured all the same
             _ask_device(e)
@@ -409,7 +409,7 @@ def _tiles(trial, arguments, before, tuned, end, quick, report):
     def lowered(tile):
         # A function of its own, or JAX would take what it lowered with the tile before.
         with triton_tuned.trial(tile) as keys:
-            return _lowered(_measure.several(lambda *a: ours(*a)), arguments), keys
+            return _lowered(lambda *a: ours(*a), arguments), keys
 
     call = _turns.compiling()(functools.partial(_call, arguments=arguments))
     heuristic, keys = lowered(None)
@@ -443,13 +443,12 @@ def _tiles(trial, arguments, before, tuned, end, quick, report):
     return key, calls
 
 
-def _lowered(program, arguments) -> jax.stages.Lowered:
-    return jax.jit(program).lower(*arguments)
+def _lowered(function, arguments) -> jax.stages.Lowered:
+    return _measure.lower(function, arguments)
 
 
 def _call(lowered, arguments) -> Callable[[], Any]:
-    compiled = lowered.compile()
-    return lambda: compiled(*arguments)
+    return _measure.InPlace(lowered.compile(), arguments)
 
 
 def _write(file: Path, kind: str, found: dict[str, dict]) -> None:

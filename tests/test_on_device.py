@@ -12,7 +12,6 @@ import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import pytest
 
@@ -81,9 +80,7 @@ def test_each_process_of_a_step_has_its_share(step, module, asked, tmp_path, mon
 @pytest.mark.parametrize("runs", [1, 2])
 def test_what_takes_long_is_timed_once_and_what_does_not_may_run_again(runs, monkeypatch):
     x, programs = jnp.ones(8), {"a": lambda: lambda x: x + 1, "b": lambda: lambda x: x + 2}
-    lowered = {
-        name: jax.jit(_measure.several(make())).lower([x] * runs) for name, make in programs.items()
-    }
+    lowered = {name: _measure.lower(make(), ([x] * runs,)) for name, make in programs.items()}
     found = device_turns.Timed()
     with ThreadPoolExecutor(2) as pool:
         those = functools.partial(
@@ -223,7 +220,7 @@ for item in log.each(range(4)):
     log.write(item=item, ok=True)
 """
     _python_that_runs(source, tmp_path, monkeypatch)
-    assert on_device._run_processes(tmp_path, "goals", 60, 2, False) == [-9, -9, 0, 0]
+    assert sorted(on_device._run_processes(tmp_path, "goals", 60, 2, False)) == [-9, -9, 0, 0]
     on_device._join_shards(tmp_path, "goals")
     assert [line["item"] for line in _lines(tmp_path / "goals.jsonl")] == [0, 2, 3] * 2
     assert not list(tmp_path.glob("*reached"))
