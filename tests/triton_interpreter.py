@@ -174,6 +174,22 @@ def _load(self, ptrs, mask, *rest, **kwargs):
     return _create_masked_load(self, ptrs, mask, *rest, **kwargs)
 
 
+_numpy_dtype, _numpy_dtypes = interpreter._get_np_dtype, {}
+
+
+def _named_dtype(dtype):
+    """Triton makes its table of all dtypes anew for each that it looks up there."""
+    if dtype.name not in _numpy_dtypes:
+        _numpy_dtypes[dtype.name] = _numpy_dtype(dtype)
+    return _numpy_dtypes[dtype.name]
+
+
+interpreter._get_np_dtype = _named_dtype
+# Whether each sum and product of integers overflows would be asserted in debug mode alone, but is
+# computed in any: that was half of the time.
+interpreter.interpreter_builder.options = dataclasses.replace(
+    interpreter.interpreter_builder.options, sanitize_overflow=False
+)
 interpreter.InterpreterBuilder.create_dot = _dot
 interpreter.InterpreterBuilder.cast_impl = _round_to_bfloat16
 interpreter.InterpreterBuilder.set_grid_idx = _last_first
