@@ -170,13 +170,25 @@ def _hvp(f):
     return lambda x, w: jax.jvp(_gradient(f), (x, w), (x, w))[1]
 
 
-@each_layout
+ORDERS = (_value, _gradient, _hvp)
+
+
+@functools.cache
+def _expected(name: str):
+    """What each of `ORDERS` gives by stock's convolution on one device, in one program."""
+    layout = LAYOUTS[name]
+    stock = _function(layout, "xla_native")
+    return jax.jit(lambda *a: [transform(stock)(*a) for transform in ORDERS])(*layout.arrays())
+
+
 @each_mesh
+@each_layout  # the outer one: both kinds of mesh have what is expected in common
 def test_nothing_is_gathered_and_all_is_right(layout, axis_type):
+    expected = _expected(layout)
     layout, mesh = LAYOUTS[layout], _mesh(axis_type)
     operands = layout.place(mesh)
-    f, stock = _function(layout), _function(layout, "xla_native")
-    for transform in (_value, _gradient, _hvp):
+    f = _function(layout)
+    for transform, want in zip(ORDERS, expected, strict=True):
         compiled, out = compiled_quickly(transform(f), mesh, *operands)
         found = collectives(compiled)
         assert set(found) <= layout.moves
@@ -187,22 +199,21 @@ def test_nothing_is_gathered_and_all_is_right(layout, axis_type):
             halos = 1 if transform is _value else 3
             assert sent(compiled) <= halos * layout.halo(mesh)
             assert (sent(compiled) > 0) == ("collective-permute" in found)
-        tree_close(out, jax.jit(transform(stock))(*layout.arrays()), rtol=1e-4)
+            if axis_type == AxisType.Explicit:
+                _check_split(layout, compiled.output_shardings, operands)
+        tree_close(out, want, rtol=1e-4)
 
 
-@each_layout
-def test_the_result_is_split_as_the_operands_are(layout):
-    layout, mesh = LAYOUTS[layout], _mesh(AxisType.Explicit)
-    x, w = layout.place(mesh)
-    with jax.set_mesh(mesh):
-        y = jax.jit(_function(layout))(x, w)
-        dx, dw = jax.jit(_gradient(_function(layout)))(x, w)
-    batch = tuple(layout.x_spec)[: len(layout.x) - 2]
-    channels = layout.w_spec[2] if len(layout.w_spec) == 3 else None
-    batch = (*batch, *[None] * (len(layout.x) - 2 - len(batch)))
-    assert y.sharding.spec == P(*batch, layout.time, channels)
-    assert dx.sharding.is_equivalent_to(x.sharding, x.ndim)
-    assert dw.sharding.is_equivalent_to(w.sharding, w.ndim)
+def _check_split(layout, found, operands) -> None:
+    """On explicit axes the result, or the gradients, are split as the operands are."""
+    if isinstance(found, NamedSharding):
+        batch = tuple(layout.x_spec)[: len(layout.x) - 2]
+        channels = layout.w_spec[2] if len(layout.w_spec) == 3 else None
+        batch = (*batch, *[None] * (len(layout.x) - 2 - len(batch)))
+        assert found.spec == P(*batch, layout.time, channels)
+        return
+    for sharding, operand in zip(found, operands, strict=True):
+        assert sharding.is_equivalent_to(operand.sharding, operand.ndim)
 
 
 @pytest.mark.parametrize("x_spec", [P(None, "a"), P("b", "a")], ids=str)
@@ -289,10 +300,8 @@ def test_inside_shard_map(name, check_vma):
         local, mesh=mesh, in_specs=(layout.x_spec, layout.w_spec),
         out_specs=P(batch, None, channels), check_vma=check_vma,
     )  # fmt: skip
-    stock = _function(layout, "xla_native")
-    for transform in (_value, _gradient, _hvp):
-        out = jax.jit(transform(f))(*layout.arrays())
-        tree_close(out, jax.jit(transform(stock))(*layout.arrays()), rtol=1e-4)
+    out = jax.jit(lambda *a: [transform(f)(*a) for transform in ORDERS])(*layout.arrays())
+    tree_close(out, _expected(name), rtol=1e-4)
 
 
 @pytest.mark.parametrize("epilogue", [False, True])
@@ -443,25 +452,35 @@ def test_export_of_a_sharded_function(name):
     )
 
 
+def _layer(layout, implementation=None):
+    """With bias and activation: the result, and the gradients along it."""
+    f = functools.partial(_function(layout, implementation), activation="silu")
+
+    def run(x, w, b):
+        y, vjp = jax.vjp(f, x, w, b)
+        return y, vjp(y)
+
+    return run, np.linspace(-1, 1, layout.w[-1], dtype=np.float32)
+
+
+@functools.cache
+def _expected_of_a_layer(name: str):
+    run, b = _layer(LAYOUTS[name], "xla_native")
+    return jax.jit(run)(*LAYOUTS[name].arrays(), b)
+
+
 @each_mesh
 @each_layout
 def test_a_layer_with_bias_and_activation_on_a_mesh(layout, axis_type):
     """The bias lies as y's channels do; gradients are summed over what split the batch."""
-    layout = LAYOUTS[layout]
-    b = np.linspace(-1, 1, layout.w[-1], dtype=np.float32)
+    expected, layout = _expected_of_a_layer(layout), LAYOUTS[layout]
+    run, b = _layer(layout)
     mesh = _mesh(axis_type)
     x, w = layout.place(mesh)
     bias = jax.device_put(b, NamedSharding(mesh, P(*layout.w_spec[2:])))
-
-    def grads(x, w, b, implementation=None):
-        f = functools.partial(_function(layout, implementation), activation="silu")
-        y, vjp = jax.vjp(f, x, w, b)
-        return y, vjp(y)
-
-    compiled, out = compiled_quickly(grads, mesh, x, w, bias)
+    compiled, out = compiled_quickly(run, mesh, x, w, bias)
     assert set(collectives(compiled)) <= layout.moves
-    stock = functools.partial(grads, implementation="xla_native")
-    tree_close(out, jax.jit(stock)(*layout.arrays(), b), rtol=1e-4)
+    tree_close(out, expected, rtol=1e-4)
 
 
 @each_mesh
