@@ -264,9 +264,17 @@ def test_what_an_input_gradient_holds():
     assert xla_cpu._steps_at_once("im2col", problem) == 1000
 
 
-@pytest.mark.parametrize("pieces", [in_steps, in_taps])
-@pytest.mark.parametrize("loop", [False, True])
-@pytest.mark.parametrize("case, operation", TESTS[:: len(OPERATIONS) + 1] + TESTS[-2:], ids=str)
+SOME = TESTS[:: len(OPERATIONS) + 1] + TESTS[-2:]
+# Each in steps and in taps, one of them in a loop and the next case's other one: so any operation
+# is in any of the four ways.
+WAYS = [
+    (*test, (i % 2 == 0) == (pieces is in_steps), pieces)
+    for i, test in enumerate(SOME)
+    for pieces in (in_steps, in_taps)
+]
+
+
+@pytest.mark.parametrize("case, operation, loop, pieces", WAYS, ids=str)
 def test_in_steps_and_in_taps(case, operation, loop, pieces, monkeypatch):
     monkeypatch.setattr(xla_pieces, "PIECES", 1 if loop else 16)
     problem = case.problem(operation)
