@@ -108,11 +108,15 @@ def _expected_around(*options):
     return jax.jit(_everything(_around(*options)))(X, W)
 
 
-@each_mesh
-@pytest.mark.parametrize("x_spec", [P("b", "a"), P(None, ("a", "b")), P(None, "a", "b")], ids=str)
-@pytest.mark.parametrize(
-    "options", [("CIRCULAR", 1), ("REFLECT", 1), ("CIRCULAR", 2), ("CIRCULAR", 5)], ids=str
-)
+# Every two of padding and stride, of what splits x, and of the kind of axes meet.
+AROUND = [
+    (options, x_spec, (AxisType.Auto, AxisType.Explicit)[(i + j) % 2])
+    for i, options in enumerate((("CIRCULAR", 1), ("REFLECT", 1), ("CIRCULAR", 2), ("CIRCULAR", 5)))
+    for j, x_spec in enumerate((P("b", "a"), P(None, ("a", "b")), P(None, "a", "b")))
+]
+
+
+@pytest.mark.parametrize("options, x_spec, kind", AROUND, ids=str)
 def test_a_sequence_that_goes_on_at_its_ends(options, x_spec, kind):
     """Time is gathered; the result is split again, for the layers that follow."""
     mesh, want = _mesh(kind), _expected_around(*options)
@@ -169,9 +173,18 @@ def test_a_mesh_with_axes_of_both_kinds(options, time):
     tree_close(out, jax.jit(run)(x, W), rtol=1e-4)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("norm", [None, "batch"])
-@pytest.mark.parametrize("split", [P("b", "a"), P("b")], ids=str)
+# Every two of the three meet. On split time all of it is cut: at once, at the end, or row by row.
+@pytest.mark.parametrize(
+    ("split", "norm", "masked"),
+    [
+        (P("b", "a"), "batch", True),
+        (P("b", "a"), None, False),
+        (P("b", "a"), "batch", False),
+        (P("b"), "batch", False),
+        (P("b"), None, True),
+    ],
+    ids=str,
+)
 def test_the_last_step_of_a_network(split, norm, masked):
     """From split time; what is cut off before may be longer or shorter than a device's part."""
     model = model_of(dilations=[1, 3], norm=norm, return_sequences=False)
