@@ -274,7 +274,9 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize("case, operation, loop, pieces", WAYS, ids=str)
+@pytest.mark.parametrize(
+    "case, operation, loop, pieces", WAYS, ids=lambda a: getattr(a, "__name__", str(a))
+)
 def test_in_steps_and_in_taps(case, operation, loop, pieces, monkeypatch):
     monkeypatch.setattr(xla_pieces, "PIECES", 1 if loop else 16)
     problem = case.problem(operation)
