@@ -213,7 +213,8 @@ class InPlace:
 
     So what it gives lies where it lay, as the state does that a training step is donated. A graph
     of launches that XLA makes holds addresses, and the host builds part of it anew for others: with
-    fresh memory for each result a program took from 1 to 2 times as long, by where that lay.
+    fresh memory for each result short programs took up to a half longer on an H200's host
+    (benchmarks/results/nvidia-h200, layers-third.jsonl and layers.jsonl).
 
     Attributes:
       compiled: from `lower`.
