@@ -179,7 +179,7 @@ def several(function: Callable) -> Callable:
     """Runs a function on each of several arguments, one after the other, as one program.
 
     A parameter becomes a list, of as many arrays as there are to be runs, or stays the one array
-    that each of them takes: for each array that a program is given the host takes a microsecond.
+    that each of them takes: an array more that a program is given is more for the host to do.
     """
 
     def run(*given):
@@ -213,7 +213,7 @@ class InPlace:
 
     So what it gives lies where it lay, as the state does that a training step is donated. A graph
     of launches that XLA makes holds addresses, and the host builds part of it anew for others: with
-    fresh memory for each result short programs took up to a half longer on an H200's host
+    fresh memory for each result some short programs took half as long again on an H200's host
     (benchmarks/results/nvidia-h200, layers-third.jsonl and layers.jsonl).
 
     Attributes:

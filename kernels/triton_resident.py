@@ -23,10 +23,10 @@ they take 107, and those that leave out tiles of padding 70; what takes so long 
 `triton_dense` lets programs stay where little is padding.
 
 Of sixteen tiles that one is the fastest at C = 512 (tiles-dense-512.jsonl there). By estimate its
-programs fetch 0.8 GB from the L2 cache in those 75 us, which is about what that gives; a tile of
-128x256 fetches three quarters of it, but leaves its processor idle while it is stored. The copy
-engine could store meanwhile. But a kernel has to make the descriptor of a result itself, in scratch
-memory, and jaxlib 0.11.2 can't allocate that within a CUDA graph (CUDA_ERROR_NOT_SUPPORTED).
+programs fetch 0.8 GB from the L2 cache in those 75 us; a tile of 128x256 fetches three quarters of
+it, but leaves its processor idle while it is stored. The copy engine could store meanwhile. But a
+kernel has to make the descriptor of a result itself, in scratch memory, and jaxlib 0.11.2 can't
+allocate that within a CUDA graph (CUDA_ERROR_NOT_SUPPORTED).
 
 In the kernel gradient all this leaves more partial sums to be added, and ptxas lets each product
 wait for the one before (its C7515: the sums of several taps are under way from one tile to the

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import math
 import re
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -353,6 +354,17 @@ def test_the_machine_code_of_what_was_lowered_before():
     aot.lower_for("h200", layer, *_structs(case))
     made = codes("h200", layer, *_structs(case))
     assert {code.name for code in made} == {"conv_walk", "conv_walk_backward"}
+
+
+def test_no_ir_is_sent_along(monkeypatch):
+    """jaxlib finds a kernel by all that comes with its call, at each run."""
+    sent, compress = [], zlib.compress
+    monkeypatch.setattr(zlib, "compress", lambda data: sent.append(data) or compress(data))
+    case, activation = BY_NAME["tiny"]
+    aot.lower_for("h200", functools.partial(_layer, case, activation), *_structs(case))
+    assert len(sent) == 3
+    for kernel in sent:
+        assert b".entry" in kernel and b"tt.func" not in kernel
 
 
 def _instructions(hlo: str):
