@@ -184,11 +184,13 @@ def _expected(name: str):
 @each_mesh
 @each_layout  # the outer one: both kinds of mesh have what is expected in common
 def test_nothing_is_gathered_and_all_is_right(layout, axis_type):
+    """The second derivative, which takes the longest to compile, on either kind by turns."""
+    turn = (list(LAYOUTS).index(layout) % 2 == 0) == (axis_type == AxisType.Explicit)
     expected = _expected(layout)
     layout, mesh = LAYOUTS[layout], _mesh(axis_type)
     operands = layout.place(mesh)
     f = _function(layout)
-    for transform, want in zip(ORDERS, expected, strict=True):
+    for transform, want in list(zip(ORDERS, expected, strict=True))[: 3 if turn else 2]:
         compiled, out = compiled_quickly(transform(f), mesh, *operands)
         found = collectives(compiled)
         assert set(found) <= layout.moves
