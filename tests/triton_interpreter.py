@@ -208,6 +208,9 @@ def _patched_once():
     patch, done = interpreter._patch_lang, set()
 
     def once(fn):
+        if fn in done:
+            return None
+        done.add(fn)
         modules = {id(m) for m in (tl, tl.core) if any(m is v for v in fn.__globals__.values())}
         if modules <= done:
             return None  # for nobody: the launch alone restores what it has patched
