@@ -160,6 +160,27 @@ def test_of_short_programs_it_counts_what_the_device_does(runs, monkeypatch):
     assert medians() == {None: 5e-4 / runs, "xla": 5e-4 / runs} and len(asked) == 1
 
 
+@pytest.mark.parametrize("by_clock, by_device, chosen", [
+    (2.5e-5, 0.9e-5, "xla"), (4e-5, 0.9e-5, "triton"),
+    (1.5e-5, 2e-5, "triton"), (1e-5, 2e-5, "xla"),
+])  # fmt: skip
+def test_of_short_programs_the_clock_counts_where_it_is_clear(
+    one_tile, by_clock, by_device, chosen, monkeypatch
+):
+    """Ours take 20 us by the clock, and the device 12. Among tiles the device alone counts."""
+    seconds, file = one_tile
+    tile = (64, 64, 32, 4, 3)
+    seconds |= {None: 2e-5, tile: 1e-5, "xla": by_clock}
+    device = {None: 1.2e-5, tile: 1.8e-5, "xla": by_device}
+    monkeypatch.setattr(
+        tuning._trace, "device_seconds",
+        lambda calls: {name: _measure.Spread.of([device[name]]) for name in calls},
+    )  # fmt: skip
+    _tune_dense()
+    assert not any(json.loads(file.read_text())["tiles"].values())
+    assert _chosen() == [chosen] * 3
+
+
 def test_a_tile_that_changes_nothing_is_not_tried(h200, uncompiled, monkeypatch):
     """The kernel gradient has no programs that stay for so many channels."""
     plain = (128, 128, 64, 8, 3)
