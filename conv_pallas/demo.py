@@ -269,6 +269,8 @@ def measure(
                     )
                 )
                 advance(f"{layer.name}, {which}")
+                if not console.is_terminal:
+                    console.print(f"  {layer.name}, {which}: × {_times(measurements[-1])}")
     return measurements
 
 

@@ -34,6 +34,7 @@ def test_quick(demo, tmp_path):
     assert "outputs against stock nnx.Conv: same" in done.stdout
     assert "gradients against stock nnx.Conv: same" in done.stdout
     assert "tcn-music/D8" in done.stdout and "training step" in done.stdout
+    assert done.stdout.count("tcn-music/D8, ") == 2  # as it goes: nobody sees a bar there
     assert "\x1b" not in done.stdout  # colours and bars are for terminals
     for name in ("training.png", "speedup.png"):
         assert (tmp_path / "out/pictures" / name).read_bytes().startswith(PNG)
