@@ -22,7 +22,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import harness, layers, progress, report, stored
+from benchmarks import harness, layers, neighbours, progress, report, stored
 from benchmarks.harness import Measurement
 from benchmarks.report import SLOWER
 from benchmarks.truth import Truth
@@ -245,6 +245,13 @@ def summary(result: dict[str, Any]) -> str:
         f"  {m['layer']['name']}, {m['pass']}: {ratio(m):.2f} of {m['fastest_baseline']}"
         for m in slower
     ]
+    beside = [m for m in found if (m.get("others") or 0.0) > neighbours.BUSY]
+    if beside:
+        most = max(beside, key=lambda m: m["others"])
+        lines.append(
+            f"{len(beside)} were timed beside other programs, which took up to "
+            f"{most['others']:.1f} cores ({most['layer']['name']}, {most['pass']}): time them again"
+        )
     compiling = [
         (ours["compile_s"], stock["compile_s"], m)
         for m in found

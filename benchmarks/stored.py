@@ -56,6 +56,7 @@ def measurement(m: Measurement, limits: Mapping[str, float]) -> dict[str, Any]:
         "bytes": bytes_,
         "ideal_ms": _digits(1e3 * least),
         "inside": m.inside,
+        "others": m.others,
         "variants": {},
         "ours": m.ours,
         "fastest_baseline": m.fastest_baseline,
