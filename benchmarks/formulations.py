@@ -157,6 +157,21 @@ CASES = (
     (4, 4000, 1, 32, 8, 1, 2),
     (4, 2000, 32, 1, 16, 1, 4),
     (4, 500, 768, 768, 3, 1, 2, 64),
+    (1, 4000, 64, 64, 4, 1, 2),
+    (1, 4000, 64, 64, 17, 1, 2),
+    (1, 30000, 1, 64, 16, 1, 8),
+    (2, 16000, 32, 64, 16, 1, 4),
+    (2, 16000, 32, 64, 31, 1, 3),
+    (4, 2000, 32, 32, 9, 1, 2),
+    (4, 4000, 16, 16, 16, 1, 4),
+    (4, 1000, 128, 128, 8, 1, 4),
+    (4, 500, 256, 256, 5, 1, 2),
+    (6, 1500, 64, 64, 10, 1, 5),
+    (8, 1000, 64, 64, 3, 1, 2),
+    (8, 1000, 64, 64, 5, 1, 2),
+    (8, 1000, 64, 64, 17, 1, 2),
+    (12, 500, 128, 128, 10, 1, 5),
+    (16, 1000, 16, 16, 8, 1, 4),
 )
 # Of padding a good part: dilations that are not far from the sequence's length.
 DEEP = (
@@ -268,6 +283,8 @@ def candidates(problem: Problem, stock: str) -> list[str]:
         "dense": 1 < spec.groups,
         "fold": spec.kernel_dilation > 1 and spec.stride == 1,
         "winograd": spec.groups == spec.stride == spec.input_dilation == 1 < spec.kernel_size,
+        "space_to_depth": problem.spec.stride > 1 == problem.spec.kernel_dilation,
+        "space_to_depth_winograd": problem.spec.stride > 1 == problem.spec.kernel_dilation,
         "barrier": problem.platform != "cpu",
         "symmetric": problem.platform != "cpu",
         "parts": problem.platform == "cpu" and len(xla_cpu.pieces(problem)[0]) > 1,
@@ -312,7 +329,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="three tiny cases")
     parser.add_argument(
-        "--only", default="", metavar="TEXT", help="cases whose name has this in it"
+        "--only", default="", metavar="TEXT", help="cases whose name has one of these in it: a,b,c"
     )
     parser.add_argument(
         "--layers", metavar="TEXT", help="instead the benchmarks' layers with such a word: a,b,c"
@@ -324,7 +341,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         cases = sweep(options.quick) if options.layers is None else published(options.layers)
         for case in cases:
-            if options.only not in label(case):
+            if not any(text in label(case) for text in options.only.split(",")):
                 continue
             stock = stock_of(case)
             for operation in OPERATIONS:

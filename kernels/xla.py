@@ -50,6 +50,8 @@ DESCRIPTIONS = {
     "scatter": "one matmul whose products for all taps are shifted and added",
     "blocks": "one matmul of taps in blocks, whose products are shifted and added",
     "winograd": "minimal filtering: two outputs by fewer products than they have taps",
+    "space_to_depth": "a stride's steps as one of more channels, then a convolution without it",
+    "space_to_depth_winograd": "a stride's steps as one of more channels, then minimal filtering",
     "parts": "pieces of time, each of the taps that see anything there",
     "fold": "the dilation as an axis of its own",
     "dense": "one dense convolution with zeros between the groups",

@@ -343,8 +343,7 @@ def _filters(problem: Problem, spec: ConvSpec, c: int, o: int) -> bool:
     too little, a few channels or steps do not make up for what is written to memory and read again,
     and beyond 16 MiB the pieces' results are too much to put together.
     """
-    types = {np.dtype(a).name for a in (problem.lhs_dtype, problem.rhs_dtype, problem.out_dtype)}
-    if types != {"float32"} or problem.precision is not None or spec.kernel_size % 2 == 0:
+    if not _float32(problem) or problem.precision is not None or spec.kernel_size % 2 == 0:
         return False
     steps = problem.N * spec.out_time
     few = steps < (512 if problem.operation == "conv1d_kernel_grad" else 1024)
@@ -362,9 +361,13 @@ def _filters_kernel_grad(problem: Problem) -> bool:
     spec, c, o = problem.spec, problem.C, problem.O
     every_step = spec.stride == spec.input_dilation == 1
     few = spec.kernel_size == 3 or (spec.kernel_size == 5 and min(c, o) >= 256)
-    sees = 2 * sum(max(0, zeros) for zeros in spec.padding) <= spec.time
     pieces = problem.N == 1 or _held("winograd", problem) <= MOST
-    return every_step and few and sees and pieces and _filters(problem, spec, c, o)
+    return every_step and few and _sees(spec) and pieces and _filters(problem, spec, c, o)
+
+
+def _sees(spec: ConvSpec) -> bool:
+    """Whether each tap sees more than padding."""
+    return 2 * sum(max(0, zeros) for zeros in spec.padding) <= spec.time
 
 
 def _scatters(problem: Problem, spec: ConvSpec, c: int, o: int) -> bool:
@@ -440,8 +443,10 @@ def kernel_grad(problem: Problem) -> str:
         return "matmuls"
     steps = problem.N * spec.out_time
     columns = steps * K * c  # what im2col holds
-    if columns <= 2**17 or (K <= 8 and (steps <= 128 or c == 1)) or (K <= FEW and spec.stride > 1):
+    if columns <= 2**17 or (K <= 8 and (steps <= 128 or c == 1)):
         return "im2col"
+    if spec.stride > 1:
+        return _strided_kernel_grad(problem)
     wide = max(problem.C, problem.O) >= 32 and min(problem.C, problem.O) >= 16
     if _bfloat16(problem) and K <= 8 and wide and _pieces_hold("im2col", problem, spec):
         return "im2col"
@@ -451,6 +456,30 @@ def kernel_grad(problem: Problem) -> str:
     few = 5 * 2**10 if problem.N == 1 else 2**11 if problem.N <= 4 else 0
     pays = steps <= few or K > FEW
     return "padded" if spec.input_dilation == 1 and pays else "canonical"
+
+
+def _strided_kernel_grad(problem: Problem) -> str:
+    """Of one group. Measured as in `forward`, where nothing is said of stride 2:
+
+    XLA's convolution has the N samples for its channels, and is good at eight and more of them.
+    """
+    spec, K, N = problem.spec, problem.spec.kernel_size, problem.N
+    if _bfloat16(problem):
+        return "im2col"
+    taps, plain = -(-K // spec.stride), spec.kernel_dilation == spec.input_dilation == 1
+    if not plain or not _float32(problem):
+        return "im2col" if K <= FEW else "canonical"
+    wide = min(spec.stride * problem.C, problem.O)
+    little = N * spec.out_time * max(spec.stride * problem.C, problem.O) <= 2**22
+    # Of more pairs of rows it would copy the steps that they see, side by side.
+    filters = taps in (2, 3, 5) and problem.precision is None and little and _sees(spec)
+    if K <= 3:
+        return "im2col"
+    if N >= 8:
+        return "space_to_depth_winograd" if filters and taps == 2 and wide >= 128 else "canonical"
+    if filters and min(problem.C, problem.O) >= 32:
+        return "space_to_depth_winograd"
+    return "im2col" if K <= 5 or taps <= 2 else "space_to_depth"
 
 
 def many(problem: Problem) -> str | None:
@@ -482,6 +511,11 @@ def _grouped_kernel_grad(problem: Problem) -> str:
     if G > 64 or (G > 32 and _little(problem)):
         return "im2col" if K <= 8 and _little(problem) else "matmuls"
     return "matmuls" if problem.N == 1 and c >= 64 else "split"
+
+
+def _float32(problem: Problem) -> bool:
+    types = (problem.lhs_dtype, problem.rhs_dtype, problem.out_dtype)
+    return {np.dtype(a).name for a in types} == {"float32"}
 
 
 def _bfloat16(problem: Problem) -> bool:

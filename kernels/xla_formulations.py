@@ -22,6 +22,7 @@ from jax import lax
 from conv_pallas.kernels import xla_native
 from conv_pallas.kernels.xla_channel_blocks import channel_blocks, channel_blocks_kernel_grad
 from conv_pallas.kernels.xla_padding import pad, pad_along
+from conv_pallas.kernels.xla_space_to_depth import space_to_depth
 from conv_pallas.kernels.xla_winograd import winograd, winograd_kernel_grad
 from conv_pallas.spec import ConvSpec, Problem
 
@@ -443,6 +444,8 @@ KERNEL_GRAD: dict[str, Formulation] = {
     "matmuls": matmuls_kernel_grad,
     "im2col": im2col_kernel_grad,
     "winograd": winograd_kernel_grad,
+    "space_to_depth": space_to_depth(canonical_kernel_grad),
+    "space_to_depth_winograd": space_to_depth(winograd_kernel_grad),
     "fold": transposed(fold),
     "dense": transposed(dense),
     "split": split_kernel_grad,

@@ -47,17 +47,22 @@ TESTS += [(Case("int32", T=23, K=3, C=4, O=4, dtype="int32"), "conv1d")]
 # The input gradient of a strided layer sees zeros for the most part.
 TESTS += [(case, "conv1d_input_grad") for case in WIDE if case.S == 1]
 TESTS += [(case, "conv1d_kernel_grad") for case in LONG]
+TESTS = [("winograd", *test) for test in TESTS]
+# Strided, of one to six rows, and of groups.
+STRIDED = [Case(f"K{K}_S{S}", T=140, K=K, S=S) for K in range(1, 12, 2) for S in (2, 3)]
+STRIDED += [Case("grouped", T=140, K=5, S=2, C=4, O=6, G=2), Case("D2", T=140, K=3, S=2, D=2)]
+TESTS += [("space_to_depth_winograd", case, "conv1d_kernel_grad") for case in STRIDED]
 
 
-@pytest.mark.parametrize(("case", "operation"), TESTS, ids=str)
-def test_arithmetic(case, operation):
+@pytest.mark.parametrize(("name", "case", "operation"), TESTS, ids=str)
+def test_arithmetic(name, case, operation):
     x, kernel, g = case.arrays()
     lhs, rhs, _ = lhs_rhs_out(operation, x, kernel, g)
     lhs = rows(lhs)
     rhs = rows(rhs) if rhs is g else rhs
     with jax.enable_x64(case.dtype == "float64"):
         problem = case.problem(operation)
-        run = jax.jit(functools.partial(xla.run_as, "winograd", problem)).lower(lhs, rhs)
+        run = jax.jit(functools.partial(xla.run_as, name, problem)).lower(lhs, rhs)
         actual = run.compile({"xla_backend_optimization_level": 0})(lhs, rhs)
         check(actual, operation, lhs, rhs, case.spec, out_dtype=problem.out_dtype)
 

@@ -66,7 +66,7 @@ def check_all(case: Case, operation) -> None:
     problem = case.problem(operation)
     table = KERNEL_GRAD if operation == "conv1d_kernel_grad" else FORWARD
     # Products of "winograd" cancel in part: it needs more of them to be as exact, in its own cases.
-    names = [name for name in table if name != "winograd"]
+    names = [name for name in table if not name.endswith("winograd")]
 
     def run(lhs, rhs):
         return {name: xla.run_as(name, problem, lhs, rhs) for name in names}
@@ -538,6 +538,49 @@ def test_the_rules_show_what_was_measured():
                     assert abs(measured - float(value)) <= digit / 2 + 1e-3, (name, figure)
                     shown += 1
     assert shown > 200
+
+
+@pytest.mark.parametrize("sizes, expected", [
+    ((1, 4000, 64, 64, 4, 2), "space_to_depth_winograd"),
+    ((1, 4000, 64, 64, 17, 2), "space_to_depth"),
+    ((4, 4000, 16, 16, 5, 2), "im2col"),
+    ((4, 4000, 16, 16, 16, 8), "im2col"),
+    ((4, 4000, 16, 16, 16, 4), "space_to_depth"),
+    ((8, 1000, 64, 64, 3, 2), "im2col"),
+    ((8, 1000, 64, 64, 5, 2), "canonical"),
+    ((8, 1000, 64, 64, 33, 2), "canonical"),
+    ((12, 500, 128, 128, 10, 5), "space_to_depth_winograd"),
+])  # fmt: skip
+def test_a_strided_kernel_gradient(sizes, expected):
+    N, T, C, O, K, S = sizes
+    spec, float32 = ConvSpec(T, K, stride=S, padding=(K - 1, 0)), np.dtype(np.float32)
+    problem = Problem("conv1d_kernel_grad", spec, N, C, O, *[float32] * 3, None, platform="cpu")
+    assert xla.choose(problem) == expected
+    # Who asks for a precision gets no minimal filtering, and of bfloat16 matmuls are the fastest.
+    asked = xla.choose(dataclasses.replace(problem, precision=jax.lax.Precision.DEFAULT))
+    assert "winograd" not in asked
+    assert asked == expected or "winograd" in expected
+    bfloat16 = np.dtype(jnp.bfloat16)
+    narrow = dataclasses.replace(problem, lhs_dtype=bfloat16, rhs_dtype=bfloat16)
+    assert xla.choose(narrow) == "im2col"
+    dilated = dataclasses.replace(problem, spec=dataclasses.replace(spec, kernel_dilation=2))
+    assert xla.choose(dilated) == ("im2col" if K <= 16 else "canonical")
+
+
+@pytest.mark.parametrize("name", ["space_to_depth", "space_to_depth_winograd"])
+@pytest.mark.parametrize("K, D", [(3, 1), (5, 1), (4, 2)])
+def test_what_no_output_sees_is_in_no_row(name, K, D):
+    """Be it beyond the last output, be it before the first one: a NaN there reaches no gradient."""
+    spec = ConvSpec(46, K, stride=4, padding=(-5, -3), kernel_dilation=D)
+    x = np.random.default_rng(0).standard_normal((2, 46, 3)).astype(np.float32)
+    g = np.ones((2, spec.out_time, 4), np.float32)
+    seen = 5 + 4 * (spec.out_time - 1) + (K - 1) * D
+    x[:, :5] = x[:, seen + 1 :] = np.nan
+    assert seen < 46 - 3 - 1  # there is something that was neither cropped nor seen
+    problem = Problem(
+        "conv1d_kernel_grad", spec, 2, 3, 4, *[np.dtype(np.float32)] * 3, None, platform="cpu"
+    )
+    assert np.isfinite(xla.run_as(name, problem, x, g)).all()
 
 
 def test_what_a_gradient_reads_is_computed_once():
