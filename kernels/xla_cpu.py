@@ -459,7 +459,28 @@ def kernel_grad(problem: Problem) -> str:
 
 
 def _strided_kernel_grad(problem: Problem) -> str:
-    """Of one group. Measured as in `forward`, where nothing is said of stride 2:
+    """Of one group. Measured as in `forward`, but in ``formulations-strided.json``:
+
+    =========================  ==============================================================
+    N1 T4000 C64 O64 K4 S2     space_to_depth_winograd 4.7  im2col 3.7  space_to_depth 3.3
+    N1 T4000 C64 O64 K17 S2    space_to_depth 4.8  space_to_depth_winograd 3.6  im2col 2.8
+    N1 T30000 C1 O64 K16 S8    space_to_depth 2.6  im2col 2.6  space_to_depth_winograd 1.7
+    N2 T16000 C32 O64 K16 S4   space_to_depth 2.6  space_to_depth_winograd 2.2  im2col 1.9
+    N2 T16000 C32 O64 K31 S3   space_to_depth 2.9  space_to_depth_winograd 1.1  canonical 0.9
+    N4 T2000 C32 O1 K16 S4     space_to_depth_winograd 5.2  space_to_depth 4.3  im2col 2.7
+    N4 T4000 C16 O16 K16 S4    space_to_depth 2.5  im2col 2.4  space_to_depth_winograd 2.2
+    N4 T2000 C32 O32 K9 S2     space_to_depth 2.5  space_to_depth_winograd 2.2  im2col 1.9
+    N4 T1000 C128 O128 K3 S2   im2col 2.0  space_to_depth_winograd 2.0  space_to_depth 1.6
+    N4 T1000 C128 O128 K8 S4   space_to_depth_winograd 2.3  im2col 1.4  space_to_depth 1.3
+    N4 T500 C256 O256 K5 S2    space_to_depth_winograd 1.7  im2col 1.3  space_to_depth 1.1
+    N6 T1500 C64 O64 K10 S5    space_to_depth_winograd 2.0  space_to_depth 1.8  im2col 1.6
+    N8 T1000 C64 O64 K3 S2     im2col 1.5  space_to_depth_winograd 1.4  canonical 1.3
+    N8 T1000 C64 O64 K5 S2     space_to_depth_winograd 1.3  canonical 1.2  im2col 1.2
+    N8 T1000 C64 O64 K17 S2    space_to_depth 1.1  canonical 1.1  space_to_depth_winograd 0.9
+    N8 T4000 C32 O32 K5 S2     canonical 1.3  space_to_depth_winograd 1.1  im2col 1.1
+    N12 T500 C128 O128 K10 S5  space_to_depth_winograd 1.6  im2col 1.4  space_to_depth 1.3
+    N16 T1000 C16 O16 K8 S4    canonical 1.2  space_to_depth_winograd 1.1  space_to_depth 1.0
+    =========================  ==============================================================
 
     XLA's convolution has the N samples for its channels, and is good at eight and more of them.
     """
