@@ -172,6 +172,9 @@ CASES = (
     (8, 1000, 64, 64, 17, 1, 2),
     (12, 500, 128, 128, 10, 1, 5),
     (16, 1000, 16, 16, 8, 1, 4),
+    (4, 1000, 128, 128, 4, 1, 2),
+    (4, 2000, 64, 16, 16, 1, 4),
+    (4, 4000, 64, 1, 17, 1, 2),
 )
 # Of padding a good part: dilations that are not far from the sequence's length.
 DEEP = (
@@ -228,6 +231,7 @@ BFLOAT16 = (
     (4, 512, 128, 128, 3, 4, 1, 32),
     (8, 1000, 16, 8, 7),
     (8, 500, 64, 64, 3, 1, 2, 8),
+    (8, 1000, 64, 64, 16, 1, 4),
     (8, 1000, 64, 64, 3, 256),
     (8, 500, 64, 64, 5, 100),
 )
@@ -270,6 +274,7 @@ def candidates(problem: Problem, stock: str) -> list[str]:
     products = spec.kernel_size * (problem.as_convolution[1] // spec.groups)
     each_its_own = spec.groups > 1 and c == m == 1
     few = each_its_own or spec.kernel_size <= UNROLLED
+    spreads = problem.as_convolution[0].input_dilation > 1 == spec.kernel_dilation
     worth = {
         "shifts": products <= 64 or each_its_own,
         "own_pads": products <= 16 or problem.depthwise,
@@ -283,6 +288,9 @@ def candidates(problem: Problem, stock: str) -> list[str]:
         "dense": 1 < spec.groups,
         "fold": spec.kernel_dilation > 1 and spec.stride == 1,
         "winograd": spec.groups == spec.stride == spec.input_dilation == 1 < spec.kernel_size,
+        "depth_to_space": spreads,
+        "depth_to_space_winograd": spreads,
+        "depth_to_space_im2col": spreads,
         "space_to_depth": problem.spec.stride > 1 == problem.spec.kernel_dilation,
         "space_to_depth_winograd": problem.spec.stride > 1 == problem.spec.kernel_dilation,
         "barrier": problem.platform != "cpu",

@@ -199,11 +199,7 @@ def forward(problem: Problem) -> str:
         matmul = spec.input_dilation == 1 and (strided or few or _bfloat16(problem))
         return "matmuls" if matmul else stock
     if spec.input_dilation > 1:
-        # Of a strided layer's input gradient all but each S-th product would be with zero.
-        moves = spec.stride == 1 and K <= FEW and _held("scatter", problem) <= MOST
-        if moves and c == 1 and K * o > 256:  # such a matmul only writes down what it holds
-            return "shifts"
-        return "scatter" if moves else stock
+        return _spread(problem, spec, c, o) or stock
     if spec.stride > 1:
         few = "matmuls" if c == 1 else "shifts"
         return few if c <= 2 and K * c <= 16 else stock
@@ -333,6 +329,32 @@ def _few_channels(problem: Problem, spec: ConvSpec, c: int, o: int) -> bool:
     if everything > WHOLE:
         return D > 1 and K >= 5
     return D > 1 or K >= 7 or everything <= 3 * 2**20
+
+
+def _spread(problem: Problem, spec: ConvSpec, c: int, o: int) -> str | None:
+    """Of one group and a dilated input, as a strided layer's input gradient has.
+
+    None where nothing is faster than stock, of which all but each S-th product is with zero.
+    """
+    K, S = spec.kernel_size, spec.input_dilation
+    held = _held("scatter", problem) <= MOST
+    scatters = "scatter" if spec.stride == 1 and K <= FEW and held else None
+    if spec.kernel_dilation > 1 or spec.stride > 1:
+        # Such a matmul of one channel only writes down what it holds.
+        return "shifts" if scatters and c == 1 and K * o > 256 else scatters
+    if _bfloat16(problem):
+        return scatters if scatters and K <= 8 else "depth_to_space_im2col"
+    if not _float32(problem):
+        return scatters
+    if c == 1 and o >= 32 and K <= FEW:
+        return "matmuls"
+    if o < 8 and (K % S or S * o < 16 or K <= 5):  # rows too short, or more to add to them
+        return "scatter" if o <= 2 and held and K <= 2 * FEW else scatters
+    little = problem.N * spec.out_time * max(c, S * o) <= 2**22 * S
+    filters = problem.precision is None and o >= 32 and little
+    if scatters and not (K > 5 or (K > 3 and filters and min(c, o) >= 128)):
+        return scatters
+    return "depth_to_space_winograd" if filters else "depth_to_space"
 
 
 def _filters(problem: Problem, spec: ConvSpec, c: int, o: int) -> bool:

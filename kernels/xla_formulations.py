@@ -22,7 +22,7 @@ from jax import lax
 from conv_pallas.kernels import xla_native
 from conv_pallas.kernels.xla_channel_blocks import channel_blocks, channel_blocks_kernel_grad
 from conv_pallas.kernels.xla_padding import pad, pad_along
-from conv_pallas.kernels.xla_space_to_depth import space_to_depth
+from conv_pallas.kernels.xla_strided import depth_to_space, space_to_depth
 from conv_pallas.kernels.xla_winograd import winograd, winograd_kernel_grad
 from conv_pallas.spec import ConvSpec, Problem
 
@@ -319,6 +319,10 @@ FORWARD: dict[str, Formulation] = {
         split,
         channel_blocks,
     )
+} | {
+    "depth_to_space": depth_to_space(native, grouped_matmul, native),
+    "depth_to_space_winograd": depth_to_space(winograd, grouped_matmul, native),
+    "depth_to_space_im2col": depth_to_space(im2col, grouped_matmul, native),
 }
 
 

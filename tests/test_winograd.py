@@ -52,6 +52,8 @@ TESTS = [("winograd", *test) for test in TESTS]
 STRIDED = [Case(f"K{K}_S{S}", T=140, K=K, S=S) for K in range(1, 12, 2) for S in (2, 3)]
 STRIDED += [Case("grouped", T=140, K=5, S=2, C=4, O=6, G=2), Case("D2", T=140, K=3, S=2, D=2)]
 TESTS += [("space_to_depth_winograd", case, "conv1d_kernel_grad") for case in STRIDED]
+STRIDED = [dataclasses.replace(case, C=48 * case.G, O=48 * case.G) for case in STRIDED]
+TESTS += [("depth_to_space_winograd", case, "conv1d_input_grad") for case in STRIDED]
 
 
 @pytest.mark.parametrize(("name", "case", "operation"), TESTS, ids=str)

@@ -463,7 +463,7 @@ def test_choice_exists(platform):
         # Strides.
         ((32, 1000, 3, 16, 1, 1, 2), "float32", "matmuls", "native"),
         ((16, 2000, 64, 32, 1, 1, 2), "float16", "padded", "native"),
-        ((4, 2000, 32, 1, 16, 1, 4), "float32", "padded", "shifts"),
+        ((4, 2000, 32, 1, 16, 1, 4), "float32", "padded", "matmuls"),
         ((4, 2000, 16, 1, 4, 1, 2), "float32", "padded", "scatter"),
         ((4, 500, 768, 768, 3, 1, 2, 64), "float32", "matmuls", "scatter"),
         ((64, 900, 768, 768, 3, 1, 2, 64), "float32", "matmuls", "native"),  # they hold too much
@@ -571,6 +571,51 @@ def test_a_strided_kernel_gradient(sizes, expected):
     assert xla.choose(narrow) == "im2col"
     dilated = dataclasses.replace(problem, spec=dataclasses.replace(spec, kernel_dilation=2))
     assert xla.choose(dilated) == ("im2col" if K <= 16 else "canonical")
+
+
+@pytest.mark.parametrize("sizes, expected", [
+    ((8, 1000, 64, 64, 3, 2), "scatter"),
+    ((4, 1000, 128, 128, 4, 2), "depth_to_space_winograd"),
+    ((4, 2000, 16, 64, 8, 4), "depth_to_space"),
+    ((4, 2000, 64, 16, 17, 2), "depth_to_space_winograd"),
+    ((1, 100000, 16, 32, 4, 2), "depth_to_space"),  # of which "scatter" would hold too much
+    ((4, 4000, 64, 1, 16, 8), "matmuls"),
+    ((4, 4000, 64, 1, 17, 2), "depth_to_space_winograd"),
+    ((2, 8000, 1, 64, 17, 2), "scatter"),
+    ((2, 8000, 4, 64, 16, 4), "depth_to_space"),
+    ((2, 8000, 4, 64, 31, 3), "native"),
+])  # fmt: skip
+def test_a_strided_input_gradient(sizes, expected):
+    N, T, C, O, K, S = sizes
+    spec, float32 = ConvSpec(T, K, stride=S, padding=(K - 1, 0)), np.dtype(np.float32)
+    problem = Problem("conv1d_input_grad", spec, N, C, O, *[float32] * 3, None, platform="cpu")
+    assert xla.choose(problem) == expected
+    asked = xla.choose(dataclasses.replace(problem, precision=jax.lax.Precision.DEFAULT))
+    assert "winograd" not in asked
+    assert asked == expected or "winograd" in expected
+    bfloat16 = np.dtype(jnp.bfloat16)
+    narrow = dataclasses.replace(problem, lhs_dtype=bfloat16, rhs_dtype=bfloat16)
+    few = K <= 8 and T < 100000
+    assert xla.choose(narrow) == ("scatter" if few else "depth_to_space_im2col")
+    dilated = dataclasses.replace(problem, spec=dataclasses.replace(spec, kernel_dilation=2))
+    assert "depth" not in xla.choose(dilated)
+
+
+@pytest.mark.parametrize(
+    "name", ["depth_to_space", "depth_to_space_winograd", "depth_to_space_im2col"]
+)
+@pytest.mark.parametrize("K", [2, 3, 4, 7, 8])
+def test_a_row_sees_no_more_than_its_steps_do(name, K):
+    """Of taps that fill no row there is none that multiplies a NaN with zero."""
+    spec = ConvSpec(41, K, stride=3, padding=(K - 1, 2))
+    problem = Problem(
+        "conv1d_input_grad", spec, 1, 1, 1, *[np.dtype(np.float32)] * 3, None, platform="cpu"
+    )
+    g = np.where(np.eye(spec.out_time, dtype=bool)[..., None, None], np.nan, 0).astype(np.float32)
+    run = jax.jit(jax.vmap(lambda g: xla.run_as(name, problem, g[None, :, 0], jnp.ones((K, 1, 1)))))
+    first = 3 * np.arange(spec.out_time)[:, None] - spec.padding[0]
+    seen = (np.arange(41) >= first) & (np.arange(41) < first + K)
+    np.testing.assert_array_equal(np.asarray(run(g))[:, 0, :, 0], np.where(seen, np.nan, 0))
 
 
 @pytest.mark.parametrize("name", ["space_to_depth", "space_to_depth_winograd"])
