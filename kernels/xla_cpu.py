@@ -335,6 +335,25 @@ def _spread(problem: Problem, spec: ConvSpec, c: int, o: int) -> str | None:
     """Of one group and a dilated input, as a strided layer's input gradient has.
 
     None where nothing is faster than stock, of which all but each S-th product is with zero.
+    Measured as `_strided_kernel_grad`, input gradient:
+
+    ================================  ======================================================
+    N8 T1000 C64 O64 K3 S2            scatter 1.1  depth_to_space 1.0
+    N4 T1000 C128 O128 K4 S2          depth_to_space_winograd 1.5  depth_to_space 1.2
+    N8 T4000 C32 O32 K5 S2            depth_to_space_winograd 1.5  scatter 1.4
+    N4 T500 C256 O256 K5 S2           depth_to_space_winograd 1.3  depth_to_space 1.2
+    N4 T1000 C128 O128 K8 S4          depth_to_space_winograd 1.4  depth_to_space 1.3
+    N4 T2000 C64 O16 K16 S4           depth_to_space_winograd 2.2  depth_to_space_im2col 2.0
+    N4 T4000 C16 O16 K16 S4           depth_to_space 2.7  depth_to_space_im2col 2.4
+    N2 T16000 C32 O64 K16 S4          depth_to_space_winograd 2.2  depth_to_space 1.9
+    N1 T4000 C64 O64 K17 S2           depth_to_space_winograd 1.9  depth_to_space 1.8
+    N8 T1000 C64 O64 K17 S2           depth_to_space_winograd 2.2  depth_to_space 1.9
+    N2 T16000 C32 O64 K31 S3          depth_to_space_winograd 5.7  depth_to_space 4.3
+    N1 T30000 C1 O64 K16 S8           depth_to_space 1.1  scatter 1.1
+    N4 T2000 C32 O1 K16 S4            matmuls 2.4  shifts 2.2
+    N4 T4000 C64 O1 K17 S2            matmuls 25  shifts 23
+    N8 T1000 C64 O64 K16 S4 bfloat16  depth_to_space_im2col 5.1  depth_to_space_winograd 4.6
+    ================================  ======================================================
     """
     K, S = spec.kernel_size, spec.input_dilation
     held = _held("scatter", problem) <= MOST
@@ -351,7 +370,7 @@ def _spread(problem: Problem, spec: ConvSpec, c: int, o: int) -> str | None:
     if o < 8 and (K % S or S * o < 16 or K <= 5):  # rows too short, or more to add to them
         return "scatter" if o <= 2 and held and K <= 2 * FEW else scatters
     little = problem.N * spec.out_time * max(c, S * o) <= 2**22 * S
-    filters = problem.precision is None and o >= 32 and little
+    filters = problem.precision is None and o >= 32 and c > 1 and little
     if scatters and not (K > 5 or (K > 3 and filters and min(c, o) >= 128)):
         return scatters
     return "depth_to_space_winograd" if filters else "depth_to_space"
@@ -484,24 +503,24 @@ def _strided_kernel_grad(problem: Problem) -> str:
     """Of one group. Measured as in `forward`, but in ``formulations-strided.json``:
 
     =========================  ==============================================================
-    N1 T4000 C64 O64 K4 S2     space_to_depth_winograd 4.7  im2col 3.7  space_to_depth 3.3
-    N1 T4000 C64 O64 K17 S2    space_to_depth 4.8  space_to_depth_winograd 3.6  im2col 2.8
-    N1 T30000 C1 O64 K16 S8    space_to_depth 2.6  im2col 2.6  space_to_depth_winograd 1.7
-    N2 T16000 C32 O64 K16 S4   space_to_depth 2.6  space_to_depth_winograd 2.2  im2col 1.9
-    N2 T16000 C32 O64 K31 S3   space_to_depth 2.9  space_to_depth_winograd 1.1  canonical 0.9
-    N4 T2000 C32 O1 K16 S4     space_to_depth_winograd 5.2  space_to_depth 4.3  im2col 2.7
-    N4 T4000 C16 O16 K16 S4    space_to_depth 2.5  im2col 2.4  space_to_depth_winograd 2.2
-    N4 T2000 C32 O32 K9 S2     space_to_depth 2.5  space_to_depth_winograd 2.2  im2col 1.9
-    N4 T1000 C128 O128 K3 S2   im2col 2.0  space_to_depth_winograd 2.0  space_to_depth 1.6
-    N4 T1000 C128 O128 K8 S4   space_to_depth_winograd 2.3  im2col 1.4  space_to_depth 1.3
-    N4 T500 C256 O256 K5 S2    space_to_depth_winograd 1.7  im2col 1.3  space_to_depth 1.1
-    N6 T1500 C64 O64 K10 S5    space_to_depth_winograd 2.0  space_to_depth 1.8  im2col 1.6
-    N8 T1000 C64 O64 K3 S2     im2col 1.5  space_to_depth_winograd 1.4  canonical 1.3
-    N8 T1000 C64 O64 K5 S2     space_to_depth_winograd 1.3  canonical 1.2  im2col 1.2
-    N8 T1000 C64 O64 K17 S2    space_to_depth 1.1  canonical 1.1  space_to_depth_winograd 0.9
-    N8 T4000 C32 O32 K5 S2     canonical 1.3  space_to_depth_winograd 1.1  im2col 1.1
-    N12 T500 C128 O128 K10 S5  space_to_depth_winograd 1.6  im2col 1.4  space_to_depth 1.3
-    N16 T1000 C16 O16 K8 S4    canonical 1.2  space_to_depth_winograd 1.1  space_to_depth 1.0
+    N1 T4000 C64 O64 K4 S2     space_to_depth_winograd 5.3  im2col 4.4  space_to_depth 4.2
+    N1 T4000 C64 O64 K17 S2    space_to_depth 4.8  space_to_depth_winograd 3.7  im2col 3.3
+    N1 T30000 C1 O64 K16 S8    space_to_depth 2.4  im2col 2.2  space_to_depth_winograd 1.8
+    N2 T16000 C32 O64 K16 S4   space_to_depth 2.7  space_to_depth_winograd 2.0  im2col 1.9
+    N2 T16000 C32 O64 K31 S3   space_to_depth 3.2  canonical 1.1  space_to_depth_winograd 1.1
+    N4 T2000 C32 O1 K16 S4     space_to_depth_winograd 5.1  space_to_depth 4.5  im2col 2.9
+    N4 T4000 C16 O16 K16 S4    space_to_depth 2.8  im2col 2.8  space_to_depth_winograd 2.4
+    N4 T2000 C32 O32 K9 S2     space_to_depth_winograd 2.4  space_to_depth 2.2  im2col 1.9
+    N4 T1000 C128 O128 K3 S2   im2col 2.1  space_to_depth_winograd 2.0  space_to_depth 1.5
+    N4 T1000 C128 O128 K8 S4   space_to_depth_winograd 2.2  im2col 1.5  space_to_depth 1.4
+    N4 T500 C256 O256 K5 S2    space_to_depth_winograd 1.6  im2col 1.3  space_to_depth 1.1
+    N6 T1500 C64 O64 K10 S5    space_to_depth_winograd 1.9  space_to_depth 1.7  im2col 1.7
+    N8 T1000 C64 O64 K3 S2     im2col 1.6  space_to_depth_winograd 1.5  canonical 1.4
+    N8 T1000 C64 O64 K5 S2     space_to_depth_winograd 1.3  canonical 1.2  space_to_depth 1.1
+    N8 T1000 C64 O64 K17 S2    space_to_depth 1.1  canonical 1.1  im2col 0.8
+    N8 T4000 C32 O32 K5 S2     canonical 1.3  im2col 1.2  space_to_depth 1.1
+    N12 T500 C128 O128 K10 S5  space_to_depth_winograd 1.6  space_to_depth 1.2  im2col 1.1
+    N16 T1000 C16 O16 K8 S4    canonical 1.2  space_to_depth_winograd 1.2  space_to_depth 1.1
     =========================  ==============================================================
 
     XLA's convolution has the N samples for its channels, and is good at eight and more of them.

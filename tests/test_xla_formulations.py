@@ -526,6 +526,7 @@ def test_the_rules_show_what_was_measured():
         (xla_cpu._grouped, OPERATIONS[:2], "formulations"),
         (xla_cpu.kernel_grad, OPERATIONS[2:], "formulations"),
         (xla_cpu._parts_pay, OPERATIONS[::2], "formulations"),
+        (xla_cpu._spread, OPERATIONS[1:2], "formulations-strided"),
         (xla_cpu._strided_kernel_grad, OPERATIONS[2:], "formulations-strided"),
     ):
         found = _measured(folder / f"{name}.json")
@@ -580,7 +581,7 @@ def test_a_strided_kernel_gradient(sizes, expected):
     ((4, 2000, 64, 16, 17, 2), "depth_to_space_winograd"),
     ((1, 100000, 16, 32, 4, 2), "depth_to_space"),  # of which "scatter" would hold too much
     ((4, 4000, 64, 1, 16, 8), "matmuls"),
-    ((4, 4000, 64, 1, 17, 2), "depth_to_space_winograd"),
+    ((4, 4000, 64, 1, 17, 2), "depth_to_space"),
     ((2, 8000, 1, 64, 17, 2), "scatter"),
     ((2, 8000, 4, 64, 16, 4), "depth_to_space"),
     ((2, 8000, 4, 64, 31, 3), "native"),
