@@ -120,6 +120,22 @@ def test_errors_are_not_twice_those_of_the_definition(operation, sizes):
     assert 0 < error("winograd") < 2 * error("native")
 
 
+@pytest.mark.parametrize("operation, name", [
+    ("conv1d_input_grad", "depth_to_space_winograd"),
+    ("conv1d_kernel_grad", "space_to_depth_winograd"),
+])  # fmt: skip
+@pytest.mark.parametrize("K", [5, 10])
+def test_errors_of_strided_gradients(operation, name, K):
+    problem = _problem(operation, (2, 300, 64, 64, K, 1, 2))
+    lhs, rhs = operands(problem)
+    exact = REFERENCES[operation](lhs, rhs, problem.spec)
+
+    def error(name):
+        return np.sqrt(np.mean((np.asarray(xla.run_as(name, problem, lhs, rhs)) - exact) ** 2))
+
+    assert 0 < error(name) < 2 * error("native")
+
+
 USUAL = lax.Precision.DEFAULT
 
 
