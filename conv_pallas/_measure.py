@@ -183,7 +183,7 @@ def several(function: Callable) -> Callable:
     """
 
     def run(*given):
-        count = next(len(a) for a in given if isinstance(a, list))
+        count = _runs(given)
         lists = [a if isinstance(a, list) else [a] * count for a in given]
         outs = []
         for arguments in zip(*lists, strict=True):
@@ -202,10 +202,14 @@ def lower(function: Callable, arguments: tuple) -> jax.stages.Lowered:
       arguments: arrays or structs, as `several` takes them.
     """
     run = several(function)
-    count = next(len(a) for a in arguments if isinstance(a, list))
     one = jax.eval_shape(function, *(a[0] if isinstance(a, list) else a for a in arguments))
     over = jax.jit(lambda into, *given: run(*given), donate_argnums=0, keep_unused=True)
-    return over.lower([one] * count, *arguments)
+    return over.lower([one] * _runs(arguments), *arguments)
+
+
+def _runs(arguments: tuple) -> int:
+    """How many runs arguments of `several` are for."""
+    return next(len(a) for a in arguments if isinstance(a, list))
 
 
 class InPlace:

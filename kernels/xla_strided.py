@@ -57,10 +57,8 @@ def depth_to_space(formulation, one_tap, otherwise):
         numbers = numbers._replace(out=numbers.acc)
         (N, T, _), (K, c, O) = x.shape, w.shape
         length = (spec.out_time - 1) * spec.stride + 1  # the stride is taken at the end
-        first, last = (
-            -(low // S),
-            -((low + 1 - length) // S),
-        )  # rows, by the step that they begin at
+        # Rows, by the step that they begin at.
+        first, last = -(low // S), -((low + 1 - length) // S)
         rows, (whole, rest) = last - first + 1, divmod(K, S)
         x = pad_along(x, 1, -first, last + whole + (rest > 0) - T)
 

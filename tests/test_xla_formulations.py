@@ -547,6 +547,22 @@ def test_the_rules_show_what_was_measured():
     assert shown > 200
 
 
+def _strided(operation, sizes, expected):
+    """A problem of which that is chosen, the same in bfloat16, and with a dilation."""
+    N, T, C, O, K, S = sizes
+    spec, float32 = ConvSpec(T, K, stride=S, padding=(K - 1, 0)), np.dtype(np.float32)
+    problem = Problem(operation, spec, N, C, O, *[float32] * 3, None, platform="cpu")
+    assert xla.choose(problem) == expected
+    # Who asks for a precision gets no minimal filtering.
+    asked = xla.choose(dataclasses.replace(problem, precision=jax.lax.Precision.DEFAULT))
+    assert "winograd" not in asked
+    assert asked == expected or "winograd" in expected
+    bfloat16 = np.dtype(jnp.bfloat16)
+    narrow = dataclasses.replace(problem, lhs_dtype=bfloat16, rhs_dtype=bfloat16)
+    spec = dataclasses.replace(spec, kernel_dilation=2)
+    return problem, narrow, dataclasses.replace(problem, spec=spec)
+
+
 @pytest.mark.parametrize("sizes, expected", [
     ((1, 4000, 64, 64, 4, 2), "space_to_depth_winograd"),
     ((1, 4000, 64, 64, 17, 2), "space_to_depth"),
@@ -559,19 +575,10 @@ def test_the_rules_show_what_was_measured():
     ((12, 500, 128, 128, 10, 5), "space_to_depth_winograd"),
 ])  # fmt: skip
 def test_a_strided_kernel_gradient(sizes, expected):
-    N, T, C, O, K, S = sizes
-    spec, float32 = ConvSpec(T, K, stride=S, padding=(K - 1, 0)), np.dtype(np.float32)
-    problem = Problem("conv1d_kernel_grad", spec, N, C, O, *[float32] * 3, None, platform="cpu")
-    assert xla.choose(problem) == expected
-    # Who asks for a precision gets no minimal filtering, and of bfloat16 matmuls are the fastest.
-    asked = xla.choose(dataclasses.replace(problem, precision=jax.lax.Precision.DEFAULT))
-    assert "winograd" not in asked
-    assert asked == expected or "winograd" in expected
-    bfloat16 = np.dtype(jnp.bfloat16)
-    narrow = dataclasses.replace(problem, lhs_dtype=bfloat16, rhs_dtype=bfloat16)
+    problem, narrow, dilated = _strided("conv1d_kernel_grad", sizes, expected)
+    # Of bfloat16 matmuls are the fastest.
     assert xla.choose(narrow) == "im2col"
-    dilated = dataclasses.replace(problem, spec=dataclasses.replace(spec, kernel_dilation=2))
-    assert xla.choose(dilated) == ("im2col" if K <= 16 else "canonical")
+    assert xla.choose(dilated) == ("im2col" if problem.spec.kernel_size <= 16 else "canonical")
 
 
 @pytest.mark.parametrize("sizes, expected", [
@@ -588,18 +595,9 @@ def test_a_strided_kernel_gradient(sizes, expected):
     ((2, 8000, 4, 64, 31, 3), "native"),
 ])  # fmt: skip
 def test_a_strided_input_gradient(sizes, expected):
-    N, T, C, O, K, S = sizes
-    spec, float32 = ConvSpec(T, K, stride=S, padding=(K - 1, 0)), np.dtype(np.float32)
-    problem = Problem("conv1d_input_grad", spec, N, C, O, *[float32] * 3, None, platform="cpu")
-    assert xla.choose(problem) == expected
-    asked = xla.choose(dataclasses.replace(problem, precision=jax.lax.Precision.DEFAULT))
-    assert "winograd" not in asked
-    assert asked == expected or "winograd" in expected
-    bfloat16 = np.dtype(jnp.bfloat16)
-    narrow = dataclasses.replace(problem, lhs_dtype=bfloat16, rhs_dtype=bfloat16)
-    few = K <= 8 and T < 100000
+    problem, narrow, dilated = _strided("conv1d_input_grad", sizes, expected)
+    few = problem.spec.kernel_size <= 8 and problem.spec.time < 100000
     assert xla.choose(narrow) == ("scatter" if few else "depth_to_space_im2col")
-    dilated = dataclasses.replace(problem, spec=dataclasses.replace(spec, kernel_dilation=2))
     assert "depth" not in xla.choose(dilated)
 
 
