@@ -252,6 +252,8 @@ def summary(result: dict[str, Any]) -> str:
             f"{len(beside)} were timed beside other programs, which took up to "
             f"{most['others']:.1f} cores ({most['layer']['name']}, {most['pass']}): time them again"
         )
+    if cores := stored.of_cores(result):
+        lines.append(cores)
     compiling = [
         (ours["compile_s"], stock["compile_s"], m)
         for m in found

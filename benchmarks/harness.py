@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks import baselines, neighbours
+from benchmarks import baselines, handoff, neighbours
 from benchmarks.baselines import NotApplicableError
 from benchmarks.layers import Stack, Subject
 from benchmarks.truth import Truth, WrongResultError
@@ -82,6 +82,7 @@ class Measurement:
       inside: how often one launch ran the layer.
       others: cores that other programs took on average while it was timed on a CPU that had none
         to spare; None where nobody knows.
+      handoffs: of each round on a CPU, what `handoff.ratio` said at its beginning.
     """
 
     subject: Subject
@@ -89,6 +90,7 @@ class Measurement:
     variants: dict[str, Variant]
     inside: int = 1
     others: float | None = None
+    handoffs: tuple[float | None, ...] = ()
 
     @property
     def timed(self) -> dict[str, Variant]:
@@ -103,6 +105,17 @@ class Measurement:
     def ratio(self, base: str, name: str) -> Spread:
         """How many times faster ``name`` is than ``base``."""
         return _measure.ratio(self.variants[base].seconds, self.variants[name].seconds)
+
+    def ratio_where(self, apart: bool, base: str, name: str) -> Spread | None:
+        """As `ratio`, of the rounds that found the cores apart, or together; None of no rounds."""
+        rounds = zip(
+            handoff.apart(self.handoffs),
+            self.variants[base].seconds,
+            self.variants[name].seconds,
+            strict=False,
+        )
+        found = [b / n for there, b, n in rounds if there is apart]
+        return Spread.of(found) if found else None
 
     @property
     def fastest_baseline(self) -> str | None:
@@ -195,7 +208,9 @@ def measure(
     calls |= programs
     order = [name for name in result.variants if name in calls]
     if order:
-        seconds, result.others = _undisturbed({n: calls[n] for n in order}, settings)
+        seconds, result.others, result.handoffs = _undisturbed(
+            {n: calls[n] for n in order}, settings
+        )
         for name, times in seconds.items():
             share = 1 if name == baselines.TORCH else result.inside
             result.variants[name].seconds = tuple(s / share for s in times)
@@ -205,18 +220,25 @@ def measure(
     return result
 
 
-def _undisturbed(calls, settings: Settings) -> tuple[dict[str, tuple[float, ...]], float | None]:
+def _undisturbed(
+    calls, settings: Settings
+) -> tuple[dict[str, tuple[float, ...]], float | None, tuple[float | None, ...]]:
     """As `_measure.interleaved`, on a CPU again where other programs took too much of it.
 
     Returns:
-      The times that others disturbed least, and how many cores they took of it.
+      The times that others disturbed least, how many cores they took of it, and of each round what
+      `handoff.ratio` said.
     """
+    if not _on_cpu():
+        return _measure.interleaved(calls, settings), None, ()
     found = []
-    for _ in range(ATTEMPTS if _on_cpu() else 1):
-        watch = neighbours.Watch()
-        times = _measure.interleaved(calls, settings)
-        others = watch.taken() if _on_cpu() else None
-        found.append((times, others))
+    for _ in range(ATTEMPTS):
+        watch, handoffs = neighbours.Watch(), []
+        times = _measure.interleaved(
+            calls, settings, lambda to=handoffs: to.append(handoff.ratio())
+        )
+        others = watch.taken()
+        found.append((times, others, tuple(handoffs)))
         if others is None or others <= neighbours.BUSY:
             break
     return min(found, key=lambda one: one[1] or 0.0)

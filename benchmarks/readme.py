@@ -11,6 +11,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from benchmarks import stored
 from benchmarks.baselines import BARRIER, MATMULS, SYMMETRIC, TORCH
 from benchmarks.device_timing import verdicts
 from benchmarks.on_device import lines_of
@@ -49,6 +50,7 @@ def figures(result: dict[str, Any]) -> str:
         rows.append(f"| {model} | {'; '.join(kinds)} | {' | '.join(cells)} |")
     source = RESULT.relative_to(ROOT)
     page = source.with_suffix(".html")
+    cores = stored.of_cores(result)
     return "\n".join(
         [
             f"On a CPU ({host['cpu']}, {host['cores']} cores, JAX {host['jax']}): how many times "
@@ -59,7 +61,8 @@ def figures(result: dict[str, Any]) -> str:
             "and its gradients. Batch and length are a CPU's: what would take too long is cut "
             "down. To compile all of them "
             f"takes {compiling[0]:.0f} s, and stock's {compiling[1]:.0f} s. From "
-            f"[{source}]({source}), measured by `{COMMAND}`; [{page}]({page}) draws it.",
+            f"[{source}]({source}), measured by `{COMMAND}`; [{page}]({page}) draws it."
+            + (f" The host of a virtual machine moves its cores: {cores}." if cores else ""),
             "",
             "| model | kind | forward, over stock | over fastest "
             "| step, over stock | over fastest |",

@@ -3,12 +3,13 @@
 import dataclasses
 import json
 import os
+import statistics
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import harness
+from benchmarks import handoff, harness
 from benchmarks.harness import Measurement
 from benchmarks.layers import ALL, Subject
 from conv_pallas._measure import STOCK, Settings
@@ -16,6 +17,8 @@ from conv_pallas._measure import STOCK, Settings
 FORMAT = 2
 # An environment variable that tells the commit where the files travel without their history.
 COMMIT = "BENCHMARKS_COMMIT"
+# How many times faster than the fastest baseline ours was by the rounds that found the cores so.
+TOGETHER, APART = "speedup_together", "speedup_apart"
 
 
 class BadResultError(ValueError):
@@ -57,6 +60,7 @@ def measurement(m: Measurement, limits: Mapping[str, float]) -> dict[str, Any]:
         "ideal_ms": _digits(1e3 * least),
         "inside": m.inside,
         "others": m.others,
+        "handoffs": [r if r is None else _digits(r) for r in m.handoffs],
         "variants": {},
         "ours": m.ours,
         "fastest_baseline": m.fastest_baseline,
@@ -84,7 +88,31 @@ def measurement(m: Measurement, limits: Mapping[str, float]) -> dict[str, Any]:
     if m.ours and STOCK in m.timed:
         found["speedup"] = _spread(m, STOCK)
         found["speedup_over_fastest"] = _spread(m, m.fastest_baseline)
+        for key, there in ((TOGETHER, False), (APART, True)):
+            if ratio := m.ratio_where(there, m.fastest_baseline, m.ours):
+                found[key] = _digits(ratio.median)
     return found
+
+
+def of_cores(found: Mapping[str, Any]) -> str:
+    """How often the cores lay apart in a result, and what that did to ours; empty if unknown."""
+    told = [there for m in found["measurements"] for there in handoff.apart(m.get("handoffs", ()))]
+    known = [there for there in told if there is not None]
+    if not known:
+        return ""
+    text = f"the cores lay apart in {statistics.fmean(known):.0%} of the rounds"
+    both = [
+        (m[TOGETHER], m[APART])
+        for m in found["measurements"]
+        if TOGETHER in m and APART in m and not m["speedup_over_fastest"]["same_program"]
+    ]
+    if both:
+        together, apart = map(statistics.geometric_mean, zip(*both, strict=True))
+        text += (
+            f"; where a pass saw both ({len(both)} did), ours was {together:.2f} times as fast as "
+            f"the fastest baseline with the cores together, and {apart:.2f} times with them apart"
+        )
+    return text
 
 
 def _spread(m: Measurement, base: str) -> dict[str, Any]:

@@ -94,12 +94,16 @@ DEVICE = Settings(least=0.02, rounds=(5, 9), settled=0.03, limit=1.5, hopeless=4
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], Any]], settings: Settings | None = None
+    calls: Mapping[str, Callable[[], Any]],
+    settings: Settings | None = None,
+    each_round: Callable[[], Any] | None = None,
 ) -> dict[str, tuple[float, ...]]:
     """Seconds a call of each variant takes, one entry for each round that it took part in.
 
     Args:
       calls: compiled functions without arguments; the first is what the others are compared to.
+      each_round: called at the beginning of each round. A variant that leaves does so for good, so
+        that its first entry is always of the first round.
     """
     settings = settings or Settings()
     # On a CPU the next call must not start before the last has ended, or both share the cores.
@@ -141,6 +145,8 @@ def interleaved(
             # The median of n values is known to about their spread over the root of n.
             if all(width / math.sqrt(turn) < settings.settled for width in spreads):
                 break
+        if each_round:
+            each_round()
         # Who follows whom must not matter: the order differs from turn to turn, and each variant
         # has one call to find its memory and the cores' clock as it leaves them itself.
         for name in order.sample(names, len(names)):

@@ -88,7 +88,7 @@ def test_the_least_disturbed_times_are_kept(monkeypatch, taken, kept):
     monkeypatch.setattr(neighbours.Watch, "taken", lambda self: next(asked))
     monkeypatch.setattr(
         harness._measure, "interleaved",
-        lambda calls, settings: dict.fromkeys(calls, (1.0 * next(turn),)),
+        lambda calls, settings, each_round: dict.fromkeys(calls, (1.0 * next(turn),)),
     )  # fmt: skip
     m = harness.measure(SMALL, FORWARD, settings=BRIEF, variants={STOCK: None, "xla": "xla"})
     assert next(asked, "none left") == "none left"
@@ -105,4 +105,4 @@ def test_a_host_matters_little_to_a_gpu(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(neighbours.Watch, "taken", lambda self: 0.9)
     monkeypatch.setattr(harness._measure, "interleaved", lambda calls, settings: calls)
-    assert harness._undisturbed({"a": 1}, BRIEF) == ({"a": 1}, None)
+    assert harness._undisturbed({"a": 1}, BRIEF) == ({"a": 1}, None, ())
