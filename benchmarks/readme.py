@@ -50,7 +50,12 @@ def figures(result: dict[str, Any]) -> str:
         rows.append(f"| {model} | {'; '.join(kinds)} | {' | '.join(cells)} |")
     source = RESULT.relative_to(ROOT)
     page = source.with_suffix(".html")
-    cores = stored.of_cores(result)
+    apart = stored.of_cores(result)
+    if apart:
+        apart = (
+            f" Meanwhile {apart}; apart they are while one takes more than twice as long for what "
+            "the other wrote, which the host of a virtual machine decides."
+        )
     return "\n".join(
         [
             f"On a CPU ({host['cpu']}, {host['cores']} cores, JAX {host['jax']}): how many times "
@@ -61,8 +66,7 @@ def figures(result: dict[str, Any]) -> str:
             "and its gradients. Batch and length are a CPU's: what would take too long is cut "
             "down. To compile all of them "
             f"takes {compiling[0]:.0f} s, and stock's {compiling[1]:.0f} s. From "
-            f"[{source}]({source}), measured by `{COMMAND}`; [{page}]({page}) draws it."
-            + (f" The host of a virtual machine moves its cores: {cores}." if cores else ""),
+            f"[{source}]({source}), measured by `{COMMAND}`; [{page}]({page}) draws it." + apart,
             "",
             "| model | kind | forward, over stock | over fastest "
             "| step, over stock | over fastest |",
