@@ -50,11 +50,15 @@ def figures(result: dict[str, Any]) -> str:
         rows.append(f"| {model} | {'; '.join(kinds)} | {' | '.join(cells)} |")
     source = RESULT.relative_to(ROOT)
     page = source.with_suffix(".html")
-    apart = stored.of_cores(result)
-    if apart:
-        apart = (
-            f" Meanwhile {apart}; apart they are while one takes more than twice as long for what "
-            "the other wrote, which the host of a virtual machine decides."
+    notes = [
+        "A training step is the loss and its gradients. Batch and length are a CPU's: what would "
+        "take too long is cut down. To compile all of them takes "
+        f"{compiling[0]:.0f} s, and stock's {compiling[1]:.0f} s. [{page}]({page}) draws it."
+    ]
+    if apart := stored.of_cores(result):
+        notes.append(
+            f"Meanwhile {apart}. They are apart while one takes more than twice as long for what "
+            "the other wrote; of a virtual machine its host decides."
         )
     return "\n".join(
         [
@@ -62,16 +66,15 @@ def figures(result: dict[str, Any]) -> str:
             "faster ours is than stock `nnx.Conv`, and than the fastest of all baselines (stock, "
             "padding behind a barrier, symmetric padding and a slice, shifted matmuls; of a whole "
             'network stock alone). The smallest and the largest of a model\'s layers; "same" where '
-            "both compile to the same program; below 1 ours is slower. A training step is the loss "
-            "and its gradients. Batch and length are a CPU's: what would take too long is cut "
-            "down. To compile all of them "
-            f"takes {compiling[0]:.0f} s, and stock's {compiling[1]:.0f} s. From "
-            f"[{source}]({source}), measured by `{COMMAND}`; [{page}]({page}) draws it." + apart,
+            "both compile to the same program; below 1 ours is slower. From "
+            f"[{source}]({source}), measured by `{COMMAND}`.",
             "",
             "| model | kind | forward, over stock | over fastest "
             "| step, over stock | over fastest |",
             "|---|---|---|---|---|---|",
             *rows,
+            "",
+            " ".join(notes),
         ]
     )
 

@@ -88,7 +88,7 @@ def test_rounds_are_told_apart(monkeypatch):
     )
     assert stored.of_cores(found) == text
     assert text in command.summary(found)
-    assert f" Meanwhile {text}; apart they are while" in figures.figures(found)
+    assert f" Meanwhile {text}. They are apart while" in figures.figures(found)
     # A result of before, or of another system, says nothing of it.
     del line["handoffs"]
     assert stored.of_cores(found) == "" and "cores lay" not in figures.figures(found)
