@@ -24,12 +24,16 @@ def ratio() -> float | None:
     """How many times longer a core writes over what another wrote than over its own.
 
     Of the first and the last core that this process may run on; None where there is but one, or
-    where the system holds no thread to a core. It takes less than a millisecond.
+    where the system holds no thread to a core, or must not. It takes less than a millisecond.
     """
     if not hasattr(os, "sched_setaffinity"):
         return None
     before = os.sched_getaffinity(0)  # of this thread; the others stay where they are
     if len(before) < 2:
+        return None
+    try:
+        os.sched_setaffinity(0, before)
+    except OSError:  # as some sandboxes have it
         return None
     array = np.zeros(BYTES // 8)
     found = []

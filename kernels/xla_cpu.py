@@ -337,23 +337,27 @@ def _spread(problem: Problem, spec: ConvSpec, c: int, o: int) -> str | None:
     None where nothing is faster than stock, of which all but each S-th product is with zero.
     Measured as `_strided_kernel_grad`, input gradient:
 
-    ================================  ======================================================
-    N8 T1000 C64 O64 K3 S2            scatter 1.1  depth_to_space 1.0
-    N4 T1000 C128 O128 K4 S2          depth_to_space_winograd 1.5  depth_to_space 1.2
-    N8 T4000 C32 O32 K5 S2            depth_to_space_winograd 1.5  scatter 1.4
-    N4 T500 C256 O256 K5 S2           depth_to_space_winograd 1.3  depth_to_space 1.2
-    N4 T1000 C128 O128 K8 S4          depth_to_space_winograd 1.4  depth_to_space 1.3
-    N4 T2000 C64 O16 K16 S4           depth_to_space_winograd 2.2  depth_to_space_im2col 2.0
-    N4 T4000 C16 O16 K16 S4           depth_to_space 2.7  depth_to_space_im2col 2.4
-    N2 T16000 C32 O64 K16 S4          depth_to_space_winograd 2.2  depth_to_space 1.9
-    N1 T4000 C64 O64 K17 S2           depth_to_space_winograd 1.9  depth_to_space 1.8
-    N8 T1000 C64 O64 K17 S2           depth_to_space_winograd 2.2  depth_to_space 1.9
-    N2 T16000 C32 O64 K31 S3          depth_to_space_winograd 5.7  depth_to_space 4.3
-    N1 T30000 C1 O64 K16 S8           depth_to_space 1.1  scatter 1.1
-    N4 T2000 C32 O1 K16 S4            matmuls 2.4  shifts 2.2
-    N4 T4000 C64 O1 K17 S2            matmuls 25  shifts 23
-    N8 T1000 C64 O64 K16 S4 bfloat16  depth_to_space_im2col 5.1  depth_to_space_winograd 4.6
-    ================================  ======================================================
+    =================================  ======================================================
+    N8 T1000 C64 O64 K3 S2             scatter 1.1  depth_to_space 1.0
+    N4 T1000 C128 O128 K4 S2           depth_to_space_winograd 1.5  depth_to_space 1.2
+    N8 T4000 C32 O32 K5 S2             depth_to_space_winograd 1.5  scatter 1.4
+    N4 T500 C256 O256 K5 S2            depth_to_space_winograd 1.3  depth_to_space 1.2
+    N4 T1000 C128 O128 K8 S4           depth_to_space_winograd 1.4  depth_to_space 1.3
+    N4 T2000 C64 O16 K16 S4            depth_to_space_winograd 2.2  depth_to_space_im2col 2.0
+    N4 T4000 C16 O16 K16 S4            depth_to_space 2.7  depth_to_space_im2col 2.4
+    N2 T16000 C32 O64 K16 S4           depth_to_space_winograd 2.2  depth_to_space 1.9
+    N1 T4000 C64 O64 K17 S2            depth_to_space_winograd 1.9  depth_to_space 1.8
+    N8 T1000 C64 O64 K17 S2            depth_to_space_winograd 2.2  depth_to_space 1.9
+    N2 T16000 C32 O64 K31 S3           depth_to_space_winograd 5.7  depth_to_space 4.3
+    N1 T30000 C1 O64 K16 S8            depth_to_space 1.1  scatter 1.1
+    N4 T2000 C32 O1 K16 S4             matmuls 2.4  shifts 2.2
+    N4 T4000 C64 O1 K17 S2             matmuls 25  shifts 23
+    N8 T1000 C64 O64 K16 S4 bfloat16   depth_to_space_im2col 5.1  depth_to_space_winograd 4.6
+    N2 T8000 C64 O64 K33 S4 bfloat16   depth_to_space_im2col 6.0  depth_to_space 4.2
+    N4 T16000 C32 O32 K64 S2 bfloat16  depth_to_space 2.0  depth_to_space_im2col 0.9
+    N8 T4000 C1 O64 K16 S2 bfloat16    scatter 9.6  native 3.4  depth_to_space_im2col 0.9
+    N8 T4000 C64 O1 K16 S2 bfloat16    depth_to_space_im2col 1.9  depth_to_space 1.3
+    =================================  ======================================================
     """
     K, S = spec.kernel_size, spec.input_dilation
     held = _held("scatter", problem) <= MOST
@@ -362,7 +366,11 @@ def _spread(problem: Problem, spec: ConvSpec, c: int, o: int) -> str | None:
         # Such a matmul of one channel only writes down what it holds.
         return "shifts" if scatters and c == 1 and K * o > 256 else scatters
     if _bfloat16(problem):
-        return scatters if scatters and K <= 8 else "depth_to_space_im2col"
+        if held and ((K <= 8 and scatters) or (o <= 2 and c >= 32 and K <= 2 * FEW)):
+            return "scatter"
+        # What the matmul reads; it is not taken in pieces.
+        windows = 2 * problem.N * (spec.out_time // S) * (K // S + 1) * c
+        return "depth_to_space_im2col" if windows <= 2**26 else "depth_to_space"
     if not _float32(problem):
         return scatters
     if c == 1 and o >= 32 and K <= FEW:
@@ -503,35 +511,45 @@ def kernel_grad(problem: Problem) -> str:
 def _strided_kernel_grad(problem: Problem) -> str:
     """Of one group. Measured as in `forward`, but in ``formulations-strided.json``:
 
-    =========================  ==============================================================
-    N1 T4000 C64 O64 K4 S2     space_to_depth_winograd 5.3  im2col 4.4  space_to_depth 4.2
-    N1 T4000 C64 O64 K17 S2    space_to_depth 4.8  space_to_depth_winograd 3.7  im2col 3.3
-    N1 T30000 C1 O64 K16 S8    space_to_depth 2.4  im2col 2.2  space_to_depth_winograd 1.8
-    N2 T16000 C32 O64 K16 S4   space_to_depth 2.7  space_to_depth_winograd 2.0  im2col 1.9
-    N2 T16000 C32 O64 K31 S3   space_to_depth 3.2  canonical 1.1  space_to_depth_winograd 1.1
-    N4 T2000 C32 O1 K16 S4     space_to_depth_winograd 5.1  space_to_depth 4.5  im2col 2.9
-    N4 T4000 C16 O16 K16 S4    space_to_depth 2.8  im2col 2.8  space_to_depth_winograd 2.4
-    N4 T2000 C32 O32 K9 S2     space_to_depth_winograd 2.4  space_to_depth 2.2  im2col 1.9
-    N4 T1000 C128 O128 K3 S2   im2col 2.1  space_to_depth_winograd 2.0  space_to_depth 1.5
-    N4 T1000 C128 O128 K8 S4   space_to_depth_winograd 2.2  im2col 1.5  space_to_depth 1.4
-    N4 T500 C256 O256 K5 S2    space_to_depth_winograd 1.6  im2col 1.3  space_to_depth 1.1
-    N6 T1500 C64 O64 K10 S5    space_to_depth_winograd 1.9  space_to_depth 1.7  im2col 1.7
-    N8 T1000 C64 O64 K3 S2     im2col 1.6  space_to_depth_winograd 1.5  canonical 1.4
-    N8 T1000 C64 O64 K5 S2     space_to_depth_winograd 1.3  canonical 1.2  space_to_depth 1.1
-    N8 T1000 C64 O64 K17 S2    space_to_depth 1.1  canonical 1.1  im2col 0.8
-    N8 T4000 C32 O32 K5 S2     canonical 1.3  im2col 1.2  space_to_depth 1.1
-    N12 T500 C128 O128 K10 S5  space_to_depth_winograd 1.6  space_to_depth 1.2  im2col 1.1
-    N16 T1000 C16 O16 K8 S4    canonical 1.2  space_to_depth_winograd 1.2  space_to_depth 1.1
-    =========================  ==============================================================
+    =================================  ===========================================================
+    N1 T4000 C64 O64 K4 S2             space_to_depth_winograd 5.3  im2col 4.4  space_to_depth 4.2
+    N1 T4000 C64 O64 K17 S2            space_to_depth 4.8  space_to_depth_winograd 3.7  im2col 3.3
+    N1 T30000 C1 O64 K16 S8            space_to_depth 2.4  im2col 2.2  space_to_depth_winograd 1.8
+    N2 T16000 C32 O64 K16 S4           space_to_depth 2.7  space_to_depth_winograd 2.0  im2col 1.9
+    N2 T16000 C32 O64 K31 S3           space_to_depth 3.2  canonical 1.1
+    N4 T2000 C32 O1 K16 S4             space_to_depth_winograd 5.1  space_to_depth 4.5  im2col 2.9
+    N4 T4000 C16 O16 K16 S4            space_to_depth 2.8  im2col 2.8  space_to_depth_winograd 2.4
+    N4 T2000 C32 O32 K9 S2             space_to_depth_winograd 2.4  space_to_depth 2.2  im2col 1.9
+    N4 T1000 C128 O128 K3 S2           im2col 2.1  space_to_depth_winograd 2.0  space_to_depth 1.5
+    N4 T1000 C128 O128 K8 S4           space_to_depth_winograd 2.2  im2col 1.5  space_to_depth 1.4
+    N4 T500 C256 O256 K5 S2            space_to_depth_winograd 1.6  im2col 1.3  space_to_depth 1.1
+    N6 T1500 C64 O64 K10 S5            space_to_depth_winograd 1.9  space_to_depth 1.7  im2col 1.7
+    N8 T1000 C64 O64 K3 S2             im2col 1.6  space_to_depth_winograd 1.5  canonical 1.4
+    N8 T1000 C64 O64 K5 S2             space_to_depth_winograd 1.3  canonical 1.2
+    N8 T1000 C64 O64 K17 S2            space_to_depth 1.1  canonical 1.1  im2col 0.8
+    N8 T4000 C32 O32 K5 S2             canonical 1.3  im2col 1.2  space_to_depth 1.1
+    N12 T500 C128 O128 K10 S5          space_to_depth_winograd 1.6  space_to_depth 1.2  im2col 1.1
+    N16 T1000 C16 O16 K8 S4            canonical 1.2  space_to_depth_winograd 1.2
+    N1 T10000 C64 O64 K5 D2 S2         im2col 3.6  matmuls 2.3  canonical 1.1
+    N1 T10000 C64 O64 K16 D2 S2        matmuls 2.8  canonical 1.0  im2col 0.8
+    N2 T8000 C64 O64 K33 S4 bfloat16   im2col 3.5  space_to_depth 2.7  canonical 1.0
+    N1 T16000 C64 O64 K17 S2 bfloat16  space_to_depth 5.2  matmuls 5.1  im2col 4.5
+    N4 T16000 C32 O32 K64 S2 bfloat16  space_to_depth 3.4  canonical 1.1  im2col 0.8
+    N8 T4000 C64 O1 K16 S2 bfloat16    space_to_depth 2.2  native 1.3  im2col 0.8
+    =================================  ===========================================================
 
     XLA's convolution has the N samples for its channels, and is good at eight and more of them.
     """
     spec, K, N = problem.spec, problem.spec.kernel_size, problem.N
-    if _bfloat16(problem):
-        return "im2col"
     taps, plain = -(-K // spec.stride), spec.kernel_dilation == spec.input_dilation == 1
+    held = _held("im2col", problem)
+    if _bfloat16(problem):
+        little = problem.O > 1 or N * held <= WHOLE
+        if little and held <= (WHOLE if plain else 2**26):
+            return "im2col"
+        return "space_to_depth" if plain else "canonical"
     if not plain or not _float32(problem):
-        return "im2col" if K <= FEW else "canonical"
+        return "im2col" if K <= FEW and held <= WHOLE else "canonical"
     wide = min(spec.stride * problem.C, problem.O)
     little = N * spec.out_time * max(spec.stride * problem.C, problem.O) <= 2**22
     # Of more pairs of rows it would copy the steps that they see, side by side.

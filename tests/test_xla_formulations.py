@@ -581,6 +581,66 @@ def test_a_strided_kernel_gradient(sizes, expected):
     assert xla.choose(dilated) == ("im2col" if problem.spec.kernel_size <= 16 else "canonical")
 
 
+@pytest.mark.parametrize("sizes, dtype, D, expected", [
+    ((1, 8000, 64, 64, 17, 2), "bfloat16", 1, "im2col"),
+    ((1, 16000, 64, 64, 17, 2), "bfloat16", 1, "space_to_depth"),
+    ((4, 16000, 32, 32, 64, 2), "bfloat16", 1, "space_to_depth"),
+    ((1, 10000, 64, 64, 33, 2), "bfloat16", 2, "im2col"),
+    ((1, 160000, 64, 64, 33, 2), "bfloat16", 2, "canonical"),
+    ((2, 4000, 64, 1, 16, 2), "bfloat16", 1, "im2col"),
+    ((8, 4000, 64, 1, 16, 2), "bfloat16", 1, "space_to_depth"),
+    ((1, 10000, 64, 64, 5, 2), "float32", 2, "im2col"),
+    ((1, 10000, 64, 64, 16, 2), "float32", 2, "canonical"),
+])  # fmt: skip
+def test_a_strided_kernel_gradient_holds_no_more_than_a_few_windows(sizes, dtype, D, expected):
+    """A matmul of all windows: K/S times x."""
+    N, T, C, O, K, S = sizes
+    spec, dtype = ConvSpec(T, K, S, (D * (K - 1), 0), D), np.dtype(jnp.dtype(dtype))
+    problem = Problem("conv1d_kernel_grad", spec, N, C, O, *[dtype] * 3, None, platform="cpu")
+    assert xla.choose(problem) == expected
+
+
+@pytest.mark.parametrize("sizes, expected", [
+    ((8, 4000, 1, 64, 16, 2), "scatter"),
+    ((8, 4000, 2, 64, 16, 4), "scatter"),
+    ((8, 4000, 1, 64, 31, 3), "scatter"),
+    ((8, 4000, 4, 64, 16, 4), "depth_to_space_im2col"),
+    ((8, 4000, 64, 1, 16, 2), "depth_to_space_im2col"),
+    ((1, 10000, 64, 64, 64, 2), "depth_to_space_im2col"),
+    ((1, 40000, 64, 64, 64, 2), "depth_to_space"),
+    ((16, 16000, 256, 256, 16, 2), "depth_to_space"),
+])  # fmt: skip
+def test_a_strided_input_gradient_in_bfloat16(sizes, expected):
+    """Few channels in are written down by taps; else a matmul reads all windows, if those fit."""
+    N, T, C, O, K, S = sizes
+    spec, dtype = ConvSpec(T, K, S, (K - 1, 0)), np.dtype(jnp.bfloat16)
+    problem = Problem("conv1d_input_grad", spec, N, C, O, *[dtype] * 3, None, platform="cpu")
+    assert xla.choose(problem) == expected
+
+
+@pytest.mark.parametrize("operation", OPERATIONS[1:])
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_strided_gradients_are_filtered_in_float32_alone(operation, dtype):
+    spec, dtype = ConvSpec(1000, 4, 2, (3, 0)), np.dtype(dtype)
+    problem = Problem(operation, spec, 4, 128, 128, *[dtype] * 3, None, platform="cpu")
+    assert "winograd" not in xla.choose(problem)
+    float32 = dict.fromkeys(("lhs_dtype", "rhs_dtype", "out_dtype"), np.dtype("float32"))
+    assert "winograd" in xla.choose(dataclasses.replace(problem, **float32))
+
+
+def test_strided_gradients_are_filtered_where_each_tap_sees_something_and_little_is_held():
+    """Of a tap that sees padding alone the gradient would be what its neighbours' rounding is."""
+
+    def chosen(operation, T, padding):
+        spec, float32 = ConvSpec(T, 4, 2, padding), np.dtype(np.float32)
+        return xla.choose(Problem(operation, spec, 4, 128, 128, *[float32] * 3, None, "cpu"))
+
+    assert chosen("conv1d_kernel_grad", 1000, (501, 0)) == "im2col"
+    for operation in OPERATIONS[1:]:
+        assert "winograd" in chosen(operation, 1000, (3, 0))
+        assert "winograd" not in chosen(operation, 100000, (3, 0))
+
+
 @pytest.mark.parametrize("sizes, expected", [
     ((8, 1000, 64, 64, 3, 2), "scatter"),
     ((4, 1000, 128, 128, 4, 2), "depth_to_space_winograd"),
@@ -597,7 +657,8 @@ def test_a_strided_kernel_gradient(sizes, expected):
 def test_a_strided_input_gradient(sizes, expected):
     problem, narrow, dilated = _strided("conv1d_input_grad", sizes, expected)
     few = problem.spec.kernel_size <= 8 and problem.spec.time < 100000
-    assert xla.choose(narrow) == ("scatter" if few else "depth_to_space_im2col")
+    scatters = few or (problem.C == 1 and problem.O > 1)
+    assert xla.choose(narrow) == ("scatter" if scatters else "depth_to_space_im2col")
     assert "depth" not in xla.choose(dilated)
 
 
