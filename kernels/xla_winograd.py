@@ -15,10 +15,12 @@ three products for four, and four for six. A product is a matmul over channels h
 S. Winograd, Arithmetic Complexity of Computations (1980), as A. Lavin and S. Gray (2015),
 arXiv:1509.09308, have it for networks. Larger tiles save more, but lose digits, and in theirs an
 output is a difference of numbers that hold later steps than its own. Here no output sees a step
-that it does not see in the definition: a NaN goes where it always goes. Of random numbers the
-rounding errors are up to twice the definition's. They are relative to all steps that a tile's two
-outputs see, so that of a step whose weights are all zero some rounding is left; and of an infinity,
-or sums of steps beyond the largest number, comes a NaN where the definition has an infinity.
+that it does not see in the definition: a NaN goes where it always goes. Of random numbers around
+zero the rounding errors are up to twice the definition's; around one, in kernel gradients of
+strided layers, up to 2.6 times, as one matmul sums all steps. They are relative to all steps that a
+tile's two outputs see, so that of a step whose weights are all zero some rounding is left; and of
+an infinity, or sums of steps beyond the largest number, comes a NaN where the definition has an
+infinity.
 
 K taps are pairs, and three more at the end where K is odd. One pair is two D steps from the next,
 so that all pairs are three convolutions of K/2 taps over every other block of D steps.
