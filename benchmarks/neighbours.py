@@ -23,7 +23,9 @@ class Watch:
     def taken(self) -> float | None:
         """Cores that others have taken on average, though there were none to spare; else zero.
 
-        None where the system does not tell, or has had no time to.
+        No less than that: the system counts whole ticks, mostly hundredths of a second, and what
+        may be one too many on each core is left out. None where it does not tell, or has had no
+        time to.
         """
         if self._start is None or (now := _now()) is None:
             return None
@@ -31,7 +33,8 @@ class Watch:
         if busy + idle <= 0 or wall <= 0:
             return None
         spared = idle >= IDLE * (busy + idle)
-        return 0.0 if spared else max(0.0, busy - own) / wall
+        rounding = len(os.sched_getaffinity(0)) / os.sysconf("SC_CLK_TCK")
+        return 0.0 if spared else max(0.0, busy - own - rounding) / wall
 
 
 def _now() -> tuple[float, float, float, float] | None:
