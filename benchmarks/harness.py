@@ -108,14 +108,10 @@ class Measurement:
 
     def ratio_where(self, apart: bool, base: str, name: str) -> Spread | None:
         """As `ratio`, of the rounds that found the cores apart, or together; None of no rounds."""
-        rounds = zip(
-            handoff.apart(self.handoffs),
-            self.variants[base].seconds,
-            self.variants[name].seconds,
-            strict=False,
-        )
-        found = [b / n for there, b, n in rounds if there is apart]
-        return Spread.of(found) if found else None
+        seconds = (self.variants[base].seconds, self.variants[name].seconds)
+        rounds = zip(handoff.apart(self.handoffs), *seconds, strict=False)
+        found = [of for there, *of in rounds if there is apart]
+        return _measure.ratio(*zip(*found, strict=True)) if found else None
 
     @property
     def fastest_baseline(self) -> str | None:

@@ -11,7 +11,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks import stored
+from benchmarks import handoff, stored
 from benchmarks.baselines import BARRIER, MATMULS, SYMMETRIC, TORCH
 from benchmarks.device_timing import verdicts
 from benchmarks.on_device import lines_of
@@ -57,8 +57,8 @@ def figures(result: dict[str, Any]) -> str:
     ]
     if apart := stored.of_cores(result):
         notes.append(
-            f"Meanwhile {apart}. They are apart while one takes more than twice as long for what "
-            "the other wrote; of a virtual machine its host decides."
+            f"Meanwhile {apart}. They are apart while one takes more than {handoff.APART:g} times "
+            "as long for what the other wrote; of a virtual machine its host decides."
         )
     return "\n".join(
         [

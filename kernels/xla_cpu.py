@@ -366,7 +366,7 @@ def _spread(problem: Problem, spec: ConvSpec, c: int, o: int) -> str | None:
         # Such a matmul of one channel only writes down what it holds.
         return "shifts" if scatters and c == 1 and K * o > 256 else scatters
     if _bfloat16(problem):
-        if held and ((K <= 8 and scatters) or (o <= 2 and c >= 32 and K <= 2 * FEW)):
+        if held and (K <= 8 or (o <= 2 and c >= 32 and K <= 2 * FEW)):
             return "scatter"
         # What the matmul reads; it is not taken in pieces.
         windows = 2 * problem.N * (spec.out_time // S) * (K // S + 1) * c
@@ -509,7 +509,7 @@ def kernel_grad(problem: Problem) -> str:
 
 
 def _strided_kernel_grad(problem: Problem) -> str:
-    """Of one group. Measured as in `forward`, but in ``formulations-strided.json``:
+    """Of one group. Measured as in `forward`, but in ``formulations-strided.json`` and ``-more``:
 
     =================================  ===========================================================
     N1 T4000 C64 O64 K4 S2             space_to_depth_winograd 5.3  im2col 4.4  space_to_depth 4.2
@@ -544,10 +544,8 @@ def _strided_kernel_grad(problem: Problem) -> str:
     taps, plain = -(-K // spec.stride), spec.kernel_dilation == spec.input_dilation == 1
     held = _held("im2col", problem)
     if _bfloat16(problem):
-        little = problem.O > 1 or N * held <= WHOLE
-        if little and held <= (WHOLE if plain else 2**26):
-            return "im2col"
-        return "space_to_depth" if plain else "canonical"
+        fits = held <= (WHOLE if plain else 2**26) and (problem.O > 1 or N * held <= WHOLE)
+        return "im2col" if fits else "space_to_depth" if plain else "canonical"
     if not plain or not _float32(problem):
         return "im2col" if K <= FEW and held <= WHOLE else "canonical"
     wide = min(spec.stride * problem.C, problem.O)

@@ -521,15 +521,18 @@ def _measured(file: Path) -> dict[str, dict[str, dict[str, float]]]:
 def test_the_rules_show_what_was_measured():
     """The figures in their docstrings are those of the stored results."""
     folder, shown = Path(__file__).parents[1] / "benchmarks/results/cpu", 0
-    for rule, operations, name in (
+    strided = ("formulations-strided", "formulations-strided-more")
+    for rule, operations, *names in (
         (xla_cpu.forward, OPERATIONS[:2], "formulations"),
         (xla_cpu._grouped, OPERATIONS[:2], "formulations"),
         (xla_cpu.kernel_grad, OPERATIONS[2:], "formulations"),
         (xla_cpu._parts_pay, OPERATIONS[::2], "formulations"),
-        (xla_cpu._spread, OPERATIONS[1:2], "formulations-strided"),
-        (xla_cpu._strided_kernel_grad, OPERATIONS[2:], "formulations-strided"),
+        (xla_cpu._spread, OPERATIONS[1:2], *strided),
+        (xla_cpu._strided_kernel_grad, OPERATIONS[2:], *strided),
     ):
-        found = _measured(folder / f"{name}.json")
+        found = {}
+        for name in names:
+            found |= _measured(folder / f"{name}.json")
         columns = []
         for line in rule.__doc__.splitlines():
             if re.fullmatch(r"\s+=+(  =+)+", line):
@@ -547,11 +550,16 @@ def test_the_rules_show_what_was_measured():
     assert shown > 200
 
 
+def _causal(operation, sizes, dtype="float32", D=1) -> Problem:
+    """On a CPU: N, T, C, O, K and the stride."""
+    N, T, C, O, K, S = sizes
+    spec, dtype = ConvSpec(T, K, S, (D * (K - 1), 0), D), np.dtype(jnp.dtype(dtype))
+    return Problem(operation, spec, N, C, O, *[dtype] * 3, None, "cpu")
+
+
 def _strided(operation, sizes, expected):
     """A problem of which that is chosen, the same in bfloat16, and with a dilation."""
-    N, T, C, O, K, S = sizes
-    spec, float32 = ConvSpec(T, K, stride=S, padding=(K - 1, 0)), np.dtype(np.float32)
-    problem = Problem(operation, spec, N, C, O, *[float32] * 3, None, platform="cpu")
+    problem = _causal(operation, sizes)
     assert xla.choose(problem) == expected
     # Who asks for a precision gets no minimal filtering.
     asked = xla.choose(dataclasses.replace(problem, precision=jax.lax.Precision.DEFAULT))
@@ -559,7 +567,7 @@ def _strided(operation, sizes, expected):
     assert asked == expected or "winograd" in expected
     bfloat16 = np.dtype(jnp.bfloat16)
     narrow = dataclasses.replace(problem, lhs_dtype=bfloat16, rhs_dtype=bfloat16)
-    spec = dataclasses.replace(spec, kernel_dilation=2)
+    spec = dataclasses.replace(problem.spec, kernel_dilation=2)
     return problem, narrow, dataclasses.replace(problem, spec=spec)
 
 
@@ -594,10 +602,7 @@ def test_a_strided_kernel_gradient(sizes, expected):
 ])  # fmt: skip
 def test_a_strided_kernel_gradient_holds_no_more_than_a_few_windows(sizes, dtype, D, expected):
     """A matmul of all windows: K/S times x."""
-    N, T, C, O, K, S = sizes
-    spec, dtype = ConvSpec(T, K, S, (D * (K - 1), 0), D), np.dtype(jnp.dtype(dtype))
-    problem = Problem("conv1d_kernel_grad", spec, N, C, O, *[dtype] * 3, None, platform="cpu")
-    assert xla.choose(problem) == expected
+    assert xla.choose(_causal("conv1d_kernel_grad", sizes, dtype, D)) == expected
 
 
 @pytest.mark.parametrize("sizes, expected", [
@@ -612,33 +617,25 @@ def test_a_strided_kernel_gradient_holds_no_more_than_a_few_windows(sizes, dtype
 ])  # fmt: skip
 def test_a_strided_input_gradient_in_bfloat16(sizes, expected):
     """Few channels in are written down by taps; else a matmul reads all windows, if those fit."""
-    N, T, C, O, K, S = sizes
-    spec, dtype = ConvSpec(T, K, S, (K - 1, 0)), np.dtype(jnp.bfloat16)
-    problem = Problem("conv1d_input_grad", spec, N, C, O, *[dtype] * 3, None, platform="cpu")
-    assert xla.choose(problem) == expected
+    assert xla.choose(_causal("conv1d_input_grad", sizes, "bfloat16")) == expected
 
 
 @pytest.mark.parametrize("operation", OPERATIONS[1:])
 @pytest.mark.parametrize("dtype", ["float16", "float64"])
 def test_strided_gradients_are_filtered_in_float32_alone(operation, dtype):
-    spec, dtype = ConvSpec(1000, 4, 2, (3, 0)), np.dtype(dtype)
-    problem = Problem(operation, spec, 4, 128, 128, *[dtype] * 3, None, platform="cpu")
-    assert "winograd" not in xla.choose(problem)
-    float32 = dict.fromkeys(("lhs_dtype", "rhs_dtype", "out_dtype"), np.dtype("float32"))
-    assert "winograd" in xla.choose(dataclasses.replace(problem, **float32))
+    sizes = (4, 1000, 128, 128, 4, 2)
+    assert "winograd" not in xla.choose(_causal(operation, sizes, dtype))
+    assert "winograd" in xla.choose(_causal(operation, sizes))
 
 
 def test_strided_gradients_are_filtered_where_each_tap_sees_something_and_little_is_held():
     """Of a tap that sees padding alone the gradient would be what its neighbours' rounding is."""
-
-    def chosen(operation, T, padding):
-        spec, float32 = ConvSpec(T, 4, 2, padding), np.dtype(np.float32)
-        return xla.choose(Problem(operation, spec, 4, 128, 128, *[float32] * 3, None, "cpu"))
-
-    assert chosen("conv1d_kernel_grad", 1000, (501, 0)) == "im2col"
     for operation in OPERATIONS[1:]:
-        assert "winograd" in chosen(operation, 1000, (3, 0))
-        assert "winograd" not in chosen(operation, 100000, (3, 0))
+        assert "winograd" in xla.choose(_causal(operation, (4, 1000, 128, 128, 4, 2)))
+        assert "winograd" not in xla.choose(_causal(operation, (4, 100000, 128, 128, 4, 2)))
+    problem = _causal("conv1d_kernel_grad", (4, 1000, 128, 128, 4, 2))
+    unseen = dataclasses.replace(problem.spec, padding=(501, 0))
+    assert xla.choose(dataclasses.replace(problem, spec=unseen)) == "im2col"
 
 
 @pytest.mark.parametrize("sizes, expected", [
