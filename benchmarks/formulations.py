@@ -1,18 +1,28 @@
 """Times every XLA formulation of the three operations, which `kernels/xla_cpu.py` is made of.
 
-    python -m benchmarks.formulations [--quick] [--only TEXT] [--layers TEXT] [--json PATH]
+    python -m benchmarks.formulations [--quick] [--only TEXT] [--without TEXT] [--layers TEXT]
+                                      [--minutes N] [--json PATH]
 
 All formulations of an operation take turns. They are compared with what nnx.Conv runs: one
 `lax.conv_general_dilated` (``native``) or a transpose of that, after a pad in memory if the padding
 is CAUSAL (``padded``). Candidates that are hopeless at first sight are left out, as are those that
 take over three times as long.
+
+What is fastest depends on which caches the cores share (`benchmarks.handoff`), and the host of a
+virtual machine may change it at any time. Whichever lack rounds of the cores as they lie just then
+take their turn, and each state has its own line in the results. With --minutes it waits so long for
+the state that is still missing.
 """
 
 import argparse
+import contextlib
+import dataclasses
 import functools
+import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -22,254 +32,23 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import layers, stored
+from benchmarks import handoff, stored
+from benchmarks.formulation_cases import label, published, stock_of, sweep
 from conv_pallas import _measure
-from conv_pallas._layers import Layer, select
 from conv_pallas.explanation import default_platform
 from conv_pallas.kernels import xla, xla_cpu
 from conv_pallas.kernels.xla_formulations import FORWARD, KERNEL_GRAD
 from conv_pallas.kernels.xla_pieces import UNROLLED
 from conv_pallas.spec import OPERATIONS, Problem
 
-SETTINGS = _measure.Settings(least=0.005, rounds=(5, 15), settled=0.03, limit=3.0)
-
-
-def label(layer: Layer) -> str:
-    """The convolution of a layer, without what it is by default."""
-    sizes = [f"{k}{v}" for k in "NTCOKDSG" if (v := getattr(layer, k)) > 1 or k in "NTCOK"]
-    return " ".join([*sizes, layer.dtype, *([layer.padding] * (layer.padding != "CAUSAL"))])
-
-
-def stock_of(layer: Layer) -> str:
-    """The formulation that nnx.Conv takes."""
-    return "padded" if layer.padding == "CAUSAL" else "native"
-
-
-# N, T, C, O, K, D, S, G; padding is CAUSAL.
-CASES = (
-    # Dense, from a handful of steps and channels to many.
-    (8, 64, 16, 16, 3),
-    (32, 64, 25, 25, 7, 2),
-    (4, 128, 32, 32, 3),
-    (8, 256, 32, 32, 7, 4),
-    (8, 1000, 64, 64, 3, 16),
-    (4, 1000, 128, 128, 3, 64),
-    (4, 1000, 128, 128, 7, 8),
-    (2, 512, 512, 512, 3, 4),
-    (8, 1000, 128, 128, 3, 16),
-    (16, 2000, 128, 128, 3, 4),
-    (4, 1000, 256, 256, 5, 4),
-    (16, 80, 600, 600, 3, 4),
-    (1, 4096, 512, 512, 3, 64),
-    (1, 16000, 32, 32, 3, 512),
-    (4, 2000, 32, 32, 21),
-    (4, 500, 64, 64, 51),
-    # One or several sequences, short and long: who pads, and whether there is enough to multiply.
-    (1, 64, 512, 512, 3, 4),
-    (1, 64, 512, 512, 8, 4),
-    (1, 100, 450, 450, 3, 4),
-    (1, 5000, 32, 32, 3, 512),
-    (1, 16384, 64, 64, 3, 1024),
-    (8, 4000, 64, 128, 2, 16),
-    (32, 32, 512, 512, 3),
-    # Enough to be taken in pieces.
-    (8, 1000, 25, 25, 7, 4),
-    (16, 4096, 16, 16, 3, 4),
-    (16, 4096, 25, 25, 7, 4),
-    (16, 4096, 32, 32, 7, 4),
-    (32, 784, 25, 25, 7, 16),
-    (32, 784, 25, 25, 7),
-    # Many taps.
-    (4, 2000, 4, 4, 31, 4),
-    (4, 2000, 12, 12, 21, 4),
-    (4, 2000, 20, 20, 21, 4),
-    (4, 2000, 25, 25, 31, 4),
-    (4, 2000, 32, 8, 31, 2),
-    # More than the convolution likes to have between its registers, and less than needs pieces.
-    (32, 1020, 10, 10, 8, 32),
-    (32, 400, 16, 16, 3),
-    (8, 400, 20, 20, 5, 8),
-    (8, 400, 30, 30, 3, 8),
-    (32, 400, 30, 30, 7, 16),
-    (4, 256, 32, 32, 3, 8),
-    # Fewer steps than channels.
-    (1, 80, 600, 600, 3, 4),
-    (1, 128, 256, 256, 3),
-    (1, 256, 600, 600, 3),
-    # Few channels in or out.
-    (4, 4000, 1, 1, 3),
-    (4, 1000, 1, 25, 7),
-    (4, 4000, 1, 64, 16),
-    (4, 4000, 2, 2, 3),
-    (4, 4000, 4, 4, 8),
-    (4, 2000, 8, 8, 3),
-    (4, 2000, 64, 1, 3),
-    (4, 2000, 32, 1, 8),
-    (8, 500, 256, 4, 5, 4),
-    (8, 1000, 64, 10, 3),
-    (8, 500, 64, 24, 3, 2),
-    (4, 2000, 2, 256, 7, 4),
-    (16, 500, 1, 128, 7),
-    # 1x1.
-    (4, 1000, 25, 10, 1),
-    (4, 1000, 64, 128, 1),
-    (16, 500, 128, 8, 1),
-    (32, 1000, 3, 16, 1, 1, 2),
-    # Depthwise, and with a multiplier.
-    (4, 1024, 512, 512, 4, 1, 1, 512),
-    (4, 1024, 512, 512, 4, 64, 1, 512),
-    (4, 64, 16, 16, 3, 1, 1, 16),
-    (4, 1024, 64, 64, 31, 1, 1, 64),
-    (4, 1000, 64, 64, 4, 1, 2, 64),
-    (4, 512, 64, 256, 4, 2, 1, 64),
-    (4, 64, 32, 32, 3, 2, 1, 32),
-    (1, 256, 256, 256, 3, 1, 1, 256),
-    (8, 1000, 64, 64, 7, 1, 1, 64),
-    (4, 1000, 64, 64, 16, 1, 1, 64),
-    (1, 2000, 512, 512, 4, 1, 1, 512),
-    (2, 1000, 512, 512, 3, 1, 1, 512),
-    (2, 1000, 256, 256, 33, 1, 1, 256),
-    (1, 1000, 512, 512, 87, 2, 1, 512),
-    (2, 500, 768, 768, 31, 1, 1, 768),
-    (4, 1000, 256, 256, 9, 1, 1, 256),
-    (8, 2000, 256, 256, 75, 1, 1, 256),
-    (2, 1000, 256, 256, 17, 8, 1, 256),
-    (4, 1000, 256, 256, 33, 1, 2, 256),
-    (2, 1000, 64, 256, 31, 1, 1, 64),
-    # Grouped.
-    (4, 512, 32, 32, 3, 1, 1, 2),
-    (4, 1024, 256, 256, 3, 4, 1, 2),
-    (4, 1024, 256, 256, 3, 4, 1, 8),
-    (4, 1024, 256, 256, 3, 4, 1, 32),
-    (4, 512, 128, 128, 7, 16, 1, 8),
-    (2, 512, 1024, 1024, 3, 1, 1, 64),
-    (1, 1024, 256, 256, 3, 4, 1, 4),
-    (2, 1000, 512, 512, 3, 2, 1, 128),
-    (4, 500, 128, 128, 5, 1, 1, 32),
-    # Strided.
-    (4, 4096, 1, 64, 8, 1, 4),
-    (4, 1000, 128, 128, 3, 1, 2),
-    (4, 1000, 64, 64, 4, 8, 2),
-    (4, 1000, 128, 128, 5, 1, 2, 8),
-    (4, 2000, 64, 64, 4, 1, 2),
-    (8, 4000, 32, 32, 5, 1, 2),
-    (4, 500, 25, 25, 5, 1, 2),
-    (4, 4000, 1, 32, 8, 1, 2),
-    (4, 2000, 32, 1, 16, 1, 4),
-    (4, 500, 768, 768, 3, 1, 2, 64),
-    (1, 4000, 64, 64, 4, 1, 2),
-    (1, 4000, 64, 64, 17, 1, 2),
-    (1, 30000, 1, 64, 16, 1, 8),
-    (2, 16000, 32, 64, 16, 1, 4),
-    (2, 16000, 32, 64, 31, 1, 3),
-    (4, 2000, 32, 32, 9, 1, 2),
-    (4, 4000, 16, 16, 16, 1, 4),
-    (4, 1000, 128, 128, 8, 1, 4),
-    (4, 500, 256, 256, 5, 1, 2),
-    (6, 1500, 64, 64, 10, 1, 5),
-    (8, 1000, 64, 64, 3, 1, 2),
-    (8, 1000, 64, 64, 5, 1, 2),
-    (8, 1000, 64, 64, 17, 1, 2),
-    (12, 500, 128, 128, 10, 1, 5),
-    (16, 1000, 16, 16, 8, 1, 4),
-    (4, 1000, 128, 128, 4, 1, 2),
-    (4, 2000, 64, 16, 16, 1, 4),
-    (4, 4000, 64, 1, 17, 1, 2),
-    (1, 10000, 64, 64, 5, 2, 2),
-    (1, 10000, 64, 64, 16, 2, 2),
-)
-# Of padding a good part: dilations that are not far from the sequence's length.
-DEEP = (
-    (32, 600, 30, 30, 8, 64),
-    (32, 400, 30, 30, 7, 32),
-    (64, 784, 25, 25, 7, 128),
-    (8, 1000, 64, 64, 3, 128),
-    (8, 1000, 64, 64, 3, 256),
-    (8, 1000, 64, 64, 5, 64),
-    (8, 1000, 64, 64, 7, 128),
-    (4, 1000, 64, 64, 15, 64),
-    (8, 1000, 128, 128, 2, 256),
-    (8, 1000, 128, 128, 2, 512),
-    (8, 1000, 128, 128, 3, 256),
-    (2, 1000, 512, 512, 3, 256),
-)
-# Padding that nnx.Conv leaves to the convolution.
-SAME = (
-    (1, 1024, 128, 128, 7, 3),
-    (1, 5000, 64, 64, 3, 16),
-    (2, 4096, 64, 64, 3, 3),
-    (2, 256, 256, 256, 3, 3),
-    (4, 8192, 32, 32, 3, 3),
-    (1, 3750, 32, 32, 21, 10),
-    (1, 7500, 15, 15, 51, 8),
-    (1, 100000, 15, 15, 51, 8),
-    (1, 417, 512, 512, 75, 1, 1, 512),
-    (8, 1000, 64, 64, 3, 512),
-    (8, 1000, 64, 64, 5, 128),
-)
-BFLOAT16 = (
-    (32, 64, 25, 25, 7, 2),
-    (4, 1000, 128, 128, 3, 8),
-    (2, 512, 512, 512, 3, 4),
-    (8, 784, 25, 25, 7, 4),
-    (4, 1000, 64, 64, 3, 16),
-    (16, 4096, 16, 16, 3, 4),
-    (16, 4096, 25, 25, 7, 4),
-    (16, 4096, 64, 64, 3, 4),
-    (16, 4096, 64, 64, 7, 4),
-    (8, 1000, 128, 128, 3, 4),
-    (4, 1000, 1, 25, 7),
-    (4, 2000, 64, 1, 3),
-    (4, 1000, 64, 128, 1),
-    (16, 4096, 16, 16, 15, 4),
-    (4, 2000, 25, 25, 31, 4),
-    (4, 1000, 64, 64, 51, 4),
-    (1, 100000, 64, 64, 3, 16),
-    (4, 1024, 512, 512, 4, 1, 1, 512),
-    (4, 1000, 256, 256, 31, 1, 1, 256),
-    (4, 512, 64, 256, 4, 2, 1, 64),
-    (4, 512, 128, 128, 3, 4, 1, 8),
-    (4, 1000, 64, 64, 7, 1, 1, 8),
-    (4, 512, 128, 128, 3, 4, 1, 32),
-    (8, 1000, 16, 8, 7),
-    (8, 500, 64, 64, 3, 1, 2, 8),
-    (8, 1000, 64, 64, 16, 1, 4),
-    (2, 8000, 64, 64, 33, 1, 4),
-    (1, 16000, 64, 64, 17, 1, 2),
-    (4, 16000, 32, 32, 64, 1, 2),
-    (1, 10000, 64, 64, 33, 2, 2),
-    (8, 4000, 1, 64, 16, 1, 2),
-    (8, 4000, 64, 1, 16, 1, 2),
-    (1, 40000, 64, 64, 64, 1, 2),
-    (8, 1000, 64, 64, 3, 256),
-    (8, 500, 64, 64, 5, 100),
-)
-FLOAT16 = (
-    (4, 1000, 128, 128, 3, 2),
-    (4, 1024, 128, 128, 4, 1, 1, 128),
-    (4, 1000, 64, 64, 4, 1, 1, 16),
-    (16, 500, 64, 64, 5, 1, 2, 8),
-)
-QUICK = ((2, 64, 8, 8, 3, 2), (2, 64, 8, 8, 3, 2, 1, 8), (2, 64, 8, 8, 3, 1, 1, 2))
-
-
-def sweep(quick: bool = False) -> Iterator[Layer]:
-    for more, cases in (
-        ({}, QUICK if quick else (*CASES, *DEEP)),
-        ({"padding": "SAME"}, () if quick else SAME),
-        ({"dtype": "bfloat16"}, () if quick else BFLOAT16),
-        ({"dtype": "float16"}, () if quick else FLOAT16),
-    ):
-        for sizes in cases:
-            yield Layer("case", "made up", *sizes, **more)
-
-
-def published(text: str) -> list[Layer]:
-    """Of the layers that the benchmarks time those that `select` finds, each size once."""
-    chosen = (layer for layer in select(text, layers.ALL) if isinstance(layer, Layer))
-    platform = jax.default_backend()
-    fitted = (layers.fit(layer, platform) for layer in chosen)
-    return list({label(layer): layer for layer in fitted}.values())
+# Of one visit, before the cores may have moved; and the rounds that each state is to have.
+VISIT = _measure.Settings(least=0.005, rounds=(3, 3), limit=3.0)
+ROUNDS = 9
+_ONCE = _measure.Settings(least=0, rounds=(3, 3), limit=0.5)
+# Operations compiled at a time: each program maps some 25 pieces of memory, of which Linux by
+# default lets a process have 65530.
+BATCH = 60
+CORES = {None: "unknown", False: "together", True: "apart"}
 
 
 def operands(problem: Problem) -> tuple[jax.Array, jax.Array]:
@@ -312,32 +91,106 @@ def candidates(problem: Problem, stock: str) -> list[str]:
     return [*names, "transposed"] if transposed else names
 
 
-def measure(problem: Problem, stock: str) -> dict[str, dict[str, float]]:
-    """For each formulation its median time in ms, and how many times faster than stock it is."""
-    arrays = operands(problem)
-    calls = {}
-    for name in candidates(problem, stock):
-        compiled = jax.jit(functools.partial(xla.run_as, name, problem)).lower(*arrays).compile()
-        call = functools.partial(compiled, *arrays)
-        (once,) = _measure.interleaved({name: call}, _ONCE).values()
-        calls[name] = call
-        if name == stock:
-            limit = 3 * min(once)
-        elif min(once) > limit:
-            del calls[name]
-    times = _measure.interleaved(calls, SETTINGS)
-    found = {}
-    for name, seconds in times.items():
-        ratio = _measure.ratio(times[stock], seconds)
-        found[name] = {
-            "ms": round(1e3 * _measure.Spread.of(seconds).median, 4),
-            "speedup": round(ratio.median, 3),
-            "quartiles": [round(ratio.low, 3), round(ratio.high, 3)],
-        }
-    return found
+@dataclasses.dataclass(eq=False)
+class Race:
+    """All formulations of an operation that are worth timing, and what they took.
+
+    Attributes:
+      stock: the formulation that nnx.Conv takes.
+      calls: while it is `compiled`; stock first.
+      rounds: for cores that lie together (False), apart (True), or nobody knows where (None): of
+        each round the seconds of each formulation.
+    """
+
+    case: str
+    problem: Problem
+    stock: str
+    calls: dict[str, Callable] = dataclasses.field(default_factory=dict)
+    rounds: dict[bool | None, list[dict[str, float]]] = dataclasses.field(
+        default_factory=lambda: {there: [] for there in CORES}
+    )
+
+    @contextlib.contextmanager
+    def compiled(self) -> Iterator[None]:
+        """Those that took part before, or else all that don't take over three times as long."""
+        arrays = operands(self.problem)
+        known = self.names
+        for name in known or candidates(self.problem, self.stock):
+            lowered = jax.jit(functools.partial(xla.run_as, name, self.problem)).lower(*arrays)
+            call = functools.partial(lowered.compile(), *arrays)
+            (once,) = _measure.interleaved({name: call}, _ONCE).values()
+            if name == self.stock:
+                limit = 3 * min(once)
+            if known or min(once) <= limit:
+                self.calls[name] = call
+        yield
+        self.calls.clear()
+
+    @property
+    def names(self) -> list[str]:
+        """The formulations that were timed."""
+        return next((list(rounds[0]) for rounds in self.rounds.values() if rounds), [])
+
+    def visit(self) -> list[bool | None]:
+        """Some rounds more. Returns the states that have got enough by it."""
+        lacking = [there for there in CORES if not self.enough(there)]
+        ratios = []
+        seconds = _measure.interleaved(self.calls, VISIT, lambda: ratios.append(handoff.ratio()))
+        there = handoff.apart([*ratios, handoff.ratio()])
+        for i, (before, after) in enumerate(itertools.pairwise(there)):
+            if before == after:
+                self.rounds[before].append({name: s[i] for name, s in seconds.items()})
+        return [there for there in lacking if self.enough(there)]
+
+    def enough(self, there: bool | None) -> bool:
+        return len(self.rounds[there]) >= ROUNDS
+
+    def result(self, there: bool | None) -> dict:
+        """For each formulation its median time in ms, and how many times faster than stock."""
+        times = {name: [r[name] for r in self.rounds[there]] for name in self.names}
+        found = {}
+        for name, seconds in times.items():
+            ratio = _measure.ratio(times[self.stock], seconds)
+            found[name] = {
+                "ms": round(1e3 * _measure.Spread.of(seconds).median, 4),
+                "speedup": round(ratio.median, 3),
+                "quartiles": [round(ratio.low, 3), round(ratio.high, 3)],
+            }
+        return {
+            "case": self.case, "operation": self.problem.operation, "cores": CORES[there],
+            "stock": self.stock, "chosen": xla.choose(self.problem), "formulations": found,
+        }  # fmt: skip
 
 
-_ONCE = _measure.Settings(least=0, rounds=(3, 3), limit=0.5)
+def run(races: Sequence[Race], minutes: float = 0) -> Iterator[dict]:
+    """Results as they come: of each race in one state, and within so many minutes in both."""
+    end, batch = time.monotonic() + 60 * minutes, []
+    with contextlib.ExitStack() as programs:
+        while True:
+            there = _cores()
+            lacking = [race for race in races if not race.enough(there)]
+            if there is None or time.monotonic() >= end:
+                lacking = [race for race in lacking if not any(map(race.enough, CORES))]
+                if not lacking:
+                    return
+            elif all(race.enough(False) and race.enough(True) for race in races):
+                return
+            if not lacking:
+                time.sleep(0.1)
+            elif here := [race for race in batch if race in lacking]:
+                race = min(here, key=lambda race: len(race.rounds[there]))
+                for done in race.visit():
+                    yield race.result(done)
+            else:
+                programs.close()
+                batch = lacking[:BATCH]
+                for race in batch:
+                    programs.enter_context(race.compiled())
+
+
+def _cores() -> bool | None:
+    """Whether they lie apart just now."""
+    return handoff.apart([handoff.ratio()])[0]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -349,28 +202,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--only", default="", metavar="TEXT", help="cases whose name has one of these in it: a,b,c"
     )
     parser.add_argument(
+        "--without", metavar="TEXT", help="leave out cases whose name has one of these in it: a,b,c"
+    )
+    parser.add_argument(
         "--layers", metavar="TEXT", help="instead the benchmarks' layers with such a word: a,b,c"
     )
+    parser.add_argument(
+        "--minutes", type=float, default=0, metavar="N",
+        help="how long to go on for results of cores that lie together and of such that lie apart",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="PATH", help="where to write the results")
     options = parser.parse_args(argv)
     console = Console(highlight=False)
+    every = sweep(options.quick) if options.layers is None else published(options.layers)
+    named = lambda case, texts: any(text in label(case) for text in texts)  # noqa: E731
+    without = options.without.split(",") if options.without else ()
+    cases = [c for c in every if named(c, options.only.split(",")) and not named(c, without)]
+    platform = default_platform()
+    races = [Race(label(c), c.problem(o, platform), stock_of(c)) for c in cases for o in OPERATIONS]
     results = []
     try:
-        cases = sweep(options.quick) if options.layers is None else published(options.layers)
-        for case in cases:
-            if not any(text in label(case) for text in options.only.split(",")):
-                continue
-            stock = stock_of(case)
-            for operation in OPERATIONS:
-                problem = case.problem(operation, default_platform())
-                results.append({
-                    "case": label(case), "operation": operation, "stock": stock,
-                    "chosen": xla.choose(problem), "formulations": measure(problem, stock),
-                })  # fmt: skip
-                console.print(line(results[-1]), soft_wrap=True)
+        for result in run(races, options.minutes):
+            results.append(result)
+            console.print(line(result), soft_wrap=True)
     except KeyboardInterrupt:
         console.print("interrupted: what follows was measured before")
     if results:
+        order = [(race.case, race.problem.operation) for race in races]
+        results.sort(key=lambda r: order.index((r["case"], r["operation"])))
         console.print(summary(results))
         if options.json is not None:
             options.json.parent.mkdir(parents=True, exist_ok=True)
@@ -386,21 +245,21 @@ def line(result: dict) -> str:
     ranked = sorted(found, key=lambda name: -found[name]["speedup"])
     mark = lambda name: f"{'*' if name == result['chosen'] else ''}{name}"  # noqa: E731
     ratios = "  ".join(f"{mark(name)} {found[name]['speedup']:.2f}" for name in ranked)
-    stock = found[result["stock"]]["ms"]
-    return f"{result['case']}, {result['operation']}, {stock:.3f} ms: {ratios}"
+    where = f"{result['case']}, {result['operation']}, {result['cores']}"
+    return f"{where}, {found[result['stock']]['ms']:.3f} ms: {ratios}"
 
 
 def summary(results: Sequence[dict]) -> Table:
     """What was chosen, against stock and against the fastest."""
     table = Table(box=box.SIMPLE_HEAD, caption="×: times faster than what nnx.Conv runs")
-    for column in ("case", "operation", "chosen", "×", "fastest", "×"):
+    for column in ("case", "operation", "cores", "chosen", "×", "fastest", "×"):
         table.add_column(column)
     for result in results:
         found = result["formulations"]
         best = max(found, key=lambda name: found[name]["speedup"])
         chosen = found.get(result["chosen"], {}).get("speedup", float("nan"))
         table.add_row(
-            result["case"], result["operation"], result["chosen"],
+            result["case"], result["operation"], result["cores"], result["chosen"],
             f"[{'red' if not chosen >= 0.95 else 'default'}]{chosen:.2f}[/]",
             best, f"{found[best]['speedup']:.2f}",
         )  # fmt: skip

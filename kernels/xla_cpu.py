@@ -92,7 +92,11 @@ def _parts_pay(problem: Problem, name: str) -> bool:
     gains = ("native", "padded", "canonical", "winograd", *(["im2col"] if gradient else []))
     if name not in gains or steps < 512 or products < 2**23:
         return False
-    return pieces(problem)[1] <= (0.88 if gradient and name != "winograd" else 0.75)
+    if gradient:
+        return pieces(problem)[1] <= (0.75 if name == "winograd" else 0.88)
+    narrow = min(problem.C, problem.O) < 128 and problem.spec.kernel_size <= 8
+    moves = problem.operation == "conv1d_input_grad" and narrow
+    return pieces(problem)[1] <= (0.6 if moves else 0.75)
 
 
 def _of_group(problem: Problem) -> tuple[ConvSpec, int, int]:
@@ -177,6 +181,30 @@ def forward(problem: Problem) -> str:
 
     Of bfloat16 depthwise with up to 8 taps takes "matmuls" all the same: on a CPU with AVX2 alone
     they were ahead, in the input gradient by far.
+
+    Those are of cores that share a cache, as they mostly did. Where they lie apart
+    (`benchmarks.handoff`), what is made in several steps waits for what another core wrote. It is
+    chosen where it wins by the geometric mean of both; ``formulations-cores.json``,
+    together/apart:
+
+    ==========================  ===============================  ===============================
+                                forward                          input gradient
+    ==========================  ===============================  ===============================
+    N8 T1000 C64 O64 K3 D16     winograd 1.2/0.6                 winograd 1.2/0.7
+    N16 T2000 C128 O128 K3 D4   winograd 1.2/0.7                 winograd 1.3/0.8
+    N4 T1000 C256 O256 K5 D4    winograd 1.2/0.9                 winograd 1.2/0.8
+    N2 T512 C512 O512 K3 D4     winograd 1.3/1.1                 winograd 1.2/1.1
+    N32 T784 C25 O25 K7 D16     scatter 1.4/0.8                  scatter 1.6/0.6
+    N8 T400 C20 O20 K5 D8       scatter 1.9/1.3                  scatter 2.0/1.1
+    N4 T2000 C20 O20 K21 D4     blocks 1.3/0.7                   blocks 1.3/0.6
+    N4 T2000 C12 O12 K21 D4     scatter 1.4/1.4  blocks 1.6/0.7  scatter 1.4/0.9  blocks 1.5/0.9
+    N4 T2000 C4 O4 K31 D4       blocks 8.5/3.8  scatter 4.2/3.9  blocks 8.2/3.5  scatter 4.8/3.6
+    N4 T4000 C4 O4 K8           shifts 2.8/2.7  scatter 2.2/1.9  shifts 2.9/2.6  scatter 2.4/1.9
+    N8 T1000 C64 O10 K3         scatter 1.6/1.4                  scatter 1.6/1.2  im2col 1.6/0.9
+    N1 T100 C450 O450 K3 D4     im2col 1.4/1.6                   matmuls 1.4/1.3
+    N8 T1000 C64 O64 K3 D256    parts 1.0/0.9                    parts 1.2/0.8
+    N2 T1000 C512 O512 K3 D256  parts 1.4/1.3  winograd 1.3/1.1  parts 1.3/1.1  winograd 1.4/1.1
+    ==========================  ===============================  ===============================
     """
     spec, c, o = _of_group(problem)
     # nnx.Conv writes CAUSAL zeros first. Where nothing is faster, be the same program.
@@ -203,8 +231,8 @@ def forward(problem: Problem) -> str:
     if spec.stride > 1:
         few = "matmuls" if c == 1 else "shifts"
         return few if c <= 2 and K * c <= 16 else stock
-    products = 24 if c <= 8 and c * o <= 64 else 16 if c <= 3 and not _bfloat16(problem) else 0
-    if K * c <= products:
+    products = 32 if c <= 8 and c * o <= 64 else 16 if c <= 3 and not _bfloat16(problem) else 0
+    if K * c <= products and (c < 4 or problem.N * spec.time * K * c > 2**13):
         return "own_pads" if c == 1 and K <= 6 else "shifts"
     if _into_few(problem, c, o):
         return "scatter"
@@ -215,8 +243,9 @@ def forward(problem: Problem) -> str:
         return name if _pieces_hold("im2col", problem, spec) else stock
     if problem.N * spec.time * K * c <= 2**16:
         return "im2col"
-    if problem.operation == "conv1d_input_grad" and problem.N * spec.time <= 128 and c >= 256:
-        return "matmuls"  # reads the kernel as it lies, where a convolution has it flipped
+    if problem.N * spec.time <= 128 and c >= 256:
+        # "matmuls" reads the kernel as it lies, where a convolution has it flipped.
+        return "matmuls" if problem.operation == "conv1d_input_grad" else "im2col"
     if _few_channels(problem, spec, c, o):
         return "scatter"
     return "winograd" if _filters(problem, spec, c, o) else stock
@@ -289,7 +318,7 @@ def _in_blocks(problem: Problem, spec: ConvSpec, c: int, o: int) -> bool:
         return spec.kernel_size > FEW or not _scatters(problem, spec, c, o)
     if _into_few(problem, c, o):
         return False
-    few = max(c, o) < 28 if min(c, o) >= 4 else max(c, o) <= 2
+    few = max(c, o) < (10 if spec.kernel_size <= 32 else 16) if min(c, o) >= 4 else max(c, o) <= 2
     into_few = 1 < o <= 8 and c <= 64
     slow_as_it_is = spec.kernel_dilation > 1 or max(c, o) <= 12 or into_few
     return (few or into_few) and slow_as_it_is
@@ -320,22 +349,21 @@ def _few_channels(problem: Problem, spec: ConvSpec, c: int, o: int) -> bool:
     K, D, most = spec.kernel_size, spec.kernel_dilation, max(c, o)
     held = _held("scatter", problem)
     everything = problem.N * held
-    if K > FEW or spec.span > spec.time or held > MOST:
+    if K > (FEW if most > 12 else 2 * FEW) or spec.span > spec.time or held > MOST:
         return False
     if most <= 12:
-        return D > 1 or everything <= WHOLE
+        return everything <= WHOLE or (D > 1 and K <= FEW)
     if most >= 28 or o % 16 == 0:
         return most < 32 and everything <= 3 * 2**20 and (D > 1 or most < 28)
-    if everything > WHOLE:
-        return D > 1 and K >= 5
-    return D > 1 or K >= 7 or everything <= 3 * 2**20
+    return everything <= (WHOLE if D > 1 or K >= 7 else 3 * 2**20)
 
 
 def _spread(problem: Problem, spec: ConvSpec, c: int, o: int) -> str | None:
     """Of one group and a dilated input, as a strided layer's input gradient has.
 
     None where nothing is faster than stock, of which all but each S-th product is with zero.
-    Measured as `_strided_kernel_grad`, input gradient:
+    Measured as `_strided_kernel_grad`, input gradient, and where there are two figures as the last
+    of `forward`:
 
     =================================  ======================================================
     N8 T1000 C64 O64 K3 S2             scatter 1.1  depth_to_space 1.0
@@ -358,6 +386,15 @@ def _spread(problem: Problem, spec: ConvSpec, c: int, o: int) -> str | None:
     N8 T4000 C1 O64 K16 S2 bfloat16    scatter 9.6  native 3.4  depth_to_space_im2col 0.9
     N8 T4000 C64 O1 K16 S2 bfloat16    depth_to_space_im2col 1.9  depth_to_space 1.3
     =================================  ======================================================
+
+    =========================  =======================================================
+    N4 T2000 C32 O32 K9 S2     depth_to_space 1.4/1.4  depth_to_space_winograd 1.3/1.2
+    N4 T1000 C128 O128 K4 S2   scatter 1.1/1.3  depth_to_space_winograd 1.2/0.8
+    N4 T500 C256 O256 K5 S2    scatter 1.1/1.2  depth_to_space_winograd 1.2/0.9
+    N4 T1000 C128 O128 K8 S4   depth_to_space 1.6/1.2  depth_to_space_winograd 1.8/0.9
+    N12 T500 C128 O128 K10 S5  depth_to_space 1.1/1.5  depth_to_space_winograd 1.5/1.5
+    N4 T4000 C64 O1 K17 S2     matmuls 62.5/69.3  depth_to_space 57.1/23.7
+    =========================  =======================================================
     """
     K, S = spec.kernel_size, spec.input_dilation
     held = _held("scatter", problem) <= MOST
@@ -373,14 +410,14 @@ def _spread(problem: Problem, spec: ConvSpec, c: int, o: int) -> str | None:
         return "depth_to_space_im2col" if windows <= 2**26 else "depth_to_space"
     if not _float32(problem):
         return scatters
-    if c == 1 and o >= 32 and K <= FEW:
+    if c == 1 and o >= 32 and K <= 2 * FEW:
         return "matmuls"
     if o < 8 and (K % S or S * o < 16 or K <= 5):  # rows too short, or more to add to them
         return "scatter" if o <= 2 and held and K <= 2 * FEW else scatters
     little = problem.N * spec.out_time * max(c, S * o) <= 2**22 * S
     # Of more whole rows its rounding errors are more than twice those of stock.
-    filters = problem.precision is None and o >= 32 and c > 1 and little and K // S <= 5
-    if scatters and not (K > 5 or (K > 3 and filters and min(c, o) >= 128)):
+    filters = problem.precision is None and o >= 64 and c > 1 and little and K // S <= 5
+    if scatters and K <= 5:
         return scatters
     return "depth_to_space_winograd" if filters else "depth_to_space"
 
@@ -390,15 +427,17 @@ def _filters(problem: Problem, spec: ConvSpec, c: int, o: int) -> bool:
 
     Who asks for a precision, be it the default one, gets the sums that the definition has, and with
     them nothing of a step whose weights are zero. An even number of taps saves
-    too little, a few channels or steps do not make up for what is written to memory and read again,
-    and beyond 16 MiB the pieces' results are too much to put together.
+    too little, a few channels or steps do not make up for what is written to memory and read again
+    (of a kernel gradient less is than of the others), and beyond 16 MiB the pieces' results are too
+    much to put together.
     """
     if not _float32(problem) or problem.precision is not None or spec.kernel_size % 2 == 0:
         return False
     steps = problem.N * spec.out_time
     few = steps < (512 if problem.operation == "conv1d_kernel_grad" else 1024)
     products = steps * spec.kernel_size * c * o
-    worth = min(c, o) >= 64 and products >= (2**28 if few else 2**26)
+    least = 64 if problem.operation == "conv1d_kernel_grad" else 512
+    worth = min(c, o) >= least and products >= (2**28 if few else 2**26)
     return worth and steps * max(c, o) <= 2**22 and share(spec) <= 0.76
 
 
@@ -429,7 +468,7 @@ def _scatters(problem: Problem, spec: ConvSpec, c: int, o: int) -> bool:
 
 
 def kernel_grad(problem: Problem) -> str:
-    """Kernel gradient; measured as in `forward`.
+    """Kernel gradient; measured as in `forward`, and where there are two figures as its last ones.
 
     ===================================  ==================================================
     N4 T1024 C512 O512 K4 G512           tree 18  channel_blocks 8.3  shifts 7.5
@@ -478,6 +517,17 @@ def kernel_grad(problem: Problem) -> str:
     N2 T1000 C256 O256 K17 D8 G256       channel_blocks 23  tree 18  shifts 11  matmuls 2.2
     ===================================  ==================================================
 
+    ===========================  =======================================================
+    N4 T4000 C2 O2 K3            tree 1.3/2.1  im2col 0.9/0.8
+    N8 T1000 C64 O64 K3 D16      winograd 1.3/0.8  canonical 1.1/1.1
+    N16 T2000 C128 O128 K3 D4    winograd 1.5/0.9  canonical 1.2/1.1
+    N2 T512 C512 O512 K3 D4      winograd 1.4/1.1  canonical 1.1/1.0
+    N8 T1000 C64 O64 K3 S2       canonical 1.2/1.2  im2col 1.4/0.9
+    N4 T2000 C32 O32 K9 S2       space_to_depth 2.1/1.8  space_to_depth_winograd 2.2/1.3
+    N4 T1000 C128 O128 K4 S2     space_to_depth 1.2/1.3  space_to_depth_winograd 2.0/1.5
+    N1 T10000 C64 O64 K16 D2 S2  matmuls 2.9/3.0  canonical 1.1/1.0
+    ===========================  =======================================================
+
     "native" is the same program as "canonical" outside of loops.
     """
     spec, c, _ = _of_group(problem)
@@ -493,6 +543,8 @@ def kernel_grad(problem: Problem) -> str:
         return "matmuls"
     steps = problem.N * spec.out_time
     columns = steps * K * c  # what im2col holds
+    if problem.C * problem.O <= 4 and K <= 4 and spec.stride == 1 and steps >= 2**13:
+        return "tree"
     if columns <= 2**17 or (K <= 8 and (steps <= 128 or c == 1)):
         return "im2col"
     if spec.stride > 1:
@@ -547,16 +599,18 @@ def _strided_kernel_grad(problem: Problem) -> str:
         fits = held <= (WHOLE if plain else 2**26) and (problem.O > 1 or N * held <= WHOLE)
         return "im2col" if fits else "space_to_depth" if plain else "canonical"
     if not plain or not _float32(problem):
-        return "im2col" if K <= FEW and held <= WHOLE else "canonical"
+        if K <= FEW and held <= WHOLE:
+            return "im2col"
+        return "matmuls" if K <= FEW and N == 1 and _float32(problem) else "canonical"
     wide = min(spec.stride * problem.C, problem.O)
     little = N * spec.out_time * max(spec.stride * problem.C, problem.O) <= 2**22
     # Of more pairs of rows it would copy the steps that they see, side by side.
     filters = taps in (2, 3, 5) and problem.precision is None and little and _sees(spec)
-    if K <= 3:
+    if K <= 3 and N < 8:
         return "im2col"
     if N >= 8:
         return "space_to_depth_winograd" if filters and taps == 2 and wide >= 128 else "canonical"
-    if filters and min(problem.C, problem.O) >= 32:
+    if filters and min(problem.C, problem.O) >= 64:
         return "space_to_depth_winograd"
     return "im2col" if K <= 5 or taps <= 2 else "space_to_depth"
 

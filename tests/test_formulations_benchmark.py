@@ -1,11 +1,13 @@
 """`python -m benchmarks.formulations`: that it times what is chosen, and everything beside it."""
 
+import contextlib
+import itertools
 import json
 
 import jax
 import pytest
 
-from benchmarks import formulations
+from benchmarks import formulation_cases, formulations, handoff
 from conv_pallas import _measure
 from conv_pallas.kernels import xla
 from conv_pallas.spec import OPERATIONS
@@ -15,19 +17,21 @@ pytestmark = pytest.mark.usefixtures("hardly_optimized")
 
 def test_one_case_from_the_command_line(tmp_path, capsys, monkeypatch):
     brief = _measure.Settings(least=0, rounds=(2, 2), limit=0.1)
-    monkeypatch.setattr(formulations, "SETTINGS", brief)
+    monkeypatch.setattr(formulations, "VISIT", brief)
+    monkeypatch.setattr(formulations, "ROUNDS", 2)
     monkeypatch.setattr(formulations, "_ONCE", brief)
+    monkeypatch.setattr(handoff, "ratio", lambda: 1.3)
     path = tmp_path / "new" / "result.json"
     assert formulations.main(["--quick", "--only", "G8", "--json", str(path)]) == 0
 
     stored = json.loads(path.read_text(encoding="utf-8"))
     assert stored["host"]["commit"] and stored["host"]["jax"] == jax.__version__
     assert [row["operation"] for row in stored["results"]] == list(OPERATIONS)
-    case = next(c for c in formulations.sweep(quick=True) if c.G == 8)
+    case = next(c for c in formulation_cases.sweep(quick=True) if c.G == 8)
     printed = capsys.readouterr().out
     for row in stored["results"]:
         problem = case.problem(row["operation"], "cpu")
-        assert row["case"] == formulations.label(case)
+        assert row["case"] == formulation_cases.label(case) and row["cores"] == "together"
         assert row["chosen"] == xla.choose(problem)
         found = row["formulations"]
         assert {row["stock"], row["chosen"]} <= set(found)
@@ -39,11 +43,68 @@ def test_one_case_from_the_command_line(tmp_path, capsys, monkeypatch):
         assert f"*{row['chosen']} " in printed
 
 
+@pytest.fixture
+def race(monkeypatch):
+    """One whose formulations are never run: "stock" takes 2 s, then 4, 6, ... and "ours" 1 s."""
+    turn = itertools.count(1)
+
+    def interleaved(calls, settings, each_round):
+        rounds = []
+        for _ in range(3):
+            each_round()
+            rounds.append((2.0 * next(turn), 1.0))
+        return dict(zip(calls, zip(*rounds, strict=True), strict=True))
+
+    monkeypatch.setattr(_measure, "interleaved", interleaved)
+    monkeypatch.setattr(formulations.Race, "compiled", lambda self: contextlib.nullcontext())
+    case = next(formulation_cases.sweep(quick=True))
+    problem = case.problem("conv1d", "cpu")
+    return formulations.Race("case", problem, "stock", {"stock": None, "ours": None})
+
+
+def test_rounds_count_for_the_cores_as_they_lay_before_and_after(race, monkeypatch):
+    ratios = iter([1.3, 1.4, 3.0, 3.1])  # they move in the second of three rounds
+    monkeypatch.setattr(handoff, "ratio", lambda: next(ratios))
+    monkeypatch.setattr(formulations, "ROUNDS", 1)
+    assert race.visit() == [False, True]
+    assert race.rounds[False] == [{"stock": 2.0, "ours": 1.0}]
+    assert race.rounds[True] == [{"stock": 6.0, "ours": 1.0}]
+    together, apart = race.result(False), race.result(True)
+    assert (together["cores"], apart["cores"]) == ("together", "apart")
+    assert together["formulations"]["ours"]["speedup"] == 2
+    assert apart["formulations"]["ours"]["speedup"] == 6
+
+
+@pytest.mark.parametrize(
+    ("ratios", "minutes", "expected"),
+    [
+        ([1.3], 0, ["together"]),
+        ([1.3] * 40 + [3.0], 1, ["together", "apart"]),
+        ([3.0] * 40 + [1.3], 1, ["apart", "together"]),
+        ([None], 1, ["unknown"]),
+    ],
+    ids=["as they lie", "then apart", "then together", "nobody knows"],
+)
+def test_both_states_are_waited_for_as_long_as_asked(race, monkeypatch, ratios, minutes, expected):
+    told = itertools.chain(ratios, itertools.repeat(ratios[-1]))
+    monkeypatch.setattr(handoff, "ratio", lambda: next(told))
+    monkeypatch.setattr(formulations.time, "sleep", lambda seconds: None)
+    assert [row["cores"] for row in formulations.run([race], minutes)] == expected
+
+
+def test_a_state_that_does_not_come_is_given_up(race, monkeypatch):
+    clock = itertools.count(step=10.0)
+    monkeypatch.setattr(handoff, "ratio", lambda: 1.3)
+    monkeypatch.setattr(formulations.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(formulations.time, "monotonic", lambda: next(clock))
+    assert [row["cores"] for row in formulations.run([race], minutes=5)] == ["together"]
+
+
 def test_what_is_worth_compiling():
     """Stock first, each once, and each by a name that runs."""
-    for case in formulations.sweep():
+    for case in formulation_cases.sweep():
         for operation in OPERATIONS:
             problem = case.problem(operation, "cpu")
-            names = formulations.candidates(problem, formulations.stock_of(case))
-            assert names[0] == formulations.stock_of(case) and len(names) == len(set(names))
+            names = formulations.candidates(problem, formulation_cases.stock_of(case))
+            assert names[0] == formulation_cases.stock_of(case) and len(names) == len(set(names))
             assert xla.choose(problem) in names
