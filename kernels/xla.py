@@ -8,8 +8,9 @@ Operations: ``2 N T' K (C / G) O``. Bytes: x, w and y once each at least; what a
 beside them is in its docstring.
 
 The formulations themselves are in `xla_formulations.py`. For CPUs the rules, which come from
-measurements, are in `xla_cpu.py`. On other platforms they come from what XLA compiles to, read
-without the device; of those for GPUs that say so, from an H200 as well.
+measurements, are in `xla_cpu.py` and the files that it is made of. On other platforms they come
+from what XLA compiles to, read without the device; of those for GPUs that say so, from an H200 as
+well.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from jax import lax
 
 from conv_pallas import taps
 from conv_pallas.activations import activate
-from conv_pallas.kernels import Kernel, xla_cpu, xla_native
+from conv_pallas.kernels import Kernel, xla_cpu, xla_cpu_kernel_grad, xla_native
 from conv_pallas.kernels.xla_formulations import (
     FORWARD,
     KERNEL_GRAD,
@@ -265,7 +266,7 @@ def many(problem: Problem):
 
     Mapped, most formulations would run as the dense case that they no longer are.
     """
-    name = xla_cpu.many(problem) if problem.platform == "cpu" else None
+    name = xla_cpu_kernel_grad.many(problem) if problem.platform == "cpu" else None
     return name and jax.vmap(functools.partial(run_as, name, problem))
 
 

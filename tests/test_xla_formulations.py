@@ -15,7 +15,15 @@ import numpy as np
 import pytest
 
 from conv_pallas import conv1d
-from conv_pallas.kernels import xla, xla_channel_blocks, xla_cpu, xla_pieces
+from conv_pallas.kernels import (
+    xla,
+    xla_channel_blocks,
+    xla_cpu,
+    xla_cpu_bounds,
+    xla_cpu_forward,
+    xla_cpu_kernel_grad,
+    xla_pieces,
+)
 from conv_pallas.kernels.xla_formulations import (
     FORWARD,
     KERNEL_GRAD,
@@ -234,14 +242,14 @@ def test_in_pieces(operation, dtype, loop, monkeypatch):
 
     for name in names:
         whole = compiled(name).memory_analysis().temp_size_in_bytes
-        each = xla_cpu._held(name, problem)
+        each = xla_cpu_bounds.bytes_held(name, problem)
         for piece, at_once in ((1, 1), (2 * each, 2), (5 * each, 3)):
-            monkeypatch.setattr(xla_cpu, "WHOLE", 1)
-            monkeypatch.setattr(xla_cpu, "PIECE", dict.fromkeys(xla_cpu.PIECE, piece))
-            monkeypatch.setattr(xla_cpu, "MOST", 1)
-            monkeypatch.setattr(xla_cpu, "_steps_at_once", lambda *_: case.T)
+            monkeypatch.setattr(xla_cpu_bounds, "WHOLE", 1)
+            monkeypatch.setattr(xla_cpu_bounds, "PIECE", dict.fromkeys(xla_cpu_bounds.PIECE, piece))
+            monkeypatch.setattr(xla_cpu_bounds, "MOST", 1)
+            monkeypatch.setattr(xla_cpu, "steps_at_once", lambda *_: case.T)
             monkeypatch.setattr(xla_pieces, "PIECES", 1 if loop else 16)
-            assert xla_cpu._sequences_at_once(name, problem) == at_once
+            assert xla_cpu_bounds.sequences_at_once(name, problem) == at_once
             program = compiled(name)
             check(np.asarray(program(lhs, rhs)), operation, lhs, rhs, case.spec,
                   out_dtype=problem.out_dtype, precision=None, platform="cpu")  # fmt: skip
@@ -249,9 +257,9 @@ def test_in_pieces(operation, dtype, loop, monkeypatch):
                 assert (" while(" in program.as_text()) == loop
                 assert program.memory_analysis().temp_size_in_bytes < 0.8 * whole
         monkeypatch.undo()
-        assert xla_cpu._sequences_at_once(name, problem) == 6
+        assert xla_cpu_bounds.sequences_at_once(name, problem) == 6
     prime = dataclasses.replace(problem, N=127)
-    assert xla_cpu._sequences_at_once(names[0], prime) in (1, 127)
+    assert xla_cpu_bounds.sequences_at_once(names[0], prime) in (1, 127)
 
 
 def test_what_an_input_gradient_holds():
@@ -259,9 +267,9 @@ def test_what_an_input_gradient_holds():
     spec = ConvSpec(1000, 3, kernel_dilation=100)  # 800 outputs
     f32 = np.dtype(np.float32)
     problem = Problem("conv1d_input_grad", spec, 1, 4, 8, f32, f32, f32, None, "cpu")
-    assert xla_cpu._held("im2col", problem) == 1000 * 3 * 8 * 4
-    assert xla_cpu._held("scatter", problem) == 800 * 3 * 4 * 4
-    assert xla_cpu._steps_at_once("im2col", problem) == 1000
+    assert xla_cpu_bounds.bytes_held("im2col", problem) == 1000 * 3 * 8 * 4
+    assert xla_cpu_bounds.bytes_held("scatter", problem) == 800 * 3 * 4 * 4
+    assert xla_cpu_bounds.steps_at_once("im2col", problem) == 1000
 
 
 SOME = TESTS[:: len(OPERATIONS) + 1] + TESTS[-2:]
@@ -523,12 +531,12 @@ def test_the_rules_show_what_was_measured():
     folder, shown = Path(__file__).parents[1] / "benchmarks/results/cpu", 0
     strided = ("formulations-strided", "formulations-strided-more")
     for rule, operations, *names in (
-        (xla_cpu.forward, OPERATIONS[:2], "formulations"),
-        (xla_cpu._grouped, OPERATIONS[:2], "formulations"),
-        (xla_cpu.kernel_grad, OPERATIONS[2:], "formulations"),
+        (xla_cpu_forward.forward, OPERATIONS[:2], "formulations"),
+        (xla_cpu_forward._grouped, OPERATIONS[:2], "formulations"),
+        (xla_cpu_kernel_grad.kernel_grad, OPERATIONS[2:], "formulations"),
         (xla_cpu._parts_pay, OPERATIONS[::2], "formulations"),
-        (xla_cpu._spread, OPERATIONS[1:2], *strided),
-        (xla_cpu._strided_kernel_grad, OPERATIONS[2:], *strided),
+        (xla_cpu_forward._spread, OPERATIONS[1:2], *strided),
+        (xla_cpu_kernel_grad._strided, OPERATIONS[2:], *strided),
     ):
         found = {}
         for name in (*names, "formulations-cores"):
@@ -579,6 +587,7 @@ def _causal(operation, sizes, dtype="float32", D=1) -> Problem:
     ((8, 1000, 128, 128, 3, 256), "parts", "parts", "parts"),
     # Little to do, of many channels and of few.
     ((1, 100, 450, 450, 3, 4), "im2col", "matmuls", "im2col"),
+    ((1, 128, 512, 512, 3), "padded", "matmuls", "im2col"),
     ((2, 64, 8, 8, 3, 2), "im2col", "im2col", "im2col"),
     ((4, 4000, 4, 4, 8), "shifts", "shifts", "canonical"),
     ((4, 4000, 2, 2, 3), "shifts", "shifts", "tree"),

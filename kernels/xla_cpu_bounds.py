@@ -1,0 +1,136 @@
+"""What formulations hold on a CPU, how much they take at a time, and what several rules ask."""
+
+import math
+
+import numpy as np
+
+from conv_pallas.kernels.xla_formulations import numbers_of
+from conv_pallas.kernels.xla_pieces import UNROLLED
+from conv_pallas.kernels.xla_winograd import share
+from conv_pallas.spec import ConvSpec, Problem
+
+FEW = 16  # taps, up to which "scatter" and "im2col" in pieces were measured
+
+
+def of_group(problem: Problem) -> tuple[ConvSpec, int, int]:
+    """The geometry, and of each group the channels that one output sums over, and the outputs."""
+    spec, C, O = problem.as_convolution
+    return spec, C // spec.groups, O // spec.groups
+
+
+def is_float32(problem: Problem) -> bool:
+    types = (problem.lhs_dtype, problem.rhs_dtype, problem.out_dtype)
+    return {np.dtype(a).name for a in types} == {"float32"}
+
+
+def is_bfloat16(problem: Problem) -> bool:
+    return {np.dtype(problem.lhs_dtype).name, np.dtype(problem.rhs_dtype).name} == {"bfloat16"}
+
+
+def filtering_pays(problem: Problem, spec: ConvSpec, c: int, o: int) -> bool:
+    """Whether float32 "winograd" saves more products than its sums cost.
+
+    Who asks for a precision, be it the default one, gets the sums that the definition has, and with
+    them nothing of a step whose weights are zero. An even number of taps saves too little, and a
+    few channels or steps do not make up for what is written to memory and read again, which in a
+    kernel gradient is less than in the others. Beyond 16 MiB the pieces' results are too much to
+    put together.
+    """
+    if not is_float32(problem) or problem.precision is not None or spec.kernel_size % 2 == 0:
+        return False
+    steps = problem.N * spec.out_time
+    few = steps < (512 if problem.operation == "conv1d_kernel_grad" else 1024)
+    products = steps * spec.kernel_size * c * o
+    least = 64 if problem.operation == "conv1d_kernel_grad" else 512
+    worth = min(c, o) >= least and products >= (2**28 if few else 2**26)
+    return worth and steps * max(c, o) <= 2**22 and share(spec) <= 0.76
+
+
+def every_tap_sees(spec: ConvSpec) -> bool:
+    """Whether each tap sees more than padding."""
+    return 2 * sum(max(0, zeros) for zeros in spec.padding) <= spec.time
+
+
+# What a piece may hold for a moment; what needs no pieces yet; and what one sequence may hold,
+# beyond which it is as slow as all at once. Bytes. Each piece costs some time by itself.
+PIECE = {
+    "scatter": 5 * 2**20, "im2col": 5 * 2**19, "blocks": 5 * 2**20, "winograd": 2**23,
+    "channel_blocks": 2**23,
+}  # fmt: skip
+WHOLE, MOST = 9 * 2**20, 2**23
+
+
+def bytes_held(name: str, problem: Problem) -> int:
+    """Bytes that a formulation of `PIECE` holds for one sequence beside x and y."""
+    operand, numbers = numbers_of(problem)
+    spec, c, o = of_group(problem)
+    if name == "blocks":
+        a = math.isqrt(spec.kernel_size)
+        b = spec.kernel_size // a
+        sizes = np.dtype(operand).itemsize * a * c + np.dtype(numbers.acc).itemsize * b * o
+        return spec.out_time * sizes
+    if name == "winograd":
+        pairs, three = spec.kernel_size > 3 or spec.kernel_size % 2 == 0, spec.kernel_size % 2
+        return spec.out_time * (3 * pairs + 4 * three) * 2 * (c + o)
+    if name == "channel_blocks":
+        return 2 * np.dtype(numbers.acc).itemsize * (spec.time + spec.out_time) * problem.O
+    if name == "scatter":
+        return spec.time * spec.kernel_size * o * np.dtype(numbers.acc).itemsize
+    return spec.out_time * spec.kernel_size * c * np.dtype(operand).itemsize
+
+
+def pieces_hold(name: str, problem: Problem, spec: ConvSpec) -> bool:
+    """Whether a formulation can be taken in pieces that are much longer than a window."""
+    return 2 * spec.span <= steps_at_once(name, problem) or bytes_held(name, problem) <= MOST
+
+
+def holds_little(problem: Problem, name: str = "im2col") -> bool:
+    """Whether a formulation of groups, which is not taken in pieces, holds no more than 64 MiB."""
+    return problem.N * problem.spec.groups * bytes_held(name, problem) <= 2**26
+
+
+def steps_at_once(name: str, problem: Problem) -> int:
+    """How many of the outputs of one sequence; of a kernel gradient how many of gy."""
+    spec, _, _ = problem.as_convolution
+    every_step = spec.stride == spec.input_dilation == 1
+    if spec.groups > 1 or not every_step or name not in ("im2col", "blocks", "winograd"):
+        return spec.out_time
+    held = bytes_held(name, problem)
+    if held <= MOST:
+        return spec.out_time
+    steps = max(1, PIECE[name] * spec.out_time // held)
+    tile = 2 * spec.kernel_dilation if name == "winograd" else 1
+    return max(tile, steps - steps % tile)
+
+
+def sequences_at_once(name: str, problem: Problem) -> int:
+    """How many of N, which they divide."""
+    N = problem.N
+    if (problem.spec.groups > 1 and name != "channel_blocks") or name not in PIECE:
+        return N
+    each = bytes_held(name, problem)
+    if N * each <= WHOLE:
+        return N
+    fitting = max(1, PIECE[name] // each)
+    at_once = max(n for n in range(1, min(fitting, N) + 1) if N % n == 0)
+    # A prime number of short sequences: so many small pieces cost more than they save.
+    return N if 2 * at_once < min(fitting, N) and N * each <= 2 * MOST else at_once
+
+
+AT_ONCE = 8  # taps in one piece of a convolution that has too many to be written out at once
+# And of depthwise ones with more than that. Of four pads LLVM makes a loop without vectors in some
+# shapes, which takes three times as long.
+TAPS = {"own_pads": 3, "shifts": 4, "tree": 1}
+# Taps from which on a depthwise convolution is faster in blocks of channels; and as many as compile
+# in half a second.
+PADS, CHANNEL_BLOCKS = 48, 256
+
+
+def taps_at_once(name: str, problem: Problem) -> int:
+    """How many of K."""
+    K = problem.spec.kernel_size
+    if problem.spec.groups == 1:
+        return K
+    if name == "tree" or (name in ("own_pads", "shifts") and problem.depthwise):
+        return TAPS[name] if K > AT_ONCE else K
+    return K if K <= UNROLLED or name in ("native", "padded", "channel_blocks") else AT_ONCE
