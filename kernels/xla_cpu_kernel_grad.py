@@ -21,7 +21,7 @@ from conv_pallas.spec import Problem
 
 
 def kernel_grad(problem: Problem) -> str:
-    """The rule for all but few taps of groups.
+    """Kernel gradient.
 
     Measured as in `xla_cpu_forward.forward`, and where there are two figures as the last of those.
 
@@ -181,9 +181,8 @@ def _grouped(problem: Problem) -> str:
         return "channel_blocks" if blocks else "tree"
     # It holds K / S copies of x. With a stride it is twice as slow as "split" from some 20 MB on.
     held = problem.N * G * bytes_held("im2col", problem)
-    if K <= 8 and (
-        held <= WHOLE if spec.stride > 1 else is_bfloat16(problem) and holds_little(problem)
-    ):
+    fits = held <= WHOLE if spec.stride > 1 else is_bfloat16(problem) and holds_little(problem)
+    if K <= 8 and fits:
         return "im2col"
     if G > 32 and K * c <= 20:
         return "tree"
@@ -215,10 +214,5 @@ def _filters(problem: Problem) -> bool:
     every_step = spec.stride == spec.input_dilation == 1
     few = spec.kernel_size == 3 or (spec.kernel_size == 5 and min(c, o) >= 256)
     pieces = problem.N == 1 or bytes_held("winograd", problem) <= MOST
-    return (
-        every_step
-        and few
-        and every_tap_sees(spec)
-        and pieces
-        and filtering_pays(problem, spec, c, o)
-    )
+    fits = every_step and few and pieces and every_tap_sees(spec)
+    return fits and filtering_pays(problem, spec, c, o)

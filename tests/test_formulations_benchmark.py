@@ -22,7 +22,8 @@ def test_one_case_from_the_command_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(formulations, "_ONCE", brief)
     monkeypatch.setattr(handoff, "ratio", lambda: 1.3)
     path = tmp_path / "new" / "result.json"
-    assert formulations.main(["--quick", "--only", "G8", "--json", str(path)]) == 0
+    words = ["--only", "G2,G8", "--without", "G2,bfloat16"]
+    assert formulations.main(["--quick", *words, "--json", str(path)]) == 0
 
     stored = json.loads(path.read_text(encoding="utf-8"))
     assert stored["host"]["commit"] and stored["host"]["jax"] == jax.__version__
@@ -98,6 +99,27 @@ def test_a_state_that_does_not_come_is_given_up(race, monkeypatch):
     monkeypatch.setattr(formulations.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(formulations.time, "monotonic", lambda: next(clock))
     assert [row["cores"] for row in formulations.run([race], minutes=5)] == ["together"]
+
+
+def test_what_takes_over_three_times_as_long_is_left_out(monkeypatch):
+    """For good: who took part is compiled again without being looked at."""
+    seconds, looked_at = {"padded": 1.0, "native": 3.0, "im2col": 3.1}, []
+
+    def interleaved(calls, settings):
+        looked_at.extend(calls)
+        return {name: (seconds[name],) for name in calls}
+
+    monkeypatch.setattr(_measure, "interleaved", interleaved)
+    monkeypatch.setattr(formulations, "candidates", lambda problem, stock: list(seconds))
+    problem = next(formulation_cases.sweep(quick=True)).problem("conv1d", "cpu")
+    race = formulations.Race("case", problem, "padded")
+    with race.compiled():
+        assert list(race.calls) == ["padded", "native"]
+    assert not race.calls and looked_at == list(seconds)
+    race.rounds[False].append({"padded": 1.0, "native": 3.0})
+    with race.compiled():
+        assert list(race.calls) == ["padded", "native"]
+    assert looked_at == list(seconds)
 
 
 def test_what_is_worth_compiling():
