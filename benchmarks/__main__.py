@@ -1,7 +1,7 @@
 """Times published layers on this machine: stock nnx.Conv, every honest baseline, and ours.
 
     python -m benchmarks [--quick] [--layers TEXT] [--implementation NAMES] [--dtype DTYPE]
-                         [--pass NAME] [--json PATH]
+                         [--pass NAME] [--tune] [--json PATH]
 
 Every variant of a layer is checked against the formula in float64 before it is timed, and every
 whole network against stock. Writes a JSON result, after each layer, and in the end a page beside
@@ -51,7 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     interrupted = False
     try:
-        measure(options.subjects, options.passes, options.implementations, settings, console, keep)
+        measure(
+            options.subjects, options.passes, options.implementations, settings, console, keep,
+            options.tune,
+        )  # fmt: skip
     except KeyboardInterrupt:
         # A second one, while this is being dealt with, would lose what was measured.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -91,6 +94,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"of ours, with commas: {', '.join(dispatch.names())} "
         "(default: the one that is picked, and every other kernel that runs here)",
     )
+    parser.add_argument(
+        "--tune", action="store_true",
+        help="on a CPU: first measure which formulations are the fastest for each layer, for good, "
+        "as conv_pallas.tuning.tune does; what the rules choose is timed beside them",
+    )  # fmt: skip
     parser.add_argument("--dtype", metavar="DTYPE", help=f"one of {', '.join(DTYPES)}, for all")
     parser.add_argument(
         "--pass", dest="passes", metavar="NAME", help="forward or training (default: both)"
@@ -103,6 +111,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="where to write the result; the page goes beside it (default: %(default)s)",
     )
     options = parser.parse_args(argv)
+    if options.tune and default_platform() != "cpu":
+        parser.error("--tune is for CPUs; of a GPU python -m benchmarks.on_device does all")
     try:
         subjects = layers.quick() if options.quick else layers.ALL
         if options.layers is not None:
@@ -158,13 +168,17 @@ def measure(
     settings: Settings,
     console: Console,
     keep: Callable[[Measurement], Any],
+    tune: bool = False,
 ) -> None:
-    """Hands every measurement to ``keep`` as soon as it is there."""
+    """Hands every measurement to ``keep`` as soon as it is there; may tune each layer before."""
     with progress.bar("timing", console) as bar:
         task = bar.add_task("", total=len(subjects) * len(passes))
         for subject in subjects:
             truth = Truth(subject, default_platform()) if isinstance(subject, Layer) else None
-            variants = harness.variants_of(subject, implementations)
+            variants = harness.variants_of(subject, implementations, tune)
+            if tune:
+                bar.update(task, description=f"{subject.name}, tuning")
+                harness.tune(subject)
             for which in passes:
                 bar.update(task, description=f"{subject.name}, {which}")
                 m = harness.measure(
@@ -252,8 +266,7 @@ def summary(result: dict[str, Any]) -> str:
             f"{len(beside)} were timed beside other programs, which took up to "
             f"{most['others']:.1f} cores ({most['layer']['name']}, {most['pass']}): time them again"
         )
-    if cores := stored.of_cores(result):
-        lines.append(cores)
+    lines += filter(None, (stored.of_tuning(result), stored.of_cores(result)))
     compiling = [
         (ours["compile_s"], stock["compile_s"], m)
         for m in found

@@ -4,6 +4,7 @@ A variant that computes something else than the layer is refused before it is ti
 take turns. Variants that compile to one program are timed once: the machine does the same.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -24,14 +25,17 @@ from benchmarks import baselines, handoff, neighbours
 from benchmarks.baselines import NotApplicableError
 from benchmarks.layers import Stack, Subject
 from benchmarks.truth import Truth, WrongResultError
-from conv_pallas import _layers, _measure, kernels
+from conv_pallas import _layers, _measure, kernels, tuning
 from conv_pallas._measure import FORWARD, OURS, STOCK, Settings, Spread
 from conv_pallas.explanation import default_platform
+from conv_pallas.kernels import xla_tuned
 from conv_pallas.nn import Conv
 
 FULL = Settings(least=0.01, rounds=(7, 15), settled=0.03, limit=2.0, hopeless=4)
 QUICK = Settings(least=0.002, rounds=(5, 7), settled=0.05, limit=0.3, hopeless=4)
 
+# Ours by the rules for CPUs, where `tune` has found something else to be faster.
+UNTUNED = "untuned"
 # Larger layers are checked at a smaller size: the formula in float64 would take minutes.
 MOST_TO_CHECK = 1 << 31
 # A call is repeated inside one jit until launching it is at most such a part of its time.
@@ -119,14 +123,25 @@ class Measurement:
         return min(found, key=lambda n: self.timed[n].time.median, default=None)
 
 
+def tune(subject: Subject) -> None:
+    """Finds the fastest formulations of a layer, or of a whole network, on the CPU at hand."""
+    struct = functools.partial(jax.ShapeDtypeStruct, dtype=subject.dtype)
+    quiet = functools.partial(tuning.tune, report=lambda line: None)
+    if isinstance(subject, Stack):
+        quiet(subject.build(), struct((subject.N, subject.T, subject.C)))
+    else:
+        quiet(struct(subject.x_shape), struct(subject.kernel_shape), **subject.geometry)
+
+
 def variants_of(
-    subject: Subject, implementations: Sequence[str | None] | None = None
+    subject: Subject, implementations: Sequence[str | None] | None = None, tuned: bool = False
 ) -> dict[str, str | None]:
     """What is measured of a layer: names, and for ours the implementation.
 
     Args:
       implementations: of ours, None for the one that is picked; as a whole None for that and
         each other one that runs on this machine, however it was added.
+      tuned: whether `UNTUNED` takes part as well.
     """
     if implementations is None:
         platform = default_platform()
@@ -135,6 +150,7 @@ def variants_of(
         # The first is stock's own convolution, the second what is picked where nothing else is.
         implementations = [None, *(n for n in here if n not in ("xla_native", "xla"))]
     ours = {name or OURS: name for name in implementations}
+    ours |= {UNTUNED: None} if tuned else {}
     if isinstance(subject, Stack):
         return {STOCK: None, **ours}
     return {**{n: None for n in baselines.NAMES if n != OURS}, **ours}
@@ -184,7 +200,7 @@ def measure(
                 continue
             function = functions[name]()
             start = time.perf_counter()
-            compiled = jax.jit(function).lower(*arguments).compile()
+            compiled = _compiled(name, function, *arguments)
             variant.compile_seconds = time.perf_counter() - start
             verify(name, variants[name], compiled)
         except (NotApplicableError, NotImplementedError) as e:
@@ -240,6 +256,16 @@ def _undisturbed(
     return min(found, key=lambda one: one[1] or 0.0)
 
 
+def _compiled(name: str, function: Callable, *arguments):
+    with _rules(name):
+        return jax.jit(function).lower(*arguments).compile()
+
+
+def _rules(name: str) -> contextlib.AbstractContextManager:
+    """Where a variant is to be compiled."""
+    return xla_tuned.ignored() if name == UNTUNED else contextlib.nullcontext()
+
+
 def _function(name, layer, which, implementation):
     name = OURS if is_ours(name) else name
     if name == baselines.SYMMETRIC and which != FORWARD and layer.G > 1 and _on_cpu():
@@ -269,7 +295,9 @@ def _verifier_of_layer(truth: Truth, known: Truth, which: str) -> tuple[Callable
         return (lambda name, implementation, compiled: check(name, compiled)), None
 
     def verify(name, implementation, compiled):
-        check(name, jax.jit(_function(name, small, which, implementation)))
+        function = _function(name, small, which, implementation)
+        with _rules(name):
+            check(name, jax.jit(function))
 
     return verify, str(small)
 
@@ -383,7 +411,7 @@ def _repeated(ready: Mapping[str, tuple], arguments: tuple) -> tuple[int, dict[s
     calls = {}
     for name, (function, compiled) in ready.items():
         if inside > 1:
-            compiled = jax.jit(_several(function, arguments)).lower(xs[:inside], *rest).compile()
+            compiled = _compiled(name, _several(function, arguments), xs[:inside], *rest)
         calls[name] = _Rotating(compiled, xs, rest, inside, arguments)
     return inside, calls
 

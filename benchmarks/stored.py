@@ -115,6 +115,27 @@ def of_cores(found: Mapping[str, Any]) -> str:
     return text
 
 
+def of_tuning(found: Mapping[str, Any]) -> str:
+    """What `tune` brought over the rules; empty where they were not compared."""
+    compared = [m for m in found["measurements"] if harness.UNTUNED in m["variants"]]
+    ratios = [
+        statistics.median(rules / tuned for rules, tuned in zip(*times, strict=False))
+        for m in compared
+        if "same_as" not in m["variants"][harness.UNTUNED]
+        for times in [[m["variants"][n]["seconds"] for n in (harness.UNTUNED, m["ours"])]]
+    ]
+    if not compared:
+        return ""
+    text = f"tuning changed {len(ratios)} of {len(compared)} passes"
+    if ratios:
+        mean = statistics.geometric_mean(ratios)
+        text += (
+            f", which are {mean:.2f} times as fast as by the rules "
+            f"({min(ratios):.2f} to {max(ratios):.2f})"
+        )
+    return text
+
+
 def _spread(m: Measurement, base: str) -> dict[str, Any]:
     ratio = dataclasses.asdict(m.ratio(base, m.ours))
     same = program(m.variants, base) == program(m.variants, m.ours)

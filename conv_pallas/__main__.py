@@ -138,10 +138,11 @@ def _add_explain(commands) -> None:
 def _add_tune(commands) -> None:
     tune = commands.add_parser(
         "tune",
-        help="measure a layer's Triton kernels on the GPU at hand",
-        description="Tries tiles of the Triton kernels on this GPU, compares the best with XLA, "
-        "and writes what it finds to where later compilations look: what was faster than XLA is "
-        "the default from then on. Needs the extra cuda. To tune a model of your own, call "
+        help="measure on the GPU or CPU at hand what is the fastest for a layer",
+        description="On a GPU: tries tiles of the Triton kernels and compares the best with XLA; "
+        "what was faster is the default from then on. Needs the extra cuda. On a CPU: which "
+        "formulation is the fastest, of which rules choose one else. Writes what it finds to where "
+        "later compilations look. To tune a model of your own, call "
         "conv_pallas.tuning.tune(model, x).",
     )
     tune.set_defaults(run=_tune)
@@ -150,8 +151,9 @@ def _add_tune(commands) -> None:
         "--seconds", type=_positive, metavar="N", help="after which nothing more is tried"
     )
     tune.add_argument(
-        "--quick", action="store_true", help="try no tiles, compare the ones in use with XLA"
-    )
+        "--quick", action="store_true",
+        help="try no tiles, compare the ones in use with XLA; on a CPU take less time for each",
+    )  # fmt: skip
 
 
 def _add_layer(parser, count: str) -> None:
@@ -236,7 +238,7 @@ def _tune(options: argparse.Namespace) -> int:
     except (ValueError, TypeError, NotImplementedError) as e:
         return _fail(str(e))
     except RuntimeError as e:
-        if explanation.default_platform() == "cuda":
+        if explanation.default_platform() in ("cpu", "cuda"):
             raise
         return _fail(str(e))
     except ModuleNotFoundError as e:
@@ -244,7 +246,7 @@ def _tune(options: argparse.Namespace) -> int:
             raise
         return _fail(f"tune needs {e.name}: pip install '.[cuda]' in its folder")
     except OSError as e:
-        from conv_pallas.kernels.triton_tuned import ENVIRONMENT_VARIABLE
+        from conv_pallas.kernels.records import ENVIRONMENT_VARIABLE
 
         return _fail(f"name a folder that can be written to in {ENVIRONMENT_VARIABLE}: {e}")
     return 0

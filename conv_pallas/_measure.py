@@ -7,14 +7,12 @@ all of them, and the ratio is taken turn by turn. Before anything is timed, they
 import dataclasses
 import datetime
 import math
-import os
 import platform
 import random
 import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import flax
@@ -25,6 +23,7 @@ import numpy as np
 from flax import nnx
 
 import conv_pallas
+from conv_pallas import _host
 from conv_pallas._layers import Layer
 from conv_pallas.dispatch import Implementation
 from conv_pallas.nn import Conv
@@ -400,20 +399,12 @@ def tolerance(layer: Layer) -> float:
 
 def host() -> dict[str, Any]:
     """What the figures depend on."""
-    processor = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                processor = line.partition(":")[2].strip()
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "platform": jax.default_backend(),
         "device": jax.devices()[0].device_kind,
-        "cpu": processor,
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cpu": _host.processor(),
+        "cores": _host.cores(),
         "system": platform.system(),
         "python": platform.python_version(),
         "jax": jax.__version__,

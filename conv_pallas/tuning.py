@@ -1,28 +1,32 @@
-"""Measures on the GPU at hand where the Triton kernels are faster than XLA, and with which tiles.
+"""Measures on the GPU or CPU at hand what is the fastest there.
 
     from conv_pallas.tuning import tune
 
     tune(model, x)  # each convolution of a model
     tune(x, kernel, kernel_dilation=8)  # or one
 
-prints what it tries and writes what it finds to ``triton_tuned_<device>.json`` in the folder of the
-kernels, or in the one that the environment variable ``CONV_PALLAS_TUNED`` names. Every later
-compilation on such a device finds it there: a kernel gets the tile that was the fastest, and where
-it was faster than XLA with that it is the default. Nothing else in the package measures: without
-this call the kernels take what a heuristic says, and run where they are asked for by name, or where
-measurements that come with the package, of that kind of device, speak for them.
+prints what it tries and writes what it finds to a file for that kind of device, in the folder of
+the kernels, or in the one that the environment variable ``CONV_PALLAS_TUNED`` names, where every
+later compilation on such a device finds it. Nothing else in the package measures.
 
-Of a program that is shorter than the host's part in starting it, what counts is how long the device
-is at work, which a trace of JAX's profiler tells. Where ours and XLA's differ by the clock by more
-than a host's moods, the clock counts: in a row of such layers it is the host that is waited for.
+On a GPU a Triton kernel gets the tile that was the fastest (``triton_tuned_<device>.json``), and
+where it was faster than XLA with that it is the default. Without, the kernels take what a heuristic
+says, and run where they are asked for by name, or where measurements that come with the package, of
+that kind of device, speak for them.
+
+On a CPU each operation gets the formulation that was the fastest (``xla_tuned_<processor>.json``),
+in the place of what rules say that were measured on another: see `_tuning_cpu`.
+
+Of a GPU's program that is shorter than the host's part in starting it, what counts is how long the
+device is at work, which a trace of JAX's profiler tells. Where ours and XLA's differ by the clock
+by more than a host's moods, the clock counts: in a row of such layers it is the host that is waited
+for.
 """
 
 import dataclasses
 import functools
-import json
+import importlib.metadata
 import math
-import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,9 +34,18 @@ from typing import Any
 
 import jax
 
-from conv_pallas import __version__, _measure, _trace, _turns, dispatch, explanation, tracing
+from conv_pallas import (
+    __version__,
+    _measure,
+    _trace,
+    _tuning_cpu,
+    _turns,
+    dispatch,
+    explanation,
+    tracing,
+)
 from conv_pallas.ops import conv1d
-from conv_pallas.spec import OPERATIONS, Operation
+from conv_pallas.spec import OPERATIONS, Epilogue, Operation
 from conv_pallas.tracing import Convolution
 
 # The most promising first, as a run on a lent GPU has no time for all.
@@ -81,8 +94,8 @@ def tune(
     quick: bool = False,
     processes: int = 1,
     **arguments: Any,
-) -> dict[str, tuple[int, ...]]:
-    """Tunes the Triton kernels for a layer or a model, forward and both gradients.
+) -> dict[str, tuple[int, ...] | str]:
+    """Tunes a layer or a model for the GPU or CPU at hand, forward and both gradients.
 
     What it finds holds for the shapes it is given, N and T up to the next power of two: those that
     one device has where a mesh splits them, in training and in evaluation.
@@ -90,43 +103,50 @@ def tune(
     Args:
       x, kernel: ``(*batch, T, C)`` and ``(K, C // G, O)``, arrays or anything with shape and
         dtype; their values do not matter. Or a model, or a function, and its input: then each of
-        its convolutions is tuned, but for those that the kernels can't run and those that are told
-        to run otherwise.
-      file: where to write; None: where the kernels look. What is in it for other shapes stays.
+        its convolutions is tuned, but for those that the Triton kernels can't run, on a GPU, and
+        those that are told to run otherwise.
+      file: where to write; None: where compilations look. What is in it for other shapes stays.
       seconds: for all operations; each has its share of what those before it have left. Once it
-        is up no further tile is compiled, and the best of those that were is taken.
+        is up no further tile is compiled, and the best of those that were is taken. On a CPU what
+        has had no turn by then goes by the rules.
       report: is given a line for each thing that is tried.
-      quick: race no tiles, but those in use alone against XLA.
-      processes: how many tune other layers on this device at the same time, into the same file.
+      quick: race no tiles, but those in use alone against XLA; on a CPU take less time for each.
+      processes: how many tune other layers on this GPU at the same time, into the same file.
         They take turns on it, and each has its share of ``seconds``.
       arguments: of arrays, further ones of `conv1d`, but for ``bias``, ``activation`` and
         ``implementation``; of a model or a function, further ones of its call, such as its mask.
 
     Returns:
-      The tile of each key that was tuned, as written; only those clearly faster than what the
-      heuristic says. What is compiled already stays as it is: `jax.clear_caches` drops it.
-      Processes of one program, on several hosts, must find the same file, or they would compile
-      different programs: let one of them tune.
+      The tile, or the formulation, of each key that was tuned, as written; only those clearly
+      faster than what the heuristic, or the rules, say. What is compiled already stays as it is:
+      `jax.clear_caches` drops it. Processes of one program, on several hosts, must find the same
+      file, or they would compile different programs: let one of them tune.
 
     Raises:
-      RuntimeError: there is no NVIDIA GPU here; or some kernel fails, of which the first is told
-        once all others are measured, or at once where it takes the device along.
-      ModuleNotFoundError: triton or jax-triton is not installed.
+      RuntimeError: JAX runs on neither an NVIDIA GPU nor a CPU; or some kernel fails, of which the
+        first is told once all others are measured, or at once where it takes the device along.
+      ModuleNotFoundError: triton or jax-triton is not installed, on a GPU.
       NotImplementedError: the Triton kernels can't run this layer; says why.
       TypeError: there is geometry, precision or implementation beside a model.
-      ValueError: the file holds something else.
+      ValueError: the file holds something else; or there are several processes on a CPU.
       OSError: the file can't be written.
     """
-    if (platform := explanation.default_platform()) != "cuda":
-        raise RuntimeError(f"tune needs an NVIDIA GPU, and JAX runs on {platform}")
-    from conv_pallas.kernels import triton_compat, triton_tuned
+    platform = explanation.default_platform()
+    if platform == "cpu":
+        if processes != 1:
+            raise ValueError(f"processes must be 1 on a CPU, which each has whole; got {processes}")
+        convolutions = _convolutions(x, kernel, arguments, report, "cpu")
+        return _tuning_cpu.tune(convolutions, file, seconds, report, quick)
+    if platform != "cuda":
+        raise RuntimeError(f"tune needs an NVIDIA GPU or a CPU, and JAX runs on {platform}")
+    from conv_pallas.kernels import records, triton_compat, triton_tuned
 
     kind, end = triton_compat.device_kind(), time.monotonic() + seconds
-    file = triton_tuned.file_of(kind) if file is None else file
+    file = triton_tuned.RECORDS.file_of(kind) if file is None else file
     tuned: dict[str, tuple[int, ...] | None] = {}
     trials = [
         trial
-        for convolution in _convolutions(x, kernel, arguments, report)
+        for convolution in _convolutions(x, kernel, arguments, report, "cuda")
         for trial in _trials(convolution)
     ]
     told, failures = None, {}
@@ -141,18 +161,17 @@ def tune(
         share = (end - now) / (len(trials) - i)
         compiling = now + max(share - SETTINGS.limit - LAST.limit, share / 2)
         most = share / 4 / processes  # seconds to time all tiles, of a device that is shared
+        before = triton_tuned.RECORDS.content(kind)["tiles"]
         try:
-            found = _tune(
-                trial, triton_tuned.content(kind)["tiles"], tuned, compiling, most, quick, report
-            )
+            found = _tune(trial, before, tuned, compiling, most, quick, report)
         except Exception as e:  # told at the end; what was measured and is yet to be counts
             _ask_device(e)
             failures[f"{trial.name} of {told}"] = e
             report(f"{trial.name}: {_short(e)}")
             found = {"against_xla": dict.fromkeys(trial.keys())}
         with _turns.on_device():
-            _write(file, kind, found)
-        triton_tuned.forget()
+            triton_tuned.RECORDS.add(file, kind, found)
+        records.forget()
     for which, e in failures.items():
         more = f", and {len(failures) - 1} more" if len(failures) > 1 else ""
         raise RuntimeError(f"{which} can't be measured{more}: {_short(e)}") from e
@@ -175,7 +194,7 @@ def _short(e: Exception) -> str:
 
 
 def _tune(trial, before, tuned, end, most, quick, report) -> dict[str, dict]:
-    """Times one operation: what `_write` adds to the file.
+    """Times one operation: what is to be added to the file.
 
     Args:
       before: the tiles that are in use.
@@ -184,7 +203,7 @@ def _tune(trial, before, tuned, end, most, quick, report) -> dict[str, dict]:
       most: seconds to time all tiles in.
       quick: whether no tile is to be tried but the one in use.
     """
-    from conv_pallas.kernels import triton_tuned
+    from conv_pallas.kernels.records import CLEARLY
 
     found = {}
     with _turns.on_device():
@@ -202,8 +221,8 @@ def _tune(trial, before, tuned, end, most, quick, report) -> dict[str, dict]:
     if key not in tuned and key is not None:
         if medians:
             best = min(medians, key=medians.get)
-            best = best if medians[best] < triton_tuned.CLEARLY * medians[None] else None
-            found["measured"] = {key: {"seconds": medians[best], **_versions()}}
+            best = best if medians[best] < CLEARLY * medians[None] else None
+            found["measured"] = {key: {"seconds": medians[best], **versions("triton")}}
         tuned[key] = best
         found["tiles"] = {key: best}
         report(f"{trial.name}: {key} takes {best or 'what the heuristic says'}")
@@ -248,7 +267,7 @@ def _race(trial, key, tile, ours, arguments, report) -> dict[str, Any] | None:
         medians = _medians(trial, {tile: ours, "xla": xla}, arguments, LAST, report, MOODS)
     report(f"{trial.name}: {medians['xla'] / medians[tile]:.2f} times as fast as XLA")
     raced = {"seconds": medians[tile], "xla": medians["xla"], "key": key, "tile": tile}
-    return raced | _versions()
+    return raced | versions("triton")
 
 
 def _medians(trial, calls, arguments, settings, report, moods=math.inf) -> dict[Any, float]:
@@ -279,10 +298,10 @@ def _tolerance(convolution: Convolution) -> float:
     return 1e-4 if jax.lax.Precision.HIGHEST in precision else 5e-3  # tf32 unless told otherwise
 
 
-def _versions() -> dict[str, str]:
-    import triton
-
-    return {"conv_pallas": __version__, "jax": jax.__version__, "triton": triton.__version__}
+def versions(*packages: str) -> dict[str, str]:
+    """Of this package, of JAX and of others."""
+    others = {name: importlib.metadata.version(name) for name in packages}
+    return {"conv_pallas": __version__, "jax": jax.__version__, **others}
 
 
 # --- what is timed --------------------------------------------------------------------------------
@@ -325,30 +344,31 @@ class _Trial:
         return _measure.rolled(x, runs), w, _measure.rolled(g, runs)
 
 
-def _convolutions(x, kernel, arguments, report) -> list[Convolution]:
+def _convolutions(x, kernel, arguments, report, platform: str) -> list[Convolution]:
     """Those that are to be tuned, each once."""
+    implementation = {"cpu": "xla", "cuda": "triton"}[platform]
     if callable(x):
         tracing.refuse(arguments)
         found, left = tracing.convolutions(x, kernel, **arguments)
         if left:
             report(f"{left} left to jax.lax.conv_general_dilated, as stock layers are")
     else:
-        layer = functools.partial(conv1d, **arguments, implementation="triton")
+        layer = functools.partial(conv1d, **arguments, implementation=implementation)
         found, _ = tracing.convolutions(lambda xw: layer(*xw), (_struct(x), _struct(kernel)))
     chosen = {}
     for convolution, _ in found:
         # Bias, activation and how the batch is shaped make it no other.
-        one = convolution.in_groups().of_one_batch_axis()
-        one = dataclasses.replace(one, implementation=None)
+        one = convolution.in_groups() if platform == "cuda" else convolution
+        one = dataclasses.replace(one.of_one_batch_axis(), implementation=None, epilogue=Epilogue())
         if one in chosen:
             continue
         ordered = convolution.implementation
-        if ordered is not None and "triton" not in ordered:
+        if ordered is not None and implementation not in ordered:
             report(f"{convolution}: is to run as {', '.join(ordered)}")
             continue
         try:
             for operation in OPERATIONS:
-                dispatch.select(one.problem(operation, "cuda"), ("triton",))
+                dispatch.select(one.problem(operation, platform), (implementation,))
         except NotImplementedError as e:
             if not callable(x):
                 raise
@@ -458,19 +478,3 @@ def _lowered(function, arguments) -> jax.stages.Lowered:
 
 def _call(lowered, arguments) -> Callable[[], Any]:
     return _measure.InPlace(lowered.compile(), arguments)
-
-
-def _write(file: Path, kind: str, found: dict[str, dict]) -> None:
-    """Adds to the file, all of it at once: a run that is cut short leaves a whole one."""
-    from conv_pallas.kernels import triton_tuned
-
-    content = triton_tuned.read(file)
-    merged = {name: content[name] | entries for name, entries in found.items()}
-    text = json.dumps({**content, **merged, "device": kind}, indent=1, sort_keys=True) + "\n"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=file.parent, suffix=".new", delete=False
-    ) as new:
-        new.write(text)
-    os.chmod(new.name, 0o644)  # not for one user alone, as temporary files are
-    os.replace(new.name, file)

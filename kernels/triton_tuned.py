@@ -1,43 +1,45 @@
 """What was measured on a kind of device: the fastest tiles, and where they are ahead of XLA.
 
-``triton_tuned_<device>.json`` beside this file, or in the folder that `ENVIRONMENT_VARIABLE` names,
-maps a key, which tells a kernel and a shape, to the fields of `triton_config.Config`, or to the
-tile of `triton_depthwise_walk` or `triton_depthwise_taps`; and another key, which tells a problem,
-to the seconds that ours and XLA's best take.
-`conv_pallas.tuning.tune` measures and writes such a file; nothing measures by itself inside
-somebody's training step. What no file knows gets a heuristic's tile, and runs in XLA unless it is
-like what was ahead: see `_like_those_ahead`.
+``triton_tuned_<device>.json`` (see `records`) maps a key, which tells a kernel and a shape, to the
+fields of `triton_config.Config`, or to the tile of `triton_depthwise_walk` or
+`triton_depthwise_taps`; and another key, which tells a problem, to the seconds that ours and XLA's
+best take. What no file knows gets a heuristic's tile, and runs in XLA unless it is like what was
+ahead: see `_like_those_ahead`.
 """
 
 import contextlib
-import functools
-import json
 import math
-import os
-import re
-from pathlib import Path
 
 import jax
-import numpy as np
 
-from conv_pallas.kernels import triton_compat
+from conv_pallas.kernels import records, triton_compat
+from conv_pallas.kernels.records import CLEARLY, power_of_two, precisions
 from conv_pallas.spec import Problem
 
-FOLDER = Path(__file__).parent
-# A folder whose files come before those of `FOLDER`, and which `tune` writes to.
-ENVIRONMENT_VARIABLE = "CONV_PALLAS_TUNED"
-# What is faster by less than this may be so by luck: the heuristic stays, or XLA.
-CLEARLY = 0.98
 PRIORITY = 10  # above XLA's
+USUAL = {None, jax.lax.Precision.DEFAULT}
 MEASURED = ("NVIDIA H200",)  # kinds of device, for `_like_those_ahead`
 # What is kept of a comparison with XLA: seconds of ours and XLA's, and the tile that ours had.
 RACED = {"seconds", "xla", "key", "tile"}
+
+
+def _whole(found: dict[str, dict]) -> bool:
+    tiles, raced = found["tiles"].values(), found["against_xla"].values()
+    whole = all(all(isinstance(n, int) for n in tile or ()) for tile in tiles)
+    return whole and all(entry is None or entry.keys() >= RACED for entry in raced)
+
+
+# ``tiles``: of each `key` the tile, None where it is the heuristic's;
+# ``measured``: of each of those the seconds, and the versions;
+# ``against_xla``: of each `problem_key` the seconds of both, and the ``key`` and ``tile`` that
+# ours had; None where they did not agree. None hides what another folder has.
+RECORDS = records.Records("triton_tuned", ("tiles", "measured", "against_xla"), _whole)
 _trial: tuple[tuple[int, ...] | None, list[str]] | None = None
 
 
 def key(kernel: str, sizes: tuple[int, ...], dtype: str, *how: str) -> str:
     """Sizes are one group's; what grows with the batch or with time counts by powers of two."""
-    size = lambda n: str(n if n <= 1024 else _power_of_two(n))  # noqa: E731
+    size = lambda n: str(n if n <= 1024 else power_of_two(n))  # noqa: E731
     return " ".join((kernel, "x".join(map(size, sizes)), dtype, *how))
 
 
@@ -47,7 +49,7 @@ def lookup(key: str) -> tuple[int, ...] | None:
         tile, asked = _trial
         asked.append(key)
         return tile
-    tile = content(triton_compat.device_kind())["tiles"].get(key)
+    tile = RECORDS.content(triton_compat.device_kind())["tiles"].get(key)
     return None if tile is None else tuple(tile)
 
 
@@ -70,22 +72,8 @@ def trial(tile: tuple[int, ...] | None):
 
 
 def problem_key(problem: Problem) -> str:
-    """What tells problems apart of which one was measured; N and T count by powers of two."""
-    spec = problem.spec
-    dtypes = [np.dtype(d).name for d in (problem.lhs_dtype, problem.rhs_dtype, problem.out_dtype)]
-    same = len(set(dtypes)) == 1
-    words = [
-        problem.operation,
-        f"x {_power_of_two(problem.N)}x{_power_of_two(spec.time)}x{problem.C}",
-        f"w {spec.kernel_size}x{problem.C // spec.groups}x{problem.O}",
-        dtypes[0] if same else "{}*{}={}".format(*dtypes),
-        f"padding {spec.padding[0]},{spec.padding[1]} dilation {spec.kernel_dilation}",
-    ]
-    optional = {"stride": spec.stride, "input dilation": spec.input_dilation}
-    words += [f"{name} {value}" for name, value in optional.items() if value != 1]
-    if not _by_default(problem):
-        words.append(f"precision {','.join(map(str, _precisions(problem)))}")
-    return " ".join(words)
+    """As `records.problem_key`; XLA's own precision has two names."""
+    return records.problem_key(problem, USUAL)
 
 
 def priority(problem: Problem) -> int | None:
@@ -130,7 +118,7 @@ def _like_those_ahead(problem: Problem) -> bool:
     spec, dtypes = problem.spec, {problem.lhs_dtype, problem.rhs_dtype, problem.out_dtype}
     if triton_compat.device_kind() not in MEASURED or not problem.known or len(dtypes) > 1:
         return False
-    if problem_key(problem) in content(triton_compat.device_kind())["against_xla"]:
+    if problem_key(problem) in RECORDS.content(triton_compat.device_kind())["against_xla"]:
         return False  # what failed there, say, or had another tile
     if spec.stride * spec.input_dilation != 1 or not _by_default(problem):
         return False
@@ -149,13 +137,7 @@ def _like_those_ahead(problem: Problem) -> bool:
 
 def _by_default(problem: Problem) -> bool:
     """Whether its precision says no more than XLA's own."""
-    return set(_precisions(problem)) <= {None, jax.lax.Precision.DEFAULT}
-
-
-def _precisions(problem: Problem) -> tuple:
-    """Of both factors, or of the two at once."""
-    asked = problem.precision
-    return asked if isinstance(asked, tuple) else (asked,)
+    return set(precisions(problem)) <= USUAL
 
 
 def _ratio(problem: Problem) -> float | None:
@@ -163,72 +145,9 @@ def _ratio(problem: Problem) -> float | None:
     kind = triton_compat.device_kind()
     if kind is None or not problem.known:
         return None
-    found = content(kind)
+    found = RECORDS.content(kind)
     raced = found["against_xla"].get(problem_key(problem))
     # Another convolution may have had the tile changed since, as it is of one key.
     if raced is None or found["tiles"].get(raced["key"]) != raced["tile"]:
         return None
     return raced["seconds"] / raced["xla"]
-
-
-# --- files ----------------------------------------------------------------------------------------
-
-
-def file_of(kind: str) -> Path:
-    """Where `conv_pallas.tuning.tune` keeps what it has measured on a kind of device."""
-    return _folders()[-1] / _name(kind)
-
-
-def read(file: Path) -> dict[str, dict]:
-    """What a file holds; of one that is not there, nothing.
-
-    Returns:
-      ``tiles``: of each `key` the tile, None where it is the heuristic's;
-      ``measured``: of each of those the seconds, and the versions;
-      ``against_xla``: of each `problem_key` the seconds of both, and the ``key`` and ``tile`` that
-      ours had; None where they did not agree. None hides what another folder has.
-
-    Raises:
-      ValueError: the file is none of ours.
-    """
-    found = {"tiles": {}, "measured": {}, "against_xla": {}}
-    if not file.exists():
-        return found
-    try:
-        found |= json.loads(file.read_text(encoding="utf-8")).items()
-        tiles, raced = found["tiles"].values(), found["against_xla"].values()
-        whole = all(all(isinstance(n, int) for n in tile or ()) for tile in tiles)
-        whole &= all(entry is None or entry.keys() >= RACED for entry in raced)
-    except (ValueError, TypeError, AttributeError):
-        whole = False
-    if not whole:
-        raise ValueError(f"{file} is not what conv_pallas.tuning.tune writes: delete it, tune anew")
-    return found
-
-
-@functools.cache
-def content(kind: str | None) -> dict[str, dict]:
-    """As `read`, of all folders together."""
-    merged = read(_folders()[0] / _name(kind or "none"))
-    for folder in _folders()[1:]:
-        for name, entries in read(folder / _name(kind or "none")).items():
-            merged[name] = merged[name] | entries if isinstance(entries, dict) else entries
-    return merged
-
-
-def forget() -> None:
-    """Reads the files anew from now on."""
-    content.cache_clear()
-
-
-def _folders() -> list[Path]:
-    named = os.environ.get(ENVIRONMENT_VARIABLE)
-    return [FOLDER, *([Path(named)] if named else [])]
-
-
-def _name(kind: str) -> str:
-    return f"triton_tuned_{re.sub('[^a-z0-9]+', '-', kind.lower()).strip('-')}.json"
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()

@@ -8,9 +8,9 @@ Operations: ``2 N T' K (C / G) O``. Bytes: x, w and y once each at least; what a
 beside them is in its docstring.
 
 The formulations themselves are in `xla_formulations.py`. For CPUs the rules, which come from
-measurements, are in `xla_cpu.py` and the files that it is made of. On other platforms they come
-from what XLA compiles to, read without the device; of those for GPUs that say so, from an H200 as
-well.
+measurements, are in `xla_cpu.py` and the files that it is made of; what was measured on the CPU at
+hand comes before them (`xla_tuned.py`). On other platforms they come from what XLA compiles to,
+read without the device; of those for GPUs that say so, from an H200 as well.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from jax import lax
 
 from conv_pallas import taps
 from conv_pallas.activations import activate
-from conv_pallas.kernels import Kernel, xla_cpu, xla_cpu_kernel_grad, xla_native
+from conv_pallas.kernels import Kernel, xla_cpu, xla_cpu_kernel_grad, xla_native, xla_tuned
 from conv_pallas.kernels.xla_formulations import (
     FORWARD,
     KERNEL_GRAD,
@@ -66,7 +66,7 @@ DESCRIPTIONS = {
 def choose(problem: Problem) -> str:
     """The formulation to take: of `FORWARD` or `KERNEL_GRAD`, or "parts" or "transposed"."""
     if problem.platform == "cpu":
-        return xla_cpu.choose(problem)
+        return xla_tuned.lookup(problem) or xla_cpu.choose(problem)
     if problem.platform == "tpu":
         few = problem.spec.kernel_size <= UNROLLED
         return "shifts" if problem.depthwise and few else "native"
@@ -275,7 +275,7 @@ KERNEL = Kernel(
     platforms=("cpu", "cuda", "rocm", "tpu"),
     run=run,
     decline=lambda problem: None,
-    describe=lambda problem: DESCRIPTIONS[choose(problem)],
+    describe=lambda problem: DESCRIPTIONS[choose(problem)] + xla_tuned.described(problem),
     priority=0,
     many=many,
     fused=fused,

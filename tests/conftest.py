@@ -40,6 +40,16 @@ def pytest_configure():
         )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def untuned():
+    """What somebody's `tune` found on this CPU would be tested in the place of the rules."""
+    from conv_pallas.kernels import xla_tuned
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(xla_tuned, "kind", lambda: "a CPU that nobody tuned")
+        yield
+
+
 @pytest.fixture(scope="module")
 def hardly_optimized():
     """For modules about networks, transforms and interfaces: a third of their time is LLVM's.

@@ -15,7 +15,13 @@ pytest.importorskip("jax_triton")
 
 from benchmarks import device_layers
 from conv_pallas import aot, conv1d, inspection
-from conv_pallas.kernels import triton_compat, triton_config, triton_dense, triton_tuned
+from conv_pallas.kernels import (
+    records,
+    triton_compat,
+    triton_config,
+    triton_dense,
+    triton_tuned,
+)  # fmt: skip
 from conv_pallas.kernels.triton_config import Config
 from conv_pallas.machine_code import opcodes_of
 from conv_pallas.spec import Epilogue
@@ -478,6 +484,6 @@ def test_every_tile_that_is_shipped_compiles_and_spills_nothing(monkeypatch):
             program = device_layers.operation(operation, f)
             for code in codes("h200", program, *inspection.structs(layer)):
                 assert code.spills == 0 and code.shared <= SHARED_BYTES["h200"], code
-    shipped = triton_tuned.read(triton_tuned.FOLDER / "triton_tuned_nvidia-h200.json")["tiles"]
+    shipped = triton_tuned.RECORDS.read(records.FOLDER / "triton_tuned_nvidia-h200.json")["tiles"]
     tiles = {key: tuple(tile) for key, tile in shipped.items() if tile}
     assert tiles and tiles.items() <= found.items()

@@ -71,15 +71,19 @@ def test_importing_does_not_import_kernels_nor_start_a_backend():
 
 
 def test_takes_no_time_over_importing_flax():
-    """Processor time, in the best of three tries: how busy the machine is does not count."""
+    """Of processor time a seventh at most, in the best of three tries.
+
+    With JAX 0.12 it is a twentieth, and with 0.11.2 an eighth, most of it JAX's own.
+    """
     code = """if True:
         import time
+        begun = time.process_time()
         import flax.nnx, jax
         start = time.process_time()
         import conv_pallas, conv_pallas.nn
-        print(time.process_time() - start)
+        print((time.process_time() - start) / (start - begun))
     """
-    assert any(float(_python(code)) < 0.3 for _ in range(3))
+    assert any(float(_python(code)) < 1 / 7 for _ in range(3))
 
 
 ROOT = pathlib.Path(__file__).parents[1]

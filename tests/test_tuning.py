@@ -21,7 +21,7 @@ from conv_pallas.nn import TCN
 pytest.importorskip("jax_triton")
 
 from conv_pallas import machine_code
-from conv_pallas.kernels import triton_compat, triton_tuned
+from conv_pallas.kernels import records, triton_compat, triton_tuned
 from conv_pallas.spec import OPERATIONS
 from tests.cases import Case
 
@@ -48,10 +48,10 @@ def h200(monkeypatch, tmp_path):
         lambda calls, settings: {tile: (seconds.get(tile, 1.0),) for tile in calls},
     )  # fmt: skip
     monkeypatch.setattr(tuning, "WALK_TILES", ((4, 64, 32, 4), (3, 64, 32, 4), (8, 64, 16, 4)))
-    monkeypatch.setattr(triton_tuned, "FOLDER", tmp_path)
-    triton_tuned.forget()
+    monkeypatch.setattr(records, "FOLDER", tmp_path)
+    records.forget()
     yield seconds, tmp_path / "triton_tuned_nvidia-h200.json"
-    triton_tuned.forget()
+    records.forget()
 
 
 def _uncompiled(kernel, *args, out, **how):
@@ -244,7 +244,7 @@ def test_what_is_tuned_lies_among_the_results(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, value in on_device._environment(Path("results"), False).items():
         monkeypatch.setenv(name, value)
-    assert triton_tuned.file_of("NVIDIA H200").parent == tmp_path / "results"
+    assert triton_tuned.RECORDS.file_of("NVIDIA H200").parent == tmp_path / "results"
 
 
 @pytest.mark.parametrize("tile", [tile for tile in tuning.DENSE_TILES if len(tile) == 6])
@@ -272,13 +272,14 @@ def test_taps_that_see_padding_alone_are_not_tuned(T, walked):
     """Of 12 taps two see any of 40 steps: so few have one kernel for the whole backward pass."""
     x, w = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((1, T, 8), (12, 1, 8)))
     geometry = dict(feature_group_count=8, kernel_dilation=30, precision="highest")
-    (convolution,) = tuning._convolutions(x, w, geometry, print)
+    (convolution,) = tuning._convolutions(x, w, geometry, print, "cuda")
     assert ("backward" in {trial.name for trial in tuning._trials(convolution)}) is walked
 
 
-def test_tune_needs_a_gpu():
+def test_tune_needs_a_gpu_or_a_cpu(monkeypatch):
+    monkeypatch.setattr(explanation, "default_platform", lambda: "tpu")
     x, w = jnp.ones((2, 8, 4)), jnp.ones((3, 4, 4))
-    with pytest.raises(RuntimeError, match="tune needs an NVIDIA GPU, and JAX runs on cpu"):
+    with pytest.raises(RuntimeError, match="needs an NVIDIA GPU or a CPU, and JAX runs on tpu"):
         tuning.tune(x, w)
 
 
@@ -416,7 +417,7 @@ def test_what_was_measured_itself_comes_before_what_is_like_it(raced, chosen, h2
     raced = raced and raced | {"key": "conv_dense", "tile": None}
     found = {"tiles": {}, "against_xla": {triton_tuned.problem_key(problem): raced}}
     file.write_text(json.dumps(found))
-    triton_tuned.forget()
+    records.forget()
     assert _operations_in_triton(C=512, O=512) == chosen
     exported = dataclasses.replace(problem, operation="conv1d_input_grad", exported=True)
     assert triton_tuned.priority(exported) is None
@@ -473,7 +474,7 @@ def test_a_tile_that_is_beaten_is_forgotten(one_tile, monkeypatch):
     assert set(_tune_dense().values()) == {tile}
     seconds[tile] = 1.0
     assert _tune_dense() == {}
-    assert set(triton_tuned.content("NVIDIA H200")["tiles"].values()) == {None}
+    assert set(triton_tuned.RECORDS.content("NVIDIA H200")["tiles"].values()) == {None}
 
 
 def test_a_model_is_tuned_and_then_runs_ours(one_tile):
@@ -603,7 +604,9 @@ def test_where_xla_fails_the_tile_is_kept(one_tile, monkeypatch):
     assert set(tuning.tune(x, w, report=lines.append).values()) == {tile}
     assert "forward xla: MemoryError: RESOURCE_EXHAUSTED" in lines
     assert _chosen() == ["xla"] * 3
-    assert {tile} == {tuple(t) for t in triton_tuned.content("NVIDIA H200")["tiles"].values()}
+    assert {tile} == {
+        tuple(t) for t in triton_tuned.RECORDS.content("NVIDIA H200")["tiles"].values()
+    }
 
 
 def test_a_folder_of_ones_own(one_tile, monkeypatch, tmp_path):
@@ -611,8 +614,8 @@ def test_a_folder_of_ones_own(one_tile, monkeypatch, tmp_path):
     seconds, shipped = one_tile
     seconds[None] = 0.5
     _tune_dense()
-    monkeypatch.setenv(triton_tuned.ENVIRONMENT_VARIABLE, str(tmp_path / "own"))
-    triton_tuned.forget()
+    monkeypatch.setenv(records.ENVIRONMENT_VARIABLE, str(tmp_path / "own"))
+    records.forget()
     before = shipped.read_text()
     _tune_dense(kernel_dilation=2)
     assert shipped.read_text() == before
@@ -751,7 +754,7 @@ def test_what_another_process_writes_meanwhile_stays(one_tile, monkeypatch):
     _, file = one_tile
 
     def measured(calls, settings):
-        tuning._write(file, "NVIDIA H200", {"tiles": {"theirs": (1, 2)}})
+        triton_tuned.RECORDS.add(file, "NVIDIA H200", {"tiles": {"theirs": (1, 2)}})
         return dict.fromkeys(calls, (1.0,))
 
     monkeypatch.setattr(tuning._measure, "interleaved", measured)
@@ -767,12 +770,12 @@ def test_a_folder_of_ones_own_has_the_last_word(one_tile, monkeypatch, tmp_path)
     seconds[tile] = 0.5
     _tune_dense()
     assert _chosen() == ["triton"] * 3
-    monkeypatch.setenv(triton_tuned.ENVIRONMENT_VARIABLE, str(tmp_path / "own"))
-    triton_tuned.forget()
+    monkeypatch.setenv(records.ENVIRONMENT_VARIABLE, str(tmp_path / "own"))
+    records.forget()
     seconds[tile], seconds["xla"] = 1.0, 0.5
     assert _tune_dense() == {}
     assert _chosen() == ["xla"] * 3
-    assert set(triton_tuned.content("NVIDIA H200")["tiles"].values()) == {None}
+    assert set(triton_tuned.RECORDS.content("NVIDIA H200")["tiles"].values()) == {None}
     assert {tile} == set(map(tuple, json.loads(shipped.read_text())["tiles"].values()))
 
 
@@ -797,10 +800,10 @@ def test_the_command_tunes_a_layer(one_tile, capsys):
 def test_the_command_says_what_is_wrong(one_tile, capsys, monkeypatch, tmp_path):
     file = tmp_path / "file"
     file.touch()
-    monkeypatch.setenv(triton_tuned.ENVIRONMENT_VARIABLE, str(file / "folder"))
+    monkeypatch.setenv(records.ENVIRONMENT_VARIABLE, str(file / "folder"))
     assert _command("N=2", "T=512", "C=64", "K=3") == 1
     assert "a folder that can be written to in CONV_PALLAS_TUNED" in capsys.readouterr().err
     assert _command("N=2", "T=0", "C=64", "K=3") == 1
-    monkeypatch.setattr(explanation, "default_platform", lambda: "cpu")
+    monkeypatch.setattr(explanation, "default_platform", lambda: "tpu")
     assert _command("N=2", "T=512", "C=64", "K=3") == 1
-    assert "tune needs an NVIDIA GPU" in capsys.readouterr().err
+    assert "tune needs an NVIDIA GPU or a CPU" in capsys.readouterr().err

@@ -1,0 +1,187 @@
+"""Measures on the CPU at hand which formulation of a convolution is the fastest.
+
+What `tuning.tune` does there. Each operation's formulations take turns, and the fastest is raced
+against the one that the rules choose again, once all others have had their turn: who wins in one
+moment alone is not kept. The host of a virtual machine moves its cores, a laptop its clock.
+"""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from conv_pallas import _measure
+from conv_pallas.kernels import records, xla, xla_cpu, xla_tuned
+from conv_pallas.kernels.xla_candidates import candidates, sound
+from conv_pallas.spec import OPERATIONS, Problem
+from conv_pallas.tracing import Convolution
+
+NAMES = dict(zip(OPERATIONS, ("forward", "input gradient", "kernel gradient"), strict=True))
+ALL = _measure.Settings(least=0.005, rounds=(7, 15), settled=0.02, limit=1.5, hopeless=1.2)
+TWO = _measure.Settings(least=0.005, rounds=(9, 21), settled=0.01, limit=1.0)
+QUICK = dataclasses.replace(ALL, rounds=(3, 5), limit=0.5)
+ONCE = _measure.Settings(least=0, rounds=(3, 3), limit=0.5)
+SLOW = 2.0  # times as long as the rules' choice, and a formulation takes no part
+SHARE = 0.7  # of the time, for all formulations; what is left is for the winners
+# Bytes that a formulation may hold beside operands and result, or twice as many as those.
+HELD = 1 << 26
+
+
+@dataclasses.dataclass
+class _Race:
+    """An operation, and which formulation won.
+
+    Attributes:
+      rule: the formulation that the rules choose.
+    """
+
+    convolution: Convolution
+    problem: Problem
+    rule: str
+    winner: str | None = None
+
+    @property
+    def name(self) -> str:
+        return NAMES[self.problem.operation]
+
+
+def tune(
+    convolutions: Iterable[Convolution],
+    file: Path | None,
+    seconds: float,
+    report: Callable[[str], None],
+    quick: bool,
+) -> dict[str, str]:
+    """As `tuning.tune`, of convolutions. Returns of each key the formulation that was kept."""
+    file = xla_tuned.RECORDS.file_of(xla_tuned.kind()) if file is None else file
+    start, found, told = time.monotonic(), {}, None
+    races = list(_races(convolutions, report))
+    if not races:
+        report("there is nothing to tune")
+    left = []
+    for race in races:
+        if race.convolution is not told:
+            told = race.convolution
+            report(f"{told}:")
+        if time.monotonic() - start > SHARE * seconds:
+            report(f"{race.name}: no time left")
+            continue
+        times = _times(race, candidates(race.problem, race.rule), QUICK if quick else ALL, report)
+        race.winner = min(times, key=lambda name: _measure.Spread.of(times[name]).median)
+        if _clearly(times, race):
+            left.append(race)
+        else:
+            _keep(race, times, file, report)
+    for race in left:
+        if time.monotonic() - start > seconds:
+            report(f"{race.name} of {race.convolution}: no time to see {race.winner} win again")
+            continue
+        times = _times(race, [race.rule, race.winner], TWO, lambda line: None)
+        if _keep(race, times, file, report):
+            found[xla_tuned.key(race.problem)] = race.winner
+    return found
+
+
+def _races(convolutions, report) -> Iterator[_Race]:
+    """The operations of all convolutions, each once."""
+    seen = set()
+    for convolution in convolutions:
+        for operation in OPERATIONS:
+            problem = convolution.problem(operation, "cpu")
+            if convolution.kernels > 1 and problem.spec.groups == convolution.spec.groups:
+                report(f"{NAMES[operation]} of {convolution}: runs as batched matmuls")
+            elif not problem.empty and (key := xla_tuned.key(problem)) not in seen:
+                seen.add(key)
+                yield _Race(convolution, problem, xla_cpu.choose(problem))
+
+
+def _times(race: _Race, names, settings, report) -> dict[str, tuple[float, ...]]:
+    """Seconds of each formulation that works, of which those of the rules are the first."""
+    problem, calls, expected = race.problem, {}, None
+    arrays = _operands(problem)
+    for name in names:
+        if not sound(name, problem):
+            continue
+        lowered = jax.jit(functools.partial(xla.run_as, name, problem)).lower(*arrays)
+        try:
+            compiled = lowered.compile()
+            if name != race.rule and (held := _held(compiled, problem)):
+                report(f"{race.name} {name}: holds {held / 2**20:.0f} MiB")
+                continue
+            call = functools.partial(compiled, *arrays)
+            result = np.asarray(call())
+        except jax.errors.JaxRuntimeError as e:  # for want of memory, say
+            if name == race.rule:
+                raise
+            report(f"{race.name} {name}: {e}")
+            continue
+        (once,) = _measure.interleaved({name: call}, ONCE).values()
+        if expected is None:
+            expected, limit = result, SLOW * min(once)
+        elif min(once) > limit:
+            continue
+        elif not (off := _measure.difference(expected, result)) <= _tolerance(problem):
+            report(f"{race.name} {name}: is off by {off:.2g} of the largest element")
+            continue
+        calls[name] = call
+    times = _measure.interleaved(calls, settings)
+    for name, of in times.items():
+        report(f"{race.name} {name}: {1e6 * _measure.Spread.of(of).median:.1f} us")
+    return times
+
+
+def _held(compiled, problem: Problem) -> int:
+    """Bytes that a program holds, if they are too many."""
+    types = (problem.lhs_dtype, problem.rhs_dtype, problem.out_dtype)
+    sizes = (math.prod(shape) for shape in problem.shapes)
+    arrays = sum(n * np.dtype(a).itemsize for n, a in zip(sizes, types, strict=True))
+    held = compiled.memory_analysis().temp_size_in_bytes
+    return held if held > max(HELD, 2 * arrays) else 0
+
+
+def _operands(problem: Problem) -> tuple[jax.Array, jax.Array]:
+    rng = np.random.default_rng(0)
+    types = (problem.lhs_dtype, problem.rhs_dtype)
+    return tuple(
+        jnp.asarray(4 * rng.standard_normal(shape, np.float32), dtype)  # integers but zero, too
+        for shape, dtype in zip(problem.shapes[:2], types, strict=True)
+    )
+
+
+def _tolerance(problem: Problem) -> float:
+    """How far two right results may be apart, relative to the largest element."""
+    dtype = np.dtype(problem.out_dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return 0.0
+    return {2: 2 * float(jnp.finfo(dtype).eps), 4: 1e-4}.get(dtype.itemsize, 1e-10)
+
+
+def _clearly(times, race: _Race) -> bool:
+    """Whether the winner is clearly faster than what the rules choose, in most rounds."""
+    ratio = _measure.ratio(times[race.rule], times[race.winner])
+    return ratio.low > 1 and ratio.median * records.CLEARLY > 1
+
+
+def _keep(race: _Race, times, file: Path, report) -> bool:
+    """Writes what came of a race, and whether it was another than the rules'."""
+    from conv_pallas.tuning import versions
+
+    won = _clearly(times, race)
+    seconds = {name: _measure.Spread.of(of).median for name, of in times.items()}
+    entry = {
+        "formulation": race.winner if won else None, "rule": race.rule,
+        "seconds": seconds[race.winner], "seconds_of_rule": seconds[race.rule],
+    }  # fmt: skip
+    key, kind = xla_tuned.key(race.problem), xla_tuned.kind()
+    xla_tuned.RECORDS.add(file, kind, {"formulations": {key: entry | versions()}})
+    records.forget()
+    ratio = seconds[race.rule] / seconds[race.winner]
+    told = f"{ratio:.2f} times as fast as {race.rule}" if won else "the rules' choice"
+    report(f"{race.name} of {race.convolution}: {race.winner if won else race.rule}, {told}")
+    return won

@@ -1,0 +1,75 @@
+"""Which formulation was measured to be the fastest on the CPU at hand.
+
+The rules of `xla_cpu` are of one machine. `conv_pallas.tuning.tune` races the formulations of
+`xla_candidates` on another, and ``xla_tuned_<processor>.json`` (see `records`) maps a key, which
+tells a problem, to what won there. What no file knows goes by the rules.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+from conv_pallas import _host
+from conv_pallas.kernels import records
+from conv_pallas.kernels.xla_formulations import FORWARD, KERNEL_GRAD
+from conv_pallas.spec import Problem
+
+# What is kept of a race: the formulation, None where the rules' was not clearly beaten; that of the
+# rules then; and the seconds of both.
+RACED = {"formulation", "rule", "seconds", "seconds_of_rule"}
+
+
+def _whole(found: dict[str, dict]) -> bool:
+    entries = found["formulations"].values()
+    return all(entry.keys() >= RACED for entry in entries)
+
+
+# ``formulations``: of each `key` what `RACED` says, and the versions.
+RECORDS = records.Records("xla_tuned", ("formulations",), _whole)
+_ignored = False
+
+
+def kind() -> str:
+    """The processor, and how many cores XLA has of it: with more of them others may win."""
+    cores = _host.cores()
+    return f"{_host.processor()} {cores} core{'s' * (cores > 1)}"
+
+
+def key(problem: Problem) -> str:
+    """As `records.problem_key`; who asks for the usual precision gets no minimal filtering."""
+    return records.problem_key(problem, (None,))
+
+
+def lookup(problem: Problem) -> str | None:
+    """The formulation that won; None: what the rules say."""
+    entry = _entry(problem)
+    name = entry and entry["formulation"]
+    table = KERNEL_GRAD if problem.operation == "conv1d_kernel_grad" else FORWARD
+    return name if name in (*table, "parts") else None  # else it is of another version
+
+
+def described(problem: Problem) -> str:
+    """What to say of a formulation beside what it is: that it was measured, if it was."""
+    entry = _entry(problem)
+    if lookup(problem) is None:
+        return "; none was measured to be clearly faster on this CPU" if entry else ""
+    ratio = entry["seconds"] / entry["seconds_of_rule"]
+    return f"; measured to take {ratio:.2f} of the time of {entry['rule']!r} on this CPU"
+
+
+@contextlib.contextmanager
+def ignored() -> Iterator[None]:
+    """Within it what is compiled goes by the rules."""
+    global _ignored
+    before, _ignored = _ignored, True
+    try:
+        yield
+    finally:
+        _ignored = before
+
+
+def _entry(problem: Problem) -> dict | None:
+    # What is exported runs elsewhere.
+    if _ignored or problem.exported or not problem.known or problem.platform != "cpu":
+        return None
+    found = RECORDS.content(kind())["formulations"]
+    return found.get(key(problem)) if found else None

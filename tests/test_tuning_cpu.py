@@ -1,0 +1,454 @@
+"""`tune` on a CPU, by a clock that tells what a test says."""
+
+import dataclasses
+import functools
+import json
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from benchmarks import __main__ as command
+from benchmarks import harness, layers, stored
+from conv_pallas import _measure, _tuning_cpu, conv1d, explain, tuning
+from conv_pallas.__main__ import main
+from conv_pallas._layers import select
+from conv_pallas._measure import OURS
+from conv_pallas.kernels import records, xla, xla_cpu, xla_tuned
+from conv_pallas.kernels.xla_candidates import candidates, sound
+from conv_pallas.nn import TCN
+from conv_pallas.spec import OPERATIONS
+from tests.cases import Case
+from tests.reference import conv1d_reference
+from tests.tolerance import check
+
+pytestmark = pytest.mark.usefixtures("hardly_optimized")
+
+kind = xla_tuned.kind  # before `untuned` puts another in its place
+KIND = "That CPU 2 cores"
+X, W = (2, 64, 8), (3, 8, 8)
+KEY = "conv1d x 2x64x8 w 3x8x8 float32 padding 2,0 dilation 1"
+
+
+def _few(problem, first):
+    """As `candidates`, which take their time to compile."""
+    return [first, *(name for name in ("matmuls", "im2col") if name != first)]
+
+
+@pytest.fixture
+def there(monkeypatch, tmp_path):
+    """On `KIND`, whose file is in this folder."""
+    monkeypatch.setattr(xla_tuned, "kind", lambda: KIND)
+    monkeypatch.setattr(records, "FOLDER", tmp_path)
+    records.forget()
+    yield tmp_path
+    records.forget()
+
+
+@pytest.fixture
+def seconds(there, monkeypatch):
+    """What each formulation takes, else 1."""
+    told = {}
+    monkeypatch.setattr(
+        _tuning_cpu._measure, "interleaved",
+        lambda calls, settings: {name: (told.get(name, 1.0),) for name in calls},
+    )  # fmt: skip
+    monkeypatch.setattr(_tuning_cpu, "candidates", _few)
+    return told
+
+
+def _problem(operation="conv1d", x=X, w=W, **more):
+    batch, T, C = (x[0],), x[1], x[2]
+    case = Case("layer", batch=batch, T=T, C=C, O=w[2], K=w[0], G=C // w[1])
+    return dataclasses.replace(case, **more).problem(operation)
+
+
+def _tune(x=X, w=W, dtype=jnp.float32, report=lambda line: None, **how):
+    structs = (jax.ShapeDtypeStruct(shape, dtype) for shape in (x, w))
+    return tuning.tune(*structs, report=report, **how)
+
+
+def _chosen(**how):
+    return [xla.choose(_problem(operation, **how)) for operation in OPERATIONS]
+
+
+def test_what_won_is_what_later_compilations_run(seconds, tmp_path):
+    rules = _chosen()
+    assert "matmuls" not in rules
+    x, w = (np.random.default_rng(0).standard_normal(shape, np.float32) for shape in (X, W))
+    compiled = lambda: jax.jit(lambda x, w: conv1d(x, w)).lower(x, w).compile()  # noqa: E731
+    before = compiled().as_text()
+    seconds["matmuls"] = 0.5
+    found = _tune()
+    assert found[KEY] == "matmuls" and set(found.values()) == {"matmuls"} and len(found) == 3
+    assert _chosen() == ["matmuls"] * 3
+    after = compiled()
+    assert after.as_text().count(" dot(") >= 3 > before.count(" dot(")
+    check(after(x, w), "conv1d", x, w, _problem().spec, out_dtype=x.dtype)
+    (file,) = tmp_path.iterdir()
+    assert file.name == "xla_tuned_that-cpu-2-cores.json"
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    entry = {"formulation": "matmuls", "rule": rules[0], "seconds": 0.5, "seconds_of_rule": 1.0}
+    assert stored["formulations"][KEY].items() >= (entry | {"jax": jax.__version__}).items()
+    told = str(explain(x, w))
+    assert f"matmul for each tap; measured to take 0.50 of the time of {rules[0]!r}" in told
+    with xla_tuned.ignored():
+        assert _chosen() == rules
+        assert "measured" not in str(explain(x, w))
+
+
+def test_where_the_rules_are_right_they_stay(seconds, tmp_path):
+    rules = _chosen()
+    seconds["matmuls"] = 0.99
+    assert _tune() == {} and _chosen() == rules
+    (file,) = tmp_path.iterdir()
+    entries = json.loads(file.read_text(encoding="utf-8"))["formulations"].values()
+    assert [entry["formulation"] for entry in entries] == [None] * 3
+    told = str(explain(jnp.zeros(X), jnp.zeros(W)))
+    assert told.count("none was measured to be clearly faster on this CPU") == 3
+
+
+def test_who_wins_at_one_moment_alone_is_not_kept(seconds, monkeypatch):
+    race = _measure.interleaved
+    monkeypatch.setattr(
+        _tuning_cpu._measure, "interleaved",
+        lambda calls, settings: race(calls, settings)
+        | ({"matmuls": (0.5,)} if settings is _tuning_cpu.ALL else {}),
+    )  # fmt: skip
+    rules = _chosen()
+    assert _tune() == {} and _chosen() == rules
+
+
+def test_who_wins_in_half_of_the_rounds_alone_is_not_kept(seconds, monkeypatch):
+    def race(calls, settings):
+        return {n: (0.5, 0.5, 0.9, 1.1, 1.1) if n == "matmuls" else (1.0,) * 5 for n in calls}
+
+    monkeypatch.setattr(_tuning_cpu._measure, "interleaved", race)
+    assert _tune() == {}
+
+
+def test_what_was_measured_says_nothing_of_others(seconds):
+    seconds["matmuls"] = 0.5
+    _tune()
+    for other in (
+        dict(x=(4, 64, 8)), dict(x=(2, 65, 8)), dict(w=(5, 8, 8)), dict(w=(3, 8, 4)), dict(D=2),
+        dict(S=2), dict(E=2, padding=[(2, 0)]), dict(padding="SAME"), dict(dtype="bfloat16"),
+        dict(out_dtype="float64"), dict(precision="highest"), dict(precision="default"),
+        dict(x=(2, 64, 16)),
+    ):  # fmt: skip
+        names = [xla_tuned.lookup(_problem(operation, **other)) for operation in OPERATIONS]
+        assert names == [None] * 3, other
+    assert _chosen(x=(2, 50, 8)) == ["matmuls"] * 3  # time and batch count by powers of two
+    exported = dataclasses.replace(_problem(), exported=True)
+    assert xla.choose(exported) == xla_cpu.choose(exported)
+
+
+def test_another_cpu_knows_nothing_of_it(seconds, monkeypatch):
+    rules = _chosen()
+    seconds["matmuls"] = 0.5
+    _tune()
+    monkeypatch.setattr(xla_tuned, "kind", lambda: "That CPU 8 cores")
+    assert _chosen() == rules
+
+
+@pytest.mark.parametrize("cores, told", [(1, "1 core"), (8, "8 cores")])
+def test_a_cpu_is_its_name_and_its_cores(cores, told, monkeypatch):
+    monkeypatch.setattr(xla_tuned._host, "cores", lambda: cores)
+    monkeypatch.setattr(xla_tuned._host, "processor", lambda: "Fast 3000")
+    assert kind() == f"Fast 3000 {told}"
+
+
+def test_what_this_version_has_not_goes_by_the_rules(seconds, tmp_path):
+    seconds["matmuls"] = 0.5
+    rules, found = _chosen(), _tune()
+    (file,) = tmp_path.iterdir()
+    file.write_text(file.read_text().replace('"formulation": "matmuls"', '"formulation": "magic"'))
+    records.forget()
+    assert len(found) == 3 and _chosen() == rules
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"formulations": {"a": {}}}', '{"formulations": 1}'])
+def test_a_file_that_is_none_of_ours_is_named(seconds, tmp_path, text):
+    file = xla_tuned.RECORDS.file_of(KIND)
+    assert file.parent == tmp_path
+    file.write_text(text)
+    with pytest.raises(ValueError, match=f"{file.name} is not what .*tune writes: delete it"):
+        _chosen()
+    with pytest.raises(ValueError, match=f"{file.name} is not what .*tune writes: delete it"):
+        _tune()
+
+
+def test_a_folder_of_ones_own_has_the_last_word(seconds, tmp_path, monkeypatch):
+    rules = _chosen()
+    seconds["matmuls"] = 0.5
+    _tune()
+    monkeypatch.setenv(records.ENVIRONMENT_VARIABLE, str(tmp_path / "own"))
+    records.forget()
+    assert _chosen() == ["matmuls"] * 3
+    seconds["matmuls"] = 1.5
+    _tune()
+    assert _chosen() == rules
+
+
+# --- who takes part -------------------------------------------------------------------------------
+
+
+def test_all_that_are_worth_it_and_sound_do(seconds, monkeypatch):
+    monkeypatch.setattr(_tuning_cpu, "candidates", candidates)
+    lines, problem = [], _problem(w=(3, 4, 8))
+    _tune(w=(3, 4, 8), feature_group_count=2, report=lines.append)
+    names = candidates(problem, xla_cpu.choose(problem))
+    assert "dense" in names and len(names) > 5
+    timed = [line.split()[1][:-1] for line in lines if line.startswith("forward ") and "us" in line]
+    assert timed == [name for name in names if name != "dense"]
+
+
+def _told(**how) -> list[str]:
+    lines = []
+    _tune(report=lines.append, **how)
+    return lines
+
+
+def test_what_holds_too_much_takes_no_part(seconds, monkeypatch):
+    seconds["im2col"] = 0.5
+    assert "im2col" in _tune(w=(16, 8, 8)).values()
+    monkeypatch.setattr(_tuning_cpu, "HELD", 0)  # so that twice the arrays count: of 16 taps more
+    lines = _told(w=(16, 8, 8))
+    assert any(line.startswith("forward im2col: holds 0 MiB") for line in lines), lines
+    assert not any(line.startswith("forward im2col: 5") for line in lines)
+
+
+def test_what_is_wrong_takes_no_part(seconds, monkeypatch):
+    run_as = xla.run_as
+    monkeypatch.setattr(
+        xla, "run_as", lambda name, *args: run_as(name, *args) * (1.001 if name == "matmuls" else 1)
+    )
+    seconds["matmuls"] = 0.5
+    lines = _told()
+    off = "forward matmuls: is off by 0.001 of the largest element"
+    assert off in lines and not any("matmuls: 5" in line for line in lines)
+
+
+def test_what_can_not_be_compiled_takes_no_part(seconds, monkeypatch):
+    run_as = xla.run_as
+
+    def too_large(name, *args):
+        if name == "matmuls":
+            return jnp.zeros(1 << 50)
+        return run_as(name, *args)
+
+    monkeypatch.setattr(xla, "run_as", too_large)
+    seconds["matmuls"] = 0.5
+    assert any("forward matmuls: RESOURCE_EXHAUSTED" in line for line in _told())
+
+
+def test_what_takes_over_twice_as_long_is_not_timed(seconds):
+    seconds["matmuls"] = 2.5
+    assert not any("matmuls" in line for line in _told())
+    seconds["matmuls"] = 1.5
+    assert "forward matmuls: 1500000.0 us" in _told()
+
+
+def test_no_time_is_left(seconds, monkeypatch):
+    clock = iter(range(0, 1000, 10))  # each look takes 10 s
+    monkeypatch.setattr(_tuning_cpu, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    seconds["matmuls"] = 0.5
+    lines = _told(seconds=35)
+    assert "kernel gradient: no time left" in lines
+    assert sum("no time to see matmuls win again" in line for line in lines) == 2
+    assert _chosen() == _chosen() and "matmuls" not in _chosen()
+
+
+def test_quick_takes_less_time(seconds, monkeypatch):
+    asked = []
+    race = _measure.interleaved
+    monkeypatch.setattr(
+        _tuning_cpu._measure, "interleaved",
+        lambda calls, settings: asked.append(settings) or race(calls, settings),
+    )  # fmt: skip
+    _tune()
+    assert _tuning_cpu.ALL in asked and _tuning_cpu.QUICK not in asked
+    asked.clear()
+    _tune(quick=True)
+    assert _tuning_cpu.QUICK in asked and _tuning_cpu.ALL not in asked
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_other_dtypes(seconds, dtype):
+    seconds["matmuls"] = 0.5
+    with jax.enable_x64(dtype == "float64"):
+        lines = []
+        found = _tune(dtype=dtype, report=lines.append)
+    assert "matmuls" in found.values() and not any("is off by" in line for line in lines), lines
+
+
+def test_a_model_is_tuned_convolution_by_convolution(seconds):
+    seconds["matmuls"] = 0.5
+    model = TCN(8, [8, 8, 8], 8, kernel_size=2, dropout=0.1, rngs=nnx.Rngs(0))
+    x, mask = jax.ShapeDtypeStruct((2, 64, 8), jnp.float32), jax.ShapeDtypeStruct((2, 64), bool)
+    lines = []
+    found = tuning.tune(model, x, mask=mask, report=lines.append)
+    for D in (1, 2, 4):
+        assert any(f" dilation {D}" in key and key.startswith("conv1d x") for key in found), found
+    told = explain(model, x, platform="cpu", mask=mask)
+    assert str(told).count("one matmul for each tap; measured") >= 9
+    ended = [line for line in lines if " of x (" in line]
+    assert len(ended) == len(set(ended)) >= len(found)  # each once
+
+
+def test_kernels_that_vmap_batches_are_tuned_where_they_are_groups(seconds):
+    seconds["im2col"] = 0.5
+    w, x = jnp.zeros((4, 3, 16, 16)), jax.ShapeDtypeStruct((4, 2, 64, 16), jnp.float32)
+    layer = jax.vmap(lambda x, w: conv1d(x, w))
+    lines = []
+    found = tuning.tune(lambda x: layer(x, w), x, report=lines.append)
+    left = "x (2, 64, 16), kernel (3, 16, 16), float32, 4 kernels at once: runs as batched matmuls"
+    assert f"kernel gradient of {left}" in lines
+    assert {key.split()[0] for key in found} == set(OPERATIONS[:2])
+    (told,) = explain(lambda x: layer(x, w), x).convolutions.values()
+    assert "measured to take 0.50" in told.how("conv1d")
+
+
+def test_what_is_told_to_run_otherwise_is_left(seconds):
+    w = jnp.zeros(W)
+
+    def told(**how):
+        lines = []
+        layer = functools.partial(conv1d, kernel=w, **how)
+        x = jax.ShapeDtypeStruct(X, jnp.float32)
+        assert tuning.tune(lambda x: layer(x), x, report=lines.append) == {}
+        assert lines[-1] == "there is nothing to tune"
+        return lines[0]
+
+    assert "1 left to jax.lax.conv_general_dilated" in told(implementation="xla_native")
+    assert told(padding=[(0, -62)]) == "there is nothing to tune"  # nor to compute
+
+
+def test_several_processes_are_for_gpus(seconds):
+    with pytest.raises(ValueError, match="processes must be 1 on a CPU"):
+        _tune(processes=2)
+
+
+def test_the_command(seconds, tmp_path, capsys, monkeypatch):
+    seconds["matmuls"] = 0.5
+    words = ["tune", "N=2", "T=64", "C=8", "K=3"]
+    assert main(words) == 0
+    assert "matmuls, 2.00 times as fast as" in capsys.readouterr().out
+    assert _chosen() == ["matmuls"] * 3
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(records.ENVIRONMENT_VARIABLE, str(tmp_path / "file" / "folder"))
+    records.forget()
+    assert main(words) == 1
+    assert "a folder that can be written to in CONV_PALLAS_TUNED" in capsys.readouterr().err
+
+
+# --- what may run unasked -------------------------------------------------------------------------
+
+GEOMETRIES = (
+    Case("dense", T=26, C=4, O=4),
+    Case("dilated", T=26, C=4, O=3, K=5, D=3),
+    Case("many_taps", T=40, C=2, O=2, K=18),
+    Case("strided", T=26, C=4, O=4, K=5, S=2),
+    Case("stride_over_taps", T=26, C=4, O=4, K=2, S=3, padding="SAME"),
+    Case("spread", T=9, C=4, O=4, K=5, E=3, padding=[(4, 2)]),
+    Case("grouped", T=26, C=4, O=6, G=2),
+    Case("depthwise", T=26, C=4, O=4, G=4, K=7, D=2),
+    Case("multiplier", T=26, C=2, O=4, G=2, K=4),
+)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS[:2])
+@pytest.mark.parametrize("case", GEOMETRIES, ids=str)
+def test_a_nan_goes_where_the_definition_has_it_go(case, operation):
+    """Through each tap of its group, and nowhere else: no formulation multiplies it with a zero."""
+    problem = dataclasses.replace(case.problem(operation), N=1)
+    spec, C, O = problem.as_convolution
+    lhs = np.zeros((spec.time * C, 1, spec.time, C), np.float32)
+    lhs.reshape(spec.time * C, -1)[np.arange(spec.time * C), np.arange(spec.time * C)] = np.nan
+    rhs = np.ones(problem.shapes[1], np.float32)
+    there = np.ones((spec.kernel_size, C // spec.groups, O))
+    expected = np.stack([conv1d_reference(np.isnan(one), there, spec) > 0 for one in lhs])
+    names = [n for n in candidates(problem, xla_cpu.choose(problem)) if sound(n, problem)]
+    assert len(names) > 3 and "dense" not in names
+
+    def run(lhs):
+        def way(name):
+            return jax.vmap(lambda one: xla.run_as(name, problem, one, rhs))(lhs)
+
+        return {name: way(name) for name in names}
+
+    compiled = jax.jit(run).lower(lhs).compile({"xla_backend_optimization_level": 0})
+    for name, actual in compiled(lhs).items():
+        np.testing.assert_array_equal(np.isnan(actual), expected, err_msg=name)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_minimal_filtering_is_for_who_promised_no_digits(operation):
+    def filtered(**how):
+        case = dataclasses.replace(Case("layer", T=64, C=8, O=8), **how)
+        problem = case.problem(operation)
+        names = candidates(problem, "native")
+        return [n for n in names if "winograd" in n and sound(n, problem)]
+
+    gradient_of_kernel = operation == "conv1d_kernel_grad"
+    assert filtered() == ["winograd"]
+    assert not filtered(precision="default") and not filtered(dtype="bfloat16")
+    assert filtered(D=20) == ([] if gradient_of_kernel else ["winograd"])  # taps in padding
+    of_strides = {"conv1d": [], "conv1d_input_grad": ["depth_to_space_winograd"],
+                  "conv1d_kernel_grad": ["space_to_depth_winograd"]}[operation]  # fmt: skip
+    assert filtered(S=2, K=9) == of_strides
+    assert filtered(S=2, K=11) == [] and filtered(S=2, K=7) == (
+        [] if gradient_of_kernel else of_strides
+    )
+
+
+# --- in the benchmarks ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["depthwise/D1", "tcn-mnist/stack"])
+def test_the_sweep_tunes_first_and_times_the_rules_too(name, there, monkeypatch, capsys):
+    """Ours is what was found, of layers and of whole networks, and the rules take a turn."""
+    brief = _measure.Settings(least=0, rounds=(3, 3), limit=0.01)
+    monkeypatch.setattr(harness, "QUICK", brief)
+    monkeypatch.setattr(
+        _tuning_cpu, "_times", lambda race, *_: {race.rule: (2.0, 2.0)} | {"matmuls": (1.0, 1.0)}
+    )
+    path, one = there / "result.json", select(name, layers.ALL)[0]
+    small = {"blocks": 2} if isinstance(one, layers.Stack) else {"C": 64, "O": 64, "G": 64}
+    one = dataclasses.replace(one, N=1, T=64, **small)
+    monkeypatch.setattr(command.layers, "fit", lambda *_: one)
+    words = ["--quick", "--layers", name, "--pass", "forward", "--json", str(path)]
+    assert command.main([*words, "--tune"]) == 0
+    (stored_one,) = stored.read(path)["measurements"]
+    found = stored_one["variants"]
+    assert stored_one["ours"] == OURS and {"ms", "seconds"} <= found[harness.UNTUNED].keys()
+    assert "tuning changed 1 of 1 passes, which are " in capsys.readouterr().out.replace("\n", " ")
+    entries = json.loads(next(there.glob("xla_tuned_*")).read_text())["formulations"]
+    assert "matmuls" in {entry["formulation"] for entry in entries.values()}
+    assert command.main(words) == 0
+    assert harness.UNTUNED not in stored.read(path)["measurements"][0]["variants"]
+    assert "tuning" not in capsys.readouterr().out
+
+
+def test_what_tuning_brought():
+    def told(*rows):
+        rules = lambda row: {harness.UNTUNED: row} if row else {}  # noqa: E731
+        found = [{OURS: {"seconds": ours}} | rules(row) for ours, row in rows]
+        return stored.of_tuning({"measurements": [{"ours": OURS, "variants": f} for f in found]})
+
+    assert told(([1.0], None)) == ""
+    same = ([1.0], {"same_as": OURS})
+    assert told(same, same) == "tuning changed 0 of 2 passes"
+    assert told(same, ([1, 1, 2], {"seconds": [2, 3, 2, 9]}), ([1.0], {"seconds": [8.0]})) == (
+        "tuning changed 2 of 3 passes, which are 4.00 times as fast as by the rules (2.00 to 8.00)"
+    )
+
+
+def test_the_sweep_tunes_cpus_alone(monkeypatch, capsys):
+    monkeypatch.setattr(command, "default_platform", lambda: "cuda")
+    with pytest.raises(SystemExit):
+        command.main(["--tune"])
+    assert "--tune is for CPUs" in capsys.readouterr().err
