@@ -50,6 +50,17 @@ def untuned():
         yield
 
 
+@pytest.fixture
+def tuned(monkeypatch, tmp_path):
+    """A folder for what `tune` finds, instead of the kernels'."""
+    from conv_pallas.kernels import records
+
+    monkeypatch.setattr(records, "FOLDER", tmp_path)
+    records.forget()
+    yield tmp_path
+    records.forget()
+
+
 @pytest.fixture(scope="module")
 def hardly_optimized():
     """For modules about networks, transforms and interfaces: a third of their time is LLVM's.

@@ -1,11 +1,13 @@
 """The README's figures are those of the stored result, and its programs run."""
 
+import dataclasses
 import json
 import re
 
 import pytest
 
 from benchmarks import readme
+from conv_pallas import _tuning_cpu
 
 pytestmark = pytest.mark.usefixtures("hardly_optimized")
 
@@ -21,15 +23,18 @@ def test_figures_are_those_of_the_result():
     assert readme.with_figures(text, table + "\n| another | row |") != text
 
 
-def test_its_programs_run(capsys):
-    """One after the other, as somebody copies them."""
+def test_its_programs_run(capsys, monkeypatch, tuned):
+    """One after the other, as somebody copies them; of those to be tuned there is one each."""
+    monkeypatch.setattr(_tuning_cpu, "candidates", lambda problem, first: [first])
+    monkeypatch.setattr(_tuning_cpu, "ALL", dataclasses.replace(_tuning_cpu.ALL, limit=0.0))
     blocks = re.findall(r"```python\n(.*?)```", readme.README.read_text(encoding="utf-8"), re.S)
     names = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     assert names["logits"].shape == (8, 784, 10) and names["model"].receptive_field == 125
     assert isinstance(names["stock"].layers[0], names["Conv"])
-    assert capsys.readouterr().out.count("conv1d_kernel_grad") >= 4
+    told = capsys.readouterr().out
+    assert told.count("conv1d_kernel_grad") >= 4 and told.count(", the rules' choice\n") >= 27
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ KEY = "conv_walk_backward 515x64x4 bfloat16 dilation 1"
 
 
 @pytest.fixture
-def h200(monkeypatch, tmp_path):
+def h200(monkeypatch, tuned):
     """A machine with an H200, as far as `tune` looks; its clock is this dictionary."""
     seconds = {}
 
@@ -48,10 +48,7 @@ def h200(monkeypatch, tmp_path):
         lambda calls, settings: {tile: (seconds.get(tile, 1.0),) for tile in calls},
     )  # fmt: skip
     monkeypatch.setattr(tuning, "WALK_TILES", ((4, 64, 32, 4), (3, 64, 32, 4), (8, 64, 16, 4)))
-    monkeypatch.setattr(records, "FOLDER", tmp_path)
-    records.forget()
-    yield seconds, tmp_path / "triton_tuned_nvidia-h200.json"
-    records.forget()
+    return seconds, tuned / "triton_tuned_nvidia-h200.json"
 
 
 def _uncompiled(kernel, *args, out, **how):

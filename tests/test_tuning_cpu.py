@@ -39,13 +39,10 @@ def _few(problem, first):
 
 
 @pytest.fixture
-def there(monkeypatch, tmp_path):
+def there(tuned, monkeypatch):
     """On `KIND`, whose file is in this folder."""
     monkeypatch.setattr(xla_tuned, "kind", lambda: KIND)
-    monkeypatch.setattr(records, "FOLDER", tmp_path)
-    records.forget()
-    yield tmp_path
-    records.forget()
+    return tuned
 
 
 @pytest.fixture
