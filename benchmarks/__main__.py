@@ -10,6 +10,7 @@ their row says so.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import signal
 import sys
@@ -30,6 +31,7 @@ from conv_pallas import dispatch
 from conv_pallas._layers import Layer, select
 from conv_pallas._measure import OURS, PASSES, STOCK, Settings
 from conv_pallas.explanation import default_platform
+from conv_pallas.kernels import xla_tuned
 
 OUTPUT = Path("bench-output")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -96,8 +98,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--tune", action="store_true",
-        help="on a CPU: first measure which formulations are the fastest for each layer, for good, "
-        "as conv_pallas.tuning.tune does; what the rules choose is timed beside them",
+        help="on a CPU: measure which formulations are the fastest for each layer, for good, as "
+        "conv_pallas.tuning.tune does, and time them beside what the rules choose",
     )  # fmt: skip
     parser.add_argument("--dtype", metavar="DTYPE", help=f"one of {', '.join(DTYPES)}, for all")
     parser.add_argument(
@@ -170,8 +172,13 @@ def measure(
     keep: Callable[[Measurement], Any],
     tune: bool = False,
 ) -> None:
-    """Hands every measurement to ``keep`` as soon as it is there; may tune each layer before."""
-    with progress.bar("timing", console) as bar:
+    """Hands every measurement to ``keep`` as soon as it is there.
+
+    Args:
+      tune: whether to tune each layer before, and time that beside what the rules choose.
+    """
+    rules = xla_tuned.ignored() if tune else contextlib.nullcontext()
+    with rules, progress.bar("timing", console) as bar:
         task = bar.add_task("", total=len(subjects) * len(passes))
         for subject in subjects:
             truth = Truth(subject, default_platform()) if isinstance(subject, Layer) else None

@@ -34,8 +34,8 @@ from conv_pallas.nn import Conv
 FULL = Settings(least=0.01, rounds=(7, 15), settled=0.03, limit=2.0, hopeless=4)
 QUICK = Settings(least=0.002, rounds=(5, 7), settled=0.05, limit=0.3, hopeless=4)
 
-# Ours by the rules for CPUs, where `tune` has found something else to be faster.
-UNTUNED = "untuned"
+# Ours as `tune` has found it to be the fastest, where it is compared with the rules for CPUs.
+TUNED = "tuned"
 # Larger layers are checked at a smaller size: the formula in float64 would take minutes.
 MOST_TO_CHECK = 1 << 31
 # A call is repeated inside one jit until launching it is at most such a part of its time.
@@ -141,7 +141,7 @@ def variants_of(
     Args:
       implementations: of ours, None for the one that is picked; as a whole None for that and
         each other one that runs on this machine, however it was added.
-      tuned: whether `UNTUNED` takes part as well.
+      tuned: whether `TUNED` takes part as well.
     """
     if implementations is None:
         platform = default_platform()
@@ -150,7 +150,7 @@ def variants_of(
         # The first is stock's own convolution, the second what is picked where nothing else is.
         implementations = [None, *(n for n in here if n not in ("xla_native", "xla"))]
     ours = {name or OURS: name for name in implementations}
-    ours |= {UNTUNED: None} if tuned else {}
+    ours |= {TUNED: None} if tuned else {}
     if isinstance(subject, Stack):
         return {STOCK: None, **ours}
     return {**{n: None for n in baselines.NAMES if n != OURS}, **ours}
@@ -257,13 +257,13 @@ def _undisturbed(
 
 
 def _compiled(name: str, function: Callable, *arguments):
-    with _rules(name):
+    with _measured(name):
         return jax.jit(function).lower(*arguments).compile()
 
 
-def _rules(name: str) -> contextlib.AbstractContextManager:
-    """Where a variant is to be compiled."""
-    return xla_tuned.ignored() if name == UNTUNED else contextlib.nullcontext()
+def _measured(name: str) -> contextlib.AbstractContextManager:
+    """Within it a variant is to be compiled, so that `TUNED` is as it was found to be fastest."""
+    return xla_tuned.ignored(False) if name == TUNED else contextlib.nullcontext()
 
 
 def _function(name, layer, which, implementation):
@@ -296,7 +296,7 @@ def _verifier_of_layer(truth: Truth, known: Truth, which: str) -> tuple[Callable
 
     def verify(name, implementation, compiled):
         function = _function(name, small, which, implementation)
-        with _rules(name):
+        with _measured(name):
             check(name, jax.jit(function))
 
     return verify, str(small)

@@ -117,12 +117,12 @@ def of_cores(found: Mapping[str, Any]) -> str:
 
 def of_tuning(found: Mapping[str, Any]) -> str:
     """What `tune` brought over the rules; empty where they were not compared."""
-    compared = [m for m in found["measurements"] if harness.UNTUNED in m["variants"]]
+    compared = [m for m in found["measurements"] if harness.TUNED in m["variants"]]
     ratios = [
         statistics.median(rules / tuned for rules, tuned in zip(*times, strict=False))
         for m in compared
-        if "same_as" not in m["variants"][harness.UNTUNED]
-        for times in [[m["variants"][n]["seconds"] for n in (harness.UNTUNED, m["ours"])]]
+        if "same_as" not in m["variants"][harness.TUNED]
+        for times in [[m["variants"][name]["seconds"] for name in (m["ours"], harness.TUNED)]]
     ]
     if not compared:
         return ""

@@ -57,10 +57,10 @@ def described(problem: Problem) -> str:
 
 
 @contextlib.contextmanager
-def ignored() -> Iterator[None]:
-    """Within it what is compiled goes by the rules."""
+def ignored(whether: bool = True) -> Iterator[None]:
+    """Within it what is compiled goes by the rules; or, within such a one, not."""
     global _ignored
-    before, _ignored = _ignored, True
+    before, _ignored = _ignored, whether
     try:
         yield
     finally:
