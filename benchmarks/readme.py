@@ -20,7 +20,7 @@ from conv_pallas._measure import PASSES, STOCK
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 RESULT = ROOT / "benchmarks" / "results" / "cpu" / "layers.json"
-COMMAND = "python -m benchmarks --json benchmarks/results/cpu/layers.json"
+COMMAND = "python -m benchmarks --tune --json benchmarks/results/cpu/layers.json"
 GPU_RESULTS = ROOT / "benchmarks" / "results" / "nvidia-h200"
 MARKS = "<!-- figures: written by benchmarks/readme.py -->", "<!-- end of figures -->"
 GPU_MARKS = tuple(mark.replace("figures", "figures of a GPU") for mark in MARKS)
@@ -55,6 +55,8 @@ def figures(result: dict[str, Any]) -> str:
         "take too long is cut down. To compile all of them takes "
         f"{compiling[0]:.0f} s, and stock's {compiling[1]:.0f} s. [{page}]({page}) draws it."
     ]
+    if tuning := stored.of_tuning(result):
+        notes.append(f"{tuning.replace('tuning', '[Tuning](#tune)', 1)}.")
     if apart := stored.of_cores(result):
         notes.append(
             f"Meanwhile {apart}. They are apart while one takes more than {handoff.APART:g} times "

@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks import handoff, harness
 from benchmarks.harness import Measurement
 from benchmarks.layers import ALL, Subject
+from conv_pallas import _measure
 from conv_pallas._measure import STOCK, Settings
 
 FORMAT = 2
@@ -118,12 +119,12 @@ def of_cores(found: Mapping[str, Any]) -> str:
 def of_tuning(found: Mapping[str, Any]) -> str:
     """What `tune` brought over the rules; empty where they were not compared."""
     compared = [m for m in found["measurements"] if harness.TUNED in m["variants"]]
-    ratios = [
-        statistics.median(rules / tuned for rules, tuned in zip(*times, strict=False))
-        for m in compared
-        if "same_as" not in m["variants"][harness.TUNED]
-        for times in [[m["variants"][name]["seconds"] for name in (m["ours"], harness.TUNED)]]
-    ]
+    ratios = []
+    for m in compared:
+        rules, tuned = (program(m["variants"], name) for name in (m["ours"], harness.TUNED))
+        if rules != tuned:
+            seconds = (m["variants"][name]["seconds"] for name in (rules, tuned))
+            ratios.append(_measure.ratio(*seconds).median)
     if not compared:
         return ""
     text = f"tuning changed {len(ratios)} of {len(compared)} passes"

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from conv_pallas import _host
 from conv_pallas.kernels import records
+from conv_pallas.kernels.xla_candidates import sound
 from conv_pallas.kernels.xla_formulations import FORWARD, KERNEL_GRAD
 from conv_pallas.spec import Problem
 
@@ -44,14 +45,18 @@ def lookup(problem: Problem) -> str | None:
     entry = _entry(problem)
     name = entry and entry["formulation"]
     table = KERNEL_GRAD if problem.operation == "conv1d_kernel_grad" else FORWARD
-    return name if name in (*table, "parts") else None  # else it is of another version
+    if name not in (*table, "parts"):  # none has won, or it is of another version
+        return None
+    return name if sound(name, problem) else None  # of fewer steps than were measured
 
 
 def described(problem: Problem) -> str:
     """What to say of a formulation beside what it is: that it was measured, if it was."""
     entry = _entry(problem)
+    if entry and entry["formulation"] is None:
+        return "; none was measured to be clearly faster on this CPU"
     if lookup(problem) is None:
-        return "; none was measured to be clearly faster on this CPU" if entry else ""
+        return ""
     ratio = entry["seconds"] / entry["seconds_of_rule"]
     return f"; measured to take {ratio:.2f} of the time of {entry['rule']!r} on this CPU"
 

@@ -16,7 +16,7 @@ from benchmarks import harness, layers, stored
 from conv_pallas import _measure, _tuning_cpu, conv1d, explain, tuning
 from conv_pallas.__main__ import main
 from conv_pallas._layers import select
-from conv_pallas._measure import OURS
+from conv_pallas._measure import OURS, STOCK
 from conv_pallas.kernels import records, xla, xla_cpu, xla_tuned
 from conv_pallas.kernels.xla_candidates import candidates, sound
 from conv_pallas.nn import TCN
@@ -155,6 +155,21 @@ def test_what_was_measured_says_nothing_of_others(seconds):
     assert _chosen(x=(2, 50, 8)) == ["matmuls"] * 3  # time and batch count by powers of two
     exported = dataclasses.replace(_problem(), exported=True)
     assert xla.choose(exported) == xla_cpu.choose(exported)
+
+
+def test_what_is_not_sound_for_fewer_steps_goes_by_the_rules(there):
+    """Of one key, as time counts by powers of two; in the smaller one a tap sees padding mostly."""
+    layer = Case("layer", batch=(1,), T=600, C=64, O=64, K=3, D=150)
+    problem = layer.problem("conv1d_kernel_grad")
+    fewer = dataclasses.replace(layer, T=550).problem("conv1d_kernel_grad")
+    key = xla_tuned.key(problem)
+    assert key == xla_tuned.key(fewer)
+    entry = {"formulation": "winograd", "rule": "native", "seconds": 1, "seconds_of_rule": 2}
+    xla_tuned.RECORDS.add(xla_tuned.RECORDS.file_of(KIND), KIND, {"formulations": {key: entry}})
+    records.forget()
+    assert xla.choose(problem) == "winograd"
+    assert xla.choose(fewer) == xla_cpu.choose(fewer) != "winograd"
+    assert "on this CPU" not in xla.KERNEL.describe(fewer)
 
 
 def test_another_cpu_knows_nothing_of_it(seconds, monkeypatch):
@@ -447,16 +462,19 @@ def test_the_sweep_tunes_and_times_it_beside_the_rules(name, there, monkeypatch,
 
 def test_what_tuning_brought():
     def told(*rows):
-        tuned = lambda row: {harness.TUNED: row} if row else {}  # noqa: E731
-        found = [{OURS: {"seconds": ours}} | tuned(row) for ours, row in rows]
+        names = (STOCK, OURS, harness.TUNED)
+        found = [dict(zip(names, row, strict=False)) for row in rows]
         return stored.of_tuning({"measurements": [{"ours": OURS, "variants": f} for f in found]})
 
-    assert told(([1.0], None)) == ""
-    same = ([1.0], {"same_as": OURS})
-    assert told(same, same) == "tuning changed 0 of 2 passes"
-    assert told(same, ([2, 3, 2, 9], {"seconds": [1, 1, 2]}), ([8.0], {"seconds": [1.0]})) == (
-        "tuning changed 2 of 3 passes, which are 4.00 times as fast as by the rules (2.00 to 8.00)"
+    stock, slow = {"seconds": [4.0]}, {"seconds": [2, 3, 2, 9]}
+    assert told((stock, slow)) == ""
+    same = (stock, slow, {"same_as": OURS}), (stock, {"same_as": STOCK}, {"same_as": STOCK})
+    assert told(*same) == "tuning changed 0 of 2 passes"
+    quick = (stock, slow, {"seconds": [1, 1, 2]}), (stock, {"same_as": STOCK}, {"seconds": [0.5]})
+    assert told(*same, *quick) == (
+        "tuning changed 2 of 4 passes, which are 4.00 times as fast as by the rules (2.00 to 8.00)"
     )
+    assert "(0.50 to 0.50)" in told((stock, slow, {"same_as": STOCK}))
 
 
 def test_the_sweep_tunes_cpus_alone(monkeypatch, capsys):
