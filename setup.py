@@ -76,7 +76,7 @@ setup(
     # because another project on PyPI owns the top-level name.
     packages=[*find_packages(include=["conv_pallas", "conv_pallas.*"]), "conv_pallas.kernels"],
     package_dir={"conv_pallas.kernels": "kernels"},
-    package_data={"conv_pallas": ["py.typed"], "conv_pallas.kernels": ["*.json"]},
+    package_data={"conv_pallas": ["py.typed"], "conv_pallas.kernels": ["triton_tuned_*.json"]},
     cmdclass={"build_py": Anew},
     zip_safe=False,
 )

@@ -13,7 +13,7 @@ from benchmarks import handoff, harness
 from benchmarks.harness import Measurement
 from benchmarks.layers import ALL, Subject
 from conv_pallas import _measure
-from conv_pallas._measure import STOCK, Settings
+from conv_pallas._measure import OURS, STOCK, Settings
 
 FORMAT = 2
 # An environment variable that tells the commit where the files travel without their history.
@@ -118,10 +118,13 @@ def of_cores(found: Mapping[str, Any]) -> str:
 
 def of_tuning(found: Mapping[str, Any]) -> str:
     """What `tune` brought over the rules; empty where they were not compared."""
-    compared = [m for m in found["measurements"] if harness.TUNED in m["variants"]]
+    both = (harness.TUNED, OURS)
+    compared = [
+        m for m in found["measurements"] if all("ms" in m["variants"].get(n, {}) for n in both)
+    ]
     ratios = []
     for m in compared:
-        rules, tuned = (program(m["variants"], name) for name in (m["ours"], harness.TUNED))
+        rules, tuned = (program(m["variants"], name) for name in (OURS, harness.TUNED))
         if rules != tuned:
             seconds = (m["variants"][name]["seconds"] for name in (rules, tuned))
             ratios.append(_measure.ratio(*seconds).median)

@@ -26,6 +26,7 @@ import conv_pallas
 from conv_pallas import _host
 from conv_pallas._layers import Layer
 from conv_pallas.dispatch import Implementation
+from conv_pallas.explanation import default_platform
 from conv_pallas.nn import Conv
 
 FORWARD = "forward"
@@ -107,7 +108,7 @@ def interleaved(
     settings = settings or Settings()
     # On a CPU the next call must not start before the last has ended, or both share the cores.
     # On an accelerator calls queue up, so that the host's part in them does not count.
-    wait_each = jax.default_backend() == "cpu"
+    wait_each = default_platform() == "cpu"
 
     def sample(call, repeats):
         start = time.perf_counter()

@@ -1,8 +1,12 @@
 """Measures on the CPU at hand which formulation of a convolution is the fastest.
 
-What `tuning.tune` does there. Each operation's formulations take turns, and the fastest is raced
-against the one that the rules choose again, once all others have had their turn: who wins in one
-moment alone is not kept. The host of a virtual machine moves its cores, a laptop its clock.
+What `tuning.tune` does there. Each operation's formulations take turns. The fastest then has to win
+again where it is to run, in the layer's forward pass or training step with its bias and activation:
+one that XLA can't fuse with those, or that leaves less in the caches for what follows, may be the
+fastest alone and lose there.
+
+What counts is the machine as it is meanwhile. Where a host moves a virtual machine's cores, what
+won with the cores together may lose while they lie apart (`benchmarks.handoff`).
 """
 
 import dataclasses
@@ -39,12 +43,15 @@ class _Race:
 
     Attributes:
       rule: the formulation that the rules choose.
+      winner: that which is the fastest alone.
+      seconds: of both, alone.
     """
 
     convolution: Convolution
     problem: Problem
     rule: str
     winner: str | None = None
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -60,6 +67,7 @@ def tune(
 ) -> dict[str, str]:
     """As `tuning.tune`, of convolutions. Returns of each key the formulation that was kept."""
     file = xla_tuned.RECORDS.file_of(xla_tuned.kind()) if file is None else file
+    xla_tuned.RECORDS.read(file)  # which fails before anything is measured
     start, found, told = time.monotonic(), {}, None
     races = list(_races(convolutions, report))
     if not races:
@@ -73,17 +81,19 @@ def tune(
             report(f"{race.name}: no time left")
             continue
         times = _times(race, candidates(race.problem, race.rule), QUICK if quick else ALL, report)
-        race.winner = min(times, key=lambda name: _measure.Spread.of(times[name]).median)
+        race.seconds = {name: _measure.Spread.of(of).median for name, of in times.items()}
+        race.winner = min(race.seconds, key=race.seconds.get)
         if _clearly(times, race):
             left.append(race)
         else:
-            _keep(race, times, file, report)
+            _keep(race, False, file, report)
     for race in left:
         if time.monotonic() - start > seconds:
             report(f"{race.name} of {race.convolution}: no time to see {race.winner} win again")
             continue
-        times = _times(race, [race.rule, race.winner], TWO, lambda line: None)
-        if _keep(race, times, file, report):
+        won = _clearly(_in_layer(race, found), race)
+        _keep(race, won, file, report)
+        if won:
             found[xla_tuned.key(race.problem)] = race.winner
     return found
 
@@ -103,7 +113,7 @@ def _races(convolutions, report) -> Iterator[_Race]:
 
 def _times(race: _Race, names, settings, report) -> dict[str, tuple[float, ...]]:
     """Seconds of each formulation that works, of which those of the rules are the first."""
-    problem, calls, expected = race.problem, {}, None
+    problem, calls, expected, limit = race.problem, {}, None, math.inf
     arrays = _operands(problem)
     for name in names:
         if name != race.rule and not sound(name, problem):
@@ -115,11 +125,15 @@ def _times(race: _Race, names, settings, report) -> dict[str, tuple[float, ...]]
                 report(f"{race.name} {name}: holds {held / 2**20:.0f} MiB")
                 continue
             call = functools.partial(compiled, *arrays)
+            begun = time.perf_counter()
             result = np.asarray(call())
+            first = time.perf_counter() - begun  # with memory that it has not had before
         except jax.errors.JaxRuntimeError as e:  # for want of memory, say
             if name == race.rule:
                 raise
             report(f"{race.name} {name}: {e}")
+            continue
+        if first > 4 * limit:
             continue
         (once,) = _measure.interleaved({name: call}, ONCE).values()
         if expected is None:
@@ -136,6 +150,38 @@ def _times(race: _Race, names, settings, report) -> dict[str, tuple[float, ...]]
     return times
 
 
+def _in_layer(race: _Race, kept: dict[str, str]) -> dict[str, tuple[float, ...]]:
+    """Seconds of the forward pass, or the training step, by the rules and with the winner.
+
+    Args:
+      kept: of each key the formulation that has won already.
+    """
+    from conv_pallas.tuning import layer_of
+
+    one = race.convolution
+    one = one.in_groups() if one.kernels > 1 else one
+    layer = layer_of(one, "xla", one.epilogue.activation)
+    bias = jnp.zeros(one.w.shape[-1], one.x.dtype) if one.epilogue.bias else None
+    x, w = (_random(a.shape, a.dtype) for a in (one.x, one.w))
+
+    def forward(x, w, bias, g):
+        return layer(x, w, bias)
+
+    def step(x, w, bias, g):
+        y, gradients = jax.vjp(layer, x, w, bias)
+        return y, gradients(g)
+
+    y = jax.eval_shape(layer, x, w, bias)
+    function = forward if race.problem.operation == "conv1d" else step
+    calls, key = {}, xla_tuned.key(race.problem)
+    for name, chosen in {race.rule: kept, race.winner: kept | {key: race.winner}}.items():
+        with xla_tuned.trial(chosen):  # and a function of its own, lest JAX take what it has
+            arrays = (x, w, bias, _random(y.shape, y.dtype))
+            compiled = jax.jit(lambda *a: function(*a)).lower(*arrays).compile()
+        calls[name] = functools.partial(compiled, *arrays)
+    return _measure.interleaved(calls, TWO)
+
+
 def _held(compiled, problem: Problem) -> int:
     """Bytes that a program holds, if they are too many."""
     types = (problem.lhs_dtype, problem.rhs_dtype, problem.out_dtype)
@@ -146,12 +192,12 @@ def _held(compiled, problem: Problem) -> int:
 
 
 def _operands(problem: Problem) -> tuple[jax.Array, jax.Array]:
-    rng = np.random.default_rng(0)
     types = (problem.lhs_dtype, problem.rhs_dtype)
-    return tuple(
-        jnp.asarray(4 * rng.standard_normal(shape, np.float32), dtype)  # integers but zero, too
-        for shape, dtype in zip(problem.shapes[:2], types, strict=True)
-    )
+    return tuple(map(_random, problem.shapes[:2], types))
+
+
+def _random(shape, dtype) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(0).standard_normal(shape, np.float32), dtype)
 
 
 def _tolerance(problem: Problem) -> float:
@@ -164,27 +210,24 @@ def _tolerance(problem: Problem) -> float:
 
 def _clearly(times, race: _Race) -> bool:
     """Whether the winner is clearly faster than what the rules choose, in most rounds."""
-    if race.winner not in times:  # it took far longer than before
-        return False
     ratio = _measure.ratio(times[race.rule], times[race.winner])
     return ratio.low > 1 and ratio.median * records.CLEARLY > 1
 
 
-def _keep(race: _Race, times, file: Path, report) -> bool:
-    """Writes what came of a race, and whether it was another than the rules'."""
+def _keep(race: _Race, won: bool, file: Path, report) -> None:
+    """Writes what came of a race."""
     from conv_pallas.tuning import versions
 
-    won = _clearly(times, race)
     kept = race.winner if won else race.rule
-    seconds = {name: _measure.Spread.of(of).median for name, of in times.items()}
     entry = {
         "formulation": kept if won else None, "rule": race.rule,
-        "seconds": seconds[kept], "seconds_of_rule": seconds[race.rule],
+        "seconds": race.seconds[kept], "seconds_of_rule": race.seconds[race.rule],
     }  # fmt: skip
     key, kind = xla_tuned.key(race.problem), xla_tuned.kind()
     xla_tuned.RECORDS.add(file, kind, {"formulations": {key: entry | versions()}})
     records.forget()
-    ratio = seconds[race.rule] / seconds[kept]
+    ratio = race.seconds[race.rule] / race.seconds[kept]
     told = f"{ratio:.2f} times as fast as {race.rule}" if won else "the rules' choice"
+    if not won and race.winner != race.rule:
+        told += f"; {race.winner} is not clearly faster"
     report(f"{race.name} of {race.convolution}: {kept}, {told}")
-    return won

@@ -25,9 +25,9 @@ for.
 
 import dataclasses
 import functools
-import importlib.metadata
 import math
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ from conv_pallas import (
     tracing,
 )
 from conv_pallas.ops import conv1d
-from conv_pallas.spec import OPERATIONS, Epilogue, Operation
+from conv_pallas.spec import OPERATIONS, Operation
 from conv_pallas.tracing import Convolution
 
 # The most promising first, as a run on a lent GPU has no time for all.
@@ -108,7 +108,7 @@ def tune(
       file: where to write; None: where compilations look. What is in it for other shapes stays.
       seconds: for all operations; each has its share of what those before it have left. Once it
         is up no further tile is compiled, and the best of those that were is taken. On a CPU what
-        has had no turn by then goes by the rules.
+        has had no turn by then stays as it was.
       report: is given a line for each thing that is tried.
       quick: race no tiles, but those in use alone against XLA; on a CPU take less time for each.
       processes: how many tune other layers on this GPU at the same time, into the same file.
@@ -203,6 +203,8 @@ def _tune(trial, before, tuned, end, most, quick, report) -> dict[str, dict]:
       most: seconds to time all tiles in.
       quick: whether no tile is to be tried but the one in use.
     """
+    import triton
+
     from conv_pallas.kernels.records import CLEARLY
 
     found = {}
@@ -222,7 +224,7 @@ def _tune(trial, before, tuned, end, most, quick, report) -> dict[str, dict]:
         if medians:
             best = min(medians, key=medians.get)
             best = best if medians[best] < CLEARLY * medians[None] else None
-            found["measured"] = {key: {"seconds": medians[best], **versions("triton")}}
+            found["measured"] = {key: {"seconds": medians[best], **versions(triton)}}
         tuned[key] = best
         found["tiles"] = {key: best}
         report(f"{trial.name}: {key} takes {best or 'what the heuristic says'}")
@@ -251,6 +253,8 @@ def _agreeing(trial, calls, report) -> dict[tuple[int, ...] | None, Callable]:
 
 def _race(trial, key, tile, ours, arguments, report) -> dict[str, Any] | None:
     """What `triton_tuned.RACED` says of ours against XLA; None where they can't be compared."""
+    import triton
+
     with _turns.on_device():
         expected = ours()  # outside: what fails in ours is no word about XLA
         try:  # XLA may time its algorithms as it compiles
@@ -267,7 +271,7 @@ def _race(trial, key, tile, ours, arguments, report) -> dict[str, Any] | None:
         medians = _medians(trial, {tile: ours, "xla": xla}, arguments, LAST, report, MOODS)
     report(f"{trial.name}: {medians['xla'] / medians[tile]:.2f} times as fast as XLA")
     raced = {"seconds": medians[tile], "xla": medians["xla"], "key": key, "tile": tile}
-    return raced | versions("triton")
+    return raced | versions(triton)
 
 
 def _medians(trial, calls, arguments, settings, report, moods=math.inf) -> dict[Any, float]:
@@ -298,9 +302,9 @@ def _tolerance(convolution: Convolution) -> float:
     return 1e-4 if jax.lax.Precision.HIGHEST in precision else 5e-3  # tf32 unless told otherwise
 
 
-def versions(*packages: str) -> dict[str, str]:
+def versions(*packages: types.ModuleType) -> dict[str, str]:
     """Of this package, of JAX and of others."""
-    others = {name: importlib.metadata.version(name) for name in packages}
+    others = {package.__name__: package.__version__ for package in packages}
     return {"conv_pallas": __version__, "jax": jax.__version__, **others}
 
 
@@ -357,9 +361,9 @@ def _convolutions(x, kernel, arguments, report, platform: str) -> list[Convoluti
         found, _ = tracing.convolutions(lambda xw: layer(*xw), (_struct(x), _struct(kernel)))
     chosen = {}
     for convolution, _ in found:
-        # Bias, activation and how the batch is shaped make it no other.
+        # How the batch is shaped makes it no other, and on a GPU bias and activation don't.
         one = convolution.in_groups() if platform == "cuda" else convolution
-        one = dataclasses.replace(one.of_one_batch_axis(), implementation=None, epilogue=Epilogue())
+        one = dataclasses.replace(one.of_one_batch_axis(), implementation=None)
         if one in chosen:
             continue
         ordered = convolution.implementation
@@ -383,7 +387,7 @@ def _convolutions(x, kernel, arguments, report, platform: str) -> list[Convoluti
 def _trials(convolution: Convolution) -> Iterator[_Trial]:
     from conv_pallas.kernels import triton_depthwise_walk as walk
 
-    layer = functools.partial(_layer, convolution)
+    layer = functools.partial(layer_of, convolution)
     problem = convolution.problem("conv1d", "cuda")
     trial = functools.partial(_Trial, convolution=convolution)
 
@@ -411,7 +415,8 @@ def _trials(convolution: Convolution) -> Iterator[_Trial]:
     yield trial("kernel gradient", operations=OPERATIONS[2:], function=kernel_gradient)
 
 
-def _layer(convolution: Convolution, implementation: str, activation: str | None = None):
+def layer_of(convolution: Convolution, implementation: str, activation: str | None = None):
+    """A function of x, w and a bias."""
     spec = convolution.spec
     geometry = {argument: getattr(spec, name) for name, argument in tracing.ARGUMENTS.items()}
     return functools.partial(

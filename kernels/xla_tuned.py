@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Iterator
 
 from conv_pallas import _host
-from conv_pallas.kernels import records
+from conv_pallas.kernels import records, xla_cpu
 from conv_pallas.kernels.xla_candidates import sound
 from conv_pallas.kernels.xla_formulations import FORWARD, KERNEL_GRAD
 from conv_pallas.spec import Problem
@@ -27,12 +27,13 @@ def _whole(found: dict[str, dict]) -> bool:
 # ``formulations``: of each `key` what `RACED` says, and the versions.
 RECORDS = records.Records("xla_tuned", ("formulations",), _whole)
 _ignored = False
+_trial: dict[str, str] | None = None
 
 
 def kind() -> str:
     """The processor, and how many cores XLA has of it: with more of them others may win."""
     cores = _host.cores()
-    return f"{_host.processor()} {cores} core{'s' * (cores > 1)}"
+    return f"{_host.processor()} {_host.model()} {cores} core{'s' * (cores > 1)}"
 
 
 def key(problem: Problem) -> str:
@@ -42,8 +43,11 @@ def key(problem: Problem) -> str:
 
 def lookup(problem: Problem) -> str | None:
     """The formulation that won; None: what the rules say."""
-    entry = _entry(problem)
-    name = entry and entry["formulation"]
+    if _trial is not None:
+        name = _trial.get(key(problem)) if _applies(problem) else None
+    else:
+        entry = _entry(problem)
+        name = entry and entry["formulation"]
     table = KERNEL_GRAD if problem.operation == "conv1d_kernel_grad" else FORWARD
     if name not in (*table, "parts"):  # none has won, or it is of another version
         return None
@@ -53,8 +57,11 @@ def lookup(problem: Problem) -> str | None:
 def described(problem: Problem) -> str:
     """What to say of a formulation beside what it is: that it was measured, if it was."""
     entry = _entry(problem)
-    if entry and entry["formulation"] is None:
-        return "; none was measured to be clearly faster on this CPU"
+    if entry is None:
+        return ""
+    if entry["formulation"] is None:
+        stays = entry["rule"] == xla_cpu.choose(problem)  # not of a later version's rules
+        return "; none was measured to be clearly faster on this CPU" if stays else ""
     if lookup(problem) is None:
         return ""
     ratio = entry["seconds"] / entry["seconds_of_rule"]
@@ -72,9 +79,25 @@ def ignored(whether: bool = True) -> Iterator[None]:
         _ignored = before
 
 
+@contextlib.contextmanager
+def trial(formulations: dict[str, str]) -> Iterator[None]:
+    """Within it each `key` has this formulation, and what has none here goes by the rules."""
+    global _trial
+    before, _trial = _trial, formulations
+    try:
+        yield
+    finally:
+        _trial = before
+
+
+def _applies(problem: Problem) -> bool:
+    """Whether what was measured here, of one device, says anything of it."""
+    elsewhere = problem.exported or problem.partitioned
+    return problem.platform == "cpu" and problem.known and not elsewhere
+
+
 def _entry(problem: Problem) -> dict | None:
-    # What is exported runs elsewhere.
-    if _ignored or problem.exported or not problem.known or problem.platform != "cpu":
+    if _ignored or not _applies(problem):
         return None
     found = RECORDS.content(kind())["formulations"]
     return found.get(key(problem)) if found else None

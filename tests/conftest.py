@@ -56,6 +56,7 @@ def tuned(monkeypatch, tmp_path):
     from conv_pallas.kernels import records
 
     monkeypatch.setattr(records, "FOLDER", tmp_path)
+    monkeypatch.delenv(records.ENVIRONMENT_VARIABLE, raising=False)
     records.forget()
     yield tmp_path
     records.forget()
