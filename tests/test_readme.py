@@ -1,12 +1,11 @@
 """The README's figures are those of the stored result, and its programs run."""
 
 import dataclasses
-import json
 import re
 
 import pytest
 
-from benchmarks import readme
+from benchmarks import readme, stored
 from conv_pallas import _tuning_cpu
 
 pytestmark = pytest.mark.usefixtures("hardly_optimized")
@@ -14,12 +13,13 @@ pytestmark = pytest.mark.usefixtures("hardly_optimized")
 
 def test_figures_are_those_of_the_result():
     text = readme.README.read_text(encoding="utf-8")
-    table = readme.figures(json.loads(readme.RESULT.read_text(encoding="utf-8")))
+    found, tuned = stored.read(readme.RESULT), stored.read(readme.TUNED_RESULT)
+    table = readme.figures(found, tuned)
     assert readme.with_figures(text, table) == text, "run python -m benchmarks.readme"
     on_gpu = readme.gpu_figures(readme.GPU_RESULTS)
     assert readme.with_figures(text, on_gpu, readme.GPU_MARKS) == text
     assert on_gpu.count("\n|") > 30 and on_gpu not in table
-    assert table in text
+    assert table in text and "[Tuning](#tune) changed " in table
     assert readme.with_figures(text, table + "\n| another | row |") != text
 
 
