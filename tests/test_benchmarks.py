@@ -304,6 +304,16 @@ def test_differences_are_the_same_wherever_they_are_computed():
     assert jnp.isnan(_measure.difference_there(a, (a[0], a[1] * jnp.nan)))
 
 
+def test_calls_on_a_cpu_do_not_overlap_where_there_is_a_gpu_too(monkeypatch):
+    """Of `jax.default_device`, which need not be the first backend's."""
+    calls, waits = [], []
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "block_until_ready", waits.append)
+    settings = Settings(least=1e-3, rounds=(3, 3), limit=1.0)
+    _measure.interleaved({"one": lambda: calls.append(1)}, settings)
+    assert len(waits) > len(calls) > 100
+
+
 def test_slow_variants_take_few_rounds():
     calls = {"fast": lambda: None, "slow": lambda: time.sleep(0.02), "other": lambda: None}
     settings = Settings(least=0, rounds=(5, 5), limit=0.01, hopeless=2)
