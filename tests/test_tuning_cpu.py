@@ -291,6 +291,9 @@ def test_what_can_not_be_compiled_takes_no_part(seconds, monkeypatch):
     monkeypatch.setattr(xla, "run_as", too_large)
     seconds["matmuls"] = 0.5
     assert any("forward matmuls: RESOURCE_EXHAUSTED" in line for line in _told())
+    monkeypatch.setattr(xla_cpu, "choose", lambda problem: "matmuls")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        _tune()  # there is nothing to compare with
 
 
 def test_what_takes_over_twice_as_long_is_not_timed(seconds):
@@ -357,6 +360,13 @@ def test_a_model_is_tuned_convolution_by_convolution(seconds):
     assert str(told).count("one matmul for each tap; measured") >= 9
     ended = [line for line in lines if " of x (" in line]
     assert len(ended) == len(set(ended)) >= len(found)  # each once
+
+
+def test_what_differs_in_its_activation_alone_is_tuned_once(seconds):
+    w, lines = jnp.zeros(W), []
+    both = lambda x: (conv1d(x, w), conv1d(x, w, activation="relu"))  # noqa: E731
+    tuning.tune(both, jax.ShapeDtypeStruct(X, jnp.float32), report=lines.append)
+    assert sum(line.startswith("forward of x ") for line in lines) == 1
 
 
 def test_kernels_that_vmap_batches_are_tuned_where_they_are_groups(seconds):
