@@ -263,7 +263,7 @@ def _compiled(name: str, function: Callable, *arguments):
 
 def _measured(name: str) -> contextlib.AbstractContextManager:
     """Within it a variant is to be compiled, so that `TUNED` is as it was found to be fastest."""
-    return xla_tuned.ignored(False) if name == TUNED else contextlib.nullcontext()
+    return xla_tuned.trial(None) if name == TUNED else contextlib.nullcontext()
 
 
 def _function(name, layer, which, implementation):

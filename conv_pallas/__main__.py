@@ -141,7 +141,7 @@ def _add_tune(commands) -> None:
         help="measure on the GPU or CPU at hand what is the fastest for a layer",
         description="On a GPU: tries tiles of the Triton kernels and compares the best with XLA; "
         "what was faster is the default from then on. Needs the extra cuda. On a CPU: which "
-        "formulation is the fastest, of which rules choose one else. Writes what it finds to where "
+        "formulation is the fastest; otherwise rules choose it. Writes what it finds to where "
         "later compilations look. To tune a model of your own, call "
         "conv_pallas.tuning.tune(model, x).",
     )

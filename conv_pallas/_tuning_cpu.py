@@ -80,8 +80,10 @@ def tune(
         if time.monotonic() - start > SHARE * seconds:
             report(f"{race.name}: no time left")
             continue
-        times = _times(race, candidates(race.problem, race.rule), QUICK if quick else ALL, report)
+        times = _times(race, QUICK if quick else ALL, report)
         race.seconds = {name: _measure.Spread.of(of).median for name, of in times.items()}
+        for name, median in race.seconds.items():
+            report(f"{race.name} {name}: {1e6 * median:.1f} us")
         race.winner = min(race.seconds, key=race.seconds.get)
         if _clearly(times, race):
             left.append(race)
@@ -111,17 +113,17 @@ def _races(convolutions, report) -> Iterator[_Race]:
                 yield _Race(convolution, problem, xla_cpu.choose(problem))
 
 
-def _times(race: _Race, names, settings, report) -> dict[str, tuple[float, ...]]:
+def _times(race: _Race, settings, report) -> dict[str, tuple[float, ...]]:
     """Seconds of each formulation that works, of which those of the rules are the first."""
     problem, calls, expected, limit = race.problem, {}, None, math.inf
     arrays = _operands(problem)
-    for name in names:
+    for name in candidates(problem, race.rule):
         if name != race.rule and not sound(name, problem):
             continue
         lowered = jax.jit(functools.partial(xla.run_as, name, problem)).lower(*arrays)
         try:
             compiled = lowered.compile()
-            if name != race.rule and (held := _held(compiled, problem)):
+            if name != race.rule and (held := _held(compiled)):
                 report(f"{race.name} {name}: holds {held / 2**20:.0f} MiB")
                 continue
             call = functools.partial(compiled, *arrays)
@@ -144,10 +146,7 @@ def _times(race: _Race, names, settings, report) -> dict[str, tuple[float, ...]]
             report(f"{race.name} {name}: is off by {off:.2g} of the largest element")
             continue
         calls[name] = call
-    times = _measure.interleaved(calls, settings)
-    for name, of in times.items():
-        report(f"{race.name} {name}: {1e6 * _measure.Spread.of(of).median:.1f} us")
-    return times
+    return _measure.interleaved(calls, settings)
 
 
 def _in_layer(race: _Race, kept: dict[str, str]) -> dict[str, tuple[float, ...]]:
@@ -182,12 +181,11 @@ def _in_layer(race: _Race, kept: dict[str, str]) -> dict[str, tuple[float, ...]]
     return _measure.interleaved(calls, TWO)
 
 
-def _held(compiled, problem: Problem) -> int:
+def _held(compiled) -> int:
     """Bytes that a program holds, if they are too many."""
-    types = (problem.lhs_dtype, problem.rhs_dtype, problem.out_dtype)
-    sizes = (math.prod(shape) for shape in problem.shapes)
-    arrays = sum(n * np.dtype(a).itemsize for n, a in zip(sizes, types, strict=True))
-    held = compiled.memory_analysis().temp_size_in_bytes
+    memory = compiled.memory_analysis()
+    arrays = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    held = memory.temp_size_in_bytes
     return held if held > max(HELD, 2 * arrays) else 0
 
 

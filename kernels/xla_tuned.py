@@ -26,7 +26,6 @@ def _whole(found: dict[str, dict]) -> bool:
 
 # ``formulations``: of each `key` what `RACED` says, and the versions.
 RECORDS = records.Records("xla_tuned", ("formulations",), _whole)
-_ignored = False
 _trial: dict[str, str] | None = None
 
 
@@ -43,8 +42,10 @@ def key(problem: Problem) -> str:
 
 def lookup(problem: Problem) -> str | None:
     """The formulation that won; None: what the rules say."""
+    if not _applies(problem):
+        return None
     if _trial is not None:
-        name = _trial.get(key(problem)) if _applies(problem) else None
+        name = _trial.get(key(problem))
     else:
         entry = _entry(problem)
         name = entry and entry["formulation"]
@@ -69,25 +70,22 @@ def described(problem: Problem) -> str:
 
 
 @contextlib.contextmanager
-def ignored(whether: bool = True) -> Iterator[None]:
-    """Within it what is compiled goes by the rules; or, within such a one, not."""
-    global _ignored
-    before, _ignored = _ignored, whether
-    try:
-        yield
-    finally:
-        _ignored = before
+def trial(formulations: dict[str, str] | None) -> Iterator[None]:
+    """Within it each `key` has this formulation, and what has none here goes by the rules.
 
-
-@contextlib.contextmanager
-def trial(formulations: dict[str, str]) -> Iterator[None]:
-    """Within it each `key` has this formulation, and what has none here goes by the rules."""
+    None: that which the files say, as outside of any.
+    """
     global _trial
     before, _trial = _trial, formulations
     try:
         yield
     finally:
         _trial = before
+
+
+def ignored() -> contextlib.AbstractContextManager:
+    """Within it what is compiled goes by the rules."""
+    return trial({})
 
 
 def _applies(problem: Problem) -> bool:
@@ -97,7 +95,7 @@ def _applies(problem: Problem) -> bool:
 
 
 def _entry(problem: Problem) -> dict | None:
-    if _ignored or not _applies(problem):
+    if _trial is not None or not _applies(problem):
         return None
     found = RECORDS.content(kind())["formulations"]
     return found.get(key(problem)) if found else None
