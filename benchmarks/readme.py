@@ -21,7 +21,6 @@ README = ROOT / "README.md"
 RESULT = ROOT / "benchmarks" / "results" / "cpu" / "layers.json"
 COMMAND = "python -m benchmarks --tune --json benchmarks/results/cpu/layers.json"
 # Of a later `tune` than that one's, of fewer and smaller layers: --quick.
-TUNED_RESULT = ROOT / "benchmarks" / "results" / "cpu" / "tuned.json"
 GPU_RESULTS = ROOT / "benchmarks" / "results" / "nvidia-h200"
 MARKS = "<!-- figures: written by benchmarks/readme.py -->", "<!-- end of figures -->"
 GPU_MARKS = tuple(mark.replace("figures", "figures of a GPU") for mark in MARKS)
@@ -29,12 +28,8 @@ BASELINES = (STOCK, BARRIER, SYMMETRIC, MATMULS)
 DEFAULT = "default"  # in the lines of the sweep what dispatch chooses, while "ours" is Triton's
 
 
-def figures(result: dict[str, Any], tuned: dict[str, Any]) -> str:
-    """A Markdown table: for each model, how many times faster ours is in its layers.
-
-    Args:
-      tuned: another result, which tells what tuning brings.
-    """
+def figures(result: dict[str, Any]) -> str:
+    """A Markdown table: for each model, how many times faster ours is in its layers."""
     host = result["host"]
     models: dict[str, dict[str, list[dict]]] = {}
     for m in result["measurements"]:
@@ -60,10 +55,8 @@ def figures(result: dict[str, Any], tuned: dict[str, Any]) -> str:
         "take too long is cut down. To compile all of them takes "
         f"{compiling[0]:.0f} s, and stock's {compiling[1]:.0f} s. [{page}]({page}) draws it."
     ]
-    if tuning := stored.of_tuning(tuned):
-        quick = TUNED_RESULT.relative_to(ROOT)
-        tuning = tuning.replace("tuning", "[Tuning](#tune)", 1)
-        notes.append(f"{tuning.replace(' passes', f' passes of [a quick sweep]({quick})', 1)}.")
+    if tuning := stored.of_tuning(result):
+        notes.append(f"{tuning.replace('tuning', '[Tuning](#tune)', 1)}.")
     if apart := stored.of_cores(result):
         notes.append(
             f"Meanwhile {apart}. They are apart while one takes more than {handoff.APART:g} times "
@@ -255,6 +248,6 @@ def with_figures(readme: str, table: str, marks: tuple[str, str] = MARKS) -> str
 
 if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    table = figures(stored.read(RESULT), stored.read(TUNED_RESULT))
+    table = figures(stored.read(RESULT))
     text = with_figures(README.read_text(encoding="utf-8"), table)
     README.write_text(with_figures(text, gpu_figures(GPU_RESULTS), GPU_MARKS), encoding="utf-8")

@@ -95,13 +95,13 @@ def test_rounds_are_told_apart(monkeypatch):
     )
     assert stored.of_cores(found) == text
     assert text in command.summary(found)
-    assert f" Meanwhile {text}. They are apart while" in figures.figures(found, found)
+    assert f" Meanwhile {text}. They are apart while" in figures.figures(found)
     # One program has one time: what differs there is the rounds.
     line["speedup_over_fastest"]["same_program"] = True
     assert stored.of_cores(found) == "the cores lay apart in 33% of the rounds"
     # A result of before, or of another system, says nothing of it.
     del line["handoffs"]
-    assert stored.of_cores(found) == "" and "cores lay" not in figures.figures(found, found)
+    assert stored.of_cores(found) == "" and "cores lay" not in figures.figures(found)
 
 
 def test_each_round_begins_with_it():
