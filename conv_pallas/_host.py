@@ -1,9 +1,11 @@
-"""The processor that this runs on."""
+"""The processor that this runs on, and the GPU."""
 
 import functools
 import os
 import platform
 from pathlib import Path
+
+import jax
 
 
 def processor() -> str:
@@ -33,3 +35,24 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def gpu() -> str | None:
+    """The name of the GPU that is compiled for; None where nobody said and none is here.
+
+    Where jax compiles for a chip that is not here, its mesh names an abstract device.
+    """
+    kind = jax.sharding.get_abstract_mesh().abstract_device
+    if kind is not None and kind.platform == "gpu":
+        return kind.device_kind
+    device = gpu_here()
+    return device and device.device_kind
+
+
+@functools.cache
+def gpu_here() -> jax.Device | None:
+    """The first of NVIDIA's GPUs, if there is one."""
+    try:
+        return jax.local_devices(backend="cuda")[0]
+    except RuntimeError:  # jax's word for "no such backend"
+        return None

@@ -12,6 +12,7 @@ import random
 import re
 import statistics
 import time
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -396,6 +397,12 @@ def tolerance(layer: Layer) -> float:
 
 
 # --- telling -------------------------------------------------------------------------------------
+
+
+def versions(*packages: types.ModuleType) -> dict[str, str]:
+    """Of this package, of JAX and of others."""
+    everything = (conv_pallas, jax, *packages)
+    return {package.__name__: package.__version__ for package in everything}
 
 
 def host() -> dict[str, Any]:

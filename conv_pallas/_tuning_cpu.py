@@ -66,8 +66,8 @@ def tune(
     quick: bool,
 ) -> dict[str, str]:
     """As `tuning.tune`, of convolutions. Returns of each key the formulation that was kept."""
-    file = xla_tuned.RECORDS.file_of(xla_tuned.kind()) if file is None else file
-    xla_tuned.RECORDS.read(file)  # which fails before anything is measured
+    file = xla_tuned.RECORDS["cpu"].file_of(xla_tuned.kind("cpu")) if file is None else file
+    xla_tuned.RECORDS["cpu"].read(file)  # which fails before anything is measured
     start, found, told = time.monotonic(), {}, None
     races = list(_races(convolutions, report))
     if not races:
@@ -155,11 +155,9 @@ def _in_layer(race: _Race, kept: dict[str, str]) -> dict[str, tuple[float, ...]]
     Args:
       kept: of each key the formulation that has won already.
     """
-    from conv_pallas.tuning import layer_of
-
     one = race.convolution
     one = one.in_groups() if one.kernels > 1 else one
-    layer = layer_of(one, "xla", one.epilogue.activation)
+    layer = one.layer("xla", one.epilogue.activation)
     bias = jnp.zeros(one.w.shape[-1], one.x.dtype) if one.epilogue.bias else None
     x, w = (_random(a.shape, a.dtype) for a in (one.x, one.w))
 
@@ -214,15 +212,13 @@ def _clearly(times, race: _Race) -> bool:
 
 def _keep(race: _Race, won: bool, file: Path, report) -> None:
     """Writes what came of a race."""
-    from conv_pallas.tuning import versions
-
     kept = race.winner if won else race.rule
     entry = {
         "formulation": kept if won else None, "rule": race.rule,
         "seconds": race.seconds[kept], "seconds_of_rule": race.seconds[race.rule],
     }  # fmt: skip
-    key, kind = xla_tuned.key(race.problem), xla_tuned.kind()
-    xla_tuned.RECORDS.add(file, kind, {"formulations": {key: entry | versions()}})
+    key, kind = xla_tuned.key(race.problem), xla_tuned.kind("cpu")
+    xla_tuned.RECORDS["cpu"].add(file, kind, {"formulations": {key: entry | _measure.versions()}})
     records.forget()
     ratio = race.seconds[race.rule] / race.seconds[kept]
     told = f"{ratio:.2f} times as fast as {race.rule}" if won else "the rules' choice"

@@ -11,6 +11,7 @@ import jax.extend
 import numpy as np
 
 from conv_pallas import dispatch
+from conv_pallas.ops import conv1d
 from conv_pallas.spec import ConvSpec, Epilogue, Operation, Problem, problem_of
 
 # What a ConvSpec's fields are called where people set them.
@@ -72,6 +73,15 @@ class Convolution:
         x = self.x
         shape = (math.prod(x.shape[:-2]), *x.shape[-2:])
         return dataclasses.replace(self, x=jax.ShapeDtypeStruct(shape, x.dtype))
+
+    def layer(self, implementation: str, activation: str | None = None) -> Callable:
+        """A function of x, w and, where there is one, a bias."""
+        geometry = {argument: getattr(self.spec, name) for name, argument in ARGUMENTS.items()}
+        return functools.partial(
+            conv1d, **geometry | {"padding": [self.spec.padding]}, precision=self.precision,
+            preferred_element_type=self.out_dtype, activation=activation,
+            implementation=implementation,
+        )  # fmt: skip
 
     def __str__(self) -> str:
         usual = ConvSpec(self.spec.time, self.spec.kernel_size, padding=(self.spec.span - 1, 0))

@@ -19,7 +19,6 @@ The interpreter of 3.6, though not its compiler, fails with numpy 2.5 and works 
 """
 
 import dataclasses
-import functools
 import inspect
 from typing import Any
 
@@ -37,6 +36,8 @@ if not hasattr(_nvidia, "TMA_TF32"):
 
 import jax_triton as jt
 from jax_triton import triton_lib as _lib
+
+from conv_pallas import _host
 
 if not _lib._TMA_DTYPE_DEVICE_TO_HOST:
     # Somebody imported jax-triton before us: repaired after the fact. Goes with the above.
@@ -133,20 +134,13 @@ def call(
 
 
 def device_kind() -> str | None:
-    """The name of the chip that is compiled for; None where nobody said and none is here.
-
-    Where jax compiles for a chip that is not here, its mesh names an abstract device.
-    """
-    kind = jax.sharding.get_abstract_mesh().abstract_device
-    if kind is not None and kind.platform == "gpu":
-        return kind.device_kind
-    device = _device_here()
-    return device and device.device_kind
+    """The name of the chip that is compiled for; None where nobody said and none is here."""
+    return _host.gpu()
 
 
 def compute_capability() -> int | None:
     """Of the chip that is compiled for, as 80 or 90; None as for `device_kind`."""
-    kind, device = device_kind(), _device_here()
+    kind, device = device_kind(), _host.gpu_here()
     if kind is None:
         return None
     if device is not None and device.device_kind == kind:
@@ -157,17 +151,9 @@ def compute_capability() -> int | None:
 
 def processors() -> int:
     """Of the chip that is compiled for, if it is here; else `PROCESSORS`."""
-    device = _device_here()
+    device = _host.gpu_here()
     here = device is not None and device.device_kind == device_kind()
     return device.core_count if here else PROCESSORS
-
-
-@functools.cache
-def _device_here():
-    try:
-        return jax.local_devices(backend="cuda")[0]
-    except RuntimeError:  # jax's word for "no such backend"
-        return None
 
 
 def has_tma(capability: int | None) -> bool:

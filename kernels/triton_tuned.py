@@ -12,7 +12,7 @@ import math
 
 import jax
 
-from conv_pallas.kernels import records, triton_compat
+from conv_pallas.kernels import records, triton_compat, xla_tuned
 from conv_pallas.kernels.records import CLEARLY, power_of_two, precisions
 from conv_pallas.spec import Problem
 
@@ -26,14 +26,17 @@ RACED = {"seconds", "xla", "key", "tile"}
 def _whole(found: dict[str, dict]) -> bool:
     tiles, raced = found["tiles"].values(), found["against_xla"].values()
     whole = all(all(isinstance(n, int) for n in tile or ()) for tile in tiles)
-    return whole and all(entry is None or entry.keys() >= RACED for entry in raced)
+    whole = whole and all(entry is None or entry.keys() >= RACED for entry in raced)
+    return whole and xla_tuned.whole(found)
 
 
 # ``tiles``: of each `key` the tile, None where it is the heuristic's;
 # ``measured``: of each of those the seconds, and the versions;
 # ``against_xla``: of each `problem_key` the seconds of both, and the ``key`` and ``tile`` that
 # ours had; None where they did not agree. None hides what another folder has.
-RECORDS = records.Records("triton_tuned", ("tiles", "measured", "against_xla"), _whole)
+# ``formulations``: of XLA's, see `xla_tuned`.
+TABLES = ("tiles", "measured", "against_xla", "formulations")
+RECORDS = records.Records("triton_tuned", TABLES, _whole)
 _trial: tuple[tuple[int, ...] | None, list[str]] | None = None
 
 

@@ -7,10 +7,9 @@
 Operations: ``2 N T' K (C / G) O``. Bytes: x, w and y once each at least; what a formulation holds
 beside them is in its docstring.
 
-The formulations themselves are in `xla_formulations.py`. For CPUs the rules, which come from
-measurements, are in `xla_cpu.py` and the files that it is made of; what was measured on the CPU at
-hand comes before them (`xla_tuned.py`). On other platforms they come from what XLA compiles to,
-read without the device; of those for GPUs that say so, from an H200 as well.
+The formulations themselves are in `xla_formulations.py`. The rules for CPUs, which come from
+measurements, are in `xla_cpu.py` and the files that it is made of, and those for GPUs in
+`xla_gpu.py`; what was measured on the CPU or GPU at hand comes before either (`xla_tuned.py`).
 """
 
 import dataclasses
@@ -22,17 +21,23 @@ from jax import lax
 
 from conv_pallas import taps
 from conv_pallas.activations import activate
-from conv_pallas.kernels import Kernel, xla_cpu, xla_cpu_kernel_grad, xla_native, xla_tuned
+from conv_pallas.kernels import (
+    Kernel,
+    xla_cpu,
+    xla_cpu_kernel_grad,
+    xla_gpu,
+    xla_native,
+    xla_tuned,
+)
 from conv_pallas.kernels.xla_formulations import (
     FORWARD,
     KERNEL_GRAD,
-    Formulation,
     cropped,
     flip,
     numbers_of,
     some_steps,
 )
-from conv_pallas.kernels.xla_pieces import UNROLLED, in_taps, in_turn
+from conv_pallas.kernels.xla_pieces import UNROLLED, in_turn
 from conv_pallas.spec import Problem
 
 DESCRIPTIONS = {
@@ -65,106 +70,10 @@ DESCRIPTIONS = {
 
 def choose(problem: Problem) -> str:
     """The formulation to take: of `FORWARD` or `KERNEL_GRAD`, or "parts" or "transposed"."""
-    if problem.platform == "cpu":
-        return xla_tuned.lookup(problem) or xla_cpu.choose(problem)
     if problem.platform == "tpu":
         few = problem.spec.kernel_size <= UNROLLED
         return "shifts" if problem.depthwise and few else "native"
-    gradient_of_kernel = problem.operation == "conv1d_kernel_grad"
-    return _gpu_kernel_grad(problem) if gradient_of_kernel else _gpu_forward(problem)
-
-
-# --- GPU ---
-
-GPU_FEW = 256  # channels; between 150 and 450 nothing was measured
-GPU_TAPS = 8  # that are written out: matmuls hold a copy of x for each, reductions compile slowly
-
-
-def _gpu_ragged(problem: Problem) -> bool:
-    """Whether a few taps are of few channels that fill no 16 bytes.
-
-    cuDNN has slow algorithms alone for those. Measured on an H200, of 10, 25 and 150 channels and 5
-    to 8 taps: matmuls take 0.5 to 1.0 of its time forward, and a training step 0.4 to 0.5. Of 450
-    channels it is as fast as of others, and matmuls take 1.1 (kernel gradient) to 2.0 of its time
-    (benchmarks/results/nvidia-h200, layers-first.jsonl and tiles-again.jsonl).
-    """
-    spec, size = problem.spec, max(problem.lhs_dtype.itemsize, problem.rhs_dtype.itemsize)
-    plain = spec.groups == spec.stride == spec.input_dilation == 1
-    ragged = any(n * size % 16 for n in (problem.C, problem.O))
-    few = all(isinstance(n, int) and n <= GPU_FEW for n in (problem.C, problem.O))
-    return plain and ragged and few and spec.kernel_size <= GPU_TAPS
-
-
-def _gpu_in_parts(formulation: Formulation, name: str, problem: Problem) -> Formulation:
-    """The formulation of that name, as many taps at a time as can be compiled and held.
-
-    A depthwise kernel gradient of 87 taps would be over a hundred kernels, which take many times as
-    long to compile as a loop.
-    """
-    K, sums = problem.spec.kernel_size, problem.operation == "conv1d_kernel_grad"
-    if name == "matmuls" and K > GPU_TAPS:
-        return in_taps(formulation, GPU_TAPS, sums)
-    if name == "shifts" and sums and K > GPU_TAPS:
-        return in_taps(formulation, GPU_TAPS // 2, sums, written_out=1)
-    each = problem.O // problem.C if problem.operation == "conv1d_input_grad" else 1
-    if name == "shifts" and not sums and K * each > UNROLLED:
-        return in_taps(formulation, max(1, UNROLLED // each), sums)
-    return formulation
-
-
-def _gpu_forward(problem: Problem) -> str:
-    """Forward and input gradient: the dilation reaches cuDNN, and no zero is multiplied.
-
-    cuDNN pads both sides alike. XLA:GPU folds CAUSAL padding into the window, finds it uneven, and
-    fills the kernel with zeros: for K=3 and D=512 ``window={size=1025}``. Behind a barrier it stays
-    ``window={size=3 rhs_dilate=512}``, at the price of a copy of x, which even padding does not
-    have to pay (read from jax 0.12.0.1's output for an H200; `conv_pallas.aot`). Where little is
-    padded, as much on the other side costs less than that copy.
-
-    What JAX makes of a strided layer's input gradient becomes ``__cudnn$convBackwardInput``. As a
-    convolution of a g that is filled up with zeros it has S times the work. cuDNN has none with a
-    dilation.
-
-    A depthwise convolution moves far more than it multiplies: XLA makes one fusion of it.
-    """
-    spec, gradient = problem.spec, problem.operation == "conv1d_input_grad"
-    if problem.depthwise:
-        return "shifts"
-    if spec.kernel_size == 1 or _gpu_ragged(problem):
-        return "matmuls"
-    if gradient and spec.stride > 1 and spec.kernel_dilation == 1:
-        return "transposed"
-    here = problem.as_convolution[0]
-    low, high = here.padding
-    if low == high or spec.kernel_dilation == 1:
-        return "native"
-    if here.input_dilation > 1 or not isinstance(here.out_time, int):
-        return "barrier"  # which writes the dilated input as well: XLA has none beside a kernel's
-    return "symmetric" if 8 * abs(low - high) <= here.out_time else "barrier"
-
-
-def _gpu_kernel_grad(problem: Problem) -> str:
-    """Kernel gradient: by cuDNN, which has none with a dilation; depthwise by reductions.
-
-    Of a dilated layer's XLA:GPU makes a forward convolution whose window is as wide as time,
-    ``window={size=4096 stride=512}``, between transposes of x and g. The same with time as
-    ``(T/D, D)`` is ``__cudnn$convBackwardFilter`` of ``window={size=3x1}``, and costs one copy of
-    x for its padding; a matmul for each tap costs K of them. A few taps of groups stay matmuls all
-    the same, for cuDNN's gradients of groups are reported to be as slow as those of dense layers
-    (jax-ml/jax issue 13800), and so does what has both a dilation and a stride, where that view
-    would fill g with zeros.
-
-    Depthwise each tap is two reductions, and x and g come from the L2 or from memory for each.
-    """
-    spec = problem.spec
-    if problem.depthwise:
-        return "shifts"
-    few_of_groups = spec.groups > 1 and spec.kernel_size <= GPU_TAPS
-    if spec.kernel_size == 1 or few_of_groups or _gpu_ragged(problem):
-        return "matmuls"
-    if spec.kernel_dilation == 1:
-        return "native"
-    return "fold" if spec.stride == 1 else "matmuls"
+    return xla_tuned.lookup(problem) or xla_tuned.rule(problem)
 
 
 # --- Running it ---
@@ -187,7 +96,7 @@ def run_as(name: str, problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.A
         formulation = xla_cpu.in_parts(formulation, name, problem)
         lhs, spec = cropped(lhs, spec)
     elif problem.platform != "tpu":
-        formulation = _gpu_in_parts(formulation, name, problem)
+        formulation = xla_gpu.in_parts(formulation, name, problem)
     return formulation(lhs, rhs, spec, numbers).astype(problem.out_dtype)
 
 

@@ -1,15 +1,16 @@
-"""Which formulation was measured to be the fastest on the CPU at hand.
+"""Which of XLA's formulations was measured to be the fastest on the CPU or GPU at hand.
 
-The rules of `xla_cpu` are of one machine. `conv_pallas.tuning.tune` races the formulations of
-`xla_candidates` on another, and ``xla_tuned_<processor>.json`` (see `records`) maps a key, which
-tells a problem, to what won there. What no file knows goes by the rules.
+The rules of `xla_cpu` are of one machine, and those of `xla_gpu` of a few layers.
+`conv_pallas.tuning.tune` races the formulations of `xla_candidates` and `xla_gpu.candidates` on
+another, and ``xla_tuned_<processor>.json`` or ``triton_tuned_<device>.json`` (see `records`) maps a
+key, which tells a problem, to what won there. What no file knows goes by the rules.
 """
 
 import contextlib
 from collections.abc import Iterator
 
 from conv_pallas import _host
-from conv_pallas.kernels import records, xla_cpu
+from conv_pallas.kernels import records, xla_cpu, xla_gpu
 from conv_pallas.kernels.xla_candidates import sound
 from conv_pallas.kernels.xla_formulations import FORWARD, KERNEL_GRAD
 from conv_pallas.spec import Problem
@@ -19,18 +20,28 @@ from conv_pallas.spec import Problem
 RACED = {"formulation", "rule", "seconds", "seconds_of_rule"}
 
 
-def _whole(found: dict[str, dict]) -> bool:
+def whole(found: dict[str, dict]) -> bool:
+    """Whether formulations are told as they should be."""
     entries = found["formulations"].values()
     return all(entry.keys() >= RACED for entry in entries)
 
 
-# ``formulations``: of each `key` what `RACED` says, and the versions.
-RECORDS = records.Records("xla_tuned", ("formulations",), _whole)
+# ``formulations``: of each `key` what `RACED` says, and the versions. Of a GPU they are in the file
+# of the Triton kernels, whose tables `triton_tuned` reads.
+RECORDS = {
+    platform: records.Records(prefix, ("formulations",), whole)
+    for platform, prefix in (("cpu", "xla_tuned"), ("cuda", "triton_tuned"))
+}
 _trial: dict[str, str] | None = None
 
 
-def kind() -> str:
-    """The processor, and how many cores XLA has of it: with more of them others may win."""
+def kind(platform: str) -> str | None:
+    """A GPU's name; or the processor, and how many cores XLA has of it, which may make others win.
+
+    None where there is no GPU, and nobody said for which one this is.
+    """
+    if platform == "cuda":
+        return _host.gpu()
     cores = _host.cores()
     return f"{_host.processor()} {_host.model()} {cores} core{'s' * (cores > 1)}"
 
@@ -38,6 +49,18 @@ def kind() -> str:
 def key(problem: Problem) -> str:
     """As `records.problem_key`; who asks for the usual precision gets no minimal filtering."""
     return records.problem_key(problem, (None,))
+
+
+def rule(problem: Problem) -> str:
+    """What the rules say for a CPU or GPU."""
+    return xla_cpu.choose(problem) if problem.platform == "cpu" else xla_gpu.choose(problem)
+
+
+def may_run(name: str, problem: Problem) -> bool:
+    """Whether a formulation may run without having been asked for."""
+    if problem.platform == "cpu":
+        return sound(name, problem)
+    return name in xla_gpu.candidates(problem)
 
 
 def lookup(problem: Problem) -> str | None:
@@ -50,23 +73,23 @@ def lookup(problem: Problem) -> str | None:
         entry = _entry(problem)
         name = entry and entry["formulation"]
     table = KERNEL_GRAD if problem.operation == "conv1d_kernel_grad" else FORWARD
-    if name not in (*table, "parts"):  # none has won, or it is of another version
+    if name not in (*table, "parts", "transposed"):  # none has won, or it is of another version
         return None
-    return name if sound(name, problem) else None  # of fewer steps than were measured
+    return name if may_run(name, problem) else None  # of fewer steps than were measured
 
 
 def described(problem: Problem) -> str:
     """What to say of a formulation beside what it is: that it was measured, if it was."""
-    entry = _entry(problem)
+    entry, here = _entry(problem), {"cpu": "CPU"}.get(problem.platform, "GPU")
     if entry is None:
         return ""
     if entry["formulation"] is None:
-        stays = entry["rule"] == xla_cpu.choose(problem)  # not of a later version's rules
-        return "; none was measured to be clearly faster on this CPU" if stays else ""
+        stays = entry["rule"] == rule(problem)  # not of a later version's rules
+        return f"; none was measured to be clearly faster on this {here}" if stays else ""
     if lookup(problem) is None:
         return ""
     ratio = entry["seconds"] / entry["seconds_of_rule"]
-    return f"; measured to take {ratio:.2f} of the time of {entry['rule']!r} on this CPU"
+    return f"; measured to take {ratio:.2f} of the time of {entry['rule']!r} on this {here}"
 
 
 @contextlib.contextmanager
@@ -89,13 +112,14 @@ def ignored() -> contextlib.AbstractContextManager:
 
 
 def _applies(problem: Problem) -> bool:
-    """Whether what was measured here, of one device, says anything of it."""
-    elsewhere = problem.exported or problem.partitioned
-    return problem.platform == "cpu" and problem.known and not elsewhere
+    """Whether what was measured here says anything of it: on a CPU several devices share cores."""
+    if problem.exported or not problem.known:
+        return False
+    return {"cpu": not problem.partitioned, "cuda": True}.get(problem.platform, False)
 
 
 def _entry(problem: Problem) -> dict | None:
     if _trial is not None or not _applies(problem):
         return None
-    found = RECORDS.content(kind())["formulations"]
+    found = RECORDS[problem.platform].content(kind(problem.platform))["formulations"]
     return found.get(key(problem)) if found else None

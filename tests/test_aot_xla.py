@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks import device_layers, device_turns
 from conv_pallas import aot, conv1d, inspection
-from conv_pallas.kernels import xla, xla_native
+from conv_pallas.kernels import xla, xla_gpu, xla_native
 from conv_pallas.spec import OPERATIONS, ConvSpec, Problem
 
 pytestmark = pytest.mark.aot
@@ -89,7 +89,7 @@ def test_h200_keeps_the_dilation(layer, operation, dtype):
     made = compiled("h200", problem, xla.run)
     windows, spec = aot.conv_windows(made), problem.spec
     # What has no convolution left is written out tap by tap, or is matmuls.
-    grouped = 1 < spec.groups and spec.kernel_size <= xla.GPU_TAPS
+    grouped = 1 < spec.groups and spec.kernel_size <= xla_gpu.TAPS
     several = grouped or (spec.stride > 1 and spec.kernel_dilation > 1)
     without = spec.kernel_size == 1 or (operation == "conv1d_kernel_grad" and several)
     assert bool(windows) != (problem.depthwise or without)

@@ -21,7 +21,7 @@ import pytest
 from benchmarks import __main__ as command
 from benchmarks import baselines, harness, layers, on_device, ranking, report, stored, streaming
 from benchmarks.truth import Truth, WrongResultError
-from conv_pallas import _measure, explain, kernels, tuning
+from conv_pallas import _measure, _tuning_gpu, explain, kernels
 from conv_pallas._layers import Layer
 from conv_pallas._measure import FORWARD, PASSES, STEP, STOCK, Settings
 from tests.support import environment, heeding_ctrl_c
@@ -333,9 +333,9 @@ def test_the_best_tile_is_told_by_more_than_a_few_samples(monkeypatch):
 
     monkeypatch.setattr(_measure.time, "perf_counter", lambda: clock[0])
     # Each is slower than the last by 2 %.
-    tiles = {tile: 1e-3 * 1.02**i for i, tile in enumerate((None, *tuning.DENSE_TILES))}
+    tiles = {tile: 1e-3 * 1.02**i for i, tile in enumerate((None, *_tuning_gpu.DENSE_TILES))}
     calls = {tile: functools.partial(call, seconds) for tile, seconds in tiles.items()}
-    times = _measure.interleaved(calls, tuning.SETTINGS)
+    times = _measure.interleaved(calls, _tuning_gpu.SETTINGS)
     for tile, seconds in tiles.items():
         close = seconds < 1.1 * tiles[None]
         assert len(times[tile]) >= 7 if close else len(times[tile]) == 3, tile

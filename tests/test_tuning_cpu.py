@@ -27,6 +27,7 @@ from tests.tolerance import check
 
 pytestmark = pytest.mark.usefixtures("hardly_optimized")
 
+RECORDS = xla_tuned.RECORDS["cpu"]
 kind = xla_tuned.kind  # before `untuned` puts another in its place
 KIND = "That CPU 2 cores"
 X, W = (2, 64, 8), (3, 8, 8)
@@ -41,7 +42,7 @@ def _few(problem, first):
 @pytest.fixture
 def there(tuned, monkeypatch):
     """On `KIND`, whose file is in this folder."""
-    monkeypatch.setattr(xla_tuned, "kind", lambda: KIND)
+    monkeypatch.setattr(xla_tuned, "kind", lambda platform: KIND)
     return tuned
 
 
@@ -182,7 +183,7 @@ def test_what_is_not_sound_for_fewer_steps_goes_by_the_rules(there):
     key = xla_tuned.key(problem)
     assert key == xla_tuned.key(fewer)
     entry = {"formulation": "winograd", "rule": "native", "seconds": 1, "seconds_of_rule": 2}
-    xla_tuned.RECORDS.add(xla_tuned.RECORDS.file_of(KIND), KIND, {"formulations": {key: entry}})
+    RECORDS.add(RECORDS.file_of(KIND), KIND, {"formulations": {key: entry}})
     records.forget()
     assert xla.choose(problem) == "winograd"
     assert xla.choose(fewer) == xla_cpu.choose(fewer) != "winograd"
@@ -193,7 +194,7 @@ def test_another_cpu_knows_nothing_of_it(seconds, monkeypatch):
     rules = _chosen()
     seconds["matmuls"] = 0.5
     _tune()
-    monkeypatch.setattr(xla_tuned, "kind", lambda: "That CPU 8 cores")
+    monkeypatch.setattr(xla_tuned, "kind", lambda platform: "That CPU 8 cores")
     assert _chosen() == rules
 
 
@@ -202,7 +203,7 @@ def test_a_cpu_is_its_name_and_its_cores(cores, told, monkeypatch):
     monkeypatch.setattr(xla_tuned._host, "cores", lambda: cores)
     monkeypatch.setattr(xla_tuned._host, "processor", lambda: "Fast 3000")
     monkeypatch.setattr(xla_tuned._host, "model", lambda: "25-1")
-    assert kind() == f"Fast 3000 25-1 {told}"
+    assert kind("cpu") == f"Fast 3000 25-1 {told}"
 
 
 def test_what_this_version_has_not_goes_by_the_rules(seconds, tmp_path):
@@ -216,7 +217,7 @@ def test_what_this_version_has_not_goes_by_the_rules(seconds, tmp_path):
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"formulations": {"a": {}}}', '{"formulations": 1}'])
 def test_a_file_that_is_none_of_ours_is_named(seconds, tmp_path, text):
-    file = xla_tuned.RECORDS.file_of(KIND)
+    file = RECORDS.file_of(KIND)
     assert file.parent == tmp_path
     file.write_text(text)
     with pytest.raises(ValueError, match=f"{file.name} is not what .*tune writes: delete it"):
