@@ -91,7 +91,7 @@ def tune(
         share = (end - now) / (len(trials) - i)
         compiling = now + max(share - SETTINGS.limit - LAST.limit, share / 2)
         most = share / 4 / processes  # seconds to time all tiles, of a device that is shared
-        before = triton_tuned.RECORDS.content(kind)["tiles"]
+        before = triton_tuned.table("tiles")
         try:
             found = _tune(trial, before, tuned, compiling, most, quick, report)
         except Exception as e:  # told at the end; what was measured and is yet to be counts

@@ -12,7 +12,8 @@ later compilation on such a device finds it. Nothing else in the package measure
 On a GPU a Triton kernel gets the tile that was the fastest (``triton_tuned_<device>.json``), and
 where it was faster than XLA with that it is the default; else it is the fastest of XLA's
 formulations. Without, the kernels take what a heuristic says, and run where they are asked for by
-name, or where measurements that come with the package, of that kind of device, speak for them.
+name, or where measurements that come with the package, of that kind of device or one of the same
+multiprocessors, speak for them.
 
 On a CPU each operation gets the formulation that was the fastest (``xla_tuned_<processor>.json``),
 in the place of what rules say that were measured on another. See `_tuning_gpu` and `_tuning_cpu`.

@@ -5,10 +5,17 @@ fields of `triton_config.Config`, or to the tile of `triton_depthwise_walk` or
 `triton_depthwise_taps`; and another key, which tells a problem, to the seconds that ours and XLA's
 best take. What no file knows gets a heuristic's tile, and runs in XLA unless it is like what was
 ahead: see `_like_those_ahead`.
+
+Another of Hopper's chips takes an H200's word, until it has its own: the multiprocessors are the
+same, and run the same machine code. So has an H100 as many of them at the same clock, and 0.7 of
+the bandwidth, which both sides of a comparison share. Nothing has been measured on one.
 """
 
+import collections
 import contextlib
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 
@@ -18,7 +25,7 @@ from conv_pallas.spec import Problem
 
 PRIORITY = 10  # above XLA's
 USUAL = {None, jax.lax.Precision.DEFAULT}
-MEASURED = ("NVIDIA H200",)  # kinds of device, for `_like_those_ahead`
+MEASURED, CAPABILITY = "NVIDIA H200", 90  # it speaks for all of that compute capability
 # What is kept of a comparison with XLA: seconds of ours and XLA's, and the tile that ours had.
 RACED = {"seconds", "xla", "key", "tile"}
 
@@ -52,8 +59,20 @@ def lookup(key: str) -> tuple[int, ...] | None:
         tile, asked = _trial
         asked.append(key)
         return tile
-    tile = RECORDS.content(triton_compat.device_kind())["tiles"].get(key)
+    tile = table("tiles").get(key)
     return None if tile is None else tuple(tile)
+
+
+def table(name: str) -> Mapping[str, Any]:
+    """One of `RECORDS`, of the device that is compiled for, over that of what speaks for it."""
+    own = RECORDS.content(triton_compat.device_kind())[name]
+    return collections.ChainMap(own, RECORDS.content(MEASURED)[name]) if _spoken_for() else own
+
+
+def _spoken_for() -> bool:
+    """Whether the device that is compiled for is `MEASURED`, or one whose word that takes."""
+    known = triton_compat.device_kind() is not None
+    return known and triton_compat.compute_capability() == CAPABILITY
 
 
 @contextlib.contextmanager
@@ -95,7 +114,7 @@ def by_name(problem: Problem) -> str:
         return "by name only: JAX does not promise that what is exported will know this custom call"
     if (ratio := _ratio(problem)) is None:
         return "by name only: conv_pallas.tuning.tune has not compared it with XLA on this device"
-    return f"by name only: measured to take {ratio:.2f} of XLA's time on this device"
+    return f"by name only: {_told(ratio, problem)}"
 
 
 def described(how: str, problem: Problem) -> str:
@@ -103,14 +122,25 @@ def described(how: str, problem: Problem) -> str:
     if priority(problem) is None:
         return how
     if (ratio := _ratio(problem)) is None:
-        return f"{how}; all that were measured of its kind are ahead of XLA on this device"
-    return f"{how}; measured to take {ratio:.2f} of XLA's time on this device"
+        return f"{how}; all that were measured of its kind are ahead of XLA on {_where(MEASURED)}"
+    return f"{how}; {_told(ratio, problem)}"
+
+
+def _told(ratio: float, problem: Problem) -> str:
+    own = RECORDS.content(triton_compat.device_kind())["against_xla"]
+    where = "this device" if problem_key(problem) in own else _where(MEASURED)
+    return f"measured to take {ratio:.2f} of XLA's time on {where}"
+
+
+def _where(kind: str) -> str:
+    here = triton_compat.device_kind() == kind
+    return "this device" if here else f"an {kind}, of the same multiprocessors"
 
 
 def _like_those_ahead(problem: Problem) -> bool:
-    """Whether all problems of its kind that were measured on this kind of device are ahead of XLA.
+    """Whether all problems of its kind that were measured on an H200 are ahead of XLA there.
 
-    On an H200 those are (benchmarks/results/nvidia-h200/tuning.jsonl), without strides and at
+    Those are (benchmarks/results/nvidia-h200/tuning.jsonl), without strides and at
     XLA's own precision:
 
     - depthwise, of 30 MB and more that are moved: each operation, 1.1 to 30 times;
@@ -119,9 +149,9 @@ def _like_those_ahead(problem: Problem) -> bool:
       1024 channels, of which 600 were measured, of 1280 steps alone: 0.9.
     """
     spec, dtypes = problem.spec, {problem.lhs_dtype, problem.rhs_dtype, problem.out_dtype}
-    if triton_compat.device_kind() not in MEASURED or not problem.known or len(dtypes) > 1:
+    if not _spoken_for() or not problem.known or len(dtypes) > 1:
         return False
-    if problem_key(problem) in RECORDS.content(triton_compat.device_kind())["against_xla"]:
+    if problem_key(problem) in table("against_xla"):
         return False  # what failed there, say, or had another tile
     if spec.stride * spec.input_dilation != 1 or not _by_default(problem):
         return False
@@ -145,12 +175,10 @@ def _by_default(problem: Problem) -> bool:
 
 def _ratio(problem: Problem) -> float | None:
     """How much of XLA's time this takes on the device that is compiled for; None: who knows."""
-    kind = triton_compat.device_kind()
-    if kind is None or not problem.known:
+    if triton_compat.device_kind() is None or not problem.known:
         return None
-    found = RECORDS.content(kind)
-    raced = found["against_xla"].get(problem_key(problem))
+    raced = table("against_xla").get(problem_key(problem))
     # Another convolution may have had the tile changed since, as it is of one key.
-    if raced is None or found["tiles"].get(raced["key"]) != raced["tile"]:
+    if raced is None or table("tiles").get(raced["key"]) != raced["tile"]:
         return None
     return raced["seconds"] / raced["xla"]

@@ -126,9 +126,10 @@ def test_inspect_knows_what_is_the_default_on_the_chip():
     done = run("inspect", "wavenet/D512", "--chip", "h200")
     assert done.returncode == 0, done.stderr
     assert "conv1d: triton" in done.stdout and "without an order" not in done.stdout
-    for chip, chosen in (("h100", "cuda: xla"), ("v5e", "tpu: pallas_tpu")):
+    chosen = {"h100": "cuda: triton", "b200": "cuda: xla", "v5e": "tpu: pallas_tpu"}
+    for chip, implementation in chosen.items():
         done = run("explain", "wavenet/D512", "--chip", chip)
-        assert f"\nconv1d on {chosen}\n" in done.stdout, done.stderr
+        assert f"\nconv1d on {implementation}\n" in done.stdout, done.stderr
 
 
 @pytest.mark.aot

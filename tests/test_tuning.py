@@ -415,6 +415,41 @@ def test_what_is_like_others_is_no_default_where_they_were_not_measured(h200, mo
         assert _operations_in_triton(C=512, O=512) == ""
 
 
+def test_an_h100_takes_an_h200s_word_until_it_has_its_own(h200, monkeypatch):
+    _, file = h200
+    case = Case("layer", T=128, C=16, O=16, K=3, D=4, batch=(8,), dtype="bfloat16")
+    problem = case.problem("conv1d", "cuda")
+    key, tile = triton_tuned.problem_key(problem), [64, 64, 32, 4, 3]
+
+    def write(kind, tile, seconds):
+        raced = {"seconds": seconds, "xla": 1.0, "key": "dense", "tile": tile}
+        found = {"tiles": {"dense": tile}, "against_xla": {key: raced}}
+        (file.parent / f"triton_tuned_nvidia-{kind}.json").write_text(json.dumps(found))
+        records.forget()
+
+    write("h200", tile, 0.5)
+    for kind in ("NVIDIA B200", "NVIDIA A100-SXM4-80GB", None):
+        monkeypatch.setattr(triton_compat, "device_kind", lambda kind=kind: kind)
+        assert triton_tuned.lookup("dense") is triton_tuned.priority(problem) is None
+    monkeypatch.setattr(triton_compat, "device_kind", lambda: "NVIDIA H100 80GB HBM3")
+    assert triton_tuned.lookup("dense") == tuple(tile)
+    assert triton_tuned.priority(problem) == triton_tuned.PRIORITY
+    told = triton_tuned.described("so", problem)
+    assert told.endswith("0.50 of XLA's time on an NVIDIA H200, of the same multiprocessors")
+    # What is like all that were ahead there, though it has no entry.
+    assert _operations_in_triton(C=512, O=512) == "fik"
+    like = Case("like", T=4096, C=512, O=512, K=3, D=4, batch=(8,), dtype="bfloat16")
+    told = triton_tuned.described("so", like.problem("conv1d", "cuda"))
+    assert told.endswith("ahead of XLA on an NVIDIA H200, of the same multiprocessors")
+
+    write("h100-80gb-hbm3", None, 0.9)  # the heuristic's, whatever an H200's is
+    assert triton_tuned.lookup("dense") is None
+    assert triton_tuned.described("so", problem).endswith("0.90 of XLA's time on this device")
+    write("h100-80gb-hbm3", None, 2.0)
+    assert triton_tuned.priority(problem) is None
+    assert "2.00 of XLA's time on this device" in triton_tuned.by_name(problem)
+
+
 @pytest.mark.parametrize("raced, chosen", [
     ({"seconds": 2.0, "xla": 1.0}, "ik"), ({"seconds": 1.0, "xla": 2.0}, "fik"), (None, "ik"),
 ])  # fmt: skip
