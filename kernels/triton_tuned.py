@@ -146,7 +146,9 @@ def _like_those_ahead(problem: Problem) -> bool:
     - depthwise, of 30 MB and more that are moved: each operation, 1.1 to 30 times;
     - dense, of 32 to 512 channels in rows that the copy engine can fetch, several taps, and 4096
       steps and more of all samples together: each operation, 1.1 to 4.8 times. So are taken up to
-      1024 channels, of which 600 were measured, of 1280 steps alone: 0.9.
+      1024 channels, of which 600 were measured, of 1280 steps alone: 0.9;
+    - dense, of 10 to 30 channels, 4 to 8 taps and 16384 steps and more: forward pass and input
+      gradient, 1.9 to 4.3 times. So are taken 2 taps and 3; the kernel gradient is not always.
     """
     spec, dtypes = problem.spec, {problem.lhs_dtype, problem.rhs_dtype, problem.out_dtype}
     if not _spoken_for() or not problem.known or len(dtypes) > 1:
@@ -159,13 +161,14 @@ def _like_those_ahead(problem: Problem) -> bool:
     if problem.depthwise:
         moved = size * problem.N * (spec.time * problem.C + spec.out_time * problem.O)
         return problem.C == problem.O and moved >= 3e7
-    channels = (problem.C, problem.O)
-    steps = problem.N * spec.out_time
-    return (
-        spec.groups == 1 < spec.kernel_size and steps >= 4096
-        and 2 * steps * math.prod(problem.w_shape) >= 1e8
-        and all(32 <= n <= 1024 and n * size % 16 == 0 for n in channels)
-    )  # fmt: skip
+    channels, steps = (problem.C, problem.O), problem.N * spec.out_time
+    if spec.groups > 1 or spec.kernel_size == 1:
+        return False
+    if all(10 <= n <= 32 for n in channels) and problem.operation != "conv1d_kernel_grad":
+        if steps >= 16384 and spec.kernel_size <= 8:
+            return True
+    rows = all(32 <= n <= 1024 and n * size % 16 == 0 for n in channels)
+    return rows and steps >= 4096 and 2 * steps * math.prod(problem.w_shape) >= 1e8
 
 
 def _by_default(problem: Problem) -> bool:
