@@ -50,6 +50,16 @@ class Phases:
         S, E, D = spec.stride, spec.input_dilation, spec.kernel_dilation
         return cls(E // math.gcd(S, E), S // math.gcd(S, E), E // math.gcd(D, E))
 
+    def tapped(self, spec: ConvSpec) -> bool:
+        """Whether there is one phase, and a tap that reaches it.
+
+        Of a stride, an input dilation and a kernel dilation that have a divisor in common, padding
+        that is no multiple of it lets all taps see the zeros between two steps.
+        """
+        taps = range(min(spec.kernel_size, self.tap_step))
+        steps = (k * spec.kernel_dilation - spec.padding[0] for k in taps)
+        return self.phases == 1 and any(step % spec.input_dilation == 0 for step in steps)
+
 
 @triton.jit
 def first_tap(a, D, LOW, K: tl.constexpr, S: tl.constexpr, E: tl.constexpr, STEP: tl.constexpr):

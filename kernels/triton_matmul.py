@@ -35,7 +35,7 @@ def conv_dense(
     x, w, bias, saved, T, J, U, D, LOW, y, z,
     C: tl.constexpr, O: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
     S: tl.constexpr, E: tl.constexpr,
-    PHASES: tl.constexpr, ROW_STEP: tl.constexpr, TAP_STEP: tl.constexpr,
+    PHASES: tl.constexpr, ROW_STEP: tl.constexpr, TAP_STEP: tl.constexpr, TAPPED: tl.constexpr,
     W_ROW: tl.constexpr, W_COL: tl.constexpr, W_ROWS: tl.constexpr, W_COLS: tl.constexpr,
     CONTRACT_LAST: tl.constexpr, REVERSE: tl.constexpr,
     TMA_X: tl.constexpr, TMA_W: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
@@ -48,7 +48,7 @@ def conv_dense(
     w is ``(K, W_ROWS, W_COLS)``; group g starts at row ``g * W_ROW`` and column ``g * W_COL``,
     and the axis that is summed over is the last one if CONTRACT_LAST. With GRAD_OF, the name of
     an activation, x is a gradient of its result, and ``x * activation'(saved)`` is convolved.
-    z is None, or takes what the activation is applied to.
+    TAPPED says that each phase has a tap. z is None, or takes what the activation is applied to.
     """
     TILES_O: tl.constexpr = (O + BO - 1) // BO
     TILES_C: tl.constexpr = (C + BC - 1) // BC
@@ -75,8 +75,8 @@ def conv_dense(
     # D * TAP_STEP // E, which itself would overflow in places.
     apart = D // (E // TAP_STEP)
     first, end = _live(earliest, apart, (BT - 1) * ROW_STEP, T, taps, K)
-    if PHASES == 1 and PRECISION != "ieee":  # which has no such products
-        # There is a tap, and one is taken where all see padding alone. Of a loop that may not run
+    if TAPPED and PRECISION != "ieee":  # which has no such products
+        # One tap is taken where all see padding alone. Of a loop that may not run
         # LLVM makes two ways to its end; of what one of them sets to zero ptxas then says that it
         # has to let each product wait for the one before (C7515), with Triton 3.6 for one.
         first = tl.minimum(first, taps - 1)

@@ -146,6 +146,9 @@ GEOMETRY = (
     Case("input_dilation_stride", E=3, S=2, D=2, padding=[(1, 5)]),
     Case("input_dilation_depthwise", C=4, O=8, G=4, E=2, S=3, padding=2),
     Case("input_dilation_crop", E=3, padding=[(-2, -4)]),
+    # Where all taps see the zeros between two steps.
+    Case("input_dilation_unmet", S=4, E=2, D=2, padding=[(5, 6)]),
+    Case("input_dilation_unmet_pointwise", S=2, E=2, K=1, padding=[(1, 2)]),
     Case("input_dilation_short", T=2, K=2, E=4, padding=0),
     # Paddings.
     Case("same", K=4, D=2, padding="SAME"),

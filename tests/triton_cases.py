@@ -62,6 +62,7 @@ NAMES = (
     "time_shorter_than_field", "time_shorter_than_dilation", "one_step_same",
     "stride_grouped", "stride_depthwise", "stride_remainder", "input_dilation_stride",
     "input_dilation_depthwise", "input_dilation_short", "input_dilation_crop",
+    "input_dilation_unmet", "input_dilation_unmet_pointwise",
     "same_lower", "pad_beyond_field", "crop_both", "crop_depthwise",
     "dense_bfloat16_float32", "depthwise_bfloat16_float32", "grouped_highest", "dense_high",
     "long_dense_bfloat16", "long_depthwise_float16",
