@@ -259,7 +259,9 @@ def kernels(log: Log, dry: bool) -> None:
 
 
 def tuning(log: Log, dry: bool, shard: int = 0, shards: int = 1) -> None:
-    """Tiles for the layers of the goals; and whether ours or XLA is their and the sweep's default.
+    """Tiles for the layers of the goals; and of these and the sweep's whether ours is the default.
+
+    Or else which of XLA's formulations.
 
     For tiles of the sweep there is no time: `tune` without ``quick`` takes a minute for a layer.
     The file among the results belongs into kernels/. To compile takes most of the time, so that

@@ -139,8 +139,8 @@ def _add_tune(commands) -> None:
     tune = commands.add_parser(
         "tune",
         help="measure on the GPU or CPU at hand what is the fastest for a layer",
-        description="On a GPU: tries tiles of the Triton kernels and compares the best with XLA; "
-        "what was faster is the default from then on. Needs the extra cuda. On a CPU: which "
+        description="On a GPU: tries tiles of the Triton kernels and XLA's formulations; what was "
+        "the fastest is the default from then on. Needs the extra cuda. On a CPU: which "
         "formulation is the fastest; otherwise rules choose it. Writes what it finds to where "
         "later compilations look. To tune a model of your own, call "
         "conv_pallas.tuning.tune(model, x).",
@@ -152,7 +152,8 @@ def _add_tune(commands) -> None:
     )
     tune.add_argument(
         "--quick", action="store_true",
-        help="try no tiles, compare the ones in use with XLA; on a CPU take less time for each",
+        help="try no tiles, compare the ones in use with XLA's formulations; on a CPU take less "
+        "time for each",
     )  # fmt: skip
 
 

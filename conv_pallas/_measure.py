@@ -240,6 +240,18 @@ class InPlace:
         return self.last
 
 
+# Bytes that a program may hold beside what it is given and gives, or twice as many as those.
+HELD = 1 << 26
+
+
+def held(compiled: jax.stages.Compiled) -> int:
+    """Bytes that a program holds, if they are too many; else 0."""
+    memory = compiled.memory_analysis()
+    arrays = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    held = memory.temp_size_in_bytes
+    return held if held > max(HELD, 2 * arrays) else 0
+
+
 def rolled(a: jax.Array, count: int) -> list[jax.Array]:
     """An array and others with its values at other steps: no run finds its own in a cache."""
     return [a, *(jnp.roll(a, i, axis=-2) for i in range(1, count))]

@@ -33,8 +33,6 @@ QUICK = dataclasses.replace(ALL, rounds=(3, 5), limit=0.5)
 ONCE = _measure.Settings(least=0, rounds=(3, 3), limit=0.5)
 SLOW = 2.0  # times as long as the rules' choice, and a formulation takes no part
 SHARE = 0.7  # of the time, for all formulations; what is left is for the winners
-# Bytes that a formulation may hold beside operands and result, or twice as many as those.
-HELD = 1 << 26
 
 
 @dataclasses.dataclass
@@ -123,7 +121,7 @@ def _times(race: _Race, settings, report) -> dict[str, tuple[float, ...]]:
         lowered = jax.jit(functools.partial(xla.run_as, name, problem)).lower(*arrays)
         try:
             compiled = lowered.compile()
-            if name != race.rule and (held := _held(compiled)):
+            if name != race.rule and (held := _measure.held(compiled)):
                 report(f"{race.name} {name}: holds {held / 2**20:.0f} MiB")
                 continue
             call = functools.partial(compiled, *arrays)
@@ -177,14 +175,6 @@ def _in_layer(race: _Race, kept: dict[str, str]) -> dict[str, tuple[float, ...]]
             compiled = jax.jit(lambda *a: function(*a)).lower(*arrays).compile()
         calls[name] = functools.partial(compiled, *arrays)
     return _measure.interleaved(calls, TWO)
-
-
-def _held(compiled) -> int:
-    """Bytes that a program holds, if they are too many."""
-    memory = compiled.memory_analysis()
-    arrays = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    held = memory.temp_size_in_bytes
-    return held if held > max(HELD, 2 * arrays) else 0
 
 
 def _operands(problem: Problem) -> tuple[jax.Array, jax.Array]:

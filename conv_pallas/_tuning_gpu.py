@@ -1,6 +1,7 @@
 """Measures on the GPU at hand which tiles of the Triton kernels are the fastest, and against XLA.
 
-What `tuning.tune` does there.
+What `tuning.tune` does there. Where ours is not far ahead of the formulation that XLA's rules
+choose, XLA's others race as well, and ours has to beat the fastest.
 
 Of a GPU's program that is shorter than the host's part in starting it, what counts is how long the
 device is at work, which a trace of JAX's profiler tells. Where ours and XLA's differ by the clock
@@ -17,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from conv_pallas import _measure, _trace, _turns
 from conv_pallas.kernels import records, xla_gpu, xla_tuned
@@ -51,7 +51,7 @@ TAPS_TILES = (
 # Three rounds of some thirty tiles tell those that are close, and the rest is theirs: a winner of
 # three samples would be whichever was lucky.
 SETTINGS = dataclasses.replace(_measure.DEVICE, limit=6.0, hopeless=1.1, rounds=(7, 15))
-# The winner against the heuristic's, once more: of many it may have been the luckiest.
+# The winner against the heuristic's, or the rules', once more: of many it may be the luckiest.
 AGAIN = dataclasses.replace(_measure.DEVICE, limit=1.0, rounds=(7, 15))
 # And against XLA, and XLA's formulations among themselves.
 LAST = dataclasses.replace(_measure.DEVICE, limit=2.0, rounds=(7, 15))
@@ -93,7 +93,9 @@ def tune(
         most = share / 4 / processes  # seconds to time all tiles, of a device that is shared
         before = triton_tuned.table("tiles")
         try:
-            found = _tune(trial, before, tuned, compiling, most, quick, report)
+            found, ours = _tune(trial, before, tuned, compiling, most, quick, report)
+            if trial.operations:
+                found |= _against_xla(trial, *ours, now + share, report)
         except Exception as e:  # told at the end; what was measured and is yet to be counts
             _ask_device(e)
             failures[f"{trial.name} of {told}"] = e
@@ -125,8 +127,10 @@ def _short(e: Exception) -> str:
     return f"{type(e).__name__}: {next(iter(str(e).strip().splitlines()), '')}"
 
 
-def _tune(trial, before, tuned, end, most, quick, report) -> dict[str, dict]:
-    """Times one operation: what is to be added to the file.
+def _tune(trial, before, tuned, end, most, quick, report) -> tuple[dict[str, dict], tuple]:
+    """Times the tiles of one operation: what is to be added to the file, and the fastest.
+
+    That as key, tile, call and the arguments of it.
 
     Args:
       before: the tiles that are in use.
@@ -158,49 +162,71 @@ def _tune(trial, before, tuned, end, most, quick, report) -> dict[str, dict]:
         tuned[key] = best
         found["tiles"] = {key: best}
         report(f"{trial.name}: {key} takes {best or 'what the heuristic says'}")
-    if not trial.operations:
+    return found, (key, best, calls[best], arguments)
+
+
+def _against_xla(trial, key, tile, ours, arguments, end, report) -> dict[str, dict]:
+    """Races ours with XLA, and XLA's formulations: what is to be added to the file.
+
+    Args:
+      end: when no further formulation is begun, by `time.monotonic`.
+    """
+    (problem,) = trial.problems()
+    with xla_tuned.ignored():
+        raced = _race(trial, key, tile, ours, arguments, report)
+    found = {"against_xla": dict.fromkeys(trial.keys(), raced)}
+    if raced is None:
         return found
-    raced = _race(trial, key, best, calls[best], arguments, report)
-    if raced is not None and raced["seconds"] > AHEAD * raced["xla"]:
-        if (entry := _formulations(trial, arguments, end, report)) is not None:
-            names = {xla_tuned.key(problem): entry["formulation"] for problem in trial.problems()}
-            found["formulations"] = dict.fromkeys(names, entry)
-            if entry["formulation"] is not None:
-                with xla_tuned.trial(names):
-                    raced = _race(trial, key, best, calls[best], arguments, report)
-    return found | {"against_xla": dict.fromkeys(trial.keys(), raced)}
+    mine = raced["seconds"] > AHEAD * raced["xla"]
+    entry = _formulations(trial, problem, arguments, end, report) if mine else None
+    runs = entry["formulation"] if entry else xla_tuned.lookup(problem)  # in XLA, from now on
+    if runs is not None:
+        with xla_tuned.trial({xla_tuned.key(problem): runs}):
+            again = _race(trial, key, tile, ours, arguments, report)
+        if again is None:  # it failed by itself, say for want of memory
+            entry = _entry(xla_tuned.rule(problem), None, raced["xla"], raced["xla"])
+        else:
+            found["against_xla"] = dict.fromkeys(trial.keys(), again)
+    return found | {"formulations": {xla_tuned.key(problem): entry} if entry else {}}
 
 
-def _formulations(trial, arguments, end, report) -> dict[str, Any] | None:
-    """What `xla_tuned.RACED` says of XLA's formulations; None where there is one alone.
+def _formulations(trial, problem, arguments, end, report) -> dict[str, Any] | None:
+    """What `xla_tuned.RACED` says of XLA's formulations; None where they could not be compared.
 
     With what usually is around a forward pass: what XLA can't fuse that with has one more pass over
     y to pay for.
     """
-    (problem,) = trial.problems()
     key, names = xla_tuned.key(problem), xla_gpu.candidates(problem)
-    rule, *others = names
-    if not others or time.monotonic() > end:
-        return None
+    rule, used = names[0], xla_tuned.lookup(problem)
+    if used is not None:  # takes part, however little time there is
+        names = list(dict.fromkeys([rule, used, *names]))
     function = trial.around or trial.function
-    calls, expected = {}, None
-    for name in names:
+    calls, seen, expected = {}, set(), None
+    for i, name in enumerate(names if len(names) > 1 else ()):
         if time.monotonic() > end:
-            report(f"{trial.name} {name}: no time")
+            report(f"{trial.name}: no time for {len(names) - i} of XLA's {len(names)} formulations")
             break
         try:
-            with _turns.on_device(), xla_tuned.trial({key: name}):
-                call = _call(_lowered(function("xla"), arguments), arguments)
+            with _turns.compiling(), xla_tuned.trial({key: name}):
+                lowered = _lowered(function("xla"), arguments)
+            if lowered.as_text() in seen:
+                continue
+            seen.add(lowered.as_text())
+            with _turns.on_device():  # XLA may time its algorithms as it compiles
+                call = _call(lowered, arguments)
                 result = call()
                 expected = result if expected is None else expected
                 off = float(_measure.difference_there(expected, result))
+            held = 0 if name == rule else _held(call)
         except Exception as e:  # for want of memory, say
             _ask_device(e)
             report(f"{trial.name} {name}: {_short(e)}")
             if name == rule:
                 return None
             continue
-        if off <= _tolerance(trial.convolution):
+        if held:
+            report(f"{trial.name} {name}: holds {held / 2**20:.0f} MiB")
+        elif off <= _tolerance(trial.convolution):
             calls[name] = call
         else:
             report(f"{trial.name} {name}: is off by {off:.2g} of the largest element")
@@ -208,14 +234,20 @@ def _formulations(trial, arguments, end, report) -> dict[str, Any] | None:
         return None
     with _turns.timing():
         medians = _medians(trial, calls, arguments, LAST, report, MOODS)
-    first = min(medians, key=medians.get)
+        if (first := min(medians, key=medians.get)) != rule:
+            two = {name: calls[name] for name in (rule, first)}
+            medians = _medians(trial, two, arguments, AGAIN, report, MOODS)
     won = medians[first] < records.CLEARLY * medians[rule]
     kept = first if won else rule
     ratio = f"{medians[rule] / medians[kept]:.2f} times as fast as {rule}"
     report(f"{trial.name}: of XLA's {kept}, {ratio if won else 'as the rules say'}")
-    seconds = {"seconds": medians[kept], "seconds_of_rule": medians[rule]}
-    entry = {"formulation": kept if won else None, "rule": rule}
-    return entry | seconds | _measure.versions()
+    return _entry(rule, first if won else None, medians[kept], medians[rule])
+
+
+def _entry(rule: str, formulation: str | None, seconds: float, of_rule: float) -> dict[str, Any]:
+    """As `xla_tuned.RACED` says."""
+    told = {"formulation": formulation, "rule": rule}
+    return told | {"seconds": seconds, "seconds_of_rule": of_rule} | _measure.versions()
 
 
 def _agreeing(trial, calls, report) -> dict[tuple[int, ...] | None, Callable]:
@@ -262,15 +294,16 @@ def _medians(trial, calls, arguments, settings, report, moods=math.inf) -> dict[
     """Seconds of one run, of calls that take turns; of short ones those of the device alone.
 
     Args:
-      moods: how many times as long as another one has to take by the clock for that to count.
+      moods: how many times as long as the fastest one has to take by the clock for that to count.
     """
     medians = {
         name: _measure.Spread.of(times).median
         for name, times in _measure.interleaved(calls, settings).items()
     }
-    least, most = min(medians.values()), max(medians.values())
-    if least < _measure.LONG and most <= moods * least:  # of such a call the host may do most
-        medians |= {name: s.median for name, s in _trace.device_seconds(calls).items()}
+    least = min(medians.values())
+    close = {name: call for name, call in calls.items() if medians[name] <= moods * least}
+    if least < _measure.LONG and len(close) > 1:  # of such a call the host may do most
+        medians |= {name: s.median for name, s in _trace.device_seconds(close).items()}
     medians = {name: median / len(arguments[0]) for name, median in medians.items()}
     for name, median in medians.items():
         report(f"{trial.name} {name or 'heuristic'}: {1e6 * median:.1f} us")
@@ -342,7 +375,7 @@ def _trials(convolution: Convolution) -> Iterator[_Trial]:
 
     def with_bias(implementation):
         f = layer(implementation, activation="relu")
-        return lambda x, w, g: f(x, w, jnp.zeros(w.shape[-1], x.dtype))
+        return lambda x, w, g: f(x, w, w[0, 0])  # a constant would be folded away
 
     def backward(implementation):
         silu = layer(implementation, activation="silu")
@@ -410,6 +443,10 @@ def _tiles(trial, arguments, before, tuned, end, quick, report):
             _ask_device(e)
             report(f"{trial.name} {tile}: {_short(e)}")
     return key, calls
+
+
+def _held(call) -> int:
+    return _measure.held(call.compiled)
 
 
 def _lowered(function, arguments) -> jax.stages.Lowered:

@@ -10,10 +10,10 @@ the kernels, or in the one that the environment variable ``CONV_PALLAS_TUNED`` n
 later compilation on such a device finds it. Nothing else in the package measures.
 
 On a GPU a Triton kernel gets the tile that was the fastest (``triton_tuned_<device>.json``), and
-where it was faster than XLA with that it is the default; else it is the fastest of XLA's
-formulations. Without, the kernels take what a heuristic says, and run where they are asked for by
-name, or where measurements that come with the package, of that kind of device or one of the same
-multiprocessors, speak for them.
+where it was faster than XLA with that it is the default. Where it is not far ahead of what rules
+choose of XLA's formulations, those race as well, and XLA runs the fastest. Without, the kernels
+take what a heuristic says, and run where they are asked for by name, or where measurements that
+come with the package, of that kind of device or one that is like it, speak for them.
 
 On a CPU each operation gets the formulation that was the fastest (``xla_tuned_<processor>.json``),
 in the place of what rules say that were measured on another. See `_tuning_gpu` and `_tuning_cpu`.
@@ -57,10 +57,10 @@ def tune(
         those that are told to run otherwise.
       file: where to write; None: where compilations look. What is in it for other shapes stays.
       seconds: for all operations; each has its share of what those before it have left. Once it
-        is up no further tile is compiled, and the best of those that were is taken. On a CPU what
-        has had no turn by then stays as it was.
+        is up no further tile or formulation is compiled, and the best of those that were is taken.
+        On a CPU what has had no turn by then stays as it was.
       report: is given a line for each thing that is tried.
-      quick: race no tiles, but those in use alone against XLA's; on a CPU take less time for each.
+      quick: race no tiles, but those in use alone with XLA; on a CPU take less time for each.
       processes: how many tune other layers on this GPU at the same time, into the same file.
         They take turns on it, and each has its share of ``seconds``.
       arguments: of arrays, further ones of `conv1d`, but for ``bias``, ``activation`` and

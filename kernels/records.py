@@ -92,12 +92,9 @@ def forget() -> None:
 
 @functools.cache
 def _content(records: Records, kind: str | None) -> dict[str, dict]:
-    first, *folders = _folders()
-    merged = records.read(first / records._name(kind or "none"))
-    for folder in folders:
-        for name, entries in records.read(folder / records._name(kind or "none")).items():
-            merged[name] = merged[name] | entries if isinstance(entries, dict) else entries
-    return merged
+    found = [records.read(folder / records._name(kind or "none")) for folder in _folders()]
+    merged = lambda table: {k: v for content in found for k, v in content[table].items()}  # noqa: E731
+    return {table: merged(table) for table in records.tables}
 
 
 def _folders() -> list[Path]:

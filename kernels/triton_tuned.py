@@ -6,9 +6,9 @@ fields of `triton_config.Config`, or to the tile of `triton_depthwise_walk` or
 best take. What no file knows gets a heuristic's tile, and runs in XLA unless it is like what was
 ahead: see `_like_those_ahead`.
 
-Another of Hopper's chips takes an H200's word, until it has its own: the multiprocessors are the
-same, and run the same machine code. So has an H100 as many of them at the same clock, and 0.7 of
-the bandwidth, which both sides of a comparison share. Nothing has been measured on one.
+Another of Hopper's chips with as many multiprocessors takes an H200's word for what it has none of
+its own: they run the same machine code. An H100's have the same clock (SXM), and 0.7 of the
+bandwidth, which both sides of a comparison share. Nothing has been measured on one.
 """
 
 import collections
@@ -70,9 +70,13 @@ def table(name: str) -> Mapping[str, Any]:
 
 
 def _spoken_for() -> bool:
-    """Whether the device that is compiled for is `MEASURED`, or one whose word that takes."""
+    """Whether the device that is compiled for is `MEASURED`, or like it.
+
+    That is no H20, nor a part of an H100, which have fewer multiprocessors, or slower ones.
+    """
     known = triton_compat.device_kind() is not None
-    return known and triton_compat.compute_capability() == CAPABILITY
+    alike = triton_compat.processors() == triton_compat.PROCESSORS
+    return known and alike and triton_compat.compute_capability() == CAPABILITY
 
 
 @contextlib.contextmanager
@@ -134,7 +138,7 @@ def _told(ratio: float, problem: Problem) -> str:
 
 def _where(kind: str) -> str:
     here = triton_compat.device_kind() == kind
-    return "this device" if here else f"an {kind}, of the same multiprocessors"
+    return "this device" if here else f"an {kind}, of as many multiprocessors"
 
 
 def _like_those_ahead(problem: Problem) -> bool:

@@ -43,8 +43,7 @@ def candidates(problem: Problem) -> list[str]:
         worth = {
             "native": (even or not dilated) and not spread,
             "barrier": not even or spread,
-            "symmetric": not even and not spread and isinstance(here.out_time, int),
-            "transposed": problem.operation == "conv1d_input_grad" and spread and not dilated,
+            "symmetric": not even and not spread,
             "matmuls": few and not spread,
             "im2col": few and not spread,
         }

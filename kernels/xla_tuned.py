@@ -9,6 +9,8 @@ key, which tells a problem, to what won there. What no file knows goes by the ru
 import contextlib
 from collections.abc import Iterator
 
+import jax
+
 from conv_pallas import _host
 from conv_pallas.kernels import records, xla_cpu, xla_gpu
 from conv_pallas.kernels.xla_candidates import sound
@@ -47,8 +49,12 @@ def kind(platform: str) -> str | None:
 
 
 def key(problem: Problem) -> str:
-    """As `records.problem_key`; who asks for the usual precision gets no minimal filtering."""
-    return records.problem_key(problem, (None,))
+    """As `records.problem_key`.
+
+    On a CPU who asks for the usual precision gets no minimal filtering; a GPU has none.
+    """
+    usual = (None,) if problem.platform == "cpu" else (None, jax.lax.Precision.DEFAULT)
+    return records.problem_key(problem, usual)
 
 
 def rule(problem: Problem) -> str:
@@ -73,9 +79,9 @@ def lookup(problem: Problem) -> str | None:
         entry = _entry(problem)
         name = entry and entry["formulation"]
     table = KERNEL_GRAD if problem.operation == "conv1d_kernel_grad" else FORWARD
-    if name not in (*table, "parts", "transposed"):  # none has won, or it is of another version
+    if name not in (*table, "parts"):  # none has won, or it is of another version
         return None
-    return name if may_run(name, problem) else None  # of fewer steps than were measured
+    return name if may_run(name, problem) else None  # at another number of steps, say
 
 
 def described(problem: Problem) -> str:
@@ -112,10 +118,9 @@ def ignored() -> contextlib.AbstractContextManager:
 
 
 def _applies(problem: Problem) -> bool:
-    """Whether what was measured here says anything of it: on a CPU several devices share cores."""
-    if problem.exported or not problem.known:
-        return False
-    return {"cpu": not problem.partitioned, "cuda": True}.get(problem.platform, False)
+    """Whether what was measured here, of one device, says anything of it."""
+    elsewhere = problem.exported or problem.partitioned
+    return problem.platform in RECORDS and problem.known and not elsewhere
 
 
 def _entry(problem: Problem) -> dict | None:

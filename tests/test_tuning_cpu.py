@@ -266,7 +266,7 @@ def _told(**how) -> list[str]:
 def test_what_holds_too_much_takes_no_part(seconds, monkeypatch):
     seconds["im2col"] = 0.5
     assert "im2col" in _tune(w=(16, 8, 8)).values()
-    monkeypatch.setattr(_tuning_cpu, "HELD", 0)  # so that twice the arrays count: of 16 taps more
+    monkeypatch.setattr(_measure, "HELD", 0)  # so that twice the arrays count: of 16 taps more
     lines = _told(w=(16, 8, 8))
     assert any(line.startswith("forward im2col: holds 0 MiB") for line in lines), lines
     assert not any(line.startswith("forward im2col: 5") for line in lines)
