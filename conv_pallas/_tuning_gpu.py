@@ -61,6 +61,8 @@ MOODS = 1.5
 # Ours that takes less than this of the time of XLA's, by the formulation that the rules choose,
 # needs no race with the others, which take seconds to compile.
 AHEAD = 0.5
+# Of an operation's time, for tiles to be compiled in; what is left is for races, and for XLA's.
+TILES = 0.6
 
 
 def tune(
@@ -89,7 +91,7 @@ def tune(
             report(f"{trial.name}: no time left")
             continue
         share = (end - now) / (len(trials) - i)
-        compiling = now + max(share - SETTINGS.limit - LAST.limit, share / 2)
+        compiling = now + TILES * share
         most = share / 4 / processes  # seconds to time all tiles, of a device that is shared
         before = triton_tuned.table("tiles")
         try:
