@@ -203,10 +203,8 @@ def _clearly(times, race: _Race) -> bool:
 def _keep(race: _Race, won: bool, file: Path, report) -> None:
     """Writes what came of a race."""
     kept = race.winner if won else race.rule
-    entry = {
-        "formulation": kept if won else None, "rule": race.rule,
-        "seconds": race.seconds[kept], "seconds_of_rule": race.seconds[race.rule],
-    }  # fmt: skip
+    seconds = (race.seconds[kept], race.seconds[race.rule])
+    entry = xla_tuned.raced(race.rule, kept if won else None, *seconds)
     key, kind = xla_tuned.key(race.problem), xla_tuned.kind("cpu")
     xla_tuned.RECORDS["cpu"].add(file, kind, {"formulations": {key: entry | _measure.versions()}})
     records.forget()

@@ -179,14 +179,16 @@ def _against_xla(trial, key, tile, ours, arguments, end, report) -> dict[str, di
     found = {"against_xla": dict.fromkeys(trial.keys(), raced)}
     if raced is None:
         return found
-    mine = raced["seconds"] > AHEAD * raced["xla"]
-    entry = _formulations(trial, problem, arguments, end, report) if mine else None
+    entry = None
+    if raced["seconds"] > AHEAD * raced["xla"]:
+        entry = _formulations(trial, problem, arguments, end, report)
     runs = entry["formulation"] if entry else xla_tuned.lookup(problem)  # in XLA, from now on
     if runs is not None:
         with xla_tuned.trial({xla_tuned.key(problem): runs}):
             again = _race(trial, key, tile, ours, arguments, report)
         if again is None:  # it failed by itself, say for want of memory
-            entry = _entry(xla_tuned.rule(problem), None, raced["xla"], raced["xla"])
+            rule, seconds = xla_tuned.rule(problem), raced["xla"]
+            entry = xla_tuned.raced(rule, None, seconds, seconds) | _measure.versions()
         else:
             found["against_xla"] = dict.fromkeys(trial.keys(), again)
     return found | {"formulations": {xla_tuned.key(problem): entry} if entry else {}}
@@ -243,13 +245,8 @@ def _formulations(trial, problem, arguments, end, report) -> dict[str, Any] | No
     kept = first if won else rule
     ratio = f"{medians[rule] / medians[kept]:.2f} times as fast as {rule}"
     report(f"{trial.name}: of XLA's {kept}, {ratio if won else 'as the rules say'}")
-    return _entry(rule, first if won else None, medians[kept], medians[rule])
-
-
-def _entry(rule: str, formulation: str | None, seconds: float, of_rule: float) -> dict[str, Any]:
-    """As `xla_tuned.RACED` says."""
-    told = {"formulation": formulation, "rule": rule}
-    return told | {"seconds": seconds, "seconds_of_rule": of_rule} | _measure.versions()
+    entry = xla_tuned.raced(rule, first if won else None, medians[kept], medians[rule])
+    return entry | _measure.versions()
 
 
 def _agreeing(trial, calls, report) -> dict[tuple[int, ...] | None, Callable]:

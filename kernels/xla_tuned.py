@@ -57,6 +57,15 @@ def key(problem: Problem) -> str:
     return records.problem_key(problem, usual)
 
 
+def raced(
+    rule: str, formulation: str | None, seconds: float, seconds_of_rule: float
+) -> dict[str, str | float | None]:
+    """An entry of `RECORDS`, without the versions."""
+    return dict(
+        rule=rule, formulation=formulation, seconds=seconds, seconds_of_rule=seconds_of_rule
+    )
+
+
 def rule(problem: Problem) -> str:
     """What the rules say for a CPU or GPU."""
     return xla_cpu.choose(problem) if problem.platform == "cpu" else xla_gpu.choose(problem)

@@ -284,23 +284,27 @@ def _in_four(tiles: int, blocks: int, *rest) -> int:
 
 def run_case(case: Case, operation: str, capability: int) -> None:
     """Runs one operation of a case by whichever kernel takes it, and checks the result."""
-    from conv_pallas import dispatch
-
     triton_compat.compute_capability = lambda: capability
-    x, w, g = case.arrays()
-    x, g = rows(padded(x, case)), rows(g)
-    lhs, rhs, _ = lhs_rhs_out(operation, x, w, g)
-    problem = case.problem(operation, "cuda")
-    kernel = dispatch.select(problem, ("triton",))
     _ran.clear()
     with _as_named(case.name):
-        out = np.asarray(kernel.run(problem, lhs, rhs))
+        check_operation(case, operation)
     # The engine fetches their tiles; and a kernel gradient's may not end in the midst of time.
     stays = "resident" in case.name and capability >= 90 and case.S == 1
     wide = case.name == "resident_wide"  # not all of its channels are in one tile
     stays &= operation != "conv1d_kernel_grad" or not (wide or case.name == "resident_ragged")
     assert _ran[0].startswith("conv_onward" if wide else "conv_resident") == stays, _ran
     assert _ran[0].startswith("conv_taps") == case.name.startswith("taps_"), _ran
+
+
+def check_operation(case: Case, operation: str) -> None:
+    """Runs an operation on the chip and in the tiles that there are, and checks the result."""
+    from conv_pallas import dispatch
+
+    x, w, g = case.arrays()
+    x, g = rows(padded(x, case)), rows(g)
+    lhs, rhs, _ = lhs_rhs_out(operation, x, w, g)
+    problem = case.problem(operation, "cuda")
+    out = np.asarray(dispatch.select(problem, ("triton",)).run(problem, lhs, rhs))
     check(
         out, operation, lhs, rhs, case.spec, out_dtype=problem.out_dtype,
         precision=case.precision, platform="cuda",

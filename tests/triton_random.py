@@ -30,12 +30,10 @@ from conv_pallas.kernels import (
     triton_depthwise_walk,
     triton_tuned,
 )
-from conv_pallas.spec import ACTIVATIONS, OPERATIONS, lhs_rhs_out
-from tests import triton_interpreter  # noqa: F401 - which launches what is interpreted
+from conv_pallas.spec import ACTIVATIONS, OPERATIONS
 from tests.cases import Case
-from tests.support import padded, rows
-from tests.tolerance import check
 from tests.triton_epilogue import Fused
+from tests.triton_interpreter import check_operation
 
 CHANNELS = (
     1, 2, 3, 5, 8, 10, 12, 16, 17, 24, 25, 30, 32, 33, 40, 48, 64, 65, 72, 96, 100, 128, 136,
@@ -95,19 +93,6 @@ def somewhere(r: random.Random, case: Case):
         yield f"sm_{capability}, tile {tile}{', few programs' * few}{', no cache' * uncached}"
 
 
-def run(case: Case) -> None:
-    x, w, g = case.arrays()
-    x, g = rows(padded(x, case)), rows(g)
-    for operation in OPERATIONS:
-        problem = case.problem(operation, "cuda")
-        kernel = dispatch.select(problem, ("triton",))
-        lhs, rhs, _ = lhs_rhs_out(operation, x, w, g)
-        check(
-            np.asarray(kernel.run(problem, lhs, rhs)), operation, lhs, rhs, case.spec,
-            out_dtype=problem.out_dtype, precision=case.precision, platform="cuda",
-        )  # fmt: skip
-
-
 def run_fused(fused: Fused) -> None:
     problem = fused.problem()
     kernel = dispatch.select(problem, ("triton",))
@@ -140,7 +125,8 @@ def one(seed: int) -> str:
     fused = Fused(case, r.choice((None, *ACTIVATIONS)), bias, (*wanted[:2], wanted[2] and bias))
     with somewhere(r, case) as where:
         try:
-            run(case)
+            for operation in OPERATIONS:
+                check_operation(case, operation)
             if case.out_dtype is None and any(fused.wanted):
                 run_fused(fused)
         except Exception:
