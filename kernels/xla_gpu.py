@@ -90,7 +90,9 @@ def _forward(problem: Problem) -> str:
     fills the kernel with zeros: for K=3 and D=512 ``window={size=1025}``. Behind a barrier it stays
     ``window={size=3 rhs_dilate=512}``, at the price of a copy of x, which even padding does not
     have to pay (read from jax 0.12.0.1's output for an H200; `conv_pallas.aot`). Where little is
-    padded, as much on the other side costs less than that copy.
+    padded, as much on the other side costs less than that copy. Without a dilation uneven padding
+    is a copy of x as well. There it is a stride that makes what is cut off of y less than that: on
+    an H200 of two steps 0.83 of the time, and without a stride 0.98 (layers.jsonl, against.jsonl).
 
     What JAX makes of a strided layer's input gradient becomes ``__cudnn$convBackwardInput``. As a
     convolution of a g that is filled up with zeros it has S times the work. cuDNN has none with a
@@ -107,11 +109,13 @@ def _forward(problem: Problem) -> str:
         return "transposed"
     here = problem.as_convolution[0]
     low, high = here.padding
-    if low == high or spec.kernel_dilation == 1:
+    if low == high or spec.kernel_dilation == spec.stride == 1:
         return "native"
-    if here.input_dilation > 1 or not isinstance(here.out_time, int):
-        return "barrier"  # which writes the dilated input as well: XLA has none beside a kernel's
-    return "symmetric" if 8 * abs(low - high) <= here.out_time else "barrier"
+    known = isinstance(here.out_time, int)
+    if known and here.input_dilation == 1 and 8 * abs(low - high) <= here.out_time:
+        return "symmetric"
+    # Which writes a dilated input as well: XLA has none beside a kernel's.
+    return "native" if spec.kernel_dilation == 1 else "barrier"
 
 
 def _kernel_grad(problem: Problem) -> str:
@@ -120,7 +124,8 @@ def _kernel_grad(problem: Problem) -> str:
     Of a dilated layer's XLA:GPU makes a forward convolution whose window is as wide as time,
     ``window={size=4096 stride=512}``, between transposes of x and g. The same with time as
     ``(T/D, D)`` is ``__cudnn$convBackwardFilter`` of ``window={size=3x1}``, and costs one copy of
-    x for its padding; a matmul for each tap costs K of them. A few taps of groups stay matmuls all
+    x for its padding; a matmul for each tap costs K of them, which pays where there are two, or
+    little to copy: see `_copied_cheaply`. A few taps of groups stay matmuls all
     the same, for cuDNN's gradients of groups are reported to be as slow as those of dense layers
     (jax-ml/jax issue 13800), and so does what has both a dilation and a stride, where that view
     would fill g with zeros.
@@ -135,4 +140,17 @@ def _kernel_grad(problem: Problem) -> str:
         return "matmuls"
     if spec.kernel_dilation == 1:
         return "native"
-    return "fold" if spec.stride == 1 else "matmuls"
+    return "fold" if spec.stride == 1 and not _copied_cheaply(problem) else "matmuls"
+
+
+def _copied_cheaply(problem: Problem) -> bool:
+    """Whether a copy of x for each tap of a dilated layer costs less than cuDNN's view of it.
+
+    Measured on an H200 (benchmarks/results/nvidia-h200, tiles-again.jsonl): of 2 taps of 64 and 128
+    channels matmuls take 0.87 of its time, of 3 taps and 8192 steps of 64 channels 0.35. Of 3 taps
+    and 32768 steps of 512 channels it is 1.1 (against.jsonl), of a million steps of 64, 1.4.
+    """
+    spec, steps = problem.spec, problem.N * problem.spec.out_time
+    few = all(isinstance(n, int) and n <= FEW for n in (problem.C, problem.O))
+    short = isinstance(steps, int) and steps <= 8192
+    return few and (spec.kernel_size == 2 or (spec.kernel_size == 3 and short))

@@ -123,7 +123,7 @@ def test_what_is_chosen_for_a_gpu(case, operation):
 ])  # fmt: skip
 def test_channels_that_fill_no_16_bytes_are_multiplied_tap_by_tap_on_a_gpu(C, dtype, ragged):
     """Which cuDNN is slow at; but for strides and many taps, where nobody has measured it."""
-    case = Case("layer", T=50, C=C, O=C, K=3, D=4, dtype=dtype)
+    case = Case("layer", T=50, C=C, O=C, K=4, D=4, dtype=dtype)
     for operation in OPERATIONS:
         chosen = [
             xla.choose(dataclasses.replace(case, **more).problem(operation, "cuda"))
@@ -136,6 +136,8 @@ def test_channels_that_fill_no_16_bytes_are_multiplied_tap_by_tap_on_a_gpu(C, dt
     (dict(T=64), "symmetric", "symmetric"),
     (dict(T=63), "barrier", "barrier"),  # as much again is too much beside what is there
     (dict(T=63, D=1), "native", "native"),
+    (dict(T=63, D=1, S=2), "symmetric", "transposed"),
+    (dict(T=30, D=1, S=2), "native", "transposed"),
     (dict(T=63, padding="SAME"), "native", "native"),
     (dict(T=64, padding=[(0, 8)]), "symmetric", "symmetric"),
     (dict(T=64, C=450, O=450), "symmetric", "symmetric"),  # of many channels no matmuls
@@ -149,6 +151,19 @@ def test_how_padding_on_one_side_is_done_on_a_gpu(sizes, forward, input_grad):
     assert chosen == [forward, input_grad]
 
 
+@pytest.mark.parametrize("sizes, chosen", [
+    (dict(T=8192), "matmuls"),
+    (dict(T=8193), "fold"),  # a copy for each of three taps is too much
+    (dict(T=8193, K=2), "matmuls"),
+    (dict(T=64, K=4), "fold"),
+    (dict(T=64, C=320), "fold"),  # the matmuls themselves take as long as cuDNN
+    (dict(T=64, D=1), "native"),
+], ids=str)  # fmt: skip
+def test_how_a_dilated_kernel_gradient_is_computed_on_a_gpu(sizes, chosen):
+    case = Case("layer", (1,), **dict(C=32, O=32, K=3, D=4) | sizes)
+    assert xla.choose(case.problem("conv1d_kernel_grad", "cuda")) == chosen
+
+
 def test_a_view_brings_back_nothing_that_was_cut_off():
     """Steps that make time a multiple of the dilation are zeros, and nothing else."""
     x = jnp.ones((1, 9, 4)).at[:, 6:].set(np.nan)
@@ -157,8 +172,7 @@ def test_a_view_brings_back_nothing_that_was_cut_off():
     problem = Problem("conv1d_kernel_grad", spec, 1, 4, 4, f32, f32, f32, None, "cuda")
     for more in (spec, ConvSpec(9, 2, padding=(1, -3), kernel_dilation=2)):
         this = dataclasses.replace(problem, spec=more)
-        assert xla.choose(this) == "fold"
-        assert np.isfinite(xla.run(this, x, jnp.ones(this.y_shape))).all()
+        assert np.isfinite(xla.run_as("fold", this, x, jnp.ones(this.y_shape))).all()
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
