@@ -298,7 +298,7 @@ def test_tune_needs_a_gpu_or_a_cpu(monkeypatch):
 
 # --- ours or XLA's --------------------------------------------------------------------------------
 
-DENSE = (2, 512, 64), (3, 64, 64)
+DENSE = (2, 512, 64), (4, 64, 64)
 
 
 def _quiet(*args, **more):
@@ -567,7 +567,7 @@ def test_the_fastest_of_xlas_formulations_is_what_xla_runs(of_xla):
     assert lines.count("forward: 0.71 times as fast as XLA") == 1
     assert _chosen(**D4) == ["xla"] * 3
     hlo = _hlo(**D4)
-    assert (hlo.count("stablehlo.convolution"), hlo.count("stablehlo.dot_general")) == (0, 3)
+    assert (hlo.count("stablehlo.convolution"), hlo.count("stablehlo.dot_general")) == (0, 4)
     told = str(explain(x, w, **D4, platform="cuda"))
     assert told.count("matmul for each tap; measured to take 0.50 of the time of") == 3
     assert "of the time of 'fold' on this GPU" in told
@@ -716,7 +716,7 @@ def test_a_formulation_holds_for_what_was_measured_alone(of_xla):
     seconds, file, _ = of_xla
     seconds["im2col"] = 0.5
     _tune_dense(**D4)
-    case = Case("layer", batch=(2,), T=512, C=64, O=64, D=4, dtype="bfloat16")
+    case = Case("layer", batch=(2,), T=512, C=64, O=64, K=4, D=4, dtype="bfloat16")
     for operation in OPERATIONS:
         problem = case.problem(operation, "cuda")
         assert xla.choose(problem) == "im2col"
@@ -763,7 +763,7 @@ def test_a_folder_of_ones_own_where_none_is_shipped(kind, of_xla, tmp_path, monk
     x, w = (aot.struct(shape, jnp.bfloat16) for shape in DENSE)
     assert list(tuning.tune(x, w, **D4, report=lines.append).values()) == ["matmuls"] * 3
     assert not any("Error" in line for line in lines) and not file.exists()
-    assert _hlo(**D4).count("stablehlo.dot_general") == 3
+    assert _hlo(**D4).count("stablehlo.dot_general") == 4
 
 
 def test_what_is_the_same_program_is_raced_once(of_xla):
@@ -915,7 +915,7 @@ def test_what_the_kernels_cannot_run_is_told_and_left_out(one_tile):
     unknown = jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X3
 
     def two(x):
-        w = jnp.ones((3, 64, 64), jnp.bfloat16)
+        w = jnp.ones(DENSE[1], jnp.bfloat16)
         return conv1d(x, w), conv1d(x.astype(jnp.float32), w, precision=unknown)
 
     lines = []
@@ -1202,11 +1202,11 @@ def _command(*words):
 def test_the_command_tunes_a_layer(one_tile, capsys):
     seconds, _ = one_tile
     seconds[None] = 0.5
-    assert _command("N=2", "T=512", "C=64", "K=3", "--seconds", "600") == 0
+    assert _command("N=2", "T=512", "C=64", "K=4", "--seconds", "600") == 0
     told = capsys.readouterr().out
     assert "forward: 2.00 times as fast as XLA" in told and "(64, 64, 32, 4, 3)" in told
     assert _chosen() == ["triton"] * 3
-    assert _command("N=2", "T=512", "C=64", "K=3", "--quick") == 0
+    assert _command("N=2", "T=512", "C=64", "K=4", "--quick") == 0
     assert "(64, 64, 32, 4, 3)" not in capsys.readouterr().out
 
 
