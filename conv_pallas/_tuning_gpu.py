@@ -25,7 +25,7 @@ from conv_pallas.spec import OPERATIONS, Operation, Problem
 from conv_pallas.tracing import Convolution
 
 # The most promising first, as a run on a lent GPU has no time for all.
-# Rows, columns, depth, warps, stages, and programs that stay: `kernels.triton_config.Config`.
+# Rows, columns, depth, warps, stages, programs that stay, and taps: `kernels.triton_config.Config`.
 DENSE_TILES = (
     (128, 128, 64, 4, 3, 2), (128, 256, 64, 8, 4, 1), (128, 64, 64, 4, 3, 2), (64, 64, 64, 4, 3, 2),
     (64, 64, 32, 1, 3), (64, 64, 64, 2, 3), (128, 128, 32, 4, 3), (32, 32, 32, 1, 4),  # of float32
@@ -35,6 +35,12 @@ DENSE_TILES = (
     (128, 128, 32, 8, 3), (128, 64, 32, 4, 3), (64, 64, 32, 4, 4), (64, 128, 32, 4, 4),
     (128, 128, 32, 8, 4), (128, 256, 32, 8, 4), (64, 128, 64, 4, 4), (128, 64, 64, 4, 2, 3),
     (32, 32, 128, 4, 3), (128, 64, 32, 2, 4),
+)  # fmt: skip
+# Of few channels' kernel gradient, whose programs then have several taps.
+FEW = 32
+FEW_TILES = (
+    (16, 16, 32, 1, 3, 0, 8), (32, 32, 32, 1, 3, 0, 4), (16, 16, 32, 1, 3, 0, 4),
+    (32, 32, 32, 1, 3, 0, 2), (16, 16, 64, 1, 2, 0, 8), (32, 32, 64, 4, 3, 0, 4),
 )  # fmt: skip
 # Pieces, channels, steps of a piece, warps: see `kernels.triton_depthwise_walk`.
 WALK_TILES = (
@@ -342,6 +348,11 @@ class _Trial:
     def problems(self) -> list[Problem]:
         return [self.convolution.problem(operation, "cuda") for operation in self.operations]
 
+    @property
+    def of_few_channels(self) -> bool:
+        problem = self.convolution.problem("conv1d", "cuda")
+        return max(problem.C, problem.O) <= FEW * problem.spec.groups
+
     def keys(self) -> list[str]:
         from conv_pallas.kernels import triton_tuned
 
@@ -421,6 +432,8 @@ def _tiles(trial, arguments, before, tuned, end, quick, report):
         return key, {tile: call(made)}
     calls = {None: call(heuristic)}
     tiles = {"conv_walk": WALK_TILES, "conv_taps": TAPS_TILES}.get(key[:9], DENSE_TILES)
+    if key.startswith("conv_dense_kernel_grad") and trial.of_few_channels:
+        tiles = FEW_TILES + tiles
     tiles = () if quick else tiles
     used = before.get(key) and tuple(before[key])  # takes part, however little time there is
     tiles = list(dict.fromkeys([*([used] if used else []), *tiles]))

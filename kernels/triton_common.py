@@ -90,6 +90,17 @@ def offsets(i, STEP: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
+def within(t, end, columns):
+    """Where ``0 <= t < end``, of the rows ``t``, and of those ``columns``.
+
+    One comparison an element: a program of few channels has more to do to say what it fetches than
+    to multiply it.
+    """
+    before = tl.where(columns, tl.maximum(end, 0), 0).to(tl.uint32, bitcast=True)
+    return t.to(tl.uint32, bitcast=True)[:, None] < before[None, :]
+
+
+@triton.jit
 def to_tf32(x):
     """float32 rounded to the 10 bits after the point of which tensor cores take notice.
 

@@ -28,6 +28,8 @@ class Config:
     Attributes:
       resident: programs on each processor that stay and take one tile after the other, as in
         `triton_resident`; 0: a program for each tile.
+      taps: of the kernel gradient, how many of them a program has; without strides, input dilation
+        and programs that stay.
     """
 
     rows: int
@@ -36,6 +38,7 @@ class Config:
     warps: int
     stages: int
     resident: int = 0
+    taps: int = 1
 
 
 def configure(
@@ -153,7 +156,7 @@ def _in_shared(config: Config, itemsize: int, kernel: str, saved: bool = False) 
     Of what is fetched by pointers, as the factor with a derivative and what that is computed from
     are, Triton keeps a stage less; and the kernel gradient keeps the product beside them.
     """
-    rows, columns, stages = config.rows, config.columns, config.stages
+    rows, columns, stages = config.rows * config.taps, config.columns, config.stages
     if saved and kernel == KERNEL_GRAD:
         columns = columns * 2 * (stages - 1) + columns
         rows *= stages
@@ -196,8 +199,9 @@ def choose_splits(
     them: it waits for its own loads and products.
     """
     # One processor's share of the tensor cores and of memory.
-    products = config.rows * config.columns * config.depth
-    moved = itemsize * config.depth * (config.rows + config.columns)
+    rows = config.rows * config.taps
+    products = rows * config.columns * config.depth
+    moved = itemsize * config.depth * (rows + config.columns)
     block_seconds = together * max(2 * products / 5e12, moved / 3e10)
     partial_seconds = 2 * 4 * outputs / 4e12
 

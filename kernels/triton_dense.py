@@ -32,6 +32,12 @@ order. The same input gives the same bits, always. It carries the bias gradient:
 beside those of the taps sums the tiles of gy that they read, so that these come from the L2.
 Whether an activation's derivative is computed there too, `derivative_in_kernels` decides.
 
+With few channels, whose rows are no multiple of 16 bytes and so are fetched by pointers, a program
+of the kernel gradient spends its time on addresses and masks: with 15 channels and 51 taps its loop
+has 63 instructions for a thousand products (sm_90a; an estimate of what bounds it, not a
+measurement). Several taps in a program share a tile of g: with eight they are 31. No chip has run
+such tiles yet, so that only `conv_pallas.tuning.tune` tries them.
+
 Groups are one more index of the grid. Strides and input dilation run by phases (see
 `triton_common.Phases`): each output phase is a convolution without either.
 """
@@ -273,7 +279,8 @@ def kernel_grad(
     )  # fmt: skip
     blocks = N * (J // config.depth if tail else triton.cdiv(J, config.depth))
     tiles_c = triton.cdiv(c, config.rows)
-    tiles = (K * tiles_c + bias) * G * triton.cdiv(o, config.columns)
+    taps = min(K, config.taps) if phases == Phases(1, 1, 1) and spec.stride == 1 else 1
+    tiles = (triton.cdiv(K, taps) * tiles_c + bias) * G * triton.cdiv(o, config.columns)
     together = room(config, dtype.itemsize, precision, activation is not None)
     splits = choose_splits(
         tiles, max(blocks, N), (K * c + bias) * O, config, dtype.itemsize, together
@@ -314,7 +321,7 @@ def kernel_grad(
         ROW_STEP=phases.row_step, TMA_X=tma_x, TMA_G=tma_g, TAIL=tail, PRECISION=precision,
         WIDEN=x.dtype != gy.dtype, ROUND_X=rounded and not tma_x and x.dtype == np.float32,
         ROUND_G=rounded and (bias or not tma_g) and gy.dtype == np.float32, BIAS=bias,
-        GRAD_OF=activation, BU=config.depth, BC=config.rows, BO=config.columns,
+        GRAD_OF=activation, TAPS=taps, BU=config.depth, BC=config.rows, BO=config.columns,
         registers=REGISTERS if smallest and not tma else None,
     )  # fmt: skip
     return _added(partial, (K, c, O), out_dtype, bias)

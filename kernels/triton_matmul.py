@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from conv_pallas.kernels.triton_activation import activate, activate_grad
-from conv_pallas.kernels.triton_common import first_output, first_tap, offsets, to_tf32
+from conv_pallas.kernels.triton_common import first_output, first_tap, offsets, to_tf32, within
 
 COUNTED = tl.constexpr(16)  # so many at most `_live` counts
 MANY = tl.constexpr(17)
@@ -159,7 +159,7 @@ def _gradient_tile(
         o = tl.arange(0, BO)
         start = (n.to(tl.int64) * U + u1) * (G * O) + (g * O + o0)
         where = start + offsets(r, PHASES * G * O, BU)[:, None] + o[None, :]
-        inside = (u1 + r * PHASES < U)[:, None] & (o0 + o < O)[None, :]
+        inside = within(u1 + r * PHASES, U, o0 + o < O)
         gb = tl.load(gy + where, inside, 0.0)
         if GRAD_OF is not None:
             sb = tl.load(saved + where, inside, 0.0).to(tl.float32)
@@ -176,7 +176,7 @@ def conv_dense_kernel_grad(
     S: tl.constexpr, E: tl.constexpr, PHASES: tl.constexpr, ROW_STEP: tl.constexpr,
     TMA_X: tl.constexpr, TMA_G: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
     WIDEN: tl.constexpr, ROUND_X: tl.constexpr, ROUND_G: tl.constexpr,
-    BIAS: tl.constexpr, GRAD_OF: tl.constexpr,
+    BIAS: tl.constexpr, GRAD_OF: tl.constexpr, TAPS: tl.constexpr,
     BU: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
     """One tile ``(BC, BO)`` of dw[k], or ``BO`` channels of db, a part of the sum over (n, u).
@@ -185,18 +185,23 @@ def conv_dense_kernel_grad(
     tiles of gy, and tiles of x that overlap or lie near. With BIAS one more program beside them
     sums those tiles, into the row after dw's. GRAD_OF is as in `conv_dense`.
 
+    A program has TAPS taps, one after the other, and its sums for each of them. More than one,
+    which take a PHASES, ROW_STEP, S and E of 1, are for few channels, whose programs have more to
+    do to fetch a tile than to multiply it: it fetches gy's once for all.
+
     With TMA_X a tile of x may reach beyond the last step that a tap meets, where gy's is zero;
     but zero times NaN is NaN. Where that can be, TAIL takes each sample's last tile out of the
     loop and masks it.
     """
     TILES_O: tl.constexpr = (O + BO - 1) // BO
     TILES_C: tl.constexpr = (C + BC - 1) // BC
-    ITEMS: tl.constexpr = K * TILES_C + (1 if BIAS else 0)
+    PARTS: tl.constexpr = (K + TAPS - 1) // TAPS
+    ITEMS: tl.constexpr = PARTS * TILES_C + (1 if BIAS else 0)
     ROWS: tl.constexpr = K * C + (1 if BIAS else 0)
     pid = tl.program_id(0)
     item = pid % ITEMS
-    k = item % K
-    c0 = item // K * BC
+    k = item % PARTS * TAPS
+    c0 = item // PARTS * BC
     pid = pid // ITEMS
     o0 = pid % TILES_O * BO
     pid = pid // TILES_O
@@ -214,7 +219,7 @@ def conv_dense_kernel_grad(
         per_sample = tl.cdiv(J, BU)
         share = tl.cdiv(N * per_sample, SPLITS)
         last = tl.minimum((split + 1) * share, N * per_sample)
-        last = tl.where(item == K * TILES_C, last, split * share)
+        last = tl.where(item == PARTS * TILES_C, last, split * share)
         total = tl.zeros((BU, BO), tl.float32)
         for i in tl.range(split * share, last, num_stages=STAGES):
             gb = _gradient_tile(
@@ -223,52 +228,74 @@ def conv_dense_kernel_grad(
             )  # fmt: skip
             total += gb.to(tl.float32)
         row = start + tl.full((), K * C, tl.int64) * (G * O) + o
-        mine = o0 + o < tl.where(item == K * TILES_C, O, 0)
+        mine = o0 + o < tl.where(item == PARTS * TILES_C, O, 0)
         tl.store(row, tl.sum(total, 0).to(out.dtype.element_ty), mine)
 
-    # Tap k meets gy at u0, u0 + PHASES, ..., and x there at t0, t0 + ROW_STEP, ...
+    # Tap k meets gy at u0, u0 + PHASES, ..., and x there at t0, t0 + ROW_STEP, ...; the next D on.
     u0 = first_output(k, D, LOW, S, E, PHASES)
     t0 = (u0 * S + k * D - LOW) // E
-    met = (u0 >= 0) & (item < K * TILES_C)
+    met = (u0 >= 0) & (item < PARTS * TILES_C)
     whole = J // BU if TAIL else tl.cdiv(J, BU)
-    begin, end = _live(t0, BU * ROW_STEP, (BU - 1) * ROW_STEP, T, whole, MANY)
+    reach = (BU - 1) * ROW_STEP + (TAPS - 1) * D  # of the last of them
+    begin, end = _live(t0, BU * ROW_STEP, reach, T, whole, MANY)
     per_sample = tl.maximum(end - begin, 1)
     blocks = tl.where(met, N * tl.maximum(end - begin, 0), 0)
     share = tl.cdiv(blocks, SPLITS)
-    acc = tl.zeros((BC, BO), tl.float32)
+    dw = ()
+    for _ in tl.static_range(TAPS):
+        dw = dw + (tl.zeros((BC, BO), tl.float32),)  # noqa: RUF005
     for i in tl.range(split * share, tl.minimum((split + 1) * share, blocks)):
         n = i // per_sample
         j0 = (begin + i % per_sample) * BU
         t1, u1 = t0 + j0 * ROW_STEP, u0 + j0 * PHASES
-        if TMA_X:
-            xb = x.load([n, t1, g * C + c0]).reshape(BU, BC)
-        else:
-            t, u = t1 + r * ROW_STEP, u1 + r * PHASES
-            corner = x + (n.to(tl.int64) * T + t1) * (G * C) + (g * C + c0)
-            rows = ((t >= 0) & (t < T) & (u < U))[:, None]
-            where = corner + offsets(r, ROW_STEP * G * C, BU)[:, None] + c[None, :]
-            xb = tl.load(where, rows & (c0 + c < C)[None, :], 0.0)
+        xs = ()
+        for tap in tl.static_range(TAPS):
+            t2 = t1 + tap * D
+            if TMA_X:
+                xb = x.load([n, t2, g * C + c0]).reshape(BU, BC)
+            else:
+                corner = x + (n.to(tl.int64) * T + t2) * (G * C) + (g * C + c0)
+                where = corner + offsets(r, ROW_STEP * G * C, BU)[:, None] + c[None, :]
+                met_before = tl.minimum(T, t2 + tl.cdiv(U - u1, PHASES) * ROW_STEP)
+                xb = tl.load(where, within(t2 + r * ROW_STEP, met_before, c0 + c < C), 0.0)
+            xs = xs + (xb,)  # noqa: RUF005
         gb = _gradient_tile(
             gy, saved, n, u1, (g, o0), U, O, G, PHASES, TMA_G, ROUND_G, GRAD_OF, BU, BO
         )
         if WIDEN:
-            xb, gb = xb.to(tl.float32), gb.to(tl.float32)
-        if ROUND_X:
-            xb = to_tf32(xb)
-        acc = tl.dot(xb.T, gb, acc, input_precision=PRECISION)
+            gb = gb.to(tl.float32)
+        added = ()
+        for tap in tl.static_range(TAPS):
+            xb = xs[tap].to(tl.float32) if WIDEN else xs[tap]
+            if ROUND_X:
+                xb = to_tf32(xb)
+            product = tl.dot(xb.T, gb, dw[tap], input_precision=PRECISION)
+            added = added + (product,)  # noqa: RUF005
+        dw = added
     if TAIL:
         for i in tl.range(tl.where(met, tl.cdiv(N - split, SPLITS), 0)):
             n = split + i * SPLITS
             u1 = u0 + J // BU * BU
-            xb = x.load([n, t0 + J // BU * BU * ROW_STEP, g * C + c0]).reshape(BU, BC)
-            xb = tl.where((u1 + r < U)[:, None], xb, 0.0)
+            xs = ()
+            for tap in tl.static_range(TAPS):
+                t2 = t0 + tap * D + J // BU * BU * ROW_STEP
+                xb = x.load([n, t2, g * C + c0]).reshape(BU, BC)
+                xs = xs + (tl.where((u1 + r < U)[:, None], xb, 0.0),)  # noqa: RUF005
             gb = _gradient_tile(
                 gy, saved, n, u1, (g, o0), U, O, G, PHASES, TMA_G, ROUND_G, GRAD_OF, BU, BO
             )
             if WIDEN:
-                xb, gb = xb.to(tl.float32), gb.to(tl.float32)
-            acc = tl.dot(xb.T, gb, acc, input_precision=PRECISION)
-    where = start + ((k.to(tl.int64) * C + c0 + c) * (G * O))[:, None] + o[None, :]
+                gb = gb.to(tl.float32)
+            added = ()
+            for tap in tl.static_range(TAPS):
+                xb = xs[tap].to(tl.float32) if WIDEN else xs[tap]
+                product = tl.dot(xb.T, gb, dw[tap], input_precision=PRECISION)
+                added = added + (product,)  # noqa: RUF005
+            dw = added
     # There is none of the program that sums for the bias: its c0 lies beyond C.
-    inside = (c0 + c < C)[:, None] & (o0 + o < O)[None, :]
-    tl.store(where, acc.to(out.dtype.element_ty), inside)
+    for tap in tl.static_range(TAPS):
+        row = (k + tap).to(tl.int64) * C + c0 + c
+        where = start + (row * (G * O))[:, None] + o[None, :]
+        channels = tl.where(k + tap < K, C, 0) if TAPS > 1 else C
+        inside = (c0 + c < channels)[:, None] & (o0 + o < O)[None, :]
+        tl.store(where, dw[tap].to(out.dtype.element_ty), inside)

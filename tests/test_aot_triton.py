@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("jax_triton")
 
 from benchmarks import device_layers
-from conv_pallas import aot, conv1d, inspection
+from conv_pallas import _tuning_gpu, aot, conv1d, inspection
 from conv_pallas.kernels import (
     records,
     triton_compat,
@@ -262,6 +262,36 @@ def test_programs_that_stay_fetch_once(C, K, tile, kernel, sums_stay):
     loads = {code.opcodes["UTMALDG"] for code in forward}
     assert loads == {K * stages} or kernel != "conv_resident"
     assert sums.opcodes["UTMALDG"] == (K + 1) * stages or not sums_stay
+
+
+@pytest.mark.parametrize(
+    "C, K, dtype, tile",
+    [
+        (15, 51, "float32", (16, 16, 32, 1, 3, 0, 8)),
+        (30, 4, "float32", (32, 32, 32, 1, 3, 0, 4)),
+        (25, 7, "bfloat16", (32, 32, 32, 1, 3, 0, 4)),
+    ],
+)
+def test_several_taps_in_a_program_take_fewer_instructions(C, K, dtype, tile):
+    """Which by estimate is what a kernel gradient of few channels takes its time for."""
+    assert tile in _tuning_gpu.FEW_TILES
+    case = _case("layer", C, K=K, dtype=dtype, T=2**14)
+    gradient = functools.partial(_kernel_gradient, case)
+    instructions = []
+    for each in (None, tile):
+        with triton_tuned.trial(each):
+            (code,) = codes("h200", gradient, *_structs(case)[:2])
+        assert code.spills == 0, code
+        loop, meta = _longest_loop(code.texts["sass"]), code.meta
+        products = meta["TAPS"] * meta["BC"] * meta["BO"] * meta["BU"]
+        instructions.append(meta["warps"] * len(loop) / products)
+    assert code.meta["TAPS"] == tile[6]
+    assert instructions[1] <= 0.51 * instructions[0]
+
+
+def _kernel_gradient(case: Case, x, w):
+    f = functools.partial(conv1d, x, **case.kwargs, implementation="triton")
+    return jax.vjp(f, w)[1](x)
 
 
 @pytest.mark.parametrize("name", ["dense", "tf32_ragged", "depthwise", "multiplier", "taps_few"])

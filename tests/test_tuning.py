@@ -110,6 +110,22 @@ def test_many_taps_are_tuned_one_kernel_after_the_other(h200, uncompiled, monkey
     assert all(triton_tuned.lookup(key) == tile for key in found)
 
 
+@pytest.mark.parametrize("channels, groups, tried", [(32, 1, True), (64, 2, True), (33, 1, False)])
+def test_several_taps_in_a_program_are_tried_for_few_channels(
+    channels, groups, tried, h200, uncompiled, monkeypatch
+):
+    seconds, _ = h200
+    tile = (32, 32, 32, 1, 3, 0, 2)
+    monkeypatch.setattr(_tuning_gpu, "DENSE_TILES", ())
+    monkeypatch.setattr(_tuning_gpu, "FEW_TILES", (tile,))
+    seconds[tile] = 0.5
+    x = aot.struct((2, 512, channels), jnp.float32)
+    w = aot.struct((3, channels // groups, channels), jnp.float32)
+    found = tuning.tune(x, w, feature_group_count=groups, report=lambda line: None)
+    (key,) = found if tried else ("",)
+    assert not tried or (key.startswith("conv_dense_kernel_grad ") and found[key] == tile)
+
+
 def test_no_two_dense_kernels_share_a_tile(h200, uncompiled, monkeypatch):
     """Not those of other operations, taps or strides, though the matmul be of the same size."""
     seconds, _ = h200

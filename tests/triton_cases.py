@@ -34,6 +34,12 @@ EXTRA = (
     # A kernel gradient's sum of several samples in four programs, each of many steps.
     Case("summed", T=350, C=24, O=40, D=7, batch=(3,), dtype="bfloat16"),
     Case("summed_ragged", T=350, C=20, O=30, K=2, D=33, batch=(3,)),
+    # Three taps in a program, fewer in the last; tiles of padding alone under some of them.
+    Case("several", T=150, C=15, O=13, K=7, D=9, batch=(2,)),
+    Case("several_tail", T=150, C=16, O=16, K=5, D=3, padding=[(0, 14)], dtype="bfloat16"),
+    Case("several_beyond", T=40, C=10, O=24, K=4, D=16, padding=[(90, 70)], dtype="float16"),
+    Case("several_grouped", T=70, C=48, O=24, G=3, K=2, D=33, padding="SAME"),
+    Case("several_strided", T=70, C=10, O=20, K=4, S=2, D=3),
     # A halo that no cache holds, by its name.
     Case("time_first_strided", T=170, C=40, O=40, G=40, K=4, S=2, D=3, batch=(2,)),
     Case("time_first_multiplier", T=170, C=40, O=120, G=40, K=7, D=2, batch=(2,)),
@@ -47,14 +53,15 @@ EXTRA = (
 )
 
 # The heuristic picks programs that stay for more steps than the interpreter has time for, and none
-# with several tiles of taps.
+# with several tiles of taps, nor with several taps of one.
 OWN = {
     "resident": (64, 64, 64, 4, 3, 1), "taps_tuned": (4, 16, 5, 1), "walked_onward": (2, 16, 8, 2),
+    "several": (16, 16, 16, 1, 3, 0, 3),
 }  # fmt: skip
 
 NAMES = (
-    *(fused.name for fused in FUSED), "unmet_dense", "unmet_depthwise", "unmet_taps",
-    "unread", "padding",
+    *(fused.name for fused in FUSED),
+    "unmet_dense", "unmet_dense_several", "unmet_depthwise", "unmet_taps", "unread", "padding",
     "rounding", "extremes", "slopes", "far_dense", "far_strided", "far_walked", "far_taps",
     *(case.name for case in EXTRA if case.name != "resident_long"),
     "dense", "wide", "ragged", "grouped", "grouped_narrowing", "depthwise", "depthwise_dilated",

@@ -170,6 +170,7 @@ FUSED = (
     Fused(Case("upsampled", T=21, C=24, O=20, E=2, padding=3), "relu"),
     # With a tile of its own: see `tests.triton_cases.own_tile`.
     Fused(Case("resident", T=192, C=40, O=24, D=7, batch=(3,), **_BFLOAT16), "gelu"),
+    Fused(Case("several", T=70, C=10, O=15, K=4, D=5), "silu", wanted=(False, True, True)),
     Fused(Case("resident_narrow", T=150, C=72, O=24, D=7, batch=(3,), **_BFLOAT16), None),
     Fused(Case("resident_narrow_out", T=150, C=40, O=136, D=7, batch=(3,), **_BFLOAT16), None),
     Fused(Case("summed", T=350, C=24, O=40, D=7, batch=(3,), **_BFLOAT16), "relu"),

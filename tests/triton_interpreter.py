@@ -352,10 +352,15 @@ def _run_fused(fused, kernel, problem, arrays) -> None:
 
 def run_unmet(name: str, capability: int) -> None:
     """Steps of x that a tap does not meet leave its gradient alone, whatever they are."""
+    triton_compat.compute_capability = lambda: capability
+    with _as_named(name):
+        _run_unmet(name)
+
+
+def _run_unmet(name: str) -> None:
     from conv_pallas import dispatch
 
-    triton_compat.compute_capability = lambda: capability
-    G = 1 if name == "unmet_dense" else 16
+    G = 1 if name.startswith("unmet_dense") else 16
     # Tap k meets 0 to 24 + k D.
     K, D, met = (11, 1, 8) if name == "unmet_taps" else (3, 5, 2)
     case = Case(name, T=37, C=16, O=16, G=G, K=K, D=D, padding=[(10, -2)], dtype="bfloat16")
@@ -614,7 +619,7 @@ def main(names: list[str]) -> int:
         elif name == "unread":
             runs = {name: functools.partial(run_unread, 90)}
         elif name.startswith("unmet_"):
-            runs = {name: functools.partial(run_unmet, name, 90)}
+            runs = {f"{name} sm_{c}": functools.partial(run_unmet, name, c) for c in (80, 90)}
         else:
             case = named(name)
             runs = {

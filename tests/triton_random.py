@@ -75,7 +75,7 @@ def draw(r: random.Random) -> Case:
 @contextlib.contextmanager
 def somewhere(r: random.Random, case: Case):
     """On one of the chips, with a tile of some sort; yields both."""
-    tiles = _tuning_gpu.DENSE_TILES
+    tiles = _tuning_gpu.DENSE_TILES + 4 * _tuning_gpu.FEW_TILES
     if case.problem("conv1d").depthwise:
         tiles = WALKED if case.K <= 8 else MANY_TAPS
     tile = r.choice((None, r.choice(tiles)))
