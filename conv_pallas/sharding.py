@@ -290,6 +290,17 @@ def like(a: jax.Array, spec: P) -> jax.Array:
     return a if found is None else jax.sharding.reshard(a, NamedSharding(found.mesh, spec))
 
 
+def beside(a: jax.Array, other: jax.Array, count: int) -> jax.Array:
+    """``a``, its first ``count`` dimensions split as those of ``other`` over explicit axes."""
+    place = explicit(jax.typeof(other))
+    if place is None:
+        return a
+    first, aval = entries(jax.typeof(other))[:count], jax.typeof(a)
+    if explicit(aval) is not None and entries(aval)[:count] == first:
+        return a
+    return jax.sharding.reshard(a, place.update(spec=P(*first)))
+
+
 def join_channels(*arrays: jax.Array) -> jax.Array:
     """Arrays side by side along the last axis, the others placed as the first one's are."""
     spec = whole(P(*entries(jax.typeof(arrays[0]))), -1)

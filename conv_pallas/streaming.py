@@ -21,6 +21,7 @@ import numpy as np
 from jax import lax
 
 from conv_pallas import segments
+from conv_pallas.sharding import beside, entries
 
 State = dict
 
@@ -40,6 +41,7 @@ def tick(state: State, steps: int, mask=None, segment_ids=None) -> tuple[jax.Arr
         age = jnp.minimum(state["age"][..., None] + t, segments.OLDEST)
         segment = state["segment"]
     else:
+        segment_ids = beside(segment_ids, state["age"], state["age"].ndim)
         age = segments.ages(segment_ids, state["age"], state["segment"])
         segment = segment_ids[..., -1]
     after = {"age": jnp.minimum(age[..., -1] + 1, segments.OLDEST), "segment": segment}
@@ -74,6 +76,18 @@ def restart(state: State, members) -> State:
         return leaf
 
     return jax.tree_util.tree_map_with_path(reset, state)
+
+
+def settle(x: jax.Array, state: State) -> tuple[jax.Array, State]:
+    """x and the state with their batch split alike over explicit axes.
+
+    As the state's is, so that it stays where it is from step to step; or as x's where the state is
+    not split, as one from `init_state` is that nobody has placed.
+    """
+    count = state["age"].ndim
+    first = state["age"] if any(entries(jax.typeof(state["age"]))) else x
+    put = lambda a: beside(a, first, count) if a.ndim else a  # noqa: E731
+    return put(x), jax.tree.map(put, state)
 
 
 # --- rings ---------------------------------------------------------------------------------------
@@ -117,7 +131,7 @@ def delay(state: State, x: jax.Array, steps: int) -> tuple[jax.Array, State]:
     """x ``(*batch, T, C)``, ``steps`` late, through a ring of that many rows."""
     if steps == 0:
         return x, state
-    x = x.astype(state["past"].dtype)
+    x = beside(x.astype(state["past"].dtype), state["past"], x.ndim - 2)
     late = back(state["past"], state["index"], x, steps)
     late, x = _read_first(late, x)
     return late, push(state, x)

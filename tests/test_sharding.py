@@ -547,6 +547,33 @@ def test_a_stream_stays_on_the_devices_of_its_batch(kind):
     np.testing.assert_allclose(y, whole(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("split", ["x", "state"])
+@pytest.mark.parametrize("length", [1, 5])
+def test_what_a_step_is_given_may_lie_elsewhere(length, split):
+    """A state that nobody has placed too: it goes where the batch is split, and stays there."""
+    model = model_of(widths=(4,), lookahead=2, conditioning=2)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))
+    by_batch, everywhere = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+    x, state = numbers(4, length, 3), model.init_state(4)
+    more = dict(
+        mask=jnp.ones((4, length), bool),
+        segment_ids=jnp.ones((4, length), jnp.int32),
+        condition=numbers(4, length, 2, seed=1),
+    )
+    _, step = functions(model)
+    want, after = step(x, state, **more)
+    want, _ = step(x, after, **more)
+    if split == "state":
+        state = jax.tree.map(lambda a: jax.device_put(a, by_batch if a.ndim else everywhere), state)
+    x = jax.device_put(x, by_batch if split == "x" else everywhere)
+    more = jax.device_put(more, everywhere)
+    _, after = step(x, state, **more)
+    y, after = step(x, after, **more)
+    for leaf in (y, *jax.tree.leaves(after)):
+        assert leaf.sharding.is_equivalent_to(by_batch if leaf.ndim else everywhere, leaf.ndim)
+    tree_close(np.asarray(y), np.asarray(want))
+
+
 @pytest.mark.parametrize("activation", ["relu", "silu", None])
 def test_gradients_of_no_output_are_zeros_on_explicit_axes(activation):
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))

@@ -166,7 +166,7 @@ class TemporalBlock(nnx.Module):
     ) -> tuple[jax.Array, dict[str, Any]]:
         """The next chunk of a stream; see `TCN.step`."""
         self.check_streams()
-        chunk, clock = begin(x, self.in_channels, state, mask, segment_ids, self.lookahead)
+        x, chunk, clock = begin(x, self.in_channels, state, mask, segment_ids, self.lookahead)
         y, _ = self.run(x, condition, chunk)
         return y, chunk.after | clock
 
@@ -284,12 +284,13 @@ class TemporalBlock(nnx.Module):
 
 
 def begin(x, channels: int, state: dict, mask, segment_ids, lookahead: int):
-    """The checked chunk as a `Chunk`, and the clock after it."""
+    """The checked chunk, the same as a `Chunk`, and the clock after it."""
     streaming.check_chunk(x, channels, state)
+    x, state = streaming.settle(x, state)
     mask, segment_ids = check_sequences(x, mask, segment_ids)
     age, clock = streaming.tick(state, x.shape[-2], mask, segment_ids)
     gaps = mask is not None or lookahead > 0
-    return Chunk(state, age, packed=segment_ids is not None, gaps=gaps), clock
+    return x, Chunk(state, age, packed=segment_ids is not None, gaps=gaps), clock
 
 
 def layer_maker(conv, implementation, rngs, **options):

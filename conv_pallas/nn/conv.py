@@ -215,6 +215,7 @@ class Conv(nnx.Conv):
         """
         self._check_streams()
         streaming.check_chunk(x, self.in_features, state)
+        x, state = streaming.settle(x, state)
         if segment_ids is not None:
             segment_ids = segments.check_ids(segment_ids, x.shape[:-1])
         if mask is not None:

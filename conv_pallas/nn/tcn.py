@@ -287,7 +287,7 @@ class TCN(nnx.Module):
           TypeError: x promotes the computation to another dtype than the state's.
         """
         self._check_streams()
-        chunk, clock = begin(x, self.in_channels, state, mask, segment_ids, self.lookahead)
+        x, chunk, clock = begin(x, self.in_channels, state, mask, segment_ids, self.lookahead)
         if (more := f"block{len(self.blocks)}") in state:
             raise ValueError(f"state must be of this model, from its init_state; it has a {more!r}")
         condition, changing = check_condition(condition, x, self.conditioning)
@@ -300,7 +300,7 @@ class TCN(nnx.Module):
                 given = chunk.late(f"condition{level}", given, self.lookahead - self.left[level])
             elif condition is not None:
                 given = condition[..., 0, :]
-            before = streaming.part(state, f"block{level}")
+            before = streaming.part(chunk.before, f"block{level}")
             inside = Chunk(before, chunk.age, packed=chunk.packed, gaps=chunk.gaps)
             x, added = block.run(x, given, inside)
             chunk.after[f"block{level}"], chunk.age = inside.after, inside.age
