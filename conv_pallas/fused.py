@@ -178,7 +178,7 @@ def _forward_local(x, w, bias=None, *, on, spec, time=halo.UNSPLIT, psum=(), **p
 
 def _forward_of_sum(x, w, bias, *, activation, has_bias, keep, spec, time, psum, **conv):
     compute = lambda x, w, spec: primitives.conv1d(x, w, spec=spec, **conv)  # noqa: E731
-    z = lax.psum(time.run("conv1d", compute, x, w, spec), psum)
+    z = sharding.all_reduce(time.run("conv1d", compute, x, w, spec), psum)
     return _finish(z, bias, activation, keep)
 
 

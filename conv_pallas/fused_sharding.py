@@ -8,7 +8,6 @@ are split can no kernel add bias and activation, for z itself is a sum over devi
 import dataclasses
 from collections.abc import Sequence
 
-from jax import lax
 from jax.sharding import NamedSharding
 
 from conv_pallas import sharding
@@ -65,7 +64,7 @@ class Split(sharding.Split):
             # are split, and no kernel may compute it anew.
             whole = not sharding.summed(mesh, placed, ("in",))
             outs = local(*operands, time=time, whole=whole, **params)
-            return [lax.psum(o, n) if n else o for o, n in zip(outs, names, strict=True)]
+            return [sharding.all_reduce(o, n) for o, n in zip(outs, names, strict=True)]
 
         return backward
 

@@ -26,7 +26,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax._src import checkify
 from jax._src import core as jax_core
 from jax._src import dispatch as jax_dispatch
@@ -150,7 +149,7 @@ class Split(sharding.Split):
 
         def share(lhs, rhs):
             out = time.run(operation, here, lhs, rhs, spec)
-            return [lax.psum(out, contracted) if contracted else out]
+            return [sharding.all_reduce(out, contracted)]
 
         return share
 

@@ -242,6 +242,20 @@ def summed(mesh, placed: Placement, labels: Sequence[str]) -> tuple[str, ...]:
     return tuple(n for label in labels for n in placed.get(label, ()) if mesh.shape[n] > 1)
 
 
+def all_reduce(a: jax.Array, names: tuple[str, ...]) -> jax.Array:
+    """One device's part of a sum over these mesh axes to the whole; over none it is that.
+
+    In float32 beside automatic axes: there XLA for CPUs ends the process over a sum of bfloat16
+    ("Invalid binary instruction opcode copy", jax 0.12.0.1).
+    """
+    if not names:
+        return a
+    mesh = jax.sharding.get_abstract_mesh()
+    beside_automatic = mesh.manual_axes and mesh.auto_axes
+    wide = jnp.float32 if beside_automatic and a.dtype == jnp.bfloat16 else a.dtype
+    return jax.lax.psum(a.astype(wide), names).astype(a.dtype)
+
+
 def last_steps(a: jax.Array, count: int, axis: int = -2) -> jax.Array:
     """The last ``count`` steps of an array along ``axis``, or all where it has no more.
 

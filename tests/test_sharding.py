@@ -505,6 +505,24 @@ def test_second_order_of_a_layer_whose_bias_lies_elsewhere(layout, bias_spec, ax
     tree_close(out, jax.jit(hvp)(*layout.arrays(), b), rtol=1e-4)
 
 
+@pytest.mark.parametrize("spec", [P("data"), P(None, None, "data")], ids=str)
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_a_sum_of_bfloat16_beside_an_automatic_axis(activation, spec):
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Explicit, AxisType.Auto))
+    x, kernel = (numbers(*shape).astype(jnp.bfloat16) for shape in ((2, 5, 4), (3, 4, 2)))
+
+    def value_and_grads(x, kernel):
+        loss = lambda x, w: jnp.sum(conv1d(x, w, activation=activation).astype(jnp.float32))  # noqa: E731
+        return jax.value_and_grad(loss, (0, 1))(x, kernel)
+
+    want = value_and_grads(x, kernel)
+    x, kernel = (jax.device_put(a, NamedSharding(mesh, s)) for a, s in ((x, spec), (kernel, P())))
+    with jax.set_mesh(mesh):
+        got = jax.jit(value_and_grads)(x, kernel)
+    as_float = functools.partial(jax.tree.map, lambda a: np.asarray(a, np.float32))
+    tree_close(as_float(got), as_float(want), rtol=2**-6)
+
+
 def test_explicit_axes_outside_a_context_of_their_mesh():
     """An array's type has its mesh: lax's convolution asks for no context either."""
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
