@@ -13,7 +13,7 @@ from conv_pallas.kernels.tpu_in_place import gradient_in_place, placement
 from conv_pallas.spec import ACTIVATIONS
 from tests.cases import Case
 from tests.reference import SLOPES, VALUES
-from tests.test_tpu_interpreter import MEGACORE, V5E, fresh_interpreter, params
+from tests.tpu_interpreter import MEGACORE, V5E, fresh_interpreter, params
 from tests.triton_epilogue import Fused
 
 __all__ = ["fresh_interpreter"]  # a fixture

@@ -1,7 +1,6 @@
 """The arithmetic of the TPU kernels, interpreted on the CPU with race detection.
 
-Memory that was not written reads as NaN, what is read or written out of bounds raises, and so
-does a race. The last tests plant one mistake of each kind, so that the harness is known to see it.
+The last tests plant one mistake of each kind, so that the harness is known to see it.
 """
 
 import contextlib
@@ -11,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -22,15 +20,12 @@ from conv_pallas.kernels import (
     tpu_matmul,
     tpu_time_in_lanes,
 )
-from conv_pallas.kernels.tpu_window import Chip
-from conv_pallas.spec import OPERATIONS, lhs_rhs_out
+from conv_pallas.spec import OPERATIONS
 from tests.cases import Case
-from tests.tolerance import check
+from tests.tpu_interpreter import MEGACORE, V5E, check_kernel, fresh_interpreter, params, raced
 
+__all__ = ["fresh_interpreter"]  # a fixture
 pytestmark = pytest.mark.usefixtures("hardly_optimized")
-
-V5E = Chip(vmem=128 * 2**20, mxu=128, cores=1)
-MEGACORE = Chip(vmem=16 * 2**20, mxu=128, cores=2)
 
 DENSE = (
     Case("causal", T=40, C=8, O=16, D=4),
@@ -92,38 +87,6 @@ DEPTHWISE = (
     Case("depthwise_same", T=37, C=25, O=25, G=25, K=7, D=3, padding="SAME", dtype="bfloat16"),
     Case("depthwise_crop", T=50, C=4, O=4, G=4, padding=[(-19, -2)]),
 )
-
-
-def params() -> pltpu.InterpretParams:
-    return pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-
-
-@pytest.fixture(autouse=True)
-def fresh_interpreter():
-    """What an interpreted kernel leaves behind when it raises must not reach the next."""
-    pltpu.reset_tpu_interpret_mode_state()
-    yield
-    found = raced()
-    pltpu.reset_tpu_interpret_mode_state()
-    assert not found
-
-
-def raced() -> bool:
-    """Whether a race was found since the last reset. Since jax 0.12 it raises instead."""
-    return interpreter.races is not None and interpreter.races.races_found
-
-
-def check_kernel(module, case: Case, operation: str, chip: Chip = V5E, longest=16) -> np.ndarray:
-    """Interprets one operation in tiles of ``longest`` steps; returns what it computed."""
-    problem = case.problem(operation, "tpu")
-    lhs, rhs, _ = lhs_rhs_out(operation, *case.arrays())
-    assert getattr(module, "unable", module.decline)(problem) is None
-    out = module.launch(problem, lhs, rhs, chip, longest=longest, interpret=params())
-    check(
-        out, operation, lhs, rhs, case.spec, out_dtype=problem.out_dtype,
-        precision=case.precision, platform="tpu",
-    )  # fmt: skip
-    return np.asarray(out)
 
 
 @pytest.mark.parametrize("operation", ["conv1d", "conv1d_kernel_grad"])
