@@ -20,7 +20,6 @@ __all__ = ["fresh_interpreter"]  # a fixture
 pytestmark = pytest.mark.usefixtures("hardly_optimized")
 
 SMALL = dataclasses.replace(V5E, vmem=900 * 2**10)
-# Neither bfloat16 nor float32 products depend on the platform's default precision.
 _BFLOAT16 = dict(dtype="bfloat16")
 _HIGHEST = dict(precision="highest")
 _DENSE = Case("dense", T=37, C=24, O=40, D=5, **_BFLOAT16)
@@ -77,7 +76,8 @@ def test_one_has_tiles_of_channels():
 def test_kernels(fused):
     few = fused.case in (_FEW, _FEW_WHOLE)
     module = tpu_depthwise if fused.case.G > 1 else tpu_time_in_lanes if few else tpu_dense
-    problem = fused.problem("tpu")
+    fused = dataclasses.replace(fused, platform="tpu")
+    problem = fused.problem()
     x, w, bias, gy, saved = fused.arrays()
     assert module.KERNEL.decline_fused(problem) is None
     assert module.KERNEL.decline_backward(problem, fused.wanted) is None

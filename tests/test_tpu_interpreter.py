@@ -21,6 +21,7 @@ from conv_pallas.kernels import (
     tpu_time_in_lanes,
 )
 from conv_pallas.spec import OPERATIONS
+from tests import tpu_random
 from tests.cases import Case
 from tests.tpu_interpreter import MEGACORE, V5E, check_kernel, fresh_interpreter, params, raced
 
@@ -232,6 +233,12 @@ def test_int8_is_declined(module, G):
 @pytest.mark.parametrize("case", DEPTHWISE, ids=str)
 def test_depthwise(case, operation):
     check_kernel(tpu_depthwise, case, operation)
+
+
+def test_geometry_at_random_is_right(capsys):
+    """A few seeds, of each kernel one, so that the program stays whole."""
+    assert tpu_random.main(["--seed", "6123", "--cases", "4"]) == 0
+    assert capsys.readouterr().out == "seeds 6123 to 6126: {'right': 3, 'empty': 1}\n"
 
 
 # --- The harness sees what it is there for ---

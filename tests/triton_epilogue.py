@@ -3,7 +3,7 @@
     z = conv(x, w) + bias      y = f(z)      gz = gy * f'(z)
     dx = input_grad(gz, w)     dw = kernel_grad(x, gz)     db = sum of gz over n and u
 
-The cases are for Triton's interpreter and for the chip alike.
+The cases are for Triton's interpreter and for the chip alike; `Fused` is for TPU kernels as well.
 """
 
 import dataclasses
@@ -20,12 +20,13 @@ from tests.support import rows
 
 @dataclasses.dataclass(frozen=True)
 class Fused:
-    """A case with an epilogue, and which of dx, dw and db are wanted."""
+    """A case with an epilogue, which of dx, dw and db are wanted, and for which platform."""
 
     case: Case
     activation: str | None
     bias: bool = True
     wanted: tuple[bool, bool, bool] = (True, True, True)
+    platform: str = "cuda"
 
     @property
     def name(self) -> str:
@@ -33,9 +34,9 @@ class Fused:
         bias = "bias" if self.bias else "plain"
         return f"fused_{self.case.name}_{self.activation}_{bias}_{told}"
 
-    def problem(self, platform: str = "cuda") -> Problem:
+    def problem(self) -> Problem:
         epilogue = Epilogue(self.bias, self.activation)
-        return dataclasses.replace(self.case.problem("conv1d", platform), epilogue=epilogue)
+        return dataclasses.replace(self.case.problem("conv1d", self.platform), epilogue=epilogue)
 
     def arrays(self):
         """x, w, bias or None, gy and what the forward pass saved or None; three axes each."""
@@ -50,7 +51,7 @@ class Fused:
 
     def _z(self, x, w, bias):
         """z, and how far off it may be before it is rounded to the result's dtype."""
-        common = dict(dtype=x.dtype, precision=self.case.precision, platform="cuda")
+        common = dict(dtype=x.dtype, precision=self.case.precision, platform=self.platform)
         spec, reference = self.case.spec, tolerance.REFERENCES["conv1d"]
         z = reference(x, w, spec) + (0 if bias is None else bias.astype(float))
         magnitude = np.sqrt(reference(x.astype(float) ** 2, w.astype(float) ** 2, spec))
@@ -102,7 +103,7 @@ class Fused:
             terms = compute(np.ones_like(gz), 0)
             allowed = tolerance.bound(
                 terms, magnitude, value, dtype=x.dtype, out_dtype=dtype,
-                precision=self.case.precision, platform="cuda",
+                precision=self.case.precision, platform=self.platform,
             ) + tolerance.CONFIDENCE * np.sqrt(compute(gz_off, 2))  # fmt: skip
             tolerance.assert_within(np.asarray(got), value, allowed, dtype, operation)
         if not (self.wanted[2] and self.bias):
