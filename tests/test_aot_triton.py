@@ -82,12 +82,6 @@ def _structs(case: Case):
     return tuple(aot.struct(shape, case.dtype) for shape in shapes)
 
 
-@functools.cache
-def _codes(chip: str, name: str):
-    case, activation = BY_NAME[name]
-    return codes(chip, functools.partial(_layer, case, activation), *_structs(case))
-
-
 @pytest.mark.parametrize(
     "chip, name",
     [(chip, case.name) for chip in ("a100", "h200", "b200") for case, _ in EVERYWHERE]
@@ -95,7 +89,7 @@ def _codes(chip: str, name: str):
 )
 def test_machine_code_is_as_promised(chip, name):
     case, activation = BY_NAME[name]
-    made = _codes(chip, name)
+    made = codes(chip, functools.partial(_layer, case, activation), *_structs(case))
     # Of what stays on a processor the sums are those of what does not.
     kernels = {code.name.replace("conv_onward", "conv_dense") for code in made}
     for code in made:
@@ -137,6 +131,11 @@ def test_machine_code_is_as_promised(chip, name):
             by_warps = warps and case.precision is None
             assert (code.opcodes["HGMMA"] > 0) != by_warps, code
             assert code.listing.count(wait) < code.opcodes["HGMMA"] or by_warps, code
+    if name == "depthwise":
+        _check_wide_loads(made)
+    if name in ("taps", "taps_float32"):
+        wide = name == "taps_float32"
+        _check_that_many_taps_are_multiplied(made, wide, 15 if wide else 12.5)
 
 
 @pytest.mark.parametrize(
@@ -305,18 +304,6 @@ def test_the_same_source_compiles_for_amd(name):
         assert re.search(r"\.vgpr_spill_count: +0\n", assembly), kernel
 
 
-def test_depthwise_loads_are_as_wide_as_they_get():
-    """4 channels of 16 bits by one instruction; and several before any result is stored."""
-    (forward, *_, backward) = sorted(_codes("h200", "depthwise"), key=lambda code: code.name)
-    assert "backward" in backward.name
-    for code, size, ahead in ((forward, 64, 8), (backward, 64, 4)):
-        order = [op for op in code.listing if op.startswith(("LDG.E.", "STG.E."))]
-        tiles = [op for op in order if not op.endswith(("U16", "STG.E"))]
-        assert all(op.endswith(f".{size}") for op in tiles), order
-        found = rf"(LDG\.E\.{size} ){{{ahead}}}(STG\.E\.{size} ){{1,4}}"
-        assert re.search(found, " ".join(tiles) + " ")
-
-
 @pytest.mark.parametrize("D", [1, 1024])
 @pytest.mark.parametrize("activation", ["silu", None])
 def test_depthwise_loads_enough_ahead(D, activation):
@@ -359,16 +346,27 @@ def test_an_exponent_costs_one_multiplication(activation, forward, backward):
     assert added == [forward, backward]
 
 
-@pytest.mark.parametrize("name, most", [("taps", 12.5), ("taps_float32", 15)])
-def test_what_is_loaded_of_many_taps_is_multiplied_many_times(name, most):
-    made = _codes("h200", name)
+def _check_wide_loads(made) -> None:
+    """4 channels of 16 bits by one instruction; and several before any result is stored."""
+    (forward, *_, backward) = sorted(made, key=lambda code: code.name)
+    assert "backward" in backward.name
+    for code, size, ahead in ((forward, 64, 8), (backward, 64, 4)):
+        order = [op for op in code.listing if op.startswith(("LDG.E.", "STG.E."))]
+        tiles = [op for op in order if not op.endswith(("U16", "STG.E"))]
+        assert all(op.endswith(f".{size}") for op in tiles), order
+        found = rf"(LDG\.E\.{size} ){{{ahead}}}(STG\.E\.{size} ){{1,4}}"
+        assert re.search(found, " ".join(tiles) + " ")
+
+
+def _check_that_many_taps_are_multiplied(made, wide: bool, most: float) -> None:
+    """What is loaded of many taps is multiplied many times."""
     assert len(made) == 3
     for code in made:
         R, loop = code.meta["R"], _longest_loop(code.texts["sass"])
         counts = collections.Counter(op.split(".")[0] for op in loop)
         # Two channels of R steps, and as much of the factor that they all have.
         assert counts["FFMA"] == 2 * R * R and counts["LDG"] == 2 * R, (code, counts)
-        assert all(op.endswith(".64") == (name == "taps_float32") for op in loop if "LDG" in op)
+        assert all(op.endswith(".64") == wide for op in loop if "LDG" in op)
         # Nothing waits for another warp: to convert, masks, addresses, and the bias's sum are all.
         assert code.opcodes["BAR"] <= 2, code
         assert len(loop) <= counts["FFMA"] + most * R, (code, counts)
