@@ -279,7 +279,7 @@ def kernel_grad(
     )  # fmt: skip
     blocks = N * (J // config.depth if tail else triton.cdiv(J, config.depth))
     tiles_c = triton.cdiv(c, config.rows)
-    taps = min(K, config.taps) if phases == Phases(1, 1, 1) and spec.stride == 1 else 1
+    taps = min(K, config.taps) if spec.stride == spec.input_dilation == 1 else 1
     tiles = (triton.cdiv(K, taps) * tiles_c + bias) * G * triton.cdiv(o, config.columns)
     together = room(config, dtype.itemsize, precision, activation is not None)
     splits = choose_splits(

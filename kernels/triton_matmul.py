@@ -186,8 +186,8 @@ def conv_dense_kernel_grad(
     sums those tiles, into the row after dw's. GRAD_OF is as in `conv_dense`.
 
     A program has TAPS taps, one after the other, and its sums for each of them. More than one,
-    which take a PHASES, ROW_STEP, S and E of 1, are for few channels, whose programs have more to
-    do to fetch a tile than to multiply it: it fetches gy's once for all.
+    which take an S and E of 1, are for few channels, whose programs have more to do to fetch a tile
+    than to multiply it: it fetches gy's once for all.
 
     With TMA_X a tile of x may reach beyond the last step that a tap meets, where gy's is zero;
     but zero times NaN is NaN. Where that can be, TAIL takes each sample's last tile out of the
