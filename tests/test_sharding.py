@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from conv_pallas import conv1d
-from conv_pallas.nn import TCN
+from conv_pallas.nn import TCN, Conv
 from conv_pallas.spec import OPERATIONS, lhs_rhs_out
 from tests.cases import Case
 from tests.streams import functions, model_of, numbers, stream
@@ -589,6 +589,17 @@ def test_what_a_step_is_given_may_lie_elsewhere(length, split):
     y, after = step(x, after, **more)
     for leaf in (y, *jax.tree.leaves(after)):
         assert leaf.sharding.is_equivalent_to(by_batch if leaf.ndim else everywhere, leaf.ndim)
+    tree_close(np.asarray(y), np.asarray(want))
+
+
+def test_a_layer_s_state_goes_where_the_batch_is_split():
+    layer = Conv(3, 4, 3, padding="CAUSAL", rngs=nnx.Rngs(0))
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))
+    x, by_batch = numbers(4, 1, 3), NamedSharding(mesh, P("data"))
+    step = jax.jit(lambda x, state: layer.step(x, state))
+    want, _ = step(x, layer.init_state(4))
+    y, after = step(jax.device_put(x, by_batch), layer.init_state(4))
+    assert all(a.sharding.is_equivalent_to(by_batch, a.ndim) for a in (y, after["age"]))
     tree_close(np.asarray(y), np.asarray(want))
 
 
