@@ -82,6 +82,12 @@ def _compute(
     out_shape = _shape_rule(lhs, rhs, operation=operation, spec=spec, kernel_batch=V)
     if 0 in (*lhs.shape, *rhs.shape, *out_shape) or live == range(0):
         return [jnp.zeros(out_shape, out_dtype)]
+    if operation == "conv1d_kernel_grad" and (exchanged := spec.exchanged):
+        (out,) = _compute(
+            rhs, lhs, on=on, operation=operation, spec=exchanged, kernel_batch=V,
+            precision=precision, out_dtype=out_dtype, implementation=implementation,
+        )  # fmt: skip
+        return [taps.flip(out, spec.groups)]
     if operation != "conv1d_kernel_grad":
         rhs = taps.some(rhs, live)
     K, spec = spec.kernel_size, spec if live is None else spec.of_taps(live)

@@ -131,6 +131,17 @@ class ConvSpec:
             padding=(low, high),
         )
 
+    @property
+    def exchanged(self) -> "ConvSpec | None":
+        """The convolution that a kernel gradient is computed as, of g and x in each other's place.
+
+        That of `transposed`: ``<conv(x, w), g> = <x, conv'(g, flip(w))>``, so that
+        ``dw(x, g) = flip(dw'(g, x))``. An input dilation is a stride there, without zeros between
+        two steps of x. None where that gains nothing, or a size is a symbol.
+        """
+        known = all(isinstance(n, int) for n in (self.time, self.out_time))
+        return self.transposed() if known and self.input_dilation > self.stride else None
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Epilogue:
@@ -268,7 +279,8 @@ def problem_of(
 ) -> Problem:
     """What each device would be given were nothing sharded or vmapped.
 
-    Its taps are those of `ConvSpec.live_taps`, where there are any.
+    Its taps are those of `ConvSpec.live_taps`, where there are any, and a kernel gradient is that
+    of `ConvSpec.exchanged`.
 
     Args:
       x, w: ``(*batch, T, C)`` and ``(K, C // G, O)``, or what has their shapes and dtypes.
@@ -277,6 +289,9 @@ def problem_of(
     """
     dtypes = map(np.dtype, lhs_rhs_out(operation, x.dtype, w.dtype, out_dtype))
     N, C, O = math.prod(x.shape[:-2]), x.shape[-1], w.shape[-1]
+    if operation == "conv1d_kernel_grad" and (exchanged := spec.exchanged):
+        lhs, rhs, out = dtypes
+        spec, C, O, dtypes = exchanged, O, C, (rhs, lhs, out)
     live = spec.live_taps
     spec = spec.of_taps(live) if live else spec
     return Problem(operation, spec, N, C, O, *dtypes, precision, platform, **on)

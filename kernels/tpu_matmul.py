@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from conv_pallas import taps
 from conv_pallas.kernels import tpu_epilogue
 from conv_pallas.kernels.tpu_epilogue import Around
 from conv_pallas.kernels.tpu_window import LANES, SUBLANES, Chip, decline_any
-from conv_pallas.kernels.xla_formulations import flip
 from conv_pallas.spec import Problem
 
 # Unrolled passes of the matrix unit over 8 rows. Longer code hides more of its latency; beyond
@@ -149,7 +149,7 @@ def launch(
         dw, db = kernel_grad(lhs, rhs, plan, passes, chip, **options)
         return (dw.astype(problem.out_dtype), db) if sum_bias else dw.astype(problem.out_dtype)
     if operation == "conv1d_input_grad":
-        rhs = flip(rhs, 1)
+        rhs = taps.flip(rhs, 1)
     return forward(lhs, rhs, plan, passes, problem.out_dtype, chip, bias=bias, **options)
 
 

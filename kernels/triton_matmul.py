@@ -170,6 +170,24 @@ def _gradient_tile(
 
 
 @triton.jit
+def _add_products(
+    dw, xs, gb, TAPS: tl.constexpr, WIDEN: tl.constexpr, ROUND_X: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dw, ``(BC, BO)`` of each of TAPS taps, plus its xs ``(BU, BC)`` times gb ``(BU, BO)``."""
+    if WIDEN:
+        gb = gb.to(tl.float32)
+    added = ()
+    for tap in tl.static_range(TAPS):
+        xb = xs[tap].to(tl.float32) if WIDEN else xs[tap]
+        if ROUND_X:
+            xb = to_tf32(xb)
+        product = tl.dot(xb.T, gb, dw[tap], input_precision=PRECISION)
+        added = added + (product,)  # noqa: RUF005
+    return added
+
+
+@triton.jit
 def conv_dense_kernel_grad(
     x, gy, saved, T, U, J, N, D, LOW, SPLITS, out,
     C: tl.constexpr, O: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
@@ -262,16 +280,7 @@ def conv_dense_kernel_grad(
         gb = _gradient_tile(
             gy, saved, n, u1, (g, o0), U, O, G, PHASES, TMA_G, ROUND_G, GRAD_OF, BU, BO
         )
-        if WIDEN:
-            gb = gb.to(tl.float32)
-        added = ()
-        for tap in tl.static_range(TAPS):
-            xb = xs[tap].to(tl.float32) if WIDEN else xs[tap]
-            if ROUND_X:
-                xb = to_tf32(xb)
-            product = tl.dot(xb.T, gb, dw[tap], input_precision=PRECISION)
-            added = added + (product,)  # noqa: RUF005
-        dw = added
+        dw = _add_products(dw, xs, gb, TAPS, WIDEN, ROUND_X, PRECISION)
     if TAIL:
         for i in tl.range(tl.where(met, tl.cdiv(N - split, SPLITS), 0)):
             n = split + i * SPLITS
@@ -284,14 +293,7 @@ def conv_dense_kernel_grad(
             gb = _gradient_tile(
                 gy, saved, n, u1, (g, o0), U, O, G, PHASES, TMA_G, ROUND_G, GRAD_OF, BU, BO
             )
-            if WIDEN:
-                gb = gb.to(tl.float32)
-            added = ()
-            for tap in tl.static_range(TAPS):
-                xb = xs[tap].to(tl.float32) if WIDEN else xs[tap]
-                product = tl.dot(xb.T, gb, dw[tap], input_precision=PRECISION)
-                added = added + (product,)  # noqa: RUF005
-            dw = added
+            dw = _add_products(dw, xs, gb, TAPS, WIDEN, ROUND_X, PRECISION)
     # There is none of the program that sums for the bias: its c0 lies beyond C.
     for tap in tl.static_range(TAPS):
         row = (k + tap).to(tl.int64) * C + c0 + c

@@ -33,7 +33,6 @@ from conv_pallas.kernels.xla_formulations import (
     FORWARD,
     KERNEL_GRAD,
     cropped,
-    flip,
     numbers_of,
     some_steps,
 )
@@ -42,7 +41,7 @@ from conv_pallas.spec import Problem
 
 DESCRIPTIONS = {
     "native": "one lax.conv_general_dilated",
-    "transposed": "JAX's transpose of lax.conv_general_dilated",
+    "transposed": "JAX's transpose of a strided lax.conv_general_dilated",
     "padded": "x padded in memory if need be, then one lax.conv_general_dilated",
     "canonical": "one lax.conv_general_dilated, its axes in order",
     "barrier": "x padded in memory behind a barrier, so that the dilation stays one",
@@ -86,18 +85,32 @@ def run_as(name: str, problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.A
     operand, numbers = numbers_of(problem)
     lhs, rhs = lhs.astype(operand), rhs.astype(operand)
     if name == "transposed":
-        return xla_native.run(problem, lhs, rhs)
+        return _transposed(problem, lhs, rhs)
     spec, _, _ = problem.as_convolution
     table = KERNEL_GRAD if problem.operation == "conv1d_kernel_grad" else FORWARD
     formulation = table[name]
     if problem.operation == "conv1d_input_grad":
-        rhs = flip(rhs, spec.groups)
+        rhs = taps.flip(rhs, spec.groups)
     if problem.platform == "cpu":
         formulation = xla_cpu.in_parts(formulation, name, problem)
         lhs, spec = cropped(lhs, spec)
     elif problem.platform != "tpu":
         formulation = xla_gpu.in_parts(formulation, name, problem)
     return formulation(lhs, rhs, spec, numbers).astype(problem.out_dtype)
+
+
+def _transposed(problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    """JAX's transpose of the strided convolution of which this is the input gradient.
+
+    A forward pass whose input has a dilation is one as well: of the transposed convolution.
+    """
+    if problem.operation == "conv1d":
+        rhs = taps.flip(rhs, problem.spec.groups)
+        problem = dataclasses.replace(
+            problem, operation="conv1d_input_grad", spec=problem.spec.transposed(),
+            C=problem.O, O=problem.C,
+        )  # fmt: skip
+    return xla_native.run(problem, lhs, rhs)
 
 
 def _parts(problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:

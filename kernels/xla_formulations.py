@@ -2,7 +2,7 @@
 
 `FORWARD` maps names to functions of ``(x, w, spec, numbers)``, `KERNEL_GRAD` to functions of
 ``(x, g, spec, numbers)``. The input gradient is a forward convolution of g with the flipped
-kernel (`flip`, `ConvSpec.transposed`), so `FORWARD` serves it too. Which one to take is not
+kernel (`taps.flip`, `ConvSpec.transposed`), so `FORWARD` serves it too. Which one to take is not
 decided here but in `xla.py`.
 
 The two operands have one dtype. Results have any dtype at least as exact as ``numbers.out``:
@@ -47,16 +47,6 @@ def numbers_of(problem: Problem) -> tuple[np.dtype, Numbers]:
     if jnp.issubdtype(acc, jnp.floating) and not jnp.issubdtype(operand, jnp.floating):
         operand = acc  # integers whose result is to be a float
     return operand, Numbers(acc, problem.out_dtype, problem.precision)
-
-
-def flip(w: jax.Array, groups: int) -> jax.Array:
-    """The kernel of the transposed convolution: ``(K, C//G, O)`` to ``(K, O//G, C)``.
-
-    Taps reversed, and within each group the channels in and out exchanged.
-    """
-    K, c, O = w.shape
-    w = w.reshape(K, c, groups, O // groups)[::-1]
-    return w.transpose(0, 3, 2, 1).reshape(K, O // groups, groups * c)
 
 
 def cropped(x: jax.Array, spec: ConvSpec) -> tuple[jax.Array, ConvSpec]:

@@ -95,19 +95,19 @@ def _forward(problem: Problem) -> str:
     an H200 of two steps 0.83 of the time, and without a stride 0.98 (layers.jsonl, against.jsonl).
 
     What JAX makes of a strided layer's input gradient becomes ``__cudnn$convBackwardInput``. As a
-    convolution of a g that is filled up with zeros it has S times the work. cuDNN has none with a
-    dilation.
+    convolution of a g that is filled up with zeros it has S times the work; so has the forward pass
+    of an input that has a dilation, which is the input gradient of a strided layer, and which XLA
+    fills up in memory. cuDNN has none with a dilation of the kernel.
 
     A depthwise convolution moves far more than it multiplies: XLA makes one fusion of it.
     """
-    spec, gradient = problem.spec, problem.operation == "conv1d_input_grad"
+    spec, here = problem.spec, problem.as_convolution[0]
     if problem.depthwise:
         return "shifts"
     if spec.kernel_size == 1 or _ragged(problem):
         return "matmuls"
-    if gradient and spec.stride > 1 and spec.kernel_dilation == 1:
+    if here.input_dilation > 1 == here.stride == here.kernel_dilation:
         return "transposed"
-    here = problem.as_convolution[0]
     low, high = here.padding
     if low == high or spec.kernel_dilation == spec.stride == 1:
         return "native"
@@ -138,7 +138,7 @@ def _kernel_grad(problem: Problem) -> str:
     few_of_groups = spec.groups > 1 and spec.kernel_size <= TAPS
     if spec.kernel_size == 1 or few_of_groups or _ragged(problem):
         return "matmuls"
-    if spec.kernel_dilation == 1:
+    if spec.kernel_dilation == spec.input_dilation == 1:
         return "native"
     return "fold" if spec.stride == 1 and not _copied_cheaply(problem) else "matmuls"
 

@@ -128,6 +128,31 @@ def test_h200_multiplies_no_zeros_between_the_steps_of_a_stride():
     assert '"__cudnn$convBackwardInput"' in made.as_text()
 
 
+def test_h200_multiplies_no_zeros_of_a_transposed_layer():
+    """Which stock's writes down eight times as long, and whose window is as long as time."""
+    x, w = aot.struct((16, 256, 256), jnp.bfloat16), aot.struct((16, 256, 128), jnp.bfloat16)
+    g = aot.struct((16, 2048, 128), jnp.bfloat16)
+
+    def made(implementation):
+        conv = functools.partial(
+            conv1d, input_dilation=8, padding=[(11, 11)], implementation=implementation
+        )
+        dx = lambda g, w: jax.linear_transpose(lambda x: conv(x, w), x)(g)  # noqa: E731
+        dw = lambda x, g: jax.linear_transpose(lambda w: conv(x, w), w)(g)  # noqa: E731
+        for f, arrays in ((conv, (x, w)), (dx, (g, w)), (dw, (x, g))):
+            compiled = aot.compile_for("h200", f, *arrays)
+            (call,) = re.findall(r"__cudnn\$conv(\w+)", compiled.as_text())[:1]
+            padded = " pad(" in compiled.as_text()
+            yield call, *aot.conv_windows(compiled), padded
+
+    window = "size=16 stride=8 pad=4_4"
+    operations = ("BackwardInput", "Forward", "BackwardFilter")
+    assert list(made("xla")) == [(operation, window, False) for operation in operations]
+    assert list(made("xla_native")) == [
+        ("Forward", "size=16", True), ("Forward", window, False), ("Forward", "size=2048", True)
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(("layer", "window"), [
     ("dense_dilated_1", "size=3"),
     ("dense_dilated_512", "size=3x1"),

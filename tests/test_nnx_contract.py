@@ -1,4 +1,4 @@
-"""`Conv` against `flax.nnx.Conv` itself: whatever holds for one holds for the other."""
+"""`Conv` and `ConvTranspose` against flax's own: whatever holds for one holds for the other."""
 
 import ast
 import inspect
@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from jax import lax
 
-from conv_pallas.nn import Conv
+from conv_pallas.nn import Conv, ConvTranspose
 from tests.support import IMPLEMENTATIONS, order
 
 pytestmark = pytest.mark.usefixtures("hardly_optimized")
@@ -25,6 +25,8 @@ def _twice(*args, **kwargs):
     """A `conv_general_dilated` of the user's own."""
     return 2 * lax.conv_general_dilated(*args, **kwargs)
 
+
+TRANSPOSED = dict(layer=(nnx.ConvTranspose, ConvTranspose))
 
 # What the layer is made with, beside (in_features, out_features, kernel_size); and the shape
 # of its input, where (2, 11, in_features) won't do.
@@ -100,6 +102,40 @@ KNOBS = {
     "two_dimensions_no_batch": dict(args=(4, 6, (3, 2)), x=(7, 6, 4), strides=2, padding="VALID"),
     "two_dimensions_circular": dict(args=(4, 6, (3, 2)), x=(2, 7, 6, 4), padding="CIRCULAR"),
     "three_dimensions": dict(args=(4, 2, (2, 2, 2)), x=(2, 3, 4, 3, 4), feature_group_count=2),
+    **{
+        f"transposed_{name}": TRANSPOSED | knobs
+        for name, knobs in {
+            "plain": {},
+            "stride": dict(strides=2),
+            "stride_list": dict(strides=[3], args=(4, 6, 5)),
+            "stride_over_taps": dict(args=(4, 6, 2, 4)),
+            "as_in_hifigan": dict(args=(4, 2, 16, 8), padding=[(11, 11)]),
+            **{
+                f"{p}_{'flipped' if flip else 'as_it_is'}": dict(
+                    args=(4, 6, 4), strides=2, padding=p, transpose_kernel=flip
+                )
+                for p in ("SAME", "VALID", "CIRCULAR") for flip in (False, True)
+            },
+            "padding_int": dict(padding=2, strides=2),
+            "padding_negative": dict(padding=[(-2, 1)], strides=2),
+            "kernel_dilation": dict(kernel_dilation=3, strides=2),
+            "kernel_dilation_valid": dict(kernel_dilation=(2,), strides=4, padding="VALID"),
+            "no_bias": dict(use_bias=False),
+            "mask": dict(mask=np.tril(np.ones((3, 4, 6), np.float32))),
+            "dtype_bfloat16": dict(dtype=jnp.bfloat16, strides=2),
+            "precision": dict(precision="highest"),
+            "preferred": dict(dtype=jnp.bfloat16, preferred_element_type=jnp.float32),
+            "promote_dtype": dict(promote_dtype=_cast_all),
+            "metadata": dict(kernel_metadata=dict(note="k"), bias_metadata=dict(note="b")),
+            "no_batch_axis": dict(x=(11, 4), strides=2),
+            "batch_axes": dict(x=(2, 1, 2, 6, 4), strides=2),
+            "batch_of_none": dict(x=(0, 11, 4), strides=2),
+            "time_of_one": dict(x=(2, 1, 4), strides=3),
+            "input_int32": dict(x_dtype=np.int32),
+            "input_complex": dict(x_dtype=np.complex64, strides=2),
+            "two_dimensions": dict(args=(4, 6, (3, 2)), x=(2, 7, 6, 4), strides=(1, 2)),
+        }.items()
+    },
 }  # fmt: skip
 
 
@@ -117,9 +153,10 @@ def _pair(name, implementation=None, *, quick=True):
     args = knobs.pop("args", (4, 6, 3))
     shape = knobs.pop("x", (2, 11, args[0]))
     dtype = np.dtype(knobs.pop("x_dtype", np.float32))
+    flax, here = knobs.pop("layer", (nnx.Conv, Conv))
     order = {} if implementation is None else {"implementation": implementation}
-    stock = nnx.Conv(*args, rngs=nnx.Rngs(7), **knobs)
-    ours = Conv(*args, rngs=nnx.Rngs(7), **knobs, **order)
+    stock = flax(*args, rngs=nnx.Rngs(7), **knobs)
+    ours = here(*args, rngs=nnx.Rngs(7), **knobs, **order)
     x = np.random.default_rng(3).standard_normal(shape) * 3
     return stock, ours, jnp.asarray(x.astype(dtype))
 
@@ -146,23 +183,27 @@ def _value_and_gradients(layer, x):
     return y, vjp(jnp.asarray(g, y.dtype))
 
 
-def test_checkers_see_the_signature_of_flax():
+EACH_LAYER = pytest.mark.parametrize("ours, flax", [(Conv, nnx.Conv), TRANSPOSED["layer"][::-1]])
+
+
+@EACH_LAYER
+def test_checkers_see_the_signature_of_flax(ours, flax):
     """And one argument more, in what is there for type checkers alone."""
-    tree = ast.parse(inspect.getsource(inspect.getmodule(Conv)))
+    tree = ast.parse(inspect.getsource(inspect.getmodule(ours)))
     shown, *_ = (
         node for branch in ast.walk(tree) if isinstance(branch, ast.If)
         for node in branch.body if isinstance(node, ast.FunctionDef) and node.name == "__init__"
     )  # fmt: skip
     names = [a.arg for a in (*shown.args.args, *shown.args.kwonlyargs)]
-    flax = [*inspect.signature(nnx.Conv.__init__).parameters]
-    assert sorted(names) == sorted([*flax, "implementation"])
+    wanted = [*inspect.signature(flax.__init__).parameters, "implementation"]
+    assert sorted(names) == sorted(wanted)
     assert all(a.annotation for a in (*shown.args.args[1:], *shown.args.kwonlyargs))
 
 
 @pytest.mark.parametrize("name", KNOBS)
 def test_same_structure(name):
     stock, ours, _ = _pair(name)
-    assert isinstance(ours, nnx.Conv)
+    assert isinstance(ours, type(stock))
 
     stock_def, stock_state = nnx.split(stock)
     our_state = nnx.state(ours)
@@ -171,7 +212,7 @@ def test_same_structure(name):
     assert stock.kernel.get_metadata() == ours.kernel.get_metadata()
     assert vars(ours).keys() == vars(stock).keys()
     assert nnx.graphdef(ours) != stock_def
-    ours.__class__ = nnx.Conv  # of one class, they are one
+    ours.__class__ = type(stock)  # of one class, they are one
     assert nnx.graphdef(ours) == stock_def
 
 
@@ -236,17 +277,19 @@ def test_implementations_agree(implementation):
     hash(nnx.graphdef(ours))
 
 
-def test_same_constructor():
-    ours, stock = (inspect.signature(c.__init__).parameters for c in (Conv, nnx.Conv))
+@EACH_LAYER
+def test_same_constructor(ours, flax):
+    make = ours
+    ours, stock = (inspect.signature(c.__init__).parameters for c in (make, flax))
     positional = [n for n, p in stock.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert [n for n, p in ours.items() if p.kind is p.POSITIONAL_OR_KEYWORD] == positional
     assert [ours[n].default for n in positional] == [stock[n].default for n in positional]
-    ours, stock = (inspect.signature(c.__call__).parameters for c in (Conv, nnx.Conv))
+    ours, stock = (inspect.signature(c.__call__).parameters for c in (make, flax))
     assert list(ours)[: len(stock)] == list(stock)
     # What we add can't be taken for what flax may add.
     assert {ours[n].kind for n in list(ours)[len(stock) :]} == {inspect.Parameter.KEYWORD_ONLY}
     with pytest.raises(TypeError, match="no_such_argument"):
-        Conv(4, 6, 3, no_such_argument=1, rngs=nnx.Rngs(0))
+        make(4, 6, 3, no_such_argument=1, rngs=nnx.Rngs(0))
 
 
 def test_mutated_attributes_take_effect():

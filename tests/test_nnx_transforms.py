@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from conv_pallas.nn import Conv, replace_convs
+from conv_pallas.nn import Conv, ConvTranspose, replace_convs
 from tests.support import tree_close
 
 X = np.random.default_rng(0).standard_normal((4, 9, 4)).astype(np.float32)
@@ -173,6 +173,7 @@ class Nested(nnx.Module):
         self.own = _layer(Own, seed=4)
         self.ours = _layer(Conv, seed=5, implementation="xla_native")
         self.mine = _layer(nnx.Conv, seed=6, use_bias=False, feature_group_count=2)
+        self.up = nnx.ConvTranspose(4, 4, 4, 2, rngs=rngs)
 
     def __call__(self, x):
         x = self.again(self.shared(x))
@@ -180,7 +181,7 @@ class Nested(nnx.Module):
             x = module(x)
         x = self.dict["b"](self.dict["a"](x))
         x = self.sequential(x) + self.plane(x[..., None])[..., 0]
-        return self.mine(self.ours(self.own(x)))
+        return self.up(self.mine(self.ours(self.own(x))))
 
 
 def test_replaces_in_nested_models():
@@ -194,6 +195,7 @@ def test_replaces_in_nested_models():
     for layer in [*replaced, model.plane, model.ours, model.mine]:
         assert type(layer) is Conv
         assert layer.implementation == ("xla",)
+    assert type(model.up) is ConvTranspose and model.up.implementation == ("xla",)
     assert type(model.own) is Own
     assert type(model.list[1]) is nnx.Linear
     assert model.shared is model.again is shared

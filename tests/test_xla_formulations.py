@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conv_pallas import conv1d
+from conv_pallas import conv1d, taps
 from conv_pallas.kernels import (
     xla,
     xla_channel_blocks,
@@ -27,7 +27,6 @@ from conv_pallas.kernels import (
 from conv_pallas.kernels.xla_formulations import (
     FORWARD,
     KERNEL_GRAD,
-    flip,
     numbers_of,
 )
 from conv_pallas.kernels.xla_pieces import in_steps, in_taps
@@ -307,7 +306,7 @@ def test_in_steps_and_in_taps(case, operation, loop, pieces, monkeypatch):
     sums, w = operation == "conv1d_kernel_grad", rhs.astype(operand)
     spec, _, _ = problem.as_convolution
     if operation == "conv1d_input_grad":
-        w = flip(w, spec.groups)
+        w = taps.flip(w, spec.groups)
     of = spec.out_time if pieces is in_steps else spec.kernel_size
     sizes = {1, (of + 1) // 2, max(1, of - 1)}
     if not loop:  # more than that many pieces are taken in a loop all the same
@@ -444,7 +443,7 @@ def test_a_loss_does_not_add_up_taps_in_its_reduction(activation):
 
 def test_flip_twice_is_nothing():
     w = np.random.default_rng(0).standard_normal((3, 4, 6)).astype(np.float32)
-    np.testing.assert_array_equal(flip(flip(jax.numpy.asarray(w), 2), 2), w)
+    np.testing.assert_array_equal(taps.flip(taps.flip(jax.numpy.asarray(w), 2), 2), w)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm", "tpu"])

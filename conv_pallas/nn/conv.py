@@ -1,4 +1,4 @@
-"""`Conv`, in place of `flax.nnx.Conv`, and `replace_convs`, which puts it there."""
+"""`Conv`, in place of `flax.nnx.Conv`."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -85,7 +85,7 @@ class Conv(nnx.Conv):
                 groups = kwargs["feature_group_count"]
                 raise ValueError(f"feature_group_count must be 1 or more, got {groups}")
             super().__init__(in_features, out_features, kernel_size, strides, **kwargs)
-            _order(self, implementation)
+            order(self, implementation)
 
     def __call__(
         self,
@@ -354,57 +354,24 @@ class Conv(nnx.Conv):
             feature_group_count=self.feature_group_count,
         )
 
-    def _precision(self):
-        # What minimal filtering leaves of a step that is masked is small, but not nothing.
-        unsaid = self.precision is None and jax.config.jax_default_matmul_precision is None
-        return lax.Precision.DEFAULT if unsaid and self.mask is not None else self.precision
-
     def _arguments(self) -> dict:
         return dict(
             self._geometry(),
-            precision=self._precision(),
+            precision=precision_of(self),
             preferred_element_type=getattr(self, "preferred_element_type", None),
             implementation=self.implementation,
         )
 
 
-def replace_convs[M: nnx.Module](model: M, *, implementation: Implementation = None) -> M:
-    """Turns every `flax.nnx.Conv` of `model` into a `Conv`, in place.
-
-    Parameters, references to the layers and layers shared between modules stay what they
-    are. Subclasses of `flax.nnx.Conv` are left alone, for they may mean something else by
-    a call; those that are a `Conv` already get the new `implementation`.
-
-    Args:
-      model: any module, or list or dict of modules; it may itself be an `nnx.Conv`.
-      implementation: for every layer, as in `conv_pallas.conv1d`.
-
-    Returns:
-      `model`, the same object.
-
-    Raises:
-      ValueError: `implementation` is unknown.
-      TypeError: there is no `nnx.Module`, such as in a `flax.linen.Module`.
-    """
-    modules = [module for _, module in nnx.iter_modules(model)]
-    if not modules:
-        raise TypeError(
-            f"model must be a flax.nnx.Module or hold some, got {type(model).__module__}."
-            f"{type(model).__name__}; flax.linen.Conv takes conv_pallas.conv_general_dilated"
-        )
-    for module in modules:
-        if type(module) is nnx.Conv:
-            module.__class__ = Conv
-            _order(module, implementation)
-        elif type(module) is Conv:
-            _order(module, implementation)
-    for module in modules:
-        if hasattr(module, "adopt_convs"):
-            module.adopt_convs()
-    return model
+def precision_of(layer: Conv | nnx.ConvTranspose) -> Any:
+    """The precision to ask for: with a mask of the kernel that of who asks for the default one."""
+    # What minimal filtering leaves of a step that is masked is small, but not nothing.
+    unsaid = layer.precision is None and jax.config.jax_default_matmul_precision is None
+    return lax.Precision.DEFAULT if unsaid and layer.mask is not None else layer.precision
 
 
-def _order(layer: Conv, implementation: Implementation) -> None:
+def order(layer: Conv | nnx.ConvTranspose, implementation: Implementation) -> None:
+    """Sets the implementation of a layer that has one; None is no attribute."""
     if implementation is None:
         if "implementation" in vars(layer):
             del layer.implementation

@@ -1,0 +1,176 @@
+"""`ConvTranspose`, in place of `flax.nnx.ConvTranspose`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from conv_pallas import dispatch, ops, segments
+from conv_pallas.dispatch import Implementation
+from conv_pallas.nn.conv import order, precision_of
+from conv_pallas.spec import UnknownPaddingError, resolve_padding, scalar
+
+
+class ConvTranspose(nnx.ConvTranspose):
+    """`flax.nnx.ConvTranspose`, with our kernels under its one-dimensional convolutions.
+
+    It makes ``strides`` steps of each step of its input: an upsampling layer, of which vocoders and
+    decoders are made. Stock's convolution of an input that has zeros between its steps multiplies
+    them on a GPU, and its kernel gradient is a convolution with a window as long as time.
+
+    Everything but the call is flax's own, as in `conv_pallas.nn.Conv`: the constructor's
+    arguments, the parameters, their initial values, the checkpoints. Two and more spatial
+    dimensions and complex numbers run as in flax.
+
+    Args:
+      padding: as in `flax.nnx.ConvTranspose`, and ``"CAUSAL"`` in one dimension: ``strides``
+        outputs for each input, none of which sees a later one.
+      implementation: as in `conv_pallas.conv1d`; None picks the fastest known.
+      others: see `flax.nnx.ConvTranspose`.
+
+    Raises:
+      ValueError: `implementation` is unknown.
+    """
+
+    # A class attribute, so that a layer without an order has the attributes of flax's own.
+    implementation: Implementation = None
+
+    if TYPE_CHECKING:  # flax's own signature, for checkers and editors
+
+        def __init__(
+            self,
+            in_features: int,
+            out_features: int,
+            kernel_size: int | Sequence[int],
+            strides: int | Sequence[int] | None = None,
+            *,
+            padding: str | int | Sequence[int | tuple[int, int]] = "SAME",
+            kernel_dilation: int | Sequence[int] | None = None,
+            use_bias: bool = True,
+            mask: jax.Array | None = None,
+            dtype: Any = None,
+            param_dtype: Any = ...,
+            precision: Any = None,
+            kernel_init: Callable[..., jax.Array] = ...,
+            bias_init: Callable[..., jax.Array] = ...,
+            transpose_kernel: bool = False,
+            promote_dtype: Callable[..., Any] = ...,
+            preferred_element_type: Any = None,
+            rngs: nnx.Rngs,
+            kernel_metadata: Mapping[str, Any] = ...,
+            bias_metadata: Mapping[str, Any] = ...,
+            implementation: Implementation = None,
+        ) -> None: ...
+
+    else:
+
+        def __init__(
+            self,
+            in_features,
+            out_features,
+            kernel_size,
+            strides=None,
+            *,
+            implementation: Implementation = None,
+            **kwargs,
+        ):
+            super().__init__(in_features, out_features, kernel_size, strides, **kwargs)
+            order(self, implementation)
+
+    def __call__(
+        self,
+        inputs: jax.Array,
+        *,
+        activation: str | Callable[[jax.Array], jax.Array] | None = None,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """Convolves with an input that has ``strides - 1`` zeros between each two of its steps.
+
+        Args:
+          inputs: ``(*batch, *spatial, in_features)``, any number of batch axes.
+          activation: what follows the bias, as in `conv_pallas.conv1d`.
+          mask: ``(*batch, *spatial)`` bool, False for padding, as in `conv_pallas.conv1d`. It has
+            nothing to do with the constructor's ``mask``, which is the kernel's.
+
+        Returns:
+          ``(*batch, *spatial', out_features)``.
+
+        Raises:
+          ValueError, TypeError, NotImplementedError: as `conv_pallas.conv1d`; ValueError
+            also for a kernel mask whose shape is not the kernel's.
+        """
+        act = ops.activation_function(activation)
+        if len(self.kernel_size) != 1 or self._is_stock():
+            y = super().__call__(inputs if mask is None else segments.hide(inputs, mask))
+            return y if act is None else act(y)
+        kernel = self.kernel[...]
+        if self.mask is not None:
+            if self.mask.shape != self.kernel_shape:
+                raise ValueError(
+                    f"mask must have the kernel's shape {self.kernel_shape}, got {self.mask.shape}"
+                )
+            kernel = kernel * self.mask
+        bias = self.bias[...] if self.bias is not None else None
+        inputs, kernel, bias = self.promote_dtype((inputs, kernel, bias), dtype=self.dtype)
+        if self.transpose_kernel:
+            kernel = jnp.swapaxes(kernel[::-1], 1, 2)
+        bias = bias if self.use_bias else None
+        wraps = isinstance(self.padding, str) and self.padding.upper() == "CIRCULAR"
+        y = ops.convolve(
+            inputs,
+            kernel,
+            None if wraps else bias,
+            padding=[self._padding()],
+            strides=1,
+            input_dilation=self._stride(),
+            kernel_dilation=self.kernel_dilation,
+            activation=None if wraps else activation,
+            mask=mask,
+            precision=precision_of(self),
+            preferred_element_type=self.preferred_element_type,
+            out_sharding=None,
+            implementation=self.implementation,
+        )
+        if not wraps:
+            return y
+        y = self._wrapped(y, inputs.shape[-2] * self._stride())
+        y = y if bias is None else y + bias
+        return y if act is None else act(y)
+
+    def _wrapped(self, y: jax.Array, period: int) -> jax.Array:
+        """The sum of y's parts that lie whole periods apart, which begin where flax has it."""
+        zeros = -(y.shape[-2] - period) % (2 * period)
+        low = zeros // 2 if self.transpose_kernel else -(-zeros // 2)
+        y = jnp.pad(y, [*[(0, 0)] * (y.ndim - 2), (low, zeros - low), (0, 0)])
+        return y.reshape(*y.shape[:-2], -1, period, y.shape[-1]).sum(-3)
+
+    def _is_stock(self) -> bool:
+        known = not isinstance(self.padding, str) or self.padding in ("SAME", "VALID", "CIRCULAR")
+        return known and ops.is_stock(dispatch.canonicalize(self.implementation))
+
+    def _stride(self) -> int:
+        return scalar("strides", self.strides, ValueError)
+
+    def _padding(self) -> tuple[int, int]:
+        """``(low, high)`` zeros around the dilated input."""
+        stride = self._stride()
+        dilation = scalar("kernel_dilation", self.kernel_dilation, TypeError)
+        reach = (self.kernel_size[0] - 1) * dilation
+        if not isinstance(self.padding, str):
+            sizes = dict(time=0, span=reach + 1, stride=1, input_dilation=stride)
+            return resolve_padding(self.padding, **sizes)
+        mode = self.padding.upper()
+        if mode == "CAUSAL":
+            return reach, stride - 1
+        if mode in ("VALID", "CIRCULAR"):  # every step of y that sees one of x
+            return reach, max(reach, stride - 1)
+        if mode == "SAME":  # so that a stride's steps follow for each of x
+            both = reach + stride - 1
+            low = reach if stride > reach else -(-both // 2)
+            return low, both - low
+        raise UnknownPaddingError(
+            f"padding must be SAME, VALID, CAUSAL, CIRCULAR, an int, [int] or [(low, high)], "
+            f"got {self.padding!r}"
+        )
