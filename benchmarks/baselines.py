@@ -101,11 +101,11 @@ def step_of(forward: Forward) -> Callable:
 
 
 def _barrier(layer: Layer) -> Forward:
-    spec = layer.spec
+    spec, whole = layer.spec, dataclasses.replace(layer.spec, input_dilation=1)
 
     def forward(x, kernel, bias):
-        padded = lax.optimization_barrier(jnp.pad(x, ((0, 0), spec.padding, (0, 0))))
-        return layer.activate(_convolve(padded, kernel, (0, 0), spec) + bias)
+        padded = lax.optimization_barrier(_padded(x, spec))
+        return layer.activate(_convolve(padded, kernel, (0, 0), whole) + bias)
 
     return forward
 
@@ -159,7 +159,7 @@ def _shifted_matmuls(spec: ConvSpec, depthwise: bool) -> Callable:
 
     @jax.custom_vjp
     def convolve(x, kernel):
-        padded = jnp.pad(x, ((0, 0), spec.padding, (0, 0)))
+        padded = _padded(x, spec)
         taps = [
             product("ntgc,gco->ntgo", by_group(padded[:, window]), of_groups(kernel[k]))
             for k, window in enumerate(windows)
@@ -168,7 +168,7 @@ def _shifted_matmuls(spec: ConvSpec, depthwise: bool) -> Callable:
 
     def backward(residuals, gy):
         x, kernel = residuals
-        padded = jnp.pad(x, ((0, 0), spec.padding, (0, 0)))
+        padded = _padded(x, spec)
         dx = jnp.zeros(padded.shape, jnp.float32)
         dw = []
         for k, window in enumerate(windows):
@@ -177,18 +177,24 @@ def _shifted_matmuls(spec: ConvSpec, depthwise: bool) -> Callable:
             share = product("ntgc,ntgo->gco", by_group(padded[:, window]), by_group(gy))
             dw.append(share[None] if depthwise else share.swapaxes(0, 1))
         low = spec.padding[0]
-        dx = dx[:, low : low + spec.time].astype(x.dtype)
+        dx = dx[:, low : low + spec.dilated_time : spec.input_dilation].astype(x.dtype)
         return dx, jnp.stack(dw).reshape(kernel.shape).astype(kernel.dtype)
 
     convolve.defvjp(lambda x, kernel: (convolve(x, kernel), (x, kernel)), backward)
     return convolve
 
 
+def _padded(x, spec: ConvSpec) -> jax.Array:
+    """x with all the zeros that the convolution sees around it, and between its steps."""
+    time = (*spec.padding, spec.input_dilation - 1)
+    return lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), time, (0, 0, 0)))
+
+
 def _convolve(x, kernel, padding, spec: ConvSpec) -> jax.Array:
     """XLA's convolution with amounts of padding, and nothing else of the layer."""
     return lax.conv_general_dilated(
-        x, kernel, (spec.stride,), (padding,), rhs_dilation=(spec.kernel_dilation,),
-        dimension_numbers=("NWC", "WIO", "NWC"), feature_group_count=spec.groups,
+        x, kernel, (spec.stride,), (padding,), (spec.input_dilation,), (spec.kernel_dilation,),
+        ("NWC", "WIO", "NWC"), spec.groups,
     )  # fmt: skip
 
 
@@ -242,6 +248,8 @@ def torch_program(
     }  # fmt: skip
     if layer.activation not in activations:
         raise NotApplicableError(f"PyTorch has no activation {layer.activation!r}")
+    if layer.E > 1:
+        raise NotApplicableError("PyTorch's conv1d has no dilation of the input")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = True

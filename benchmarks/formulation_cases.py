@@ -10,8 +10,9 @@ from conv_pallas._layers import Layer, select
 
 def label(layer: Layer) -> str:
     """The convolution of a layer, without what it is by default."""
-    sizes = [f"{k}{v}" for k in "NTCOKDSG" if (v := getattr(layer, k)) > 1 or k in "NTCOK"]
-    return " ".join([*sizes, layer.dtype, *([layer.padding] * (layer.padding != "CAUSAL"))])
+    sizes = [f"{k}{v}" for k in "NTCOKDSEG" if (v := getattr(layer, k)) > 1 or k in "NTCOK"]
+    padding = [str(layer.padding)] * (layer.padding != "CAUSAL" and layer.E == 1)
+    return " ".join([*sizes, layer.dtype, *padding])
 
 
 def stock_of(layer: Layer) -> str:
@@ -181,6 +182,22 @@ SAME = (
     (8, 1000, 64, 64, 3, 512),
     (8, 1000, 64, 64, 5, 128),
 )
+# N, T, C, O, K, E: with as many zeros as make E steps of each. Their kernel gradients are those of
+# strided layers.
+TRANSPOSED = (
+    (1, 32, 512, 256, 16, 8),
+    (4, 32, 512, 256, 16, 8),
+    (16, 32, 512, 256, 16, 8),
+    (1, 128, 512, 256, 16, 8),
+    (2, 256, 256, 128, 16, 8),
+    (4, 2048, 128, 64, 4, 2),
+    (4, 4096, 64, 32, 4, 2),
+    (8, 3999, 512, 1, 16, 8),
+    (4, 1000, 64, 64, 4, 2),
+    (4, 500, 128, 128, 10, 5),
+    (2, 100, 64, 64, 4, 2),
+    (1, 64, 128, 128, 8, 4),
+)
 BFLOAT16 = (
     (32, 64, 25, 25, 7, 2),
     (4, 1000, 128, 128, 3, 8),
@@ -236,6 +253,8 @@ def sweep(quick: bool = False) -> Iterator[Layer]:
     ):
         for sizes in cases:
             yield Layer("case", "made up", *sizes, **more)
+    for *sizes, K, E in () if quick else TRANSPOSED:
+        yield Layer("case", "made up", *sizes, K, padding=K - 1 - (K - E) // 2, E=E)
 
 
 def published(text: str) -> list[Layer]:

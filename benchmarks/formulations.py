@@ -185,7 +185,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     without = options.without.split(",") if options.without else ()
     cases = [c for c in every if named(c, options.only.split(",")) and not named(c, without)]
     platform = default_platform()
-    races = [Race(label(c), c.problem(o, platform), stock_of(c)) for c in cases for o in OPERATIONS]
+    races = [
+        Race(label(c), c.problem(o, platform), stock_of(c))
+        for c in cases
+        for o in (OPERATIONS[:2] if c.spec.exchanged else OPERATIONS)
+    ]
     results = []
     try:
         with xla_tuned.ignored():  # it is the rules that are made of this

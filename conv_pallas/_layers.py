@@ -27,6 +27,7 @@ class Layer:
       name: the model, then what tells its layers apart: ``"wavenet/D512"``.
       source: where the model is described.
       padding: as in `conv_pallas.conv1d`, of those that pad with zeros.
+      E: the input's dilation; a layer that has one is a transposed convolution of that stride.
       activation: what directly follows the convolution, as in `conv_pallas.conv1d`; None where
         nothing elementwise does (a gate over pairs of channels, a norm, another convolution).
       dtype: of parameters and activations.
@@ -42,9 +43,10 @@ class Layer:
     D: int = 1
     S: int = 1
     G: int = 1
-    padding: str = "CAUSAL"
+    padding: str | int = "CAUSAL"
     activation: str | None = None
     dtype: str = "float32"
+    E: int = 1
 
     @property
     def model(self) -> str:
@@ -56,6 +58,8 @@ class Layer:
             kind = "dense"
         else:
             kind = "depthwise" if self.G == self.C else "grouped"
+        if self.E > 1:
+            return f"{kind}, transposed, stride {self.E}"
         return kind if self.S == 1 else f"{kind}, stride {self.S}"
 
     @property
@@ -74,8 +78,9 @@ class Layer:
     def geometry(self) -> dict[str, Any]:
         """The arguments of `conv_pallas.conv1d` that say what shape the result has."""
         return dict(
-            strides=self.S, padding=self.padding, kernel_dilation=self.D, feature_group_count=self.G
-        )
+            strides=self.S, padding=self.padding, input_dilation=self.E, kernel_dilation=self.D,
+            feature_group_count=self.G,
+        )  # fmt: skip
 
     @property
     def spec(self) -> ConvSpec:
@@ -88,8 +93,8 @@ class Layer:
 
     @property
     def products(self) -> int:
-        """Multiplications in one forward pass, those with padding counted."""
-        return self.N * self.spec.out_time * self.K * (self.C // self.G) * self.O
+        """Multiplications in one forward pass: with padding too, not with a dilation's zeros."""
+        return self.N * self.spec.out_time * self.K * (self.C // self.G) * self.O // self.E
 
     def costs(self, training: bool = False) -> tuple[tuple[int, int], ...]:
         """Arithmetic operations and bytes of each operation of a pass, products with padding too.
@@ -108,7 +113,7 @@ class Layer:
         channels = f"C={self.C}" if self.C == self.O else f"C={self.C} O={self.O}"
         rest = "".join(
             f" {letter}={value}"
-            for letter, value in (("D", self.D), ("S", self.S), ("G", self.G))
+            for letter, value in (("D", self.D), ("S", self.S), ("E", self.E), ("G", self.G))
             if value > 1
         )
         return f"N={self.N} T={self.T} {channels} K={self.K}{rest}"
@@ -127,6 +132,7 @@ class Layer:
             (self.K,),
             self.S,
             padding=self.padding,
+            input_dilation=self.E,
             kernel_dilation=self.D,
             feature_group_count=self.G,
             dtype=self.dtype,
@@ -197,6 +203,16 @@ PUBLISHED: tuple[Layer, ...] = (
         for K in (3, 7, 11)
         for D in (1, 3, 5)
     ),
+    *(
+        Layer(f"hifigan-v1-up/C{2 * O}", _HIFIGAN, 16, T, 2 * O, O, K, padding=zeros, E=E)
+        for T, O, K, E, zeros in (
+            (32, 256, 16, 8, 11),
+            (256, 128, 16, 8, 11),
+            (2048, 64, 4, 2, 2),
+            (4096, 32, 4, 2, 2),
+        )
+    ),
+    Layer("conv-tasnet-decoder/K16", _TASNET, 8, 3999, 512, 1, 16, padding=15, E=8),
     *_stack("ms-tcn", _MSTCN, _powers(512), 1, 5000, 64, 64, 3, padding="SAME", activation="relu"),
     *(
         Layer(f"spliceai-10k/K{K}/D{D}", _SPLICEAI, 8, 15000, 32, 32, K, D, padding="SAME")

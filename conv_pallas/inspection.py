@@ -35,15 +35,15 @@ _GPU_LIMITS = {
 }
 
 DTYPES = ("float32", "bfloat16", "float16")
-_SIZES = {"N", "T", "C", "O", "K", "D", "S", "G"}
+_SIZES = {"N", "T", "C", "O", "K", "D", "S", "E", "G"}
 _WORDS = {"padding", "activation", "dtype"}
 
 
 def parse_layer(words: Sequence[str]) -> Layer:
     """A layer by its name, or by its shape as ``N=8 T=4096 C=512 K=3 D=4``.
 
-    Of a shape N is 1, O is C, D, S and G are 1 where they are not given; ``padding``,
-    ``activation`` and ``dtype`` may follow.
+    Of a shape N is 1, O is C, D, S, E (the input's dilation) and G are 1 where they are not given;
+    ``padding``, a word or a number, ``activation`` and ``dtype`` may follow.
 
     Raises:
       ValueError: there is no such layer, or the shape is none.
@@ -58,6 +58,8 @@ def parse_layer(words: Sequence[str]) -> Layer:
             fields[key] = int(value)
         elif key in _WORDS and value:
             fields[key] = value.upper() if key == "padding" else value
+            if key == "padding" and value.isdecimal():
+                fields[key] = int(value)
         else:
             raise ValueError(
                 f"a shape is made of {', '.join(sorted(_SIZES))} with an int of 1 or more, and "
@@ -67,8 +69,9 @@ def parse_layer(words: Sequence[str]) -> Layer:
     missing = {"T", "C", "K"} - fields.keys()
     if missing:
         raise ValueError(f"a shape needs T, C and K, got no {', '.join(sorted(missing))}")
-    if fields.get("padding", "CAUSAL") not in ("CAUSAL", "SAME", "VALID"):
-        raise ValueError(f"padding must be CAUSAL, SAME or VALID, got {fields['padding']!r}")
+    padding = fields.get("padding", "CAUSAL")
+    if isinstance(padding, str) and padding not in ("CAUSAL", "SAME", "VALID"):
+        raise ValueError(f"padding must be CAUSAL, SAME, VALID or a number, got {padding!r}")
     if fields.get("dtype", "float32") not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {fields['dtype']!r}")
     defaults = {"N": 1, "O": fields["C"]}

@@ -265,7 +265,7 @@ def _few_channels(problem: Problem, spec: ConvSpec, c: int, o: int) -> bool:
 
 
 def _spread(problem: Problem, spec: ConvSpec, c: int, o: int) -> str | None:
-    """Of one group and a dilated input, as a strided layer's input gradient has.
+    """Of one group and a dilated input: a strided layer's input gradient, or a transposed layer.
 
     None where nothing is faster than stock, of which all but each S-th product is with zero.
     Measured as `xla_cpu_kernel_grad._strided`, input gradient, and where there are two figures as
@@ -292,6 +292,20 @@ def _spread(problem: Problem, spec: ConvSpec, c: int, o: int) -> str | None:
     N8 T4000 C1 O64 K16 S2 bfloat16    scatter 9.6  native 3.4  depth_to_space_im2col 0.9
     N8 T4000 C64 O1 K16 S2 bfloat16    depth_to_space_im2col 1.9  depth_to_space 1.3
     =================================  ======================================================
+
+    Of a forward pass whose input has a dilation, in ``formulations-transposed.json``:
+
+    ============================  ========================================================
+    N1 T32 C512 O256 K16 E8       padded 1.0  depth_to_space 0.8  depth_to_space_winograd 0.6
+    N4 T32 C512 O256 K16 E8       depth_to_space_im2col 1.1  depth_to_space 1.0
+    N16 T32 C512 O256 K16 E8      depth_to_space_winograd 1.2  depth_to_space 1.0
+    N1 T128 C512 O256 K16 E8      depth_to_space 1.1  depth_to_space_winograd 0.9
+    N4 T500 C128 O128 K10 E5      depth_to_space_winograd 1.6  depth_to_space 1.3
+    N4 T2048 C128 O64 K4 E2       depth_to_space_winograd 1.4  depth_to_space 1.2  scatter 1.0
+    N4 T4096 C64 O32 K4 E2        depth_to_space 1.6  scatter 1.2
+    N4 T1000 C64 O64 K4 E2        depth_to_space_winograd 1.3  scatter 1.2  depth_to_space 1.2
+    N8 T3999 C512 O1 K16 E8       scatter 1.3  padded 1.0
+    ============================  ========================================================
 
     =========================  =======================================================
     N4 T2000 C32 O32 K9 S2     depth_to_space 1.4/1.4  depth_to_space_winograd 1.3/1.2
@@ -320,12 +334,15 @@ def _spread(problem: Problem, spec: ConvSpec, c: int, o: int) -> str | None:
         return "matmuls"
     if o < 8 and (K % S or S * o < 16 or K <= 5):  # rows too short, or more to add to them
         return "scatter" if o <= 2 and held and K <= 2 * FEW else scatters
+    rows = problem.N * spec.time
     little = problem.N * spec.out_time * max(c, S * o) <= 2**22 * S
     # Of more whole rows its rounding errors are more than twice those of stock.
     filters = problem.precision is None and o >= 64 and c > 1 and little and K // S <= 5
     if scatters and K <= 5:
-        return scatters
-    return "depth_to_space_winograd" if filters else "depth_to_space"
+        return "depth_to_space" if K % S == 0 and c > o else scatters
+    if rows <= 128:
+        return None
+    return "depth_to_space_winograd" if filters and rows >= 512 else "depth_to_space"
 
 
 def _scatters(problem: Problem, spec: ConvSpec, c: int, o: int) -> bool:

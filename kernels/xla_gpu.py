@@ -44,6 +44,7 @@ def candidates(problem: Problem) -> list[str]:
             "native": (even or not dilated) and not spread,
             "barrier": not even or spread,
             "symmetric": not even and not spread,
+            "depth_to_space": spread and here.stride == spec.kernel_dilation == spec.groups == 1,
             "matmuls": few and not spread,
             "im2col": few and not spread,
         }

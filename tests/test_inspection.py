@@ -31,6 +31,13 @@ def test_layer_by_name_and_by_shape():
     sizes = (layer.N, layer.T, layer.C, layer.O, layer.K, layer.D, layer.S, layer.G)
     assert sizes == (2, 200, 32, 32, 3, 4, 1, 1)
     assert (layer.padding, layer.activation, layer.dtype) == ("CAUSAL", "relu", "bfloat16")
+    layer = inspection.parse_layer(["T=10 C=4 O=2 K=16 E=8 padding=11"])
+    assert (layer.padding, layer.y_shape, str(layer)) == (
+        11,
+        (1, 80, 2),
+        "N=1 T=10 C=4 O=2 K=16 E=8",
+    )
+    assert layer.products == 80 * 16 * 4 * 2 // 8 and "transposed, stride 8" in layer.kind
 
 
 @pytest.mark.parametrize(
@@ -41,7 +48,8 @@ def test_layer_by_name_and_by_shape():
         ("T=4 C=2 K=x", "got 'K=x'"),
         ("T=4 C=2 K=0", "got 'K=0'"),
         ("T=4 C=2 K=3 G=4", "feature_group_count must divide x's 2 channels, got 4"),
-        ("T=4 C=2 K=3 padding=wide", "padding must be CAUSAL, SAME or VALID, got 'WIDE'"),
+        ("T=4 C=2 K=3 padding=wide", "padding must be CAUSAL, SAME, VALID or a number, got 'WIDE'"),
+        ("T=4 C=2 K=3 E=2 padding=same", "padding must be given in numbers"),
         ("T=4 C=2 K=3 activation=steep", "activation must be None, a callable or one of"),
         ("T=4 C=2 K=3 dtype=int8", "dtype must be one of float32, bfloat16, float16"),
     ],

@@ -719,6 +719,21 @@ def test_a_strided_input_gradient(sizes, expected):
     assert "depth" not in xla.choose(dilated)
 
 
+@pytest.mark.parametrize("sizes, expected", [
+    ((1, 32, 512, 256, 16, 8), "native"),  # too few rows to be worth laying out
+    ((1, 129, 512, 256, 16, 8), "depth_to_space"),
+    ((16, 32, 512, 256, 16, 8), "depth_to_space_winograd"),
+    ((4, 2048, 128, 64, 4, 2), "depth_to_space"),
+    ((4, 2048, 64, 64, 4, 2), "scatter"),
+    ((4, 2048, 128, 64, 5, 2), "scatter"),
+    ((8, 3999, 512, 1, 16, 8), "scatter"),
+])  # fmt: skip
+def test_a_transposed_layer(sizes, expected):
+    N, T, C, O, K, E = sizes
+    case = Case("up", batch=(N,), T=T, C=C, O=O, K=K, E=E, padding=K - 1 - (K - E) // 2)
+    assert xla.choose(case.problem("conv1d")) == expected
+
+
 @pytest.mark.parametrize(
     "name", ["depth_to_space", "depth_to_space_winograd", "depth_to_space_im2col"]
 )
