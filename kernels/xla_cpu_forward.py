@@ -293,19 +293,21 @@ def _spread(problem: Problem, spec: ConvSpec, c: int, o: int) -> str | None:
     N8 T4000 C64 O1 K16 S2 bfloat16    depth_to_space_im2col 1.9  depth_to_space 1.3
     =================================  ======================================================
 
-    Of a forward pass whose input has a dilation, in ``formulations-transposed.json``:
+    Of a forward pass whose input has a dilation, of cores that share a cache, in
+    ``formulations-transposed.json``:
 
-    ============================  ========================================================
-    N1 T32 C512 O256 K16 E8       padded 1.0  depth_to_space 0.8  depth_to_space_winograd 0.6
-    N4 T32 C512 O256 K16 E8       depth_to_space_im2col 1.1  depth_to_space 1.0
-    N16 T32 C512 O256 K16 E8      depth_to_space_winograd 1.2  depth_to_space 1.0
-    N1 T128 C512 O256 K16 E8      depth_to_space 1.1  depth_to_space_winograd 0.9
-    N4 T500 C128 O128 K10 E5      depth_to_space_winograd 1.6  depth_to_space 1.3
-    N4 T2048 C128 O64 K4 E2       depth_to_space_winograd 1.4  depth_to_space 1.2  scatter 1.0
-    N4 T4096 C64 O32 K4 E2        depth_to_space 1.6  scatter 1.2
-    N4 T1000 C64 O64 K4 E2        depth_to_space_winograd 1.3  scatter 1.2  depth_to_space 1.2
-    N8 T3999 C512 O1 K16 E8       scatter 1.3  padded 1.0
-    ============================  ========================================================
+    ==========================  ============================================================
+    N1 T32 C512 O256 K16 E8     padded 1.0  scatter 0.8  depth_to_space 0.8
+    N4 T32 C512 O256 K16 E8     depth_to_space_im2col 1.1  depth_to_space 1.0  scatter 0.9
+    N16 T32 C512 O256 K16 E8    depth_to_space_winograd 1.2  depth_to_space 1.2  scatter 0.9
+    N1 T128 C512 O256 K16 E8    padded 1.0  depth_to_space 1.0  scatter 0.8
+    N4 T2048 C128 O64 K4 E2     depth_to_space_winograd 1.3  depth_to_space 1.2  scatter 1.1
+    N4 T4096 C64 O32 K4 E2      depth_to_space 1.2  scatter 1.2
+    N8 T3999 C512 O1 K16 E8     scatter 1.3  padded 1.0
+    N4 T1000 C64 O64 K4 E2      depth_to_space_winograd 1.3  depth_to_space 1.2  scatter 1.1
+    N4 T500 C128 O128 K10 E5    depth_to_space_winograd 1.6  depth_to_space 1.4  scatter 1.1
+    N1 T64 C128 O128 K8 E4      scatter 1.2  depth_to_space 1.0
+    ==========================  ============================================================
 
     =========================  =======================================================
     N4 T2000 C32 O32 K9 S2     depth_to_space 1.4/1.4  depth_to_space_winograd 1.3/1.2
