@@ -20,6 +20,8 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 RESULT = ROOT / "benchmarks" / "results" / "cpu" / "layers.json"
 COMMAND = "python -m benchmarks --tune --json benchmarks/results/cpu/layers.json"
+# Layers that upsample, which came later.
+TRANSPOSED = RESULT.with_name("transposed.json")
 # Of a later `tune` than that one's, of fewer and smaller layers: --quick.
 GPU_RESULTS = ROOT / "benchmarks" / "results" / "nvidia-h200"
 MARKS = "<!-- figures: written by benchmarks/readme.py -->", "<!-- end of figures -->"
@@ -28,11 +30,15 @@ BASELINES = (STOCK, BARRIER, SYMMETRIC, MATMULS)
 DEFAULT = "default"  # in the lines of the sweep what dispatch chooses, while "ours" is Triton's
 
 
-def figures(result: dict[str, Any]) -> str:
-    """A Markdown table: for each model, how many times faster ours is in its layers."""
+def figures(result: dict[str, Any], transposed: dict[str, Any]) -> str:
+    """A Markdown table: for each model, how many times faster ours is in its layers.
+
+    Args:
+      result, transposed: what `RESULT` and `TRANSPOSED` hold.
+    """
     host = result["host"]
     models: dict[str, dict[str, list[dict]]] = {}
-    for m in result["measurements"]:
+    for m in (*result["measurements"], *transposed["measurements"]):
         model, _, rest = m["layer"]["name"].partition("/")
         if rest == "stack":
             model += ", whole network"
@@ -48,13 +54,22 @@ def figures(result: dict[str, Any]) -> str:
             for key in ("speedup", "speedup_over_fastest")
         ]
         rows.append(f"| {model} | {'; '.join(kinds)} | {' | '.join(cells)} |")
-    source = RESULT.relative_to(ROOT)
+    source, later = (path.relative_to(ROOT) for path in (RESULT, TRANSPOSED))
     page = source.with_suffix(".html")
+    upsampling = dict.fromkeys(
+        m["layer"]["name"].partition("/")[0] for m in transposed["measurements"]
+    )
     notes = [
         "A training step is the loss and its gradients. Batch and length are a CPU's: what would "
         "take too long is cut down. To compile all of them takes "
         f"{compiling[0]:.0f} s, and stock's {compiling[1]:.0f} s. [{page}]({page}) draws it."
     ]
+    names = " and ".join(f"`{name}`" for name in upsampling)
+    notes.append(
+        f"{names} are of another run, [{later}]({later}), of JAX {transposed['host']['jax']} and "
+        "without tuning; stock is there `nnx.Conv` with an `input_dilation`, which "
+        "`nnx.ConvTranspose` compiles to as well."
+    )
     if tuning := stored.of_tuning(result):
         notes.append(f"{tuning.replace('tuning', '[Tuning](#tune)', 1)}.")
     if apart := stored.of_cores(result):
@@ -248,6 +263,6 @@ def with_figures(readme: str, table: str, marks: tuple[str, str] = MARKS) -> str
 
 if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    table = figures(stored.read(RESULT))
+    table = figures(stored.read(RESULT), stored.read(TRANSPOSED))
     text = with_figures(README.read_text(encoding="utf-8"), table)
     README.write_text(with_figures(text, gpu_figures(GPU_RESULTS), GPU_MARKS), encoding="utf-8")

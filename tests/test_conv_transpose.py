@@ -110,3 +110,16 @@ def test_what_is_refused(knobs, message):
         _layer()(X, activation="none")
     with pytest.raises(ValueError, match="implementation must be"):
         _layer(implementation="none")
+
+
+def test_stocks_is_its_convolution_of_a_dilated_input():
+    """Which the benchmarks time in its place."""
+
+    def lowered(layer):
+        graph, state = nnx.split(layer)
+        f = lambda state, x: nnx.merge(graph, state)(x)  # noqa: E731
+        return jax.jit(jax.grad(lambda *a: jnp.sum(f(*a)), (0, 1))).lower(state, X).as_text()
+
+    more = dict(padding=[(11, 11)], rngs=nnx.Rngs(0))
+    transposed = nnx.ConvTranspose(4, 6, 16, 8, **more)
+    assert lowered(transposed) == lowered(nnx.Conv(4, 6, 16, input_dilation=8, **more))

@@ -124,7 +124,7 @@ def test_public_names():
     for module in (conv_pallas, nn):
         assert all(hasattr(module, name) for name in module.__all__)
     assert {"conv1d", "conv_general_dilated", "explain"} <= set(conv_pallas.__all__)
-    assert {"Conv", "replace_convs", "TemporalBlock", "TCN"} <= set(nn.__all__)
+    assert {"Conv", "ConvTranspose", "replace_convs", "TCN"} <= set(nn.__all__)
 
 
 def test_finding_the_kernels_leaves_every_compiled_function_valid():
