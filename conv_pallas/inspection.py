@@ -174,8 +174,8 @@ def inspect(
         if platform == "tpu":
             _ask_for_schedules(folder)
         most = limits(chip, layer.dtype)
-        tell(f"{layer.name}: {layer}, {layer.padding}, {layer.activation or 'no activation'}, "
-             f"{layer.dtype}, on {chip}")  # fmt: skip
+        follows = layer.activation or "no activation"
+        tell(f"{layer.name}: {layer}, padding {layer.padding}, {follows}, {layer.dtype}, on {chip}")
         chain = implementation or KERNELS[platform]
         with aot.as_on(chip):  # what is the default is by the chip
             _tell_choice(layer, platform, chain, tell)

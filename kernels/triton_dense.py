@@ -74,6 +74,7 @@ from conv_pallas.kernels.triton_config import (
 )
 from conv_pallas.kernels.triton_matmul import conv_dense, conv_dense_kernel_grad
 from conv_pallas.spec import ConvSpec, Problem
+from conv_pallas.taps import flip
 
 # Elements of a kernel from which on XLA rounds it to tf32. Rounded as it is fetched by pointers, it
 # goes from shared memory through registers and back; of a small one a program more takes longer.
@@ -405,8 +406,9 @@ def backward(problem: Problem, x, w, bias, saved, gy, wanted):
     want_dx, want_dw, want_db = wanted
     want_db = want_db and bias is not None
     dx = dw = db = None
-    carries = want_dw and spec.input_dilation == 1
+    carries, exchanged = want_dw and spec.input_dilation == 1, spec.exchanged
     in_kernels = derivative_in_kernels(problem, wanted) and not (want_db and not carries)
+    in_kernels = in_kernels and not (want_dw and exchanged)
     if activation is not None and not in_kernels:
         gy, saved, activation = gradient_in_xla(gy, saved, activation, gy.dtype), None, None
     if activation is None:
@@ -417,7 +419,10 @@ def backward(problem: Problem, x, w, bias, saved, gy, wanted):
             gy, w, spec.transposed(), O=problem.C, out_dtype=x.dtype, transposed=True,
             grad_of=activation, **around,
         )  # fmt: skip
-    if want_dw:
+    if want_dw and exchanged:  # as `conv_pallas.primitives` has it: then TMA can fetch x
+        dw, _ = kernel_grad(gy, x, exchanged, out_dtype=w.dtype, **around)
+        dw = flip(dw, spec.groups)
+    elif want_dw:
         dw, db = kernel_grad(
             x, gy, spec, out_dtype=w.dtype, bias=want_db and carries, activation=activation,
             **around,

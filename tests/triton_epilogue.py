@@ -169,6 +169,7 @@ FUSED = (
     Fused(_DENSE, None, wanted=(False, True, True)),
     Fused(Case("strided_dense", T=41, C=24, O=20, S=2, D=3), "relu"),
     Fused(Case("upsampled", T=21, C=24, O=20, E=2, padding=3), "relu"),
+    Fused(Case("upsampled_groups", T=21, C=24, O=12, G=2, E=3, S=2, padding=3), None),
     # With a tile of its own: see `tests.triton_cases.own_tile`.
     Fused(Case("resident", T=192, C=40, O=24, D=7, batch=(3,), **_BFLOAT16), "gelu"),
     Fused(Case("several", T=70, C=10, O=15, K=4, D=5), "silu", wanted=(False, True, True)),
