@@ -83,6 +83,7 @@ def _compute(
     if 0 in (*lhs.shape, *rhs.shape, *out_shape) or live == range(0):
         return [jnp.zeros(out_shape, out_dtype)]
     if operation == "conv1d_kernel_grad" and (exchanged := spec.exchanged):
+        # No zero between the steps of x is multiplied, whoever computes it.
         (out,) = _compute(
             rhs, lhs, on=on, operation=operation, spec=exchanged, kernel_batch=V,
             precision=precision, out_dtype=out_dtype, implementation=implementation,

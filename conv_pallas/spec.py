@@ -183,7 +183,8 @@ class Problem:
       operation: which of the three; it says what ``lhs`` and ``rhs`` are:
         ``conv1d`` takes x and w, ``conv1d_input_grad`` g and w,
         ``conv1d_kernel_grad`` x and g.
-      spec: the geometry, always that of the forward convolution.
+      spec: the geometry, always that of the forward convolution; of a kernel gradient that of
+        `ConvSpec.exchanged`, where there is one, with x and g, C and O in each other's place.
       N, C, O: batch size, channels in, channels out, of the forward convolution.
       lhs_dtype, rhs_dtype, out_dtype: NumPy dtypes of the operands and the result.
       precision: as `jax.lax.conv_general_dilated` canonicalises it: ``None``, a

@@ -12,9 +12,9 @@ import pytest
 from jax import lax
 
 from conv_pallas import conv_general_dilated
-from conv_pallas.nn import Conv
+from conv_pallas.nn import Conv, ConvTranspose
 
-calls = {"Conv": 0, "conv_general_dilated": 0}
+calls = {"Conv": 0, "ConvTranspose": 0, "conv_general_dilated": 0}
 
 
 class CountedConv(Conv):
@@ -22,6 +22,12 @@ class CountedConv(Conv):
 
     def __call__(self, *args, **kwargs):
         calls["Conv"] += 1
+        return super().__call__(*args, **kwargs)
+
+
+class CountedConvTranspose(ConvTranspose):
+    def __call__(self, *args, **kwargs):
+        calls["ConvTranspose"] += 1
         return super().__call__(*args, **kwargs)
 
 
@@ -38,6 +44,7 @@ class _Lax(types.ModuleType):
 
 
 flax.nnx.Conv = CountedConv
+flax.nnx.ConvTranspose = CountedConvTranspose
 flax.linen.linear.lax = _Lax("lax")
 
 
