@@ -33,7 +33,7 @@ def distinct(layers: Sequence[Layer], dtype: str) -> list[Layer]:
 
 def declined(layer: Layer) -> bool:
     """Strides and groups of several channels are XLA's."""
-    return layer.S > 1 or layer.G not in (1, layer.C)
+    return layer.S > 1 or layer.E > 1 or layer.G not in (1, layer.C)
 
 
 def all_three(layer: Layer):

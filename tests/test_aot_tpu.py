@@ -22,7 +22,7 @@ pytestmark = pytest.mark.aot
 LAST = {
     layer.model: layer
     for layer in LAYERS
-    if layer.S == 1 and (layer.G == 1 or layer.G == layer.C == layer.O)
+    if layer.S == layer.E == 1 and (layer.G == 1 or layer.G == layer.C == layer.O)
 }
 # Narrow, ragged, wide, with a halo longer than a tile, on the vector unit.
 SPREAD = ("tcn-adding", "tcn-ptb-characters", "wavenet", "wide-and-long", "mamba-2.8b", "depthwise")
