@@ -27,10 +27,10 @@ class Layer:
       name: the model, then what tells its layers apart: ``"wavenet/D512"``.
       source: where the model is described.
       padding: as in `conv_pallas.conv1d`, of those that pad with zeros.
-      E: the input's dilation; a layer that has one is a transposed convolution of that stride.
       activation: what directly follows the convolution, as in `conv_pallas.conv1d`; None where
         nothing elementwise does (a gate over pairs of channels, a norm, another convolution).
       dtype: of parameters and activations.
+      E: the input's dilation; a layer that has one is a transposed convolution of that stride.
     """
 
     name: str

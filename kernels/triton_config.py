@@ -73,7 +73,8 @@ def configure(
     if untuned is not None:
         return untuned
     itemsize = dtype.itemsize
-    hopper = (triton_compat.compute_capability() or 90) < 100  # a B200 spills in some larger tiles
+    # A B200 spills in some larger tiles, and what an H200 was measured to like says nothing of it.
+    blackwell = (triton_compat.compute_capability() or 90) >= 100
     few = max(columns, rows if kernel == KERNEL_GRAD else depth) <= 32  # channels
     short = 4 * count * triton.cdiv(rows, 64) * triton.cdiv(columns, 64) <= PROCESSORS
     if itemsize == 4 and precision == "ieee":
@@ -81,26 +82,26 @@ def configure(
         limit = Config(64, 64, 16, 8, 2)
     elif itemsize == 4 and precision == "tf32x3":
         limit = Config(128 if tma else 64, 64, 32, 8, 2)
-    elif itemsize == 4 and tma and hopper and pointers and few:
+    elif itemsize == 4 and tma and not blackwell and pointers and few:
         # As below: values that are fetched by pointers are rounded in registers.
         limit = Config(32, 32, 32, 1, 3 if kernel == KERNEL_GRAD else 4)
-    elif itemsize == 4 and tma and hopper and kernel == KERNEL_GRAD and not pointers:
+    elif itemsize == 4 and tma and not blackwell and kernel == KERNEL_GRAD and not pointers:
         # The tensor cores of Hopper take float32 only with the sum's axis last: to be so, both
         # factors went through registers back to shared memory (1160 us on an H200 where these
         # tiles take 333: 512 channels, K = 3, 2^15 steps). Those of Ampere take it from registers,
         # and Triton uses them where there are less than four warps.
         limit = Config(64, 64, 32, 1, 3)
-    elif itemsize == 4 and tma and hopper and pointers and short and not saved:
+    elif itemsize == 4 and tma and not blackwell and pointers and short and not saved:
         # More programs, and fewer rounds that wait for memory. Of a kernel that is read as it lies
         # a tile's rows are short, and few of them better: 256 steps of 150 channels and 5 taps
         # take 11.4 us, 14.7 twice as deep, and 12.3 so with the kernel transposed before.
         limit = Config(32, 32, 64 if kernel == FORWARD else 128, 4, 3)
-    elif itemsize == 4 and tma and hopper and kernel == FORWARD and few:
+    elif itemsize == 4 and tma and not blackwell and kernel == FORWARD and few:
         # By two warps, for which no kernel is transposed before: see `takes_last_axis_alone`. So
         # eight groups of 32 channels and three taps take 5.6 us, by four warps 6.6; 32 channels of
         # 11 taps 31 and 33, of 41 taps 89 and 88.
         limit = Config(128, 32, 32, 2, 3)
-    elif itemsize == 4 and tma and hopper and kernel != KERNEL_GRAD:
+    elif itemsize == 4 and tma and not blackwell and kernel != KERNEL_GRAD:
         limit = Config(128, 256, 32, 8, 4)
     elif itemsize == 4:
         # The kernel gradient's operands go through registers, as tensor cores take float32 only
@@ -108,7 +109,7 @@ def configure(
         limit = Config(128, 128, 32, 8, 3)
     elif tma and keep and not tight:
         limit = Config(128, 128, 64, 8, 3)
-    elif hopper and stay and not saved and not tight:
+    elif not blackwell and stay and not saved and not tight:
         # Two on each, as `triton_resident.conv_onward`: while one stores, the other multiplies.
         limit = Config(128, 128, 64, 4, 3, 2)
     elif tma:
@@ -121,9 +122,9 @@ def configure(
         most = 64 if keep and itemsize == 2 else 128
         limit = dataclasses.replace(limit, columns=min(limit.columns, most))
     floor = 16
-    fit = lambda size, limit: min(limit, max(floor, triton.next_power_of_2(size)))  # noqa: E731
-    bt, bo = fit(rows, limit.rows), fit(columns, limit.columns)
-    bc = fit(depth, limit.depth)
+    within = lambda size, limit: min(limit, max(floor, triton.next_power_of_2(size)))  # noqa: E731
+    bt, bo = within(rows, limit.rows), within(columns, limit.columns)
+    bc = within(depth, limit.depth)
     # Two tiles of half the size take a processor as long, and fetch more. So smaller ones only
     # where each of them gets a processor of its own.
     tiles = lambda bt, bo: count * triton.cdiv(rows, bt) * triton.cdiv(columns, bo)  # noqa: E731
@@ -143,9 +144,8 @@ def configure(
         # A stage less where that makes room for one more program, whose loads count as well and
         # which multiplies while another begins or stores, and where there are tiles for it.
         less = dataclasses.replace(config, stages=config.stages - 1)
-        fit = _in_shared(config, itemsize, kernel, saved)
-        more = _in_shared(less, itemsize, kernel, saved)
-        if more > fit and tiles(bt, bo) > fit * PROCESSORS:
+        now, then = (_in_shared(c, itemsize, kernel, saved) for c in (config, less))
+        if then > now and tiles(bt, bo) > now * PROCESSORS:
             return less
     return config
 
