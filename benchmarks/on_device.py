@@ -219,14 +219,14 @@ def run_all(args) -> int:
         step = waiting.pop(0)
         seconds, processes = STEPS[step][0] * share, 1 if args.dry_run else STEPS[step][1]
         start = time.monotonic()
-        lines = [] if args.first else out.glob(f"{step}.*jsonl")  # else it goes on with them
-        for stale in [*lines, *out.glob(f"{step}.*reached")]:
-            stale.unlink()
-        if left < 10:
+        if left < 10:  # what an earlier run left of this step stays
             summary[step] = "no time left"
             write_whole(report, (json.dumps(summary, indent=1) + "\n").encode())
             renew()
             continue
+        lines = [] if args.first else out.glob(f"{step}.*jsonl")  # else it goes on with them
+        for stale in [*lines, *out.glob(f"{step}.*reached")]:
+            stale.unlink()
         print(f"{step} (at most {seconds:.0f} s)", flush=True)
         codes = _run_processes(out, step, seconds, processes, args.dry_run, renew, args.first)
         summary[step] = {"exit": max(codes, key=abs), "seconds": round(time.monotonic() - start, 1)}

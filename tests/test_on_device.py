@@ -392,8 +392,12 @@ def test_some_steps_leave_the_results_of_others(tmp_path, capsys):
     on_device._join_shards(tmp_path, "sanitizer")
     assert [*map(list, _lines(tmp_path / "sanitizer.jsonl"))] == [["skipped"], ["shard"]]
     assert not list(tmp_path.glob("*.1.jsonl"))
+    # Nor does a step lose its own, where it has no time to measure others.
+    (tmp_path / "sanitizer.reached").write_text("1 racecheck")
+    kept = {f.name: f.read_text() for f in tmp_path.glob("sanitizer.*")}
     on_device.main(["--minutes", "0", "--steps", "sanitizer", "--dry-run", "--out", str(tmp_path)])
     assert json.loads((tmp_path / "summary.json").read_text())["sanitizer"] == "no time left"
+    assert {f.name: f.read_text() for f in tmp_path.glob("sanitizer.*")} == kept
     with pytest.raises(SystemExit):
         on_device.main(["--steps", "goals,tunning"])
     assert "there is no step tunning" in capsys.readouterr().err
