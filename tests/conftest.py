@@ -52,6 +52,25 @@ def untuned():
 
 
 @pytest.fixture
+def shipped(monkeypatch):
+    """For tests of the defaults: without the kernels that somebody has added.
+
+    What such a test adds stays.
+    """
+    from conv_pallas import dispatch, kernels
+
+    discover, names = kernels.discover, dispatch.IMPLEMENTATIONS
+    added = {name for name, k in discover()[0].items() if k.implementation not in names}
+
+    def others():
+        found, missing = discover()
+        return {name: k for name, k in found.items() if name not in added}, missing
+
+    others.cache_clear = discover.cache_clear
+    monkeypatch.setattr(kernels, "discover", others)
+
+
+@pytest.fixture
 def tuned(monkeypatch, tmp_path):
     """A folder for what `tune` finds, instead of the kernels'."""
     from conv_pallas.kernels import records

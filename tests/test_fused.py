@@ -455,6 +455,7 @@ def test_only_what_can_be_fused_is():
     assert "conv1d_fused" not in native
 
 
+@pytest.mark.usefixtures("shipped")
 def test_explain_says_who_computes_the_epilogue(monkeypatch):
     x, w, b, _ = _arrays()
     assert explain(x, w).epilogue is None

@@ -320,6 +320,7 @@ def test_a_bias_widens_what_does_not_hold_it(dtype, preferred):
     assert ours(x).dtype == stock(x).dtype == preferred
 
 
+@pytest.mark.usefixtures("shipped")
 def test_promotion_is_the_layers_own():
     """What `promote_dtype` returns is not promoted again, not even a wider bias."""
 

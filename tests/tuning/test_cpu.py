@@ -351,6 +351,7 @@ def test_other_dtypes(seconds, dtype):
     assert "matmuls" in found.values() and not any("is off by" in line for line in lines), lines
 
 
+@pytest.mark.usefixtures("shipped")
 def test_a_model_is_tuned_convolution_by_convolution(seconds):
     seconds["matmuls"] = 0.5
     model = TCN(8, [8, 8, 8], 8, kernel_size=2, dropout=0.1, rngs=nnx.Rngs(0))
@@ -372,6 +373,7 @@ def test_what_differs_in_its_activation_alone_is_tuned_once(seconds):
     assert sum(line.startswith("forward of x ") for line in lines) == 1
 
 
+@pytest.mark.usefixtures("shipped")
 def test_kernels_that_vmap_batches_are_tuned_where_they_are_groups(seconds):
     seconds["im2col"] = 0.5
     w, x = jnp.zeros((4, 3, 16, 16)), jax.ShapeDtypeStruct((4, 2, 64, 16), jnp.float32)
