@@ -158,6 +158,25 @@ def select(problem: Problem, implementation: tuple[str, ...] | None):
     )
 
 
+def check(kernel, method: str, problem: Problem, got, shape=None, dtype=None) -> None:
+    """Of what a method of `kernel` returned for `problem`: XLA would complain, and name no kernel.
+
+    Args:
+      shape, dtype: what it has to have, where those are not the problem's.
+
+    Raises:
+      TypeError: it has others.
+    """
+    shape, dtype = shape or problem.out_shape, dtype or problem.out_dtype
+    found = getattr(got, "shape", None), getattr(got, "dtype", None)
+    if problem.known and found != (shape, dtype):
+        told = type(got).__name__ if None in found else f"{found[1]} {found[0]}"
+        raise TypeError(
+            f"{method} of the implementation {kernel.implementation!r} must return {dtype} {shape} "
+            f"for {problem.operation}, got {told}"
+        )
+
+
 def fused(kernel, problem: Problem, epilogue: Epilogue) -> Problem | None:
     """The forward problem with ``epilogue`` for `Kernel.fused`; None where `kernel` has none."""
     problem = dataclasses.replace(problem, epilogue=epilogue)

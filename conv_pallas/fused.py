@@ -197,7 +197,10 @@ def _forward_alone(x, w, bias, on, *, activation, has_bias, keep, **conv):
         if this is None or (keep and not kernel.keeps(this)):
             return None
         shape = (*x.shape[:-2], *problem.y_shape[1:])
-        return jax.tree.map(lambda a: a.reshape(shape), kernel.fused(this, _rows(x), live, bias))
+        out = kernel.fused(this, _rows(x), live, bias)
+        for a in out if keep else [out]:
+            dispatch.check(kernel, "fused", this, a)
+        return jax.tree.map(lambda a: a.reshape(shape), out)
 
     if not keep:
         y = run(activation)
@@ -239,14 +242,17 @@ def _backward_local(
     derivative = functools.partial(times_derivative, activation=activation)
     gz = halo.steps(gy, saved, of=derivative)
     if wanted[0]:
+        dispatch.check(kernel, "backward", problem.gradient("conv1d_input_grad"), dx)
         dx = dx.reshape(x.shape)
         dx = time.mend("conv1d_input_grad", _input_grad(x, conv), dx, gz, w, own)
         grads.append(dx)
     if wanted[1]:
+        dispatch.check(kernel, "backward", problem.gradient("conv1d_kernel_grad"), dw)
         dw = taps.among(dw, live, w.shape[0])
         dw = time.mend("conv1d_kernel_grad", _kernel_grad(w, conv), dw, halo.steps(x), gz, own)
         grads.append(dw)
     if wanted[2]:
+        dispatch.check(kernel, "backward", problem, db, bias.shape, db.dtype)
         grads.append(db.astype(bias.dtype))
     return grads
 

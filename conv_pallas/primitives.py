@@ -113,8 +113,10 @@ def _compute(
     with jax.named_scope(operation):  # so that a profile says what its matmuls and pads belong to
         if kernels == 1:
             out = kernel.run(problem, lhs[0], rhs[0])
+            dispatch.check(kernel, "run", problem, out)
         elif many := kernel.many(problem):
             out = many(lhs, rhs)
+            dispatch.check(kernel, "many", problem, out, (kernels, *problem.out_shape))
         else:
             out = _run_as_groups(problem, kernels, lhs, rhs, implementation)
     if operation == "conv1d_kernel_grad":
@@ -133,6 +135,7 @@ def _run_as_groups(problem: Problem, kernels: int, lhs, rhs, implementation):
         how = f"{kernels} kernels at once, as of jax.vmap, run as {kernels} times the groups"
         raise NotImplementedError(f"{e}; {how}") from None
     out = kernel.run(wide, join(lhs), join(rhs))
+    dispatch.check(kernel, "run", wide, out)
     return jnp.moveaxis(out.reshape(*out.shape[:-1], kernels, -1), -2, 0)
 
 

@@ -151,14 +151,11 @@ def test_what_is_too_large_to_check_is_checked_at_a_smaller_size(monkeypatch):
 def test_one_file_adds_a_kernel(toys, tmp_path):
     """It is found, tested, benchmarked, listed and selectable, with no other file touched.
 
-    The file is the example of how to add one, for CPUs and with something to run.
+    The file is the example of how to add one.
     """
     text = (on_device.ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
-    source = text.split("```python\n")[1].split("```")[0].replace("    ...\n", (
-        "    from conv_pallas.kernels import xla\n    return xla.run(problem, lhs, rhs)\n"
-    ))  # fmt: skip
-    source = source.replace('"triton"', '"toy_copy"').replace('("cuda",)', '("cpu",)')
-    toys(toy_copy=source)
+    source = text.split("```python\n")[1].split("```")[0]
+    toys(toy_copy=source.replace('"fast"', '"toy_copy"'))
     found, _ = kernels.discover()
     assert found["toy_copy"].implementation == "toy_copy"
     # Tested: the tests' own list holds it, and runs what it takes on it.
@@ -185,12 +182,14 @@ def pytest_configure():  # once conftest.py has set what JAX reads
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 5
     # Benchmarked, by being there.
     assert "toy_copy" in harness.variants_of(SMALL)
-    m = harness.measure(SMALL, STEP, settings=BRIEF, variants={STOCK: None, "toy_copy": "toy_copy"})
+    m = harness.measure(
+        SMALL, FORWARD, settings=BRIEF, variants={STOCK: None, "toy_copy": "toy_copy"}
+    )
     assert m.timed["toy_copy"].seconds
     # Listed and selectable.
     x, kernel, bias, _ = baselines.arguments(SMALL)
     told = explain(x, kernel, kernel_dilation=2, implementation="toy_copy")
-    assert told.chosen["conv1d"] == "toy_copy" and "128x128 tiles" in str(told)
+    assert told.chosen["conv1d"] == "toy_copy" and "a matmul for each tap" in str(told)
     told = explain(x, jnp.zeros((3, 1, 8)), feature_group_count=8)
     assert re.search("toy_copy +declines: takes one group only", str(told))
     assert command._parse(["--implementation", "toy_copy"]).implementations == ["toy_copy"]

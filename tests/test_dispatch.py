@@ -1,6 +1,8 @@
 """Which kernel runs, how a user asks for one, and what `explain` says about it."""
 
+import dataclasses
 import functools
+import re
 import sys
 import textwrap
 
@@ -389,6 +391,39 @@ def test_a_broken_kernel_is_not_passed_over(add_kernel, implementation):
     add_kernel(body="raise ZeroDivisionError('broken')", priority=1000)
     with pytest.raises(ZeroDivisionError, match="broken"):
         _run(implementation)
+
+
+@pytest.mark.parametrize(
+    ("body", "got"),
+    [
+        ("return sevens(problem)[:, 1:]", "float32 (2, 4, 4)"),
+        ("return sevens(problem)[0]", "float32 (5, 4)"),
+        ("return sevens(problem).mT", "float32 (2, 4, 5)"),  # as many elements
+        ("return sevens(problem).astype(jnp.bfloat16)", "bfloat16 (2, 5, 4)"),
+        ("sevens(problem)", "NoneType"),
+    ],
+)
+def test_a_result_that_is_none_of_the_problem_names_the_kernel(add_kernel, body, got):
+    add_kernel(body=body)
+    told = f"run of the implementation 'toy' must return float32 (2, 5, 4) for conv1d, got {got}"
+    with pytest.raises(TypeError, match=rf"^{re.escape(told)}(\n|$)"):
+        _run("toy")
+
+
+@pytest.mark.parametrize("many", [True, False])
+def test_so_does_one_of_several_kernels_at_once(add_kernel, monkeypatch, many):
+    add_kernel()
+    half = lambda a, b: jnp.zeros((2, 1, 4, 3))  # noqa: E731
+    toy = dataclasses.replace(
+        kernels.discover()[0]["toy"],
+        run=lambda problem, lhs, rhs: jnp.zeros((1, 4, 3)), many=lambda p: half if many else None,
+    )  # fmt: skip
+    monkeypatch.setattr(kernels, "discover", lambda: ({"toy": toy}, {}))
+    f = jax.vmap(functools.partial(conv1d, implementation="toy"))
+    method, shape = ("many", (2, 1, 5, 3)) if many else ("run", (1, 5, 6))
+    told = f"{method} of the implementation 'toy' must return float32 {shape} for conv1d, got"
+    with pytest.raises(TypeError, match=re.escape(told)):
+        jax.jit(f).lower(jnp.zeros((2, 1, 5, 4)), jnp.zeros((2, 3, 4, 3)))
 
 
 @pytest.mark.parametrize("more", ["1 / 0", "import no_such_package"])

@@ -206,6 +206,37 @@ def test_a_kernel_that_declines_to_fuse_still_convolves(monkeypatch):
     assert set(toy.calls) == set(OPERATIONS)
 
 
+@pytest.mark.parametrize(
+    ("which", "told"),
+    [
+        (0, r"float32 \(3, 11, 4\) for conv1d_input_grad, got bfloat16 \(3, 11, 4\)"),
+        (1, r"float32 \(3, 4, 3\) for conv1d_kernel_grad, got bfloat16 \(3, 4, 3\)"),
+        (2, r"float32 \(3,\) for conv1d, got float32 \(1, 3\)"),
+        ("fused", r"float32 \(3, 11, 3\) for conv1d, got bfloat16 \(3, 11, 3\)"),
+        ("kept", r"float32 \(3, 11, 3\) for conv1d, got bfloat16 \(3, 11, 3\)"),
+    ],
+)
+def test_a_result_that_is_none_of_the_problem_names_the_kernel(which, told, monkeypatch):
+    toy = Toy(monkeypatch, keeps=which == "kept")
+    x, w, b, _ = _arrays()
+    method = "backward" if isinstance(which, int) else "fused"
+
+    def wrong(*args):
+        found = getattr(toy, method)(*args)
+        if which == "fused":
+            return found.astype("bfloat16")
+        at = 1 if which == "kept" else which
+        other = found[at][None] if which == 2 else found[at].astype("bfloat16")
+        return (*found[:at], other, *found[at + 1 :])
+
+    toy.kernel = dataclasses.replace(toy.kernel, **{method: wrong})
+    monkeypatch.setattr(kernels, "discover", lambda: ({"toy": toy.kernel}, {}))
+    step = jax.grad(_loss("silu", "toy"), (0, 1, 2))
+    told = f"^{method} of the implementation 'toy' must return {told}"
+    with pytest.raises(TypeError, match=told):
+        jax.jit(step).lower(x, w, b)
+
+
 def test_the_tangent_is_linear_in_each_of_its_operands():
     """One of them transposed while the others are numbers."""
     x, w, b, g = _arrays()
