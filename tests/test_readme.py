@@ -47,19 +47,27 @@ def test_two_significant_digits(ratio, text):
 def test_means_take_the_clock_where_there_is_no_trace():
     """A baseline that takes many times as long as ours is not traced."""
 
-    def line(wall, work, which="forward"):
+    def line(wall, work, which="forward", layer="wavenet/D512"):
         told = {"default": {"median": 1.0}}
         lines = {
+            "layer": layer,
             "which": which,
             "seconds": told | {"stock": {"median": wall}, "barrier": {"median": 99.0}},
         }
         return lines | ({"device_seconds": told | {"matmuls": {"median": work}}} if work else {})
 
     sweep = [line(2.0, 8.0), line(8.0, None), line(3.0, 2.0, "training step")]
-    assert readme._means(sweep) == (
+    published = (
         "Geometric means over the published layers: forward 4.0, and 8.0 on the GPU; "
-        "training step 3.0, and 2.0 on the GPU."
+        "training step 3.0, and 2.0 on the GPU. "
     )
-    assert readme._means(
-        [*sweep, {"which": "forward", "seconds": {"default": {"median": 1.0}}}]
-    ) == (readme._means(sweep))
+    assert readme._means(sweep) == published + (
+        "Over all of these: forward 4.0, and 8.0 on the GPU; training step 3.0, and 2.0 on the GPU."
+    )
+    blank = {"layer": "wavenet/D1", "which": "forward", "seconds": {"default": {"median": 1.0}}}
+    assert readme._means([*sweep, blank]) == readme._means(sweep)
+    # What stands for a kind, and is of no model, is in one of them alone.
+    kinds = [line(32.0, 64.0, layer="very-long/D1024"), line(32.0, 64.0, layer="stride/S2")]
+    assert readme._means([*sweep, *kinds]) == published + (
+        "Over all of these: forward 11, and 23 on the GPU; training step 3.0, and 2.0 on the GPU."
+    )
