@@ -64,7 +64,8 @@ class Verdict(NamedTuple):
     """On one goal and one program.
 
     Attributes:
-      reached: None where no such program was estimated, and then the goal is not met.
+      reached: None where there is no estimate, of such a program, of ours or of XLA's; then the
+        goal is not met.
       ceiling: what a program would reach that kept the matrix unit or memory busy all the time,
         with the bytes that ours moves. XLA's own may be at a bound too, so that no kernel is ahead.
     """
@@ -88,23 +89,26 @@ def judge(chip: str, rows: Sequence[dict]) -> list[Verdict]:
     for goal in GOALS:
         least = goal.least[chip]
         of = [r for r in rows if goal.layer in r["layer"] and goal.program in r["program"]]
-        of = [r for r in of if ratio(r) is not None]
-        for row in of:
-            name, reached = f"{row['layer']}, {row['program']}", ratio(row)
-            told.append(Verdict(goal.what, name, reached, least, reached >= least, ceiling(row)))
+        told += [_verdict(goal.what, row, least) for row in of]
         if not of:
             told.append(Verdict(goal.what, "not estimated", None, least, False))
     forward = [r[OURS] for r in rows if BOUNDED in r["layer"] and r["program"] == "conv1d"]
     for estimate in forward:
-        over = estimate["estimate"] / estimate["mxu"]
+        over = estimate["estimate"] / estimate["mxu"] if "estimate" in estimate else None
         goal = "over the matrix unit's bound, at most"
-        told.append(Verdict(goal, BOUNDED, over, WITHIN, over <= WITHIN))
+        told.append(Verdict(goal, BOUNDED, over, WITHIN, over is not None and over <= WITHIN))
     for row in rows:
         if row["program"] in OPERATIONS and is_default(chip, row):
-            name, reached = f"{row['layer']}, {row['program']}", ratio(row)
-            goal = "a single operation that is the default"
-            told.append(Verdict(goal, name, reached, 1.0, reached >= 1, ceiling(row)))
+            told.append(_verdict("a single operation that is the default", row, 1.0))
     return told
+
+
+def _verdict(goal: str, row: dict, least: float) -> Verdict:
+    """On how many times faster than XLA's a program is; a side of it may fail or be unreadable."""
+    name, reached = f"{row['layer']}, {row['program']}", ratio(row)
+    if reached is None:
+        return Verdict(goal, name, None, least, False)
+    return Verdict(goal, name, reached, least, reached >= least, ceiling(row))
 
 
 def table(result: dict, rows: Sequence[dict]) -> Table:

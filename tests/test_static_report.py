@@ -51,6 +51,27 @@ def test_what_is_not_estimated_meets_no_goal():
     assert ("depthwise", "not estimated", False) in _judged("v5e")
 
 
+@pytest.mark.parametrize(
+    "without",
+    [
+        dict(pallas_tpu=dict(fails="INTERNAL: Mosaic failed to compile")),
+        dict(pallas_tpu=dict(declines="takes no strides")),
+        dict(xla_native=dict(unreadable="a loop")),
+    ],
+    ids=lambda row: str(row),
+)
+def test_a_program_of_which_one_side_has_no_estimate_meets_no_goal(monkeypatch, without):
+    monkeypatch.setattr(static_report, "is_default", lambda chip, row: True)
+    rows = [row | without for row in ROWS]
+    told = static_report.judge("v5e", rows)
+    compared = [v for v in told if "matrix unit" not in v.goal]
+    assert len(compared) == 5  # three goals, of which depthwise has no program, and two defaults
+    assert all((v.reached, v.met) == (None, False) for v in compared)
+    (bounded,) = set(told) - set(compared)
+    assert (bounded.reached is None) == (not bounded.met) == ("pallas_tpu" in without)
+    assert all("not met" in static_report._told(v) for v in compared)
+
+
 @pytest.mark.parametrize(("mxu", "met"), [(90, True), (79, False)])
 def test_distance_from_the_matrix_units_bound(mxu, met):
     rows = [_row("bfloat16/C256/K7/D64", "conv1d", 100, 150, mxu=mxu)]
