@@ -134,12 +134,16 @@ def quick() -> tuple[Subject, ...]:
 # Products of a dense forward pass above which the benchmarks cut a layer down for a CPU.
 MOST_ON_CPU = 1 << 27
 MOST_IF_QUICK = 1 << 25
+# How many times as many a whole network's convolutions may have together: a training step takes
+# some tenths of a second on two cores then, and networks of narrow blocks keep most sequences.
+STACK = 20
 
 
 def fit(subject: Subject, platform: str, most: int = MOST_ON_CPU) -> Subject:
     """As `conv_pallas._layers.fit`; a stack gets fewer sequences, and keeps their length."""
     if isinstance(subject, Layer):
         return _layers.fit(subject, platform, most)
-    while platform == "cpu" and subject.N > 1 and subject.costs()[2][0] * subject.blocks > 4 * most:
+    products = lambda stack: sum(layer.products for layer in stack.layers())  # noqa: E731
+    while platform == "cpu" and subject.N > 1 and products(subject) > STACK * most:
         subject = dataclasses.replace(subject, N=subject.N // 2)
     return subject

@@ -555,6 +555,19 @@ def test_quick_times_of_streams_replace_no_stored_ones(tmp_path, monkeypatch, ca
     assert kept["measurements"] == [{"batch": 3}]
 
 
+@pytest.mark.parametrize("stack", layers.STACKS, ids=lambda stack: stack.model)
+def test_a_stack_is_cut_by_the_products_of_all_its_layers(stack):
+    def products(N):
+        return sum(layer.products for layer in dataclasses.replace(stack, N=N).layers())
+
+    most = layers.STACK * layers.MOST_ON_CPU
+    fitted = layers.fit(stack, "cpu")
+    assert fitted == dataclasses.replace(stack, N=fitted.N)
+    assert products(fitted.N) <= most
+    assert fitted.N == stack.N or products(2 * fitted.N) > most  # and no further
+    assert layers.fit(stack, "gpu") is stack
+
+
 def test_passes():
     assert command._passes("training") == (STEP,) and command._passes(None) == PASSES
 
