@@ -211,9 +211,9 @@ def table(result: dict[str, Any]) -> Table:
     rows = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left", caption=(
         "ms: the median call. ×: ours against stock nnx.Conv, and against the fastest of all "
         "baselines, turn by turn;\nthe median and its quartiles; =: both compiled to the same "
-        "program. of limit: the time at the measured\nceilings over ours, above 100 % where a "
-        "cache holds what a copy of much does not,\nor where ours takes fewer products than the "
-        "definition; *: N or T cut down for a CPU"
+        "program. of limit: the time at the measured\nceilings (a large copy in place, a large "
+        "matmul) over ours, above 100 % where a cache\nholds what a copy of much does not, or "
+        "where ours takes fewer products than the\ndefinition; *: N or T cut down for a CPU"
     ))  # fmt: skip
     for column in ("layer", "pass"):
         rows.add_column(column, no_wrap=True)

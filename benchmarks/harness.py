@@ -401,7 +401,7 @@ def _repeated(ready: Mapping[str, tuple], arguments: tuple) -> tuple[int, dict[s
     if not ready:
         return 1, {}
     launch = _launch_seconds()
-    shortest = min(_once(compiled, arguments) for _, compiled in ready.values())
+    shortest = min(_best(lambda c=c: c(*arguments)) for _, c in ready.values())
     inside = min(MOST_INSIDE, max(1, math.ceil(launch / LAUNCH_SHARE / shortest)))
     on_cpu = _on_cpu()
     size = sum(a.nbytes for a in jax.tree.leaves(arguments))
@@ -461,10 +461,10 @@ class _Rotating:
         return self._compiled(*self._arguments[self._turn])
 
 
-def _once(compiled, arguments) -> float:
-    call = lambda: jax.block_until_ready(compiled(*arguments))  # noqa: E731
-    call()
-    return min(_seconds(call) for _ in range(2))
+def _best(call, runs: int = 2) -> float:
+    waited = lambda: jax.block_until_ready(call())  # noqa: E731
+    waited()
+    return min(_seconds(waited) for _ in range(runs))
 
 
 @functools.cache
@@ -492,21 +492,29 @@ def _seconds(call) -> float:
 def ceilings(dtypes: Iterable[str] = ("float32",)) -> dict[str, float]:
     """What this machine reaches: bytes a second of a large copy, operations of a large matmul.
 
+    The copy writes over what the last one wrote: on a CPU most of the time of one into fresh memory
+    is the system's, which has to find pages for it.
+
     Returns:
       ``"bytes"`` and, for each dtype, the operations, per second.
     """
     small = _on_cpu()
     n = 1 << (26 if small else 29)
     a = jnp.arange(n, dtype=jnp.float32)
-    copy = jax.jit(lambda a: a + 1).lower(a).compile()
-    found = {"bytes": 2 * a.nbytes / _once(copy, (a,))}
+    found = {"bytes": 2 * a.nbytes / _best(_copy(a), 9)}
     del a
     for dtype in dict.fromkeys(dtypes):
         n = 2048 if small else 8192
         a = jax.random.normal(jax.random.key(0), (n, n), dtype)
         compiled = jax.jit(jnp.matmul).lower(a, a).compile()
-        found[dtype] = 2 * n**3 / _once(compiled, (a, a))
+        found[dtype] = 2 * n**3 / _best(lambda c=compiled, a=a: c(a, a))
     return found
+
+
+def _copy(a: jax.Array) -> _measure.InPlace:
+    """Reads all of an array and writes as much, each time to the same place."""
+    arguments = ([a],)
+    return _measure.InPlace(_measure.lower(lambda a: a + 1, arguments).compile(), arguments)
 
 
 def ideal(subject: Subject, which: str, limits: Mapping[str, float]) -> float:

@@ -73,6 +73,11 @@ def figures(result: dict[str, Any], transposed: dict[str, Any]) -> str:
         "without tuning; stock is there `nnx.Conv` with an `input_dilation`, which "
         "`nnx.ConvTranspose` compiles to as well."
     )
+    if "copy_in_place" not in result:
+        notes.append(
+            "Shares of the limit there are several times too high where bytes set it, which go by "
+            "a copy into fresh memory."
+        )
     if tuning := stored.of_tuning(result):
         notes.append(f"{tuning.replace('tuning', '[Tuning](#tune)', 1)}.")
     if apart := stored.of_cores(result):

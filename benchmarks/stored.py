@@ -40,6 +40,7 @@ def result(
             k: v if v != float("inf") else None for k, v in dataclasses.asdict(settings).items()
         },
         "ceilings": dict(limits),
+        "copy_in_place": True,  # without it that of bytes is of a copy into fresh memory
         "measurements": [measurement(m, limits) for m in measurements],
     }
 

@@ -206,6 +206,16 @@ def test_short_calls_are_repeated_inside_one_launch(monkeypatch):
     assert 0 < m.timed[STOCK].time.median < 1e-3
 
 
+def test_the_ceiling_of_bytes_is_of_memory_that_is_there():
+    """Fresh pages take several times as long as what is written to them."""
+    copy = harness._copy(jnp.arange(1 << 20, dtype=jnp.float32))
+    places = {copy()[0].unsafe_buffer_pointer() for _ in range(5)}
+    assert len(places) == 1
+    np.testing.assert_array_equal(copy()[0][:3], [1, 2, 3])
+    # A whole pass over memory in each run, of one array in and one out.
+    assert copy.compiled.memory_analysis().alias_size_in_bytes == 1 << 22
+
+
 def test_equal_programs_are_timed_once():
     variants = {STOCK: None, "xla_native": "xla_native"}
     m = harness.measure(SMALL, FORWARD, settings=BRIEF, variants=variants)
@@ -427,6 +437,14 @@ def test_page_tells_of_layers_and_of_networks_what_is_true_of_them(result):
     large["variants"][STOCK]["checked"] = "N=1"
     assert "of large layers at a smaller size" in told(large, stack)
     assert report.what_was_timed(result) in report.page(result)
+
+
+def test_page_tells_what_the_ceiling_of_bytes_is_of(result):
+    old = {key: value for key, value in result.items() if key != "copy_in_place"}
+    assert "times too high" in report.rooflines(old)
+    new = stored.result(harness.host(), BRIEF, {}, []) | {"ceilings": result["ceilings"]}
+    told = report.rooflines(new | {"measurements": result["measurements"]})
+    assert "a large copy over what it wrote before" in told and "times too high" not in told
 
 
 def test_page_tells_how_many_turns_a_ratio_is_of(result):
