@@ -16,7 +16,11 @@ def label(layer: Layer) -> str:
 
 
 def stock_of(layer: Layer) -> str:
-    """The formulation that nnx.Conv takes."""
+    """The formulation that nnx.Conv takes, forward and in kernel gradients.
+
+    In an input gradient either of the two is one `lax.conv_general_dilated` that pads in its
+    window, where nnx.Conv's, if the padding is CAUSAL, computes the gradient of the zeros too.
+    """
     return "padded" if layer.padding == "CAUSAL" else "native"
 
 

@@ -3,10 +3,12 @@
     python -m benchmarks.formulations [--quick] [--only TEXT] [--without TEXT] [--layers TEXT]
                                       [--minutes N] [--json PATH]
 
-All formulations of an operation take turns. They are compared with what nnx.Conv runs: one
-`lax.conv_general_dilated` (``native``) or a transpose of that, after a pad in memory if the padding
-is CAUSAL (``padded``). Candidates that are hopeless at first sight are left out, as are those that
-take over three times as long.
+All formulations of an operation take turns. Forward and in kernel gradients they are compared
+with what nnx.Conv runs: one `lax.conv_general_dilated` (``native``) or a transpose of that, after a
+pad in memory if the padding is CAUSAL (``padded``). In input gradients it is one
+`lax.conv_general_dilated` that pads in its window: nnx.Conv's own, of CAUSAL padding, computes the
+gradient of the zeros too, cuts it off, and takes longer. Candidates that are hopeless at first
+sight are left out, as are those that take over three times as long.
 
 What is fastest depends on which caches the cores share (`benchmarks.handoff`), and the host of a
 virtual machine may change it at any time. Whichever lack rounds of the cores as they lie just then
@@ -60,7 +62,7 @@ class Race:
     """All formulations of an operation that are worth timing, and what they took.
 
     Attributes:
-      stock: the formulation that nnx.Conv takes.
+      stock: the formulation that the others are compared with, see `stock_of`.
       calls: while it is `compiled`; stock first.
       rounds: for cores that lie together (False), apart (True), or nobody knows where (None): of
         each round the seconds of each formulation.
@@ -222,7 +224,7 @@ def line(result: dict) -> str:
 
 def summary(results: Sequence[dict]) -> Table:
     """What was chosen, against stock and against the fastest."""
-    table = Table(box=box.SIMPLE_HEAD, caption="×: times faster than what nnx.Conv runs")
+    table = Table(box=box.SIMPLE_HEAD, caption="×: times faster than stock's formulation")
     for column in ("case", "operation", "cores", "chosen", "×", "fastest", "×"):
         table.add_column(column)
     for result in results:
