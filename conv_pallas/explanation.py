@@ -166,6 +166,11 @@ def explain(
             f"got {platform!r}{which}"
         )
     its_own = getattr(x, "explain", None)
+    if callable(x) and kernel is None:
+        raise TypeError(
+            "explain takes x and kernel, or a model or a function and its input, "
+            f"got {type(x).__module__}.{type(x).__name__} alone"
+        )
     if its_own is None and callable(x) and kernel is not None:
         its_own = functools.partial(_explain_model, x)
     if its_own is not None:

@@ -103,6 +103,8 @@ def conv1d(
     for name, array in (("x", x), ("kernel", kernel)):
         if array is None:
             raise TypeError(f"{name} must be an array, got None")
+    if mask is not None:  # before anything looks at what padding holds
+        x = segments.hide(x, mask)
     x, kernel, bias = (None if a is None else jnp.asarray(a) for a in (x, kernel, bias))
     dtype = promoted_dtype(x, kernel, *([] if bias is None else [bias]))
     return convolve(
@@ -117,7 +119,6 @@ def conv1d(
         out_sharding=out_sharding,
         implementation=implementation,
         activation=activation,
-        mask=mask,
         segment_ids=segment_ids,
         axis_name=axis_name,
     )
@@ -134,12 +135,11 @@ def convolve(
     out_sharding,
     implementation,
     activation=None,
-    mask=None,
     segment_ids=None,
     axis_name=None,
     **geometry,
 ):
-    """`conv1d` of operands that are promoted as they are to be."""
+    """`conv1d` of operands that are promoted as they are to be, and x without what is masked."""
     activation_function(activation)
     if x.dtype != kernel.dtype:
         raise TypeError(f"x and kernel must have the same dtype, got {x.dtype} and {kernel.dtype}")
@@ -148,8 +148,6 @@ def convolve(
     if axis_name is not None:
         _check_splits(time, spec, mode, axis_name)
     check_bias(bias, kernel)
-    if mask is not None:
-        x = segments.hide(x, mask)
     if segment_ids is not None:
         x = segments.separate(x, segment_ids, spec, mode, time)
         kernel, time, padding = segments.pointwise(kernel), halo.UNSPLIT, "VALID"

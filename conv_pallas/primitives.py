@@ -36,7 +36,7 @@ from jax.interpreters import ad
 from jax.sharding import NamedSharding
 
 from conv_pallas import dispatch, lowering, sharding, taps
-from conv_pallas.spec import OPERATIONS, ConvSpec, Operation, Problem
+from conv_pallas.spec import OPERATIONS, ConvSpec, Operation, Problem, exchanged_precision
 
 # --- Shapes and types ---
 
@@ -86,7 +86,8 @@ def _compute(
         # No zero between the steps of x is multiplied, whoever computes it.
         (out,) = _compute(
             rhs, lhs, on=on, operation=operation, spec=exchanged, kernel_batch=V,
-            precision=precision, out_dtype=out_dtype, implementation=implementation,
+            precision=exchanged_precision(precision), out_dtype=out_dtype,
+            implementation=implementation,
         )  # fmt: skip
         return [taps.flip(out, spec.groups)]
     if operation != "conv1d_kernel_grad":

@@ -31,7 +31,9 @@ def hide(x: jax.Array, mask) -> jax.Array:
     Raises:
       ValueError: the mask's shape is not x's without the channels, or it is no bool.
     """
-    mask, x = check_mask(mask, x.shape[:-1]), jnp.asarray(x)
+    if not isinstance(x, jax.Array):  # which `jnp.asarray` would look for a NaN, if JAX is told to
+        x = jnp.asarray(x)
+    mask = check_mask(mask, x.shape[:-1])
     mask = like(mask, P(*entries(jax.typeof(x))[:-1]))
     return jnp.where(mask[..., None], x, jnp.zeros((), x.dtype))
 

@@ -275,6 +275,11 @@ class Problem:
         )
 
 
+def exchanged_precision(precision: Any) -> Any:
+    """That of a problem's operands, once they are in each other's place."""
+    return precision[::-1] if isinstance(precision, tuple) else precision
+
+
 def problem_of(
     operation: Operation, x, w, spec: ConvSpec, precision, out_dtype, platform: str = "cpu", **on
 ) -> Problem:
@@ -293,12 +298,14 @@ def problem_of(
     if operation == "conv1d_kernel_grad" and (exchanged := spec.exchanged):
         lhs, rhs, out = dtypes
         spec, C, O, dtypes = exchanged, O, C, (rhs, lhs, out)
+        precision = exchanged_precision(precision)
     live = spec.live_taps
     spec = spec.of_taps(live) if live else spec
     return Problem(operation, spec, N, C, O, *dtypes, precision, platform, **on)
 
 
-def _is_sequence(value: Any) -> bool:
+def is_sequence(value: Any) -> bool:
+    """Whether it is one of numbers, an array's too, and no string."""
     if isinstance(value, np.ndarray):
         return value.ndim > 0
     return isinstance(value, Sequence) and not isinstance(value, str)
@@ -314,7 +321,7 @@ def scalar(name: str, value: int | Sequence[int] | None, error: type[Exception])
     """
     if value is None:
         return 1
-    if _is_sequence(value):
+    if is_sequence(value):
         if len(value) != 1:
             raise ValueError(
                 f"{name} must be an int or a sequence of one int for a 1-D convolution, "
@@ -366,10 +373,10 @@ def resolve_padding(
         less, more = total // 2, total - total // 2
         return (less, more) if mode == "SAME" else (more, less)
     pair = padding
-    if _is_sequence(pair) and len(pair) == 1:
+    if is_sequence(pair) and len(pair) == 1:
         (pair,) = pair
     try:
-        if _is_sequence(pair):
+        if is_sequence(pair):
             low, high = map(operator.index, pair)
             if pair is padding:  # (low, high) without the outer brackets means rank 2 to flax
                 raise ValueError

@@ -141,7 +141,7 @@ def _read(past, start, count: int):
     axis = past.ndim - 2
     if count == 1:
         return lax.dynamic_slice_in_dim(past, start, 1, axis)
-    rows = (start + jnp.arange(count)) % past.shape[-2]
+    rows = (start + jnp.arange(count, dtype=start.dtype)) % past.shape[-2]
     return past.at[..., rows, :].get(mode="promise_in_bounds")
 
 
@@ -151,7 +151,7 @@ def _write(past, index, x):
         return x[..., T - rows :, :]
     if T == 1:
         return lax.dynamic_update_slice_in_dim(past, x, index, past.ndim - 2)
-    where = (index + jnp.arange(T)) % rows
+    where = (index + jnp.arange(T, dtype=index.dtype)) % rows
     return past.at[..., where, :].set(x, unique_indices=True, mode="promise_in_bounds")
 
 

@@ -5,13 +5,14 @@
 somebody's training step.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,23 +67,43 @@ class Records:
 
     def content(self, kind: str | None) -> dict[str, dict]:
         """As `read`, of all folders together, once."""
-        return _content(self, kind)
+        return _content(self, kind, tuple(_folders()))
 
     def add(self, file: Path, kind: str, found: dict[str, dict[str, Any]]) -> None:
-        """Adds to a file, all of it at once: a run that is cut short leaves a whole one."""
-        content = self.read(file)
-        merged = {name: content[name] | entries for name, entries in found.items()}
-        text = json.dumps({**content, **merged, "device": kind}, indent=1, sort_keys=True) + "\n"
+        """Adds to a file, all of it at once: a run that is cut short leaves a whole one.
+
+        What another process adds meanwhile waits for it, or the last would drop what the first had.
+        """
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=file.parent, suffix=".new", delete=False
-        ) as new:
-            new.write(text)
-        os.chmod(new.name, 0o644)  # not for one user alone, as temporary files are
-        os.replace(new.name, file)
+        with _alone(file.parent):
+            content = self.read(file)
+            merged = {name: content[name] | entries for name, entries in found.items()}
+            whole = {**content, **merged, "device": kind}
+            with tempfile.NamedTemporaryFile(
+                "w", encoding="utf-8", dir=file.parent, suffix=".new", delete=False
+            ) as new:
+                new.write(json.dumps(whole, indent=1, sort_keys=True) + "\n")
+            os.chmod(new.name, 0o644)  # not for one user alone, as temporary files are
+            os.replace(new.name, file)
 
     def _name(self, kind: str) -> str:
         return f"{self.prefix}_{re.sub('[^a-z0-9]+', '-', kind.lower()).strip('-')}.json"
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Holds a lock on a folder, which needs no file of its own, within the context."""
+    try:
+        import fcntl
+    except ModuleNotFoundError:  # Windows
+        yield
+        return
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(opened)
 
 
 def forget() -> None:
@@ -91,8 +112,8 @@ def forget() -> None:
 
 
 @functools.cache
-def _content(records: Records, kind: str | None) -> dict[str, dict]:
-    found = [records.read(folder / records._name(kind or "none")) for folder in _folders()]
+def _content(records: Records, kind: str | None, folders: tuple[Path, ...]) -> dict[str, dict]:
+    found = [records.read(folder / records._name(kind or "none")) for folder in folders]
     merged = lambda table: {k: v for content in found for k, v in content[table].items()}  # noqa: E731
     return {table: merged(table) for table in records.tables}
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from conv_pallas import explain
-from conv_pallas.nn import ConvTranspose
+from conv_pallas import conv1d, explain
+from conv_pallas.nn import Conv, ConvTranspose
 from conv_pallas.spec import ConvSpec
 from tests.cases import CASES
 from tests.reference import conv1d_reference
@@ -123,3 +123,34 @@ def test_stocks_is_its_convolution_of_a_dilated_input():
     more = dict(padding=[(11, 11)], rngs=nnx.Rngs(0))
     transposed = nnx.ConvTranspose(4, 6, 16, 8, **more)
     assert lowered(transposed) == lowered(nnx.Conv(4, 6, 16, input_dilation=8, **more))
+
+
+def test_each_operand_keeps_its_precision():
+    """Where a kernel gradient has x and g in each other's place."""
+    precision = (jax.lax.Precision.HIGHEST, jax.lax.Precision.DEFAULT)
+    layer = lambda w: conv1d(X, w, input_dilation=2, padding=2, precision=precision)  # noqa: E731
+    w = jax.ShapeDtypeStruct((3, 4, 4), jnp.float32)
+    lowered = jax.jit(jax.grad(lambda w: jnp.sum(layer(w) ** 2))).trace(w)
+    text = lowered.lower(lowering_platforms=("cuda",)).as_text()
+    found = re.findall(r"precision_config = \[(.*?)\].*?: \(tensor<(\w+)xf32>", text)
+    assert len(found) == 2  # forward, of x and w; kernel gradient, of g and x
+    orders = [re.findall(r"precision (\w+)", config) for config, _ in found]
+    assert orders == [["HIGHEST", "DEFAULT"], ["DEFAULT", "HIGHEST"]]
+
+
+def test_circular_under_strict_ranks():
+    with jax.numpy_rank_promotion("raise"):
+        assert _layer(padding="CIRCULAR")(X).shape == (2, 27, 6)
+
+
+@pytest.mark.parametrize("function", [conv1d, Conv, ConvTranspose])
+def test_padding_may_hold_nan_where_those_raise(function):
+    mask = jnp.arange(9) < jnp.array([[9], [5]])
+    x = jnp.where(mask[..., None], X, jnp.nan).astype(jnp.bfloat16)
+    if function is conv1d:
+        call = lambda x: conv1d(x, jnp.ones((3, 4, 6)), mask=mask)  # noqa: E731
+    else:
+        layer = function(4, 6, 3, padding="VALID", rngs=nnx.Rngs(0))
+        call = lambda x: layer(x, mask=mask)  # noqa: E731
+    with jax.debug_nans(True):
+        assert jnp.isfinite(jax.grad(lambda x: call(x).sum())(x)).all()

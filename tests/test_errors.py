@@ -512,3 +512,9 @@ def test_conv_general_dilated_raises_as_lax(arguments):
     with pytest.raises(type(theirs.value)) as ours:
         trace(conv_general_dilated)
     assert str(ours.value)
+
+
+def test_explain_asks_for_the_input():
+    for model in (Conv(4, 6, 3, rngs=nnx.Rngs(0)), jnp.sin):
+        with pytest.raises(TypeError, match=r"a function and its input, got .* alone"):
+            explain(model)

@@ -333,3 +333,11 @@ def test_promotion_is_the_layers_own():
     assert ours(x).dtype == stock(x).dtype == jnp.float32
     np.testing.assert_array_equal(ours(x), stock(x))
     assert ours.explain(x).chosen["conv1d"] == "xla"
+
+
+def test_geometry_may_be_an_array():
+    for args, x in (((4, 6, 3), (2, 9, 4)), ((4, 6, (3, 3)), (2, 9, 9, 4))):
+        steps = np.arange(1, len(x) - 1)
+        layers = (cls(*args, steps, rngs=nnx.Rngs(0)) for cls in (Conv, nnx.Conv))
+        ours, stock = (layer(jnp.ones(x)) for layer in layers)
+        _assert_close(ours, stock, jnp.float32)

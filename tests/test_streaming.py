@@ -283,11 +283,12 @@ def test_blocks_layers_and_dtypes(implementation):
     with pytest.raises(TypeError, match=r"^x is computed with in float32, .* dtype=float32\)$"):
         narrow.step(x, narrow.init_state(2))
     narrow.step(x, narrow.init_state(2, jnp.float32))
-    # Flax's WeightNorm has scales of float32 around a kernel of any dtype.
+    # Flax's own WeightNorm has scales of float32 around a kernel of any dtype.
     model = TCN(3, [4, 4], 2, norm="weight", param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     model.eval()
     for dtype in (jnp.bfloat16, jnp.float32):
-        jax.eval_shape(model.step, x.astype(dtype), model.init_state(2))
+        y, _ = jax.eval_shape(model.step, x.astype(dtype), model.init_state(2, dtype))
+        assert y.dtype == dtype
 
 
 @pytest.mark.parametrize("norm", ["weight", "layer", "batch"])
@@ -391,3 +392,18 @@ def test_a_weight_normed_network_of_stock_layers_streams_once_they_are_replaced(
     replace_convs(model)
     check(model, x, (7, 11))
     np.testing.assert_allclose(model(x), y, rtol=1e-4, atol=1e-5)
+
+
+def test_a_replaced_weight_norm_takes_what_flaxs_takes():
+    block = TemporalBlock(4, 4, 3, 1, 0.0, nnx.Rngs(0), norm="weight", conv=nnx.Conv)
+    x = jnp.ones((2, 9, 4))
+    before = block.conv1(x, None)
+    replace_convs(block)
+    np.testing.assert_allclose(block.conv1(x, None), before, rtol=1e-5)
+
+
+def test_chunks_under_strict_promotion():
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        layer = Conv(4, 4, 3, padding="CAUSAL", kernel_dilation=4, rngs=nnx.Rngs(0))
+        y, _ = layer.step(jnp.ones((2, 3, 4), jnp.float32), layer.init_state(2))
+        assert y.dtype == jnp.float32

@@ -438,3 +438,14 @@ def test_no_block_computes_those_before_it_anew(training):
         return compiled.as_text().count(" maximum(")
 
     assert activations(6) <= 2 * activations(3)
+
+
+@pytest.mark.parametrize("conv", [Conv, nnx.Conv])
+@pytest.mark.parametrize("norm", [None, "weight", "layer"])
+def test_a_norm_computes_in_the_dtype_of_the_parameters(norm, conv):
+    x = jnp.ones((2, 9, 4), jnp.bfloat16)
+    model = TCN(4, [8], 2, norm=norm, param_dtype=jnp.bfloat16, conv=conv, rngs=nnx.Rngs(0))
+    assert model(x).dtype == jnp.bfloat16
+    with jax.enable_x64(True):
+        wide = TCN(4, [8], 2, norm=norm, conv=conv, rngs=nnx.Rngs(0))
+        assert wide(x.astype(jnp.float32)).dtype == jnp.float32

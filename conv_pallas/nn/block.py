@@ -302,8 +302,14 @@ def layer_maker(conv, implementation, rngs, **options):
 
 
 def weight_norm(layer: nnx.Conv, rngs: nnx.Rngs) -> nnx.WeightNorm:
-    """The layer with its kernel normalized, by flax's own module where the layer is not ours."""
-    return (WeightNorm if is_ours(layer) else nnx.WeightNorm)(layer, rngs=rngs)
+    """The layer with its kernel normalized, by flax's own module where the layer is not ours.
+
+    With a scale of the layer's dtype: of flax's own it is that which JAX has by default.
+    """
+    dtype = getattr(layer, "param_dtype", jnp.float32)
+    return (WeightNorm if is_ours(layer) else nnx.WeightNorm)(
+        layer, scale_init=lambda key, shape: jnp.ones(shape, dtype), param_dtype=dtype, rngs=rngs
+    )
 
 
 def check_sequences(x, mask, segment_ids):

@@ -10,7 +10,7 @@ from jax import lax
 
 from conv_pallas import dispatch, explanation, ops, segments, streaming
 from conv_pallas.dispatch import Implementation
-from conv_pallas.spec import make_spec, scalar
+from conv_pallas.spec import is_sequence, make_spec, scalar
 
 
 class Conv(nnx.Conv):
@@ -130,10 +130,10 @@ class Conv(nnx.Conv):
         left_to_flax = self._left_to_flax()
         if left_to_flax:
             self._check_dimensions()
-        elif self.mask is not None and self.mask.shape != self.kernel_shape:
-            raise ValueError(
-                f"mask must have the kernel's shape {self.kernel_shape}, got {self.mask.shape}"
-            )
+        else:
+            check_kernel_mask(self)
+        if mask is not None:  # before anything looks at what padding holds
+            inputs = segments.hide(inputs, mask)
         given = [name for name, value in more.items() if value is not None]
         if left_to_flax or (kernel is None and not given and self._is_stock()):
             act = ops.activation_function(activation)
@@ -144,19 +144,16 @@ class Conv(nnx.Conv):
                 )
             if not left_to_flax:  # for its complaints
                 make_spec(inputs.shape, self.kernel_shape, **self._geometry())
-            if mask is not None:
-                inputs = segments.hide(inputs, mask)
             out = {} if out_sharding is None else {"out_sharding": out_sharding}
             y = super().__call__(inputs, **out)
             return y if act is None else act(y)
-        inputs, kernel, bias = self._operands(inputs, kernel)
+        inputs, kernel, bias = operands(self, inputs, kernel)
         return ops.convolve(
             inputs,
             kernel,
             bias,
             out_sharding=out_sharding,
             activation=activation,
-            mask=mask,
             **more,
             **self._arguments(),
         )
@@ -232,7 +229,7 @@ class Conv(nnx.Conv):
     def _advance(self, x, age, state, *, packed: bool, act=None, kernel=None):
         """`step` with the ages of the steps instead of a clock, which blocks have in common."""
         D, lookahead = self._check_streams()
-        x, kernel, bias = self._operands(x, kernel)
+        x, kernel, bias = operands(self, x, kernel)
         ring = {name: state[name] for name in ("past", "index", "ages") if name in state}
         rows = (self.kernel_size[0] - 1) * D
         streaming.check_ring(ring, rows, self.in_features, ages=lookahead > 0)
@@ -285,15 +282,6 @@ class Conv(nnx.Conv):
         promote = functools.partial(self.promote_dtype, dtype=self.dtype)
         return jax.eval_shape(lambda x, k: promote((x, k, None)), x, kernel)[0].dtype
 
-    def _operands(self, inputs, kernel=None):
-        """Inputs, kernel and bias as they go into the convolution."""
-        kernel = self.kernel[...] if kernel is None else kernel
-        if self.mask is not None:
-            kernel = kernel * self.mask
-        bias = self.bias[...] if self.bias is not None else None
-        inputs, kernel, bias = self.promote_dtype((inputs, kernel, bias), dtype=self.dtype)
-        return inputs, kernel, bias if self.use_bias else None  # it may have been turned off
-
     def explain(
         self,
         inputs: Any,
@@ -337,7 +325,7 @@ class Conv(nnx.Conv):
             ("input_dilation", TypeError),
         ):
             value = getattr(self, name)
-            for number in value if isinstance(value, Sequence) else (value,):
+            for number in value if is_sequence(value) else (value,):
                 scalar(name, number, error)
 
     def _is_stock(self) -> bool:
@@ -361,6 +349,24 @@ class Conv(nnx.Conv):
             preferred_element_type=getattr(self, "preferred_element_type", None),
             implementation=self.implementation,
         )
+
+
+def check_kernel_mask(layer: Conv | nnx.ConvTranspose) -> None:
+    """Refuses a mask of the kernel that has another shape."""
+    if layer.mask is not None and layer.mask.shape != layer.kernel_shape:
+        raise ValueError(
+            f"mask must have the kernel's shape {layer.kernel_shape}, got {layer.mask.shape}"
+        )
+
+
+def operands(layer: Conv | nnx.ConvTranspose, inputs, kernel=None):
+    """Inputs, kernel and bias as they go into the convolution; with another kernel if given."""
+    kernel = layer.kernel[...] if kernel is None else kernel
+    if layer.mask is not None:
+        kernel = kernel * layer.mask
+    bias = layer.bias[...] if layer.bias is not None else None
+    inputs, kernel, bias = layer.promote_dtype((inputs, kernel, bias), dtype=layer.dtype)
+    return inputs, kernel, bias if layer.use_bias else None  # it may have been turned off
 
 
 def precision_of(layer: Conv | nnx.ConvTranspose) -> Any:

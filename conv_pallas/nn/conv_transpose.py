@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from conv_pallas import dispatch, ops, segments
+from conv_pallas import dispatch, fused, ops, segments
 from conv_pallas.dispatch import Implementation
-from conv_pallas.nn.conv import order, precision_of
+from conv_pallas.nn.conv import check_kernel_mask, operands, order, precision_of
 from conv_pallas.spec import UnknownPaddingError, resolve_padding, scalar
 
 
@@ -102,21 +102,15 @@ class ConvTranspose(nnx.ConvTranspose):
             also for a kernel mask whose shape is not the kernel's.
         """
         act = ops.activation_function(activation)
+        if mask is not None:
+            inputs = segments.hide(inputs, mask)
         if len(self.kernel_size) != 1 or self._is_stock():
-            y = super().__call__(inputs if mask is None else segments.hide(inputs, mask))
+            y = super().__call__(inputs)
             return y if act is None else act(y)
-        kernel = self.kernel[...]
-        if self.mask is not None:
-            if self.mask.shape != self.kernel_shape:
-                raise ValueError(
-                    f"mask must have the kernel's shape {self.kernel_shape}, got {self.mask.shape}"
-                )
-            kernel = kernel * self.mask
-        bias = self.bias[...] if self.bias is not None else None
-        inputs, kernel, bias = self.promote_dtype((inputs, kernel, bias), dtype=self.dtype)
+        check_kernel_mask(self)
+        inputs, kernel, bias = operands(self, inputs)
         if self.transpose_kernel:
             kernel = jnp.swapaxes(kernel[::-1], 1, 2)
-        bias = bias if self.use_bias else None
         wraps = isinstance(self.padding, str) and self.padding.upper() == "CIRCULAR"
         y = ops.convolve(
             inputs,
@@ -127,7 +121,6 @@ class ConvTranspose(nnx.ConvTranspose):
             input_dilation=self._stride(),
             kernel_dilation=self.kernel_dilation,
             activation=None if wraps else activation,
-            mask=mask,
             precision=precision_of(self),
             preferred_element_type=self.preferred_element_type,
             out_sharding=None,
@@ -136,7 +129,7 @@ class ConvTranspose(nnx.ConvTranspose):
         if not wraps:
             return y
         y = self._wrapped(y, inputs.shape[-2] * self._stride())
-        y = y if bias is None else y + bias
+        y = fused.add_bias(y, bias)
         return y if act is None else act(y)
 
     def _wrapped(self, y: jax.Array, period: int) -> jax.Array:

@@ -23,9 +23,9 @@ class WeightNorm(nnx.WeightNorm):
     call, which neither an export nor a compiled step may do.
     """
 
-    def __call__(self, x, **kwargs):
+    def __call__(self, x, out_sharding=None, **kwargs):
         given = dict(activation=None, mask=None) | kwargs
-        return self.layer_instance._call(x, self._kernel(), **given)
+        return self.layer_instance._call(x, self._kernel(), out_sharding, **given)
 
     def _kernel(self) -> jax.Array:
         (scale,) = self.scales.values()

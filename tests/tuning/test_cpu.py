@@ -1,5 +1,6 @@
 """`tune` on a CPU, by a clock that tells what a test says."""
 
+import concurrent.futures
 import dataclasses
 import functools
 import json
@@ -567,3 +568,25 @@ def test_the_sweep_tunes_cpus_alone(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         command.main(["--tune"])
     assert "--tune is for CPUs" in capsys.readouterr().err
+
+
+def test_two_that_tune_side_by_side_lose_nothing(tmp_path):
+    file = tmp_path / "of_both.json"
+    entry = xla_tuned.raced("native", None, 1.0, 1.0)
+
+    def add(name):
+        for i in range(10):
+            RECORDS.add(file, KIND, {"formulations": {f"{name}{i}": entry}})
+
+    with concurrent.futures.ThreadPoolExecutor(2) as both:
+        list(both.map(add, "ab"))
+    assert len(RECORDS.read(file)["formulations"]) == 20
+    assert [found.name for found in tmp_path.iterdir()] == [file.name]
+
+
+def test_a_folder_that_is_named_later_counts(there, tmp_path, monkeypatch):
+    assert RECORDS.content(KIND)["formulations"] == {}
+    entry = xla_tuned.raced("native", "matmuls", 1.0, 2.0)
+    RECORDS.add(tmp_path / "own" / RECORDS._name(KIND), KIND, {"formulations": {KEY: entry}})
+    monkeypatch.setenv(records.ENVIRONMENT_VARIABLE, str(tmp_path / "own"))
+    assert _chosen()[0] == "matmuls"
