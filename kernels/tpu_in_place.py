@@ -75,7 +75,7 @@ def in_place_kernel(walk, H, older, mirrored, around, x_ref, *refs):
     acc = dot(jnp.concatenate(windows, 1), w_ref[...], "bf16")
     if older:
         later[pl.ds(0 if mirrored else H, n)] = acc[:, O:]
-        acc = acc[:, :O] + later[pl.ds(taps * D if mirrored else H - taps * D, n)]
+        acc = acc[:, :O] + later[pl.ds(older * D if mirrored else H - older * D, n)]
         later[pl.ds(n if mirrored else 0, H)] = later[pl.ds(0 if mirrored else n, H)]
     finish(around, acc, b_ref, out_refs, 0)
     edge[pl.ds(there, H)] = x[pl.ds(kept, H)]
@@ -150,11 +150,13 @@ def older_taps(walk: Walk, C: int, BO: int, O: int, chip: Chip) -> int:
 
 
 def side_by_side(w, older: int, mirrored: bool):
-    """``(K, C, O)`` to ``(taps*C, 2*O)``: near taps, and in columns of their own the others."""
-    if mirrored:
-        near, far = w[: w.shape[0] - older], w[w.shape[0] - older :]
-        parts = [far, jnp.zeros_like(near[older:])]
-    else:
-        near, far = w[older:], w[:older]
-        parts = [jnp.zeros_like(near[older:]), far]
-    return jnp.concatenate([near, jnp.concatenate(parts)], 2).reshape(-1, 2 * w.shape[2])
+    """``(K, C, O)`` to ``(taps*C, 2*O)``: near taps, and in columns of their own the others.
+
+    Of an odd number the tap in the middle is in both, half of it in each, which is exact. A zero in
+    its place would multiply a step that the output sees through no tap, and that may be NaN.
+    """
+    taps = w.shape[0] - older
+    if taps > older:
+        w = jnp.asarray(w).at[older].multiply(0.5)
+    near, far = (w[:taps], w[older:]) if mirrored else (w[older:], w[:taps])
+    return jnp.concatenate([near, far], 2).reshape(-1, 2 * w.shape[2])

@@ -23,6 +23,7 @@ from conv_pallas.kernels import (
 from conv_pallas.spec import OPERATIONS
 from tests import tpu_random
 from tests.cases import Case
+from tests.tolerance import REFERENCES
 from tests.tpu_interpreter import MEGACORE, V5E, check_kernel, fresh_interpreter, params, raced
 
 __all__ = ["fresh_interpreter"]  # a fixture
@@ -197,6 +198,27 @@ def test_in_place(case, mxu):
     assert placed == (case.name in fitting)
     if placed:
         check_kernel(tpu_dense, case, "conv1d_kernel_grad", chip, longest=rows)
+
+
+@pytest.mark.parametrize(
+    ("K", "operation"), [(3, "conv1d"), (3, "conv1d_input_grad"), (5, "conv1d")]
+)
+def test_a_step_reaches_only_what_meets_it(K, operation):
+    """Also where an odd number of taps is side by side: no zero takes the place of the last."""
+    case = Case("odd", batch=(1,), T=64, C=128, O=128, K=K, D=2, dtype="bfloat16")
+    chip, problem = dataclasses.replace(V5E, mxu=256), case.problem(operation, "tpu")
+    plan = tpu_dense._plan_of(problem, chip, 32)
+    assert tpu_in_place.older_taps(plan.walk, case.C, plan.BO, case.O, chip) == K // 2
+    x, w, g = case.arrays()
+    lhs = x if operation == "conv1d" else g
+    lhs[:, 20], lhs[:, 45, 7] = np.nan, np.inf  # of one channel, or infinities would cancel
+    out = tpu_dense.launch(problem, lhs, w, chip, longest=32, interpret=params())
+    out, expected = np.asarray(out, np.float64), REFERENCES[operation](lhs, w, case.spec)
+    for what in (np.isnan, np.isposinf, np.isneginf):
+        assert what(expected).any()
+        np.testing.assert_array_equal(what(out), what(expected))
+    rest = np.isfinite(expected)
+    np.testing.assert_allclose(out[rest], expected[rest], rtol=0.01, atol=0.01)
 
 
 def test_parts_of_the_kernel_gradient_are_added_in_order():
