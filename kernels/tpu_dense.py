@@ -27,7 +27,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -66,9 +65,11 @@ from conv_pallas.kernels.tpu_window import (
     Chip,
     Walk,
     by_chunks,
+    by_real_chunks,
     cleared,
     compiler_params,
     cost,
+    cut,
     round_up,
     rows_of,
     rows_that_fit,
@@ -127,18 +128,15 @@ def _kernel_grad_kernel(walk, passes, around, mxu, x_ref, g_ref, *refs):
 
     @pl.when(s >= walk.warm)
     def _():
-        def chunk(at, n):
-            g = load(at, n)
-            if walk.out_time % walk.rows:  # the last tile has rows past the end
-                u = walk.out_block(s) * walk.rows + at + lax.broadcasted_iota(jnp.int32, g.shape, 0)
-                g = jnp.where(u < walk.out_time, g.astype(jnp.float32), 0.0)
+        def chunk(at, n, real):
+            g = cut(load(at, n), real)
             if around.bias:
                 add_bias_gradient(db_ref, g)
             rows = window.at[pl.ds(at, n + walk.history)]
-            taps = [rows[pl.ds(walk.offset(k), n)] for k in range(walk.taps)]
+            taps = [cut(rows[pl.ds(walk.offset(k), n)], real) for k in range(walk.taps)]
             add_products(dw_ref, g.astype(window.dtype), taps, passes, mxu)
 
-        by_chunks(walk.rows, chunk, longest)
+        by_real_chunks(walk, s, chunk, longest)
 
 
 # --- Tiles ---

@@ -25,7 +25,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -37,9 +36,11 @@ from conv_pallas.kernels.tpu_window import (
     Chip,
     Walk,
     by_chunks,
+    by_real_chunks,
     cleared,
     compiler_params,
     cost,
+    cut,
     decline_any,
     round_up,
     rows_of,
@@ -121,21 +122,19 @@ def _kernel_grad_kernel(walk, around, x_ref, g_ref, *refs):
 
     @pl.when(s >= walk.warm)
     def _():
-        def chunk(at, n):
+        def chunk(at, n, real):
             for c, lanes in _by_lanes(BC, windows):
                 rows = lanes.at[pl.ds(at, n + walk.history)]
                 g = _gradient_rows(around, g_ref, saved_ref, c)(at, n).astype(jnp.float32)
-                if walk.out_time % walk.rows:  # the last tile has rows past the end
-                    first = walk.out_block(s) * walk.rows + at
-                    u = first + lax.broadcasted_iota(jnp.int32, g.shape, 0)
-                    g = jnp.where(u < walk.out_time, g, 0.0)
+                g = cut(g, real)
                 by_sublanes = lambda a: a.reshape(n // SUBLANES, SUBLANES, a.shape[1]).sum(0)  # noqa: E731
                 for ref in db_ref:
                     ref[0, :, c] += by_sublanes(g)
                 for k in range(walk.taps):
-                    dw_ref[0, k, :, c] += by_sublanes(rows[pl.ds(walk.offset(k), n)] * g)
+                    tap = cut(rows[pl.ds(walk.offset(k), n)], real)
+                    dw_ref[0, k, :, c] += by_sublanes(tap * g)
 
-        by_chunks(walk.rows, chunk, GRADIENT_CHUNK)
+        by_real_chunks(walk, s, chunk, GRADIENT_CHUNK)
 
 
 # --- Tiles ---

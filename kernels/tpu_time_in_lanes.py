@@ -170,6 +170,19 @@ def _rotated(a, by: int):
     return pltpu.bitcast(pltpu.roll(pairs, a.shape[1] - by, 1), jnp.bfloat16)
 
 
+def _cut(walk: LaneWalk, s, a):
+    """Zeros in the lanes of ``a`` that are past the end in the last tile: see `tpu_window.cut`."""
+    if walk.last_rows == walk.rows:
+        return a
+    # The registers before are whole in every tile.
+    at = walk.last_rows // LANES * LANES
+    shape = (a.shape[0], walk.rows - at)
+    u = walk.out_block(s) * walk.rows + at + lax.broadcasted_iota(jnp.int32, shape, 1)
+    # Selected in float32: the older chips compare and select in 32 bits.
+    end = jnp.where(u < walk.out_time, a[:, at:].astype(jnp.float32), 0.0).astype(a.dtype)
+    return jnp.concatenate([a[:, :at], end], 1) if at else end
+
+
 def _forward_kernel(walk, passes, around, x_ref, *refs):
     """One tile of time of some samples: for each the window, then one matmul."""
     *refs, windows = refs
@@ -205,15 +218,12 @@ def _kernel_grad_kernel(walk, passes, around, x_ref, g_ref, *refs):
     @pl.when(s >= walk.warm)
     def _():
         for n in range(x_ref.shape[0]):
-            g = _gradient(around, g_ref, saved_ref, n)
-            if walk.out_time % walk.rows:  # the last tile has steps past the end
-                u = walk.out_block(s) * walk.rows + lax.broadcasted_iota(jnp.int32, g.shape, 1)
-                g = jnp.where(u < walk.out_time, g.astype(jnp.float32), 0.0)
+            g = _cut(walk, s, _gradient(around, g_ref, saved_ref, n))
             if around.bias:
                 f32 = g.astype(jnp.float32)
                 parts = [f32[:, i : i + LANES] for i in range(0, walk.rows, LANES)]
                 db_ref[0] += functools.reduce(jnp.add, parts)
-            g, taps = g.astype(windows.dtype), _stack(walk, windows.at[n])
+            g, taps = g.astype(windows.dtype), _cut(walk, s, _stack(walk, windows.at[n]))
             if passes == "bf16x3":
                 g, taps = split(g), split(taps)
             dw_ref[0] += dot(g, taps, passes, ((1,), (1,)))

@@ -110,6 +110,11 @@ class Walk:
         last = self.steps - 1 - self.warm + self.ahead
         return self.ahead >= 0 and (last + 1) * self.rows <= self.time
 
+    @property
+    def last_rows(self) -> int:
+        """Rows of the last block of the output before ``T'``."""
+        return (self.out_time - 1) % self.rows + 1
+
     def offset(self, k: int) -> int:
         """The first row of the window that tap ``k`` reads."""
         if self.mirrored:
@@ -197,6 +202,46 @@ def by_chunks(rows: int, body, longest: int = COPY_ROWS) -> None:
         pl.loop(0, whole)(lambda c: body(pl.multiple_of(c * n, n), n))
     if rest:
         body(whole * n, rest)
+
+
+def by_real_chunks(walk: Walk, s, body, longest: int) -> None:
+    """``body(at, n, real)`` by chunks of output block ``out_block(s)``, as far as there is output.
+
+    Of the ``n`` rows ``real`` are before ``T'``: all, but in the last chunk of the last block.
+    """
+
+    def chunks(rows):
+        by_chunks(rows, lambda at, n: body(at, n, n), longest)
+
+    end, blocks = walk.last_rows, pl.cdiv(walk.out_time, walk.rows)
+    if end == walk.rows:
+        return chunks(walk.rows)
+    last = walk.out_block(s) == blocks - 1
+    if blocks > 1:
+        pl.when(jnp.logical_not(last))(lambda: chunks(walk.rows))
+
+    @pl.when(last)
+    def _():
+        rest = end % min(longest, walk.rows)
+        if end > rest:
+            chunks(end - rest)
+        if rest:
+            body(end - rest, round_up(rest, TILE_ROWS), rest)
+
+
+def cut(a: jax.Array, real: int) -> jax.Array:
+    """Zeros in the rows of ``a`` from ``real`` on.
+
+    Of the kernel gradient's factors both have to be cut off at ``T'``: zero times what x has there
+    is NaN if that is.
+    """
+    if real == a.shape[0]:
+        return a
+    at = real // TILE_ROWS * TILE_ROWS
+    rows = at + lax.broadcasted_iota(jnp.int32, (a.shape[0] - at, a.shape[1]), 0)
+    # Selected in float32: the older chips compare and select in 32 bits.
+    end = jnp.where(rows < real, a[at:].astype(jnp.float32), 0.0).astype(a.dtype)
+    return jnp.concatenate([a[:at], end], 0) if at else end
 
 
 def rows_of(ref):

@@ -5,6 +5,7 @@ The last tests plant one mistake of each kind, so that the harness is known to s
 
 import contextlib
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -243,6 +244,23 @@ def test_what_is_cropped_leaves_the_kernel_gradient_alone(module, G):
     expected = gradient(x)
     x[:, -5:] = np.nan
     np.testing.assert_array_equal(gradient(x), expected)
+
+
+@EACH
+@pytest.mark.parametrize("T", [200, 300])
+def test_a_step_that_a_tap_does_not_meet_leaves_its_gradient_alone(module, G, T):
+    """Past the last output, in a last tile that is not whole: of lanes one tile, or two."""
+    case = Case("unmet", batch=(1,), T=T, C=8, O=8, G=G, D=5, dtype="bfloat16")
+    problem = case.problem("conv1d_kernel_grad", "tpu")
+    x, _, g = case.arrays()
+    longest = 256 if module is tpu_time_in_lanes else 128
+    x[:, -3:] = np.nan  # which tap 2 alone meets
+    run = functools.partial(module.launch, problem, x, g, V5E, longest=longest)
+    dw, db = run(interpret=params(), sum_bias=True)
+    expected = REFERENCES["conv1d_kernel_grad"](x, g, case.spec)
+    assert np.isfinite(expected[:2]).all() and np.isnan(expected[2]).all()
+    np.testing.assert_allclose(np.asarray(dw, np.float64), expected, rtol=0.02, atol=0.02)
+    np.testing.assert_allclose(db, np.asarray(g, np.float64).sum((0, 1)), rtol=1e-3, atol=1e-3)
 
 
 @EACH
