@@ -61,14 +61,17 @@ def split(a: jax.Array) -> tuple[jax.Array, jax.Array]:
     """float32 as the sum of two bfloat16.
 
     The first is rounded and not cut off: then the second is half as large, and the product of two
-    of those, which nobody computes, a quarter, and of either sign. Beyond 3.396e38, the largest
-    bfloat16 and half of the next step, an infinity, as in any rounding to bfloat16.
+    of those, which nobody computes, a quarter, and of either sign. It is cut off where it would
+    round to an infinity, beyond 3.396e38; of what is infinite or NaN the second is 0.
     """
     # By its bits: XLA may take a rounding there and back for an identity, and drop it.
-    bits = lax.bitcast_convert_type(a, jnp.uint32) + jnp.uint32(0x8000)
-    bits &= jnp.uint32(0xFFFF0000)
-    high = lax.bitcast_convert_type(bits, jnp.float32)
-    return high.astype(jnp.bfloat16), (a - high).astype(jnp.bfloat16)
+    bits = lax.bitcast_convert_type(a, jnp.uint32)
+    upper = lambda bits: lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)  # noqa: E731
+    rounded = upper(bits + jnp.uint32(0x8000))
+    high = jnp.where(jnp.abs(rounded) < jnp.inf, rounded, upper(bits))
+    high = jnp.where(jnp.abs(a) < jnp.inf, high, a)  # a NaN's bits may round to anything
+    low = jnp.where(jnp.abs(a) < jnp.inf, a - high, 0.0)
+    return high.astype(jnp.bfloat16), low.astype(jnp.bfloat16)
 
 
 def dot(a: jax.Array, b, passes: str, contract=((1,), (0,))) -> jax.Array:
@@ -84,7 +87,10 @@ def dot(a: jax.Array, b, passes: str, contract=((1,), (0,))) -> jax.Array:
     if passes == "f32":
         return product(a.astype(jnp.float32), b)
     high, low = a if isinstance(a, tuple) else split(a.astype(jnp.float32))
-    return product(high, b[0]) + (product(high, b[1]) + product(low, b[0]))
+    highs = product(high, b[0])
+    # Of an infinity the others are NaN: times the zero of a number that is a bfloat16 already.
+    sums = highs + (product(high, b[1]) + product(low, b[0]))
+    return jnp.where(jnp.abs(highs) < jnp.inf, sums, highs)
 
 
 def add_products(dw_ref, g, taps, passes: str, mxu: int) -> None:

@@ -21,7 +21,7 @@ from conv_pallas.kernels import (
     tpu_matmul,
     tpu_time_in_lanes,
 )
-from conv_pallas.spec import OPERATIONS
+from conv_pallas.spec import OPERATIONS, lhs_rhs_out
 from tests import tpu_random
 from tests.cases import Case
 from tests.tolerance import REFERENCES
@@ -314,6 +314,33 @@ def test_a_split_is_as_close_as_two_roundings_to_nearest():
     high, low = (np.asarray(part, np.float64) for part in tpu_matmul.split(a))
     assert (np.abs(low) <= 2.0**-8 * np.abs(a)).all()
     assert (np.abs(high + low - a) <= 2.0**-17 * np.abs(a)).all()
+
+
+def test_a_split_keeps_what_is_no_number_and_the_largest_that_are():
+    a = np.array([np.inf, -np.inf, 3.4e38, -3.4e38, 3.39e38], np.float32)
+    high, low = (np.asarray(part, np.float64) for part in tpu_matmul.split(a))
+    np.testing.assert_allclose(high + low, a, rtol=2.0**-15)
+    np.testing.assert_array_equal(low[:2], 0)
+    # NaNs whose bits are rounded to those of an infinity and of a zero.
+    bits = np.array([0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF], np.uint32).view(np.float32)
+    high, low = (np.asarray(part, np.float32) for part in tpu_matmul.split(bits))
+    assert np.isnan(high).all() and (low == 0).all()
+
+
+@pytest.mark.parametrize("module", [tpu_dense, tpu_time_in_lanes])
+@pytest.mark.parametrize("operation", ["conv1d", "conv1d_kernel_grad"])
+def test_an_infinity_stays_one_in_three_passes(module, operation):
+    """Also times what is a bfloat16 already, whose second part is zero."""
+    case = Case("infinite", batch=(1,), T=16, C=8, O=8, precision="high")
+    lhs, rhs, _ = lhs_rhs_out(operation, *case.arrays())
+    lhs[0, 3, 0], lhs[0, 7, 1] = np.inf, 3.4e38
+    rhs[...] = 0.5 * np.sign(rhs)
+    problem = case.problem(operation, "tpu")
+    longest = 128 if module is tpu_time_in_lanes else 16
+    out = module.launch(problem, lhs, rhs, V5E, longest=longest, interpret=params())
+    expected = REFERENCES[operation](lhs, rhs, case.spec)
+    assert np.isinf(expected).any() and (np.abs(expected) > 1e38).any()
+    np.testing.assert_allclose(np.asarray(out, np.float64), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_correct_copy_passes():
