@@ -50,7 +50,7 @@ class Convolution:
         problem = problem_of(
             operation, self.x, self.w, self.spec, self.precision, self.out_dtype, platform
         )
-        if self.kernels > 1:
+        if self.kernels > 1 and not problem.empty:
             try:
                 one = dispatch.select(problem, self.implementation)
             except NotImplementedError:  # as whoever asks for it then is told

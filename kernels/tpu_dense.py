@@ -73,7 +73,6 @@ from conv_pallas.kernels.tpu_window import (
     round_up,
     rows_of,
     rows_that_fit,
-    sees_nothing,
     vmem_bytes,
 )
 from conv_pallas.spec import ConvSpec, Problem
@@ -393,7 +392,7 @@ def unable(problem: Problem) -> str | None:
     """Why it can't; None: it can, though another may be faster."""
     if reason := decline_dense(problem):
         return reason
-    if not sees_nothing(problem) and _plan_of(problem, Chip.current()) is None:
+    if _plan_of(problem, Chip.current()) is None:
         return "this kernel and its halo do not fit in VMEM"
     return None
 

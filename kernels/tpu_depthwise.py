@@ -45,7 +45,6 @@ from conv_pallas.kernels.tpu_window import (
     round_up,
     rows_of,
     rows_that_fit,
-    sees_nothing,
     vmem_bytes,
 )
 from conv_pallas.spec import Problem
@@ -284,7 +283,7 @@ def decline(problem: Problem) -> str | None:
         return "is for one channel a group"
     if reason := decline_any(problem):
         return reason
-    if not sees_nothing(problem) and _plan_of(problem, Chip.current()) is None:
+    if _plan_of(problem, Chip.current()) is None:
         return "the halo does not fit in VMEM"
     return None
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from conv_pallas.kernels import Kernel
-from conv_pallas.kernels.tpu_window import Chip, rows_of, sees_nothing
+from conv_pallas.kernels.tpu_window import Chip, rows_of
 from conv_pallas.spec import OPERATIONS, Problem
 
 _A, _B = math.sqrt(2 / math.pi), 0.044715  # of the approximate GELU
@@ -155,17 +155,11 @@ def backward(
     return dx, dw, db
 
 
-def decline_fused(problem: Problem) -> str | None:
-    return "there is nothing to compute" if sees_nothing(problem) else None
-
-
 def keeps(plan_of, problem: Problem) -> bool:
     return plan_of(problem, Chip.current()) is not None
 
 
 def decline_backward(plan_of, problem: Problem, wanted: tuple[bool, bool, bool]) -> str | None:
-    if sees_nothing(problem):
-        return "there is nothing to compute"
     saved, chip = problem.epilogue.activation is not None, Chip.current()
     for needed, operation in zip(wanted, OPERATIONS[1:], strict=False):
         if needed and plan_of(problem.gradient(operation), chip, saved=saved) is None:
@@ -173,22 +167,19 @@ def decline_backward(plan_of, problem: Problem, wanted: tuple[bool, bool, bool])
     return None
 
 
-def kernel(plan_of, launch, *, describe, **own) -> Kernel:
+def kernel(plan_of, launch, **own) -> Kernel:
     """The `Kernel` of a module.
 
     Args:
       plan_of: ``plan_of(problem, chip, saved=saved)``, its tiles; None where they don't fit.
       launch: ``launch(problem, lhs, rhs, chip, ...)``, as `conv_pallas.kernels.tpu_matmul.launch`.
-      describe: of a problem that is not `sees_nothing`.
       own: the other fields that differ.
     """
     return Kernel(
         implementation="pallas_tpu",
         platforms=("tpu",),
         run=lambda problem, lhs, rhs: launch(problem, lhs, rhs, Chip.current()),
-        describe=lambda problem: "zeros" if sees_nothing(problem) else describe(problem),
         fused=functools.partial(fused, launch),
-        decline_fused=decline_fused,
         backward=functools.partial(backward, launch),
         decline_backward=functools.partial(decline_backward, plan_of),
         keeps=functools.partial(keeps, plan_of),

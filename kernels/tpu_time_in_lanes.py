@@ -47,7 +47,6 @@ from conv_pallas.kernels.tpu_window import (
     compiler_params,
     cost,
     round_up,
-    sees_nothing,
     vmem_bytes,
 )
 from conv_pallas.spec import OPERATIONS, ConvSpec, Problem
@@ -381,7 +380,7 @@ def decline(problem: Problem) -> str | None:
     few = min(problem.C, problem.O) < LANES >= max(problem.C, problem.O)
     if not few and axes_along_lanes(problem) != {"T"}:
         return "is for channels that fill no lanes, or less of them than time does"
-    if not sees_nothing(problem) and not _fits(problem, Chip.current()):
+    if not _fits(problem, Chip.current()):
         return "this kernel and its halo do not fit in VMEM"
     return None
 
@@ -393,7 +392,7 @@ def _fits(problem: Problem, chip: Chip) -> bool:
 
 
 def priority(problem: Problem) -> int | None:
-    if problem.platform != "tpu" or sees_nothing(problem):
+    if problem.platform != "tpu":
         return None
     return 10 if tpu_estimates.time_in_lanes_wins(problem, Chip.current()) else None
 

@@ -286,11 +286,6 @@ class Chip:
         return self.vmem * 3 // 4
 
 
-def sees_nothing(problem: Problem) -> bool:
-    """Whether there is nothing but padding under every tap, or nothing at all to compute."""
-    return 0 in problem.out_shape or problem.spec.live_taps == range(0)
-
-
 OPERANDS = (np.dtype(jnp.bfloat16), np.dtype(np.float32))
 
 

@@ -486,6 +486,10 @@ def test_nothing_to_compute_is_explained_and_can_be_ordered(x, w, geometry, plat
         order = functools.partial(conv1d, implementation=implementation, **geometry)
         told = explain(order, x, w, platform=platform)
         assert "nothing to compute" in str(told)
+        several = explain(
+            jax.vmap(order), x[None].repeat(3, 0), w[None].repeat(3, 0), platform=platform
+        )
+        assert "nothing to compute" in str(several)
         y = jax.jit(order)(x, w)
         assert not y.any()
 
