@@ -33,15 +33,17 @@ _PUBLISHED = {layer.name for layer in PUBLISHED if not layer.source.startswith("
 DEFAULT = "default"  # in the lines of the sweep what dispatch chooses, while "ours" is Triton's
 
 
-def figures(result: dict[str, Any], transposed: dict[str, Any]) -> str:
+def figures(result: dict[str, Any], transposed: dict[str, Any] | None = None) -> str:
     """A Markdown table: for each model, how many times faster ours is in its layers.
 
     Args:
-      result, transposed: what `RESULT` and `TRANSPOSED` hold.
+      result: what `RESULT` holds.
+      transposed: what `TRANSPOSED` does, whose rows come after.
     """
     host = result["host"]
     models: dict[str, dict[str, list[dict]]] = {}
-    for m in (*result["measurements"], *transposed["measurements"]):
+    more = transposed["measurements"] if transposed else []
+    for m in (*result["measurements"], *more):
         model, _, rest = m["layer"]["name"].partition("/")
         if rest == "stack":
             model += ", whole network"
@@ -59,20 +61,19 @@ def figures(result: dict[str, Any], transposed: dict[str, Any]) -> str:
         rows.append(f"| {model} | {'; '.join(kinds)} | {' | '.join(cells)} |")
     source, later = (path.relative_to(ROOT) for path in (RESULT, TRANSPOSED))
     page = source.with_suffix(".html")
-    upsampling = dict.fromkeys(
-        m["layer"]["name"].partition("/")[0] for m in transposed["measurements"]
-    )
+    upsampling = dict.fromkeys(m["layer"]["name"].partition("/")[0] for m in more)
     notes = [
         "A training step is the loss and its gradients. Batch and length are a CPU's: what would "
         "take too long is cut down. To compile all of them takes "
         f"{compiling[0]:.0f} s, and stock's {compiling[1]:.0f} s. [{page}]({page}) draws it."
     ]
-    names = " and ".join(f"`{name}`" for name in upsampling)
-    notes.append(
-        f"{names} are of another run, [{later}]({later}), of JAX {transposed['host']['jax']} and "
-        "without tuning; stock is there `nnx.Conv` with an `input_dilation`, which "
-        "`nnx.ConvTranspose` compiles to as well."
-    )
+    if transposed:
+        names = " and ".join(f"`{name}`" for name in upsampling)
+        notes.append(
+            f"{names} are of another run, [{later}]({later}), of JAX {transposed['host']['jax']} "
+            "and without tuning; stock is there `nnx.Conv` with an `input_dilation`, which "
+            "`nnx.ConvTranspose` compiles to as well."
+        )
     if "copy_in_place" not in result:
         notes.append(
             "Shares of the limit there are several times too high where bytes set it, which go by "
