@@ -172,9 +172,10 @@ def pytest_configure():  # once conftest.py has set what JAX reads
         "test_dispatch and (this_machine or of_a_model_is or not_be_met or by_itself or "
         "that_can_is or priority_may)"
     )
+    files = ("dispatch", "gradients", "nnx_contract", "operations")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider",
-         "-p", "plugin_of_toys", "-k", chosen, "tests"],
+         "-p", "plugin_of_toys", "-k", chosen, *map("tests/test_{}.py".format, files)],
         timeout=240, cwd=on_device.ROOT, text=True, stdout=subprocess.PIPE,
         env=environment() | {"PYTHONPATH": str(tmp_path / "plugin")},
     )  # fmt: skip
