@@ -37,7 +37,8 @@ SPILLING = {
     "bfloat16/C25 conv1d": {"v5e": (512,), "v6e": (512,)},
     # v5e with 512: 0.6 % fewer bundles, but twice the steps of the grid, whose cost is in none.
     "bfloat16/C25 conv1d_input_grad": {"v5e": (256,), "v6e": (512,)},
-    "bfloat16/C25 conv1d_kernel_grad": {"v5e": (512,), "v6e": (512,)},
+    # v6e with 512: 0.6 % fewer bundles (18751 for 18855), at twice the steps as well.
+    "bfloat16/C25 conv1d_kernel_grad": {"v5e": (512,), "v6e": (256,)},
     "bfloat16/C128/K3/D4 conv1d": {"v5e": (1024,)},
     "bfloat16/C128/K3/D4 conv1d_input_grad": {"v5e": (1024,)},
     "bfloat16/C128/K3/D4 conv1d_kernel_grad": {"v5e": (512,), "v6e": (256,)},
