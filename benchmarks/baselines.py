@@ -31,6 +31,7 @@ from jax import lax
 from conv_pallas._layers import Layer
 from conv_pallas._measure import FORWARD, OURS, STOCK
 from conv_pallas.dispatch import Implementation
+from conv_pallas.kernels.xla_padding import pad
 from conv_pallas.spec import ConvSpec
 
 BARRIER, SYMMETRIC, MATMULS, TORCH = "barrier", "symmetric", "matmuls", "torch"
@@ -104,7 +105,7 @@ def _barrier(layer: Layer) -> Forward:
     spec, whole = layer.spec, dataclasses.replace(layer.spec, input_dilation=1)
 
     def forward(x, kernel, bias):
-        padded = lax.optimization_barrier(_padded(x, spec))
+        padded = lax.optimization_barrier(pad(x, spec))
         return layer.activate(_convolve(padded, kernel, (0, 0), whole) + bias)
 
     return forward
@@ -159,7 +160,7 @@ def _shifted_matmuls(spec: ConvSpec, depthwise: bool) -> Callable:
 
     @jax.custom_vjp
     def convolve(x, kernel):
-        padded = _padded(x, spec)
+        padded = pad(x, spec)
         taps = [
             product("ntgc,gco->ntgo", by_group(padded[:, window]), of_groups(kernel[k]))
             for k, window in enumerate(windows)
@@ -168,7 +169,7 @@ def _shifted_matmuls(spec: ConvSpec, depthwise: bool) -> Callable:
 
     def backward(residuals, gy):
         x, kernel = residuals
-        padded = _padded(x, spec)
+        padded = pad(x, spec)
         dx = jnp.zeros(padded.shape, jnp.float32)
         dw = []
         for k, window in enumerate(windows):
@@ -182,12 +183,6 @@ def _shifted_matmuls(spec: ConvSpec, depthwise: bool) -> Callable:
 
     convolve.defvjp(lambda x, kernel: (convolve(x, kernel), (x, kernel)), backward)
     return convolve
-
-
-def _padded(x, spec: ConvSpec) -> jax.Array:
-    """x with all the zeros that the convolution sees around it, and between its steps."""
-    time = (*spec.padding, spec.input_dilation - 1)
-    return lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), time, (0, 0, 0)))
 
 
 def _convolve(x, kernel, padding, spec: ConvSpec) -> jax.Array:

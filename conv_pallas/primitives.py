@@ -36,7 +36,7 @@ from jax.interpreters import ad
 from jax.sharding import NamedSharding
 
 from conv_pallas import dispatch, lowering, sharding, taps
-from conv_pallas.spec import OPERATIONS, ConvSpec, Operation, Problem, exchanged_precision
+from conv_pallas.spec import OPERATIONS, ConvSpec, Operation, Problem
 
 # --- Shapes and types ---
 
@@ -82,14 +82,6 @@ def _compute(
     out_shape = _shape_rule(lhs, rhs, operation=operation, spec=spec, kernel_batch=V)
     if 0 in (*lhs.shape, *rhs.shape, *out_shape) or live == range(0):
         return [jnp.zeros(out_shape, out_dtype)]
-    if operation == "conv1d_kernel_grad" and (exchanged := spec.exchanged):
-        # No zero between the steps of x is multiplied, whoever computes it.
-        (out,) = _compute(
-            rhs, lhs, on=on, operation=operation, spec=exchanged, kernel_batch=V,
-            precision=exchanged_precision(precision), out_dtype=out_dtype,
-            implementation=implementation,
-        )  # fmt: skip
-        return [taps.flip(out, spec.groups)]
     if operation != "conv1d_kernel_grad":
         rhs = taps.some(rhs, live)
     K, spec = spec.kernel_size, spec if live is None else spec.of_taps(live)
@@ -107,6 +99,8 @@ def _compute(
         precision,
         **on,
     )
+    if exchanged := problem.exchanged:  # no zero between the steps of x is multiplied
+        problem, lhs, rhs = exchanged, rhs, lhs
     rhs_rows = N if operation == "conv1d_kernel_grad" else spec.kernel_size
     lhs = lhs.reshape(kernels, N, *lhs.shape[-2:])
     rhs = rhs.reshape(kernels, rhs_rows, *rhs.shape[-2:])
@@ -121,6 +115,7 @@ def _compute(
         else:
             out = _run_as_groups(problem, kernels, lhs, rhs, implementation)
     if operation == "conv1d_kernel_grad":
+        out = taps.flip(out, spec.groups) if exchanged else out
         shape = (*out_shape[:-3], spec.kernel_size, *out_shape[-2:])
         return [taps.among(out.reshape(shape), live, K)]
     return [out.reshape(out_shape)]

@@ -262,6 +262,21 @@ class Problem:
             return self.spec.transposed(), self.O, self.C
         return self.spec, self.C, self.O
 
+    @property
+    def exchanged(self) -> "Problem | None":
+        """A kernel gradient as `ConvSpec.exchanged` has it, or None: of rhs and lhs.
+
+        What it computes is `conv_pallas.taps.flip` of what this does.
+        """
+        spec = self.spec.exchanged if self.operation == "conv1d_kernel_grad" else None
+        if spec is None:
+            return None
+        each = self.precision[::-1] if isinstance(self.precision, tuple) else self.precision
+        return dataclasses.replace(
+            self, spec=spec, C=self.O, O=self.C, lhs_dtype=self.rhs_dtype,
+            rhs_dtype=self.lhs_dtype, precision=each,
+        )  # fmt: skip
+
     def in_groups(self, count: int) -> "Problem":
         """So many of these with a kernel each, as one with so many times the groups."""
         spec = dataclasses.replace(self.spec, groups=self.spec.groups * count)
@@ -275,18 +290,13 @@ class Problem:
         )
 
 
-def exchanged_precision(precision: Any) -> Any:
-    """That of a problem's operands, once they are in each other's place."""
-    return precision[::-1] if isinstance(precision, tuple) else precision
-
-
 def problem_of(
     operation: Operation, x, w, spec: ConvSpec, precision, out_dtype, platform: str = "cpu", **on
 ) -> Problem:
     """What each device would be given were nothing sharded or vmapped.
 
-    Its taps are those of `ConvSpec.live_taps`, where there are any, and a kernel gradient is that
-    of `ConvSpec.exchanged`.
+    Its taps are those of `ConvSpec.live_taps`, where there are any, and it is `Problem.exchanged`,
+    where that is one.
 
     Args:
       x, w: ``(*batch, T, C)`` and ``(K, C // G, O)``, or what has their shapes and dtypes.
@@ -295,13 +305,10 @@ def problem_of(
     """
     dtypes = map(np.dtype, lhs_rhs_out(operation, x.dtype, w.dtype, out_dtype))
     N, C, O = math.prod(x.shape[:-2]), x.shape[-1], w.shape[-1]
-    if operation == "conv1d_kernel_grad" and (exchanged := spec.exchanged):
-        lhs, rhs, out = dtypes
-        spec, C, O, dtypes = exchanged, O, C, (rhs, lhs, out)
-        precision = exchanged_precision(precision)
     live = spec.live_taps
     spec = spec.of_taps(live) if live else spec
-    return Problem(operation, spec, N, C, O, *dtypes, precision, platform, **on)
+    problem = Problem(operation, spec, N, C, O, *dtypes, precision, platform, **on)
+    return problem.exchanged or problem
 
 
 def is_sequence(value: Any) -> bool:

@@ -407,8 +407,8 @@ def backward(problem: Problem, x, w, bias, saved, gy, wanted):
     want_db = want_db and bias is not None
     dx = dw = db = None
     carries, exchanged = want_dw and spec.input_dilation == 1, spec.exchanged
-    in_kernels = derivative_in_kernels(problem, wanted) and not (want_db and not carries)
-    in_kernels = in_kernels and not (want_dw and exchanged)
+    apart = (want_db and not carries) or (want_dw and exchanged)  # which need gz in memory
+    in_kernels = derivative_in_kernels(problem, wanted) and not apart
     if activation is not None and not in_kernels:
         gy, saved, activation = gradient_in_xla(gy, saved, activation, gy.dtype), None, None
     if activation is None:

@@ -11,6 +11,7 @@ from jax import export
 pytest.importorskip("libtpu")
 
 from benchmarks.layers import LAYERS
+from benchmarks.static_matrix import declined
 from conv_pallas import aot, conv1d
 from conv_pallas.inspection import structs
 from conv_pallas.kernels.tpu_layout import along_lanes
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.aot
 LAST = {
     layer.model: layer
     for layer in LAYERS
-    if layer.S == layer.E == 1 and (layer.G == 1 or layer.G == layer.C == layer.O)
+    if not declined(layer) and (layer.G == 1 or layer.C == layer.O)
 }
 # Narrow, ragged, wide, with a halo longer than a tile, on the vector unit.
 SPREAD = ("tcn-adding", "tcn-ptb-characters", "wavenet", "wide-and-long", "mamba-2.8b", "depthwise")

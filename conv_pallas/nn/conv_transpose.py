@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from conv_pallas import dispatch, fused, ops, segments
+from conv_pallas import dispatch, fused, ops, segments, taps
 from conv_pallas.dispatch import Implementation
 from conv_pallas.nn.conv import check_kernel_mask, operands, order, precision_of
 from conv_pallas.spec import UnknownPaddingError, resolve_padding, scalar
@@ -110,7 +110,7 @@ class ConvTranspose(nnx.ConvTranspose):
         check_kernel_mask(self)
         inputs, kernel, bias = operands(self, inputs)
         if self.transpose_kernel:
-            kernel = jnp.swapaxes(kernel[::-1], 1, 2)
+            kernel = taps.flip(kernel, 1)
         wraps = isinstance(self.padding, str) and self.padding.upper() == "CIRCULAR"
         y = ops.convolve(
             inputs,
