@@ -257,12 +257,9 @@ def _backward_local(
     return grads
 
 
-def _lowering(ctx, *operands, platform, local, composed, **params):
-    if local is None:
-        # The three operations split themselves where there are several devices, and XLA the rest.
-        return lowering.lower_function(ctx, functools.partial(composed, **params), operands)
-    where = dict(platform=platform, local=local, split=fused_sharding.Split.of)
-    return lowering.lower(ctx, *operands, **where, **params)
+def _lower_composed(ctx, *operands, platform, composed, **params):
+    # The three operations split themselves where there are several devices, and XLA the rest.
+    return lowering.lower_function(ctx, functools.partial(composed, **params), operands)
 
 
 # --- Differentiation ---
@@ -420,14 +417,23 @@ def _results_backward(x, w, *rest, wanted, **_):
     return [a for a, there in zip(like, wanted, strict=True) if there]
 
 
-def _make(name, results, composed, local, shared, *, asks):
+def _like_y(results, *avals, spec, has_bias, **_):
+    return [fused_sharding.of_y(*avals[: 2 + has_bias], spec=spec)] * len(results)
+
+
+def _like_operands(results, *_, **__):
+    return [r.sharding for r in results]
+
+
+def _make(name, *, results, places, composed, shared, lower, asks):
     """A primitive.
 
     Args:
       results: of the operands' types the results', or what has their shapes and dtypes.
+      places: of these and the operands' types the results' shardings on explicit axes.
       composed: what it means.
-      local: how one device computes it; None: as composed.
       shared: of the number of operands, which of them all members of a batch have in common.
+      lower: the lowering rule; see `lowering.register`.
       asks: whether XLA's partitioner may have to be told how to split it.
     """
     p = Primitive(name)
@@ -438,8 +444,7 @@ def _make(name, results, composed, local, shared, *, asks):
         return lambda *avals, **params: [getattr(r, field) for r in results(*avals, **params)]
 
     def shardings(*avals, **params):
-        types = results(*avals, **params)
-        return fused_sharding.of_results(types, *avals, gradients=composed is _backward, **params)
+        return places(results(*avals, **params), *avals, **params)
 
     def vma(*avals, **params):
         return [jax_core.standard_vma_rule(name, *avals)] * len(results(*avals, **params))
@@ -452,7 +457,7 @@ def _make(name, results, composed, local, shared, *, asks):
     ad.primitive_transposes[p] = _transpose_of_composition(composed)
     jet.jet_rules[p] = _series_of_composition(composed)
     batching.fancy_primitive_batchers[p] = functools.partial(_batching, name, composed, shared)
-    lowering.register(p, functools.partial(_lowering, local=local, composed=composed))
+    lowering.register(p, lower)
     if asks:
         jax_dispatch.prim_requires_devices_during_lowering.add(p)
     checkify.error_checks[p] = functools.partial(checkify.nan_error_check, p)
@@ -461,12 +466,22 @@ def _make(name, results, composed, local, shared, *, asks):
 
 def _family(*, asks: bool):
     """The three primitives by name."""
-    make = functools.partial(_make, asks=asks)
-    forward = make("conv1d_fused", _results_forward, _forward, _forward_local, _shared_forward)
-    tangent = make("conv1d_fused_tangent", _results_tangent, _tangent, None, _shared_tangent)
-    backward = make(
-        "conv1d_fused_backward", _results_backward, _backward, _backward_local, _shared_backward
-    )
+    rule = functools.partial
+    forward = _make(
+        "conv1d_fused", results=_results_forward, places=_like_y, composed=_forward,
+        shared=_shared_forward, asks=asks,
+        lower=rule(lowering.lower, local=_forward_local, split=fused_sharding.Forward.of),
+    )  # fmt: skip
+    tangent = _make(
+        "conv1d_fused_tangent", results=_results_tangent, places=_like_y, composed=_tangent,
+        shared=_shared_tangent, asks=asks,
+        lower=rule(_lower_composed, composed=_tangent),
+    )  # fmt: skip
+    backward = _make(
+        "conv1d_fused_backward", results=_results_backward, places=_like_operands,
+        composed=_backward, shared=_shared_backward, asks=asks,
+        lower=rule(lowering.lower, local=_backward_local, split=fused_sharding.Backward.of),
+    )  # fmt: skip
     ad.primitive_jvps[forward] = _forward_jvp
     ad.primitive_transposes[tangent] = _tangent_transpose
     pe.dce_rules[forward] = _forward_dce

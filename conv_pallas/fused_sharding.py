@@ -6,6 +6,7 @@ are split can no kernel add bias and activation, for z itself is a sum over devi
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 from jax.sharding import NamedSharding
@@ -15,65 +16,67 @@ from conv_pallas.sharding import Axes, Placement
 from conv_pallas.spec import ConvSpec, Epilogue
 
 
-@dataclasses.dataclass(frozen=True)
-class Split(sharding.Split):
-    """As `sharding.Split`, of a fused operation.
-
-    Attributes:
-      summed: for each result, the labels over which it is a sum.
-      gy: which operand tells how y is split; None: the first result does.
-    """
-
-    summed: Sequence[tuple[str, ...]]
-    gy: int | None
+class Forward(sharding.Split):
+    """As `sharding.Split`, of x, w and bias to y, and z."""
 
     @classmethod
-    def of(
-        cls, avals, *, spec: ConvSpec, has_bias, activation, wanted=None, keep=None, **_
-    ) -> "Split":
+    def of(cls, avals, *, spec: ConvSpec, has_bias, keep, **_) -> "Forward":
         """Of the operands' types and the parameters of the primitive."""
-        axes = Axes.of("conv1d", spec, avals[0].ndim, 0)
-        channels = avals[1].shape[-2], avals[1].shape[-1] // spec.groups
-        x, w, y = axes.arrays
-        bias = y[-1:]
-        operands = [x, w, *([bias] if has_bias else [])]
-        if keep is not None:
-            results = [y, y] if keep else [y]
-            return cls(axes, operands, results, *channels, [("in",)] * len(results), None)
-        if Epilogue(has_bias, activation).saved:
-            operands.append(y)
-        operands.append(y)
-        over_steps = x[:-1]
-        each = ((x, ("out",)), (w, over_steps), (bias, over_steps))
-        there = [result for result, asked in zip(each, wanted, strict=True) if asked]
-        results, summed = [labels for labels, _ in there], [over for _, over in there]
-        return cls(axes, operands, results, *channels, summed, len(operands) - 1)
-
-    def place(self, mesh, operands, result) -> Placement:
-        y = result if self.gy is None else operands[self.gy]
-        return super().place(mesh, operands, y)
+        axes, operands, channels = _of_conv(avals, spec, has_bias)
+        y = axes.arrays[2]
+        return cls(axes, operands, [y, y] if keep else [y], *channels)
 
     def share(self, local, mesh, placed: Placement, **params):
         params["spec"], time = self.axes.local(mesh, placed)
-        names = [sharding.summed(mesh, placed, labels) for labels in self.summed]
-        if "keep" in params:
-            return lambda *operands: local(*operands, time=time, psum=names[0], **params)
+        over = sharding.summed(mesh, placed, ("in",))
+        return functools.partial(local, time=time, psum=over, **params)
 
-        def backward(*operands):
-            # gz is whole wherever y is, so that dx, dw and dbias are; z is not where channels in
-            # are split, and no kernel may compute it anew.
-            whole = not sharding.summed(mesh, placed, ("in",))
+
+@dataclasses.dataclass(frozen=True)
+class Backward(sharding.Split):
+    """As `sharding.Split`, of x, w, bias, what is saved and dy to their gradients.
+
+    Attributes:
+      over: for each result, the labels over which it is a sum.
+    """
+
+    over: Sequence[tuple[str, ...]]
+
+    @classmethod
+    def of(cls, avals, *, spec: ConvSpec, has_bias, activation, wanted, **_) -> "Backward":
+        """Of the operands' types and the parameters of the primitive."""
+        axes, operands, channels = _of_conv(avals, spec, has_bias)
+        x, w, y = axes.arrays
+        operands += [y, y] if Epilogue(has_bias, activation).saved else [y]
+        over_steps = x[:-1]
+        each = ((x, ("out",)), (w, over_steps), (y[-1:], over_steps))
+        there = [result for result, asked in zip(each, wanted, strict=True) if asked]
+        results, over = [labels for labels, _ in there], [over for _, over in there]
+        return cls(axes, operands, results, *channels, over)
+
+    def place(self, mesh, operands, result) -> Placement:
+        return super().place(mesh, operands, operands[-1])  # dy, and no gradient, tells of y
+
+    def share(self, local, mesh, placed: Placement, **params):
+        params["spec"], time = self.axes.local(mesh, placed)
+        names = [sharding.summed(mesh, placed, labels) for labels in self.over]
+        # gz is whole wherever y is, so that dx, dw and dbias are; z is not where channels in
+        # are split, and no kernel may compute it anew.
+        whole = not sharding.summed(mesh, placed, ("in",))
+
+        def share(*operands):
             outs = local(*operands, time=time, whole=whole, **params)
             return [sharding.all_reduce(o, n) for o, n in zip(outs, names, strict=True)]
 
-        return backward
+        return share
 
 
-def of_results(results, *avals, gradients: bool, spec, has_bias, **_) -> list[NamedSharding]:
-    """The results' shardings on a mesh with explicit axes: a gradient's is its operand's."""
-    if gradients:
-        return [r.sharding for r in results]
-    return [of_y(*avals[: 2 + has_bias], spec=spec)] * len(results)
+def _of_conv(avals, spec: ConvSpec, has_bias: bool):
+    """The axes, the labels of x, w and bias, and how many channels a group has in and out."""
+    axes = Axes.of("conv1d", spec, avals[0].ndim, 0)
+    x, w, y = axes.arrays
+    channels = avals[1].shape[-2], avals[1].shape[-1] // spec.groups
+    return axes, [x, w, *([y[-1:]] if has_bias else [])], channels
 
 
 def of_y(x, w, bias=None, *, spec: ConvSpec) -> NamedSharding:

@@ -13,6 +13,7 @@ bandwidth, which both sides of a comparison share. Nothing has been measured on 
 
 import collections
 import contextlib
+import contextvars
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -44,7 +45,10 @@ def _whole(found: dict[str, dict]) -> bool:
 # ``formulations``: of XLA's, see `xla_tuned`.
 TABLES = ("tiles", "measured", "against_xla", "formulations")
 RECORDS = records.Records("triton_tuned", TABLES, _whole)
-_trial: tuple[tuple[int, ...] | None, list[str]] | None = None
+# Of one thread: what others compile meanwhile goes by the files.
+_trial = contextvars.ContextVar[tuple[tuple[int, ...] | None, list[str]] | None](
+    "trial", default=None
+)
 
 
 def key(kernel: str, sizes: tuple[int, ...], dtype: str, *how: str) -> str:
@@ -55,8 +59,8 @@ def key(kernel: str, sizes: tuple[int, ...], dtype: str, *how: str) -> str:
 
 def lookup(key: str) -> tuple[int, ...] | None:
     """The tuned tile for that key on the device that is compiled for."""
-    if _trial is not None:
-        tile, asked = _trial
+    if (trying := _trial.get()) is not None:
+        tile, asked = trying
         asked.append(key)
         return tile
     tile = table("tiles").get(key)
@@ -86,12 +90,12 @@ def trial(tile: tuple[int, ...] | None):
     Yields the keys that were asked for, the last one last. What is compiled meanwhile keeps
     the tile.
     """
-    global _trial
-    before, _trial = _trial, (tile, [])
+    asked: list[str] = []
+    before = _trial.set((tile, asked))
     try:
-        yield _trial[1]
+        yield asked
     finally:
-        _trial = before
+        _trial.reset(before)
 
 
 # --- ours or XLA's --------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ key, which tells a problem, to what won there. What no file knows goes by the ru
 """
 
 import contextlib
+import contextvars
 from collections.abc import Iterator
 
 import jax
@@ -34,7 +35,8 @@ RECORDS = {
     platform: records.Records(prefix, ("formulations",), whole)
     for platform, prefix in (("cpu", "xla_tuned"), ("cuda", "triton_tuned"))
 }
-_trial: dict[str, str] | None = None
+# Of one thread: what others compile meanwhile goes by the files.
+_trial = contextvars.ContextVar[dict[str, str] | None]("trial", default=None)
 
 
 def kind(platform: str) -> str | None:
@@ -82,8 +84,9 @@ def lookup(problem: Problem) -> str | None:
     """The formulation that won; None: what the rules say."""
     if not _applies(problem):
         return None
-    if _trial is not None:
-        name = _trial.get(key(problem))
+    tried = _trial.get()
+    if tried is not None:
+        name = tried.get(key(problem))
     else:
         entry = _entry(problem)
         name = entry and entry["formulation"]
@@ -113,12 +116,11 @@ def trial(formulations: dict[str, str] | None) -> Iterator[None]:
 
     None: that which the files say, as outside of any.
     """
-    global _trial
-    before, _trial = _trial, formulations
+    before = _trial.set(formulations)
     try:
         yield
     finally:
-        _trial = before
+        _trial.reset(before)
 
 
 def ignored() -> contextlib.AbstractContextManager:
@@ -133,7 +135,7 @@ def _applies(problem: Problem) -> bool:
 
 
 def _entry(problem: Problem) -> dict | None:
-    if _trial is not None or not _applies(problem):
+    if _trial.get() is not None or not _applies(problem):
         return None
     found = RECORDS[problem.platform].content(kind(problem.platform))["formulations"]
     return found.get(key(problem)) if found else None

@@ -63,7 +63,7 @@ def of_xla(one_tile, monkeypatch):
 
     def interleaved(calls, settings):
         measured.append(list(calls))
-        ahead = xla_tuned._trial
+        ahead = xla_tuned._trial.get()
         if ahead is None:  # what the file says
             found = xla_tuned.RECORDS["cuda"].content(_host.gpu())["formulations"]
             ahead = {key: entry["formulation"] for key, entry in found.items()}
@@ -81,7 +81,7 @@ def names_of(monkeypatch):
 
     def spy(program, arguments):
         made = lowered(program, arguments)
-        names.append((made, list((xla_tuned._trial or {}).values())))
+        names.append((made, list((xla_tuned._trial.get() or {}).values())))
         return made
 
     monkeypatch.setattr(_tuning_gpu, "_lowered", spy)

@@ -99,6 +99,14 @@ def test_what_won_is_what_later_compilations_run(seconds, tmp_path):
         assert "measured" not in str(explain(x, w))
 
 
+def test_what_another_thread_compiles_meanwhile_goes_by_the_rules(there):
+    rules = _chosen()
+    every = {xla_tuned.key(_problem(operation)): "matmuls" for operation in OPERATIONS}
+    with xla_tuned.trial(every), concurrent.futures.ThreadPoolExecutor() as pool:
+        assert _chosen() == ["matmuls"] * 3
+        assert pool.submit(_chosen).result() == rules
+
+
 def test_where_the_rules_are_right_they_stay(seconds, tmp_path, monkeypatch):
     rules = _chosen()
     seconds["matmuls"] = 0.99

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -51,6 +52,14 @@ def test_what_another_process_writes_meanwhile_stays(one_tile, monkeypatch):
     stored = json.loads(file.read_text())
     assert stored["tiles"]["theirs"] == [1, 2] and len(stored["tiles"]) == 4
     assert [found.name for found in file.parent.iterdir()] == [file.name]  # nothing is left over
+
+
+def test_what_another_thread_compiles_meanwhile_has_its_own_tile(one_tile):
+    triton_tuned.RECORDS.add(one_tile[1], "NVIDIA H200", {"tiles": {"a kernel": (1, 2)}})
+    with triton_tuned.trial((3, 4)) as asked, ThreadPoolExecutor() as pool:
+        assert triton_tuned.lookup("a kernel") == (3, 4)
+        assert pool.submit(triton_tuned.lookup, "a kernel").result() == (1, 2)
+        assert asked == ["a kernel"]
 
 
 def test_a_folder_of_ones_own_has_the_last_word(one_tile, monkeypatch, tmp_path):

@@ -69,7 +69,7 @@ def test_xlas_formulations_race_with_bias_and_activation_around_a_forward_pass(o
 
     def spy(program, arguments):
         made = lowered(program, arguments)
-        seen.append(("stablehlo.maximum" in made.as_text(), dict(xla_tuned._trial or {})))
+        seen.append(("stablehlo.maximum" in made.as_text(), dict(xla_tuned._trial.get() or {})))
         return made
 
     monkeypatch.setattr(_tuning_gpu, "_lowered", spy)
