@@ -173,32 +173,35 @@ def _shift(x: jax.Array, offset: int) -> jax.Array:
 
 def check_stream_geometry(
     kernel_size: int, strides, padding, input_dilation, kernel_dilation
-) -> tuple[int, int]:
-    """``(D, lookahead)`` of a convolution that can stream.
+) -> tuple[int, int, int]:
+    """``(S, D, lookahead)`` of a convolution that can stream.
 
     Raises:
-      ValueError: its output does not come one step for each step of the input, or it sees the
-        whole future; or the padding is none.
+      ValueError: it sees the whole future, or has an input dilation; or a lookahead and a stride;
+        or the padding is none.
     """
     S = scalar("strides", strides, ValueError)
     E = scalar("input_dilation", input_dilation, TypeError)
     D = scalar("kernel_dilation", kernel_dilation, TypeError)
-    if S != 1 or E != 1:
+    if E != 1:
         raise ValueError(
-            f"only a layer with strides=1 and input_dilation=1 can stream, got strides={S}, "
-            f"input_dilation={E}"
+            f"only a layer with input_dilation=1 can stream, or a ConvTranspose; "
+            f"got input_dilation={E}"
         )
     history = (kernel_size - 1) * D
-    # What a call would refuse is refused here, too. Without a stride no time changes the amounts.
-    pair = resolve_padding(padding, time=1, span=history + 1, stride=1, input_dilation=1)
+    # What a call would refuse is refused here, too. Of whole strides no time changes the amounts.
+    pair = resolve_padding(padding, time=S, span=history + 1, stride=S, input_dilation=1)
     if isinstance(padding, str):
         if padding.upper() == "CAUSAL" or (history == 0 and padding.upper() != "CIRCULAR"):
-            return D, 0
+            return S, D, 0
     else:
         low, high = pair
-        if low >= 0 <= high and low + high == history:
-            return D, high
+        if S == 1 and low >= 0 <= high and low + high == history:
+            return S, D, high
+        if pair == (history, 0):
+            return S, D, 0
+    lookahead = f"; or [(low, high)] that adds up to {history}, of which high is the lookahead"
     raise ValueError(
-        f"only a causal layer can stream: padding must be CAUSAL, or [(low, high)] that adds up "
-        f"to {history}, of which high is the lookahead; got {padding!r}"
+        f"only a causal layer can stream: padding must be CAUSAL or [({history}, 0)]"
+        f"{lookahead * (S == 1)}; got {padding!r}"
     )

@@ -155,6 +155,24 @@ def _write(past, index, x):
     return past.at[..., where, :].set(x, unique_indices=True, mode="promise_in_bounds")
 
 
+def with_past(x: jax.Array, age: jax.Array, state: State) -> tuple[jax.Array, State]:
+    """The chunk x after all rows of the ring, and the ring after it.
+
+    Rows of before the sequence began are zeros.
+
+    Args:
+      age: ``(*batch, T)``; no sequence may begin within the chunk.
+    """
+    rows, T = state["past"].shape[-2], x.shape[-2]
+    whole = jnp.concatenate([_read(state["past"], state["index"], rows), x], -2)
+    # The age at the chunk's start, if it is one's own; -1 where no step says it, whose outputs
+    # nobody reads. What they would have seen stays in the ring, for the steps that follow.
+    start = jnp.max(age - segments.numbered(age.shape), -1, keepdims=True)
+    before = rows - segments.numbered((*age.shape[:-1], rows + T))
+    seen = jnp.where((before <= start)[..., None], whole, jnp.zeros((), x.dtype))
+    return seen, push(state, whole[..., T:, :])
+
+
 def _read_first(read, write):
     """``read`` and ``write``, so that XLA sees that the ring may be overwritten in place."""
     return lax.optimization_barrier((read, write))
@@ -172,6 +190,7 @@ def convolve_chunk(
     *,
     dilation: int,
     groups: int,
+    stride: int = 1,
     lookahead: int = 0,
     packed: bool = False,
 ) -> tuple[jax.Array, jax.Array, State]:
@@ -179,32 +198,27 @@ def convolve_chunk(
 
     Args:
       convolve: ``(x, kernel, **geometry) -> y``, which adds bias and activation as well.
-      x: ``(*batch, T, C)``, zeros where the age is -1.
+      x: ``(*batch, T, C)``, zeros where the age is -1; T is whole strides.
       age: ``(*batch, T)``, from `tick` or from the layer before.
       kernel: ``(K, C // groups, O)``.
       state: a ring of ``(K - 1) * dilation`` rows, with ages if there is a lookahead.
       lookahead: steps that the output comes late, because it sees as many ahead.
-      packed: whether a sequence may begin within the chunk.
+      packed: whether a sequence may begin within the chunk. With a stride there is neither.
 
     Returns:
-      y ``(*batch, T, O)``, the ages of its steps, and the ring after it.
+      y ``(*batch, T // stride, O)``, the ages of x's steps, and the ring after it.
     """
     K, T = kernel.shape[0], x.shape[-2]
+    geometry = segments.POINTWISE | {"strides": stride}
     if K == 1:
-        return convolve(x, kernel, **segments.POINTWISE), age, state
-    rows = (K - 1) * dilation
-    past, index = state["past"], state["index"]
-    if T > dilation and lookahead == 0 and not packed:
+        return convolve(x, kernel, **geometry), age, state
+    if stride > 1 or (T > dilation and lookahead == 0 and not packed):
         # So long a chunk that to sort the ring costs no more than to read its taps. What runs
         # is then the convolution of the whole sequence.
-        whole = jnp.concatenate([_read(past, index, rows), x], -2)
-        # The age at the chunk's start, if it is one's own; -1 where no step says it, whose outputs
-        # nobody reads. What they would have seen stays in the ring, for the steps that follow.
-        start = jnp.max(age - segments.numbered(age.shape), -1, keepdims=True)
-        before = rows - segments.numbered((*age.shape[:-1], rows + T))
-        seen = jnp.where((before <= start)[..., None], whole, jnp.zeros((), past.dtype))
-        y = convolve(seen, kernel, **(segments.POINTWISE | {"kernel_dilation": dilation}))
-        return y, age, push(state, whole[..., T:, :])
+        seen, state = with_past(x, age, state)
+        y = convolve(seen, kernel, **(geometry | {"kernel_dilation": dilation}))
+        return y, age, state
+    past, index = state["past"], state["index"]
     backs = [(K - 1 - k) * dilation for k in range(K)]
     taps = [back(past, index, x, offset) for offset in backs]
     if lookahead:
@@ -252,11 +266,12 @@ def check_state(state) -> None:
         raise ValueError("state must be what init_state or the last step returned")
 
 
-def check_chunk(x, channels: int, state: State) -> None:
+def check_chunk(x, channels: int, state: State, stride: int = 1) -> None:
     """Complains, in one line, of a chunk that is no continuation of a stream.
 
     Raises:
-      ValueError: x is not ``(*batch, T, channels)``, or not of the state's batch.
+      ValueError: x is not ``(*batch, T, channels)``, or not of the state's batch; or T is no
+        multiple of the stride.
     """
     check_state(state)
     batch = state["age"].shape
@@ -268,6 +283,8 @@ def check_chunk(x, channels: int, state: State) -> None:
         )
     if x.shape[:-2] != batch:
         raise ValueError(f"state is of batch {batch}, but x has batch {x.shape[:-2]}")
+    if x.shape[-2] % stride:
+        raise ValueError(f"x must have a multiple of strides={stride} steps, got {x.shape[-2]}")
 
 
 def part(state: State, name: str) -> State:
@@ -281,11 +298,15 @@ def part(state: State, name: str) -> State:
     return state[name]
 
 
-def check_ring(state: State, rows: int, channels: int, *, ages: bool) -> None:
-    """Complains of another layer's state, whose rows would be read as if they were one's own.
+def ring_of(state: State, rows: int, channels: int, x, *, ages: bool = False) -> State:
+    """The `ring` in a layer's state, into which goes x as it is computed with.
+
+    Complains of another layer's state, whose rows would be read as if they were one's own, and
+    refuses a chunk that would lose by being kept in the state.
 
     Raises:
-      ValueError: it is no `ring` of these.
+      ValueError: it has no `ring` of these.
+      TypeError: x does not have the state's dtype.
     """
     past = state["past"].shape[-2:] if "past" in state else (0, channels)
     if past != (rows, channels) or (rows > 0 and ages != ("ages" in state)):
@@ -294,16 +315,9 @@ def check_ring(state: State, rows: int, channels: int, *, ages: bool) -> None:
             f"channels{' with ages' if ages else ''}, got {past[0]} of {past[1]}"
             f"{' with ages' if 'ages' in state else ''}"
         )
-
-
-def check_dtype(x, dtype) -> None:
-    """Refuses a chunk that would lose by being kept in the state.
-
-    Raises:
-      TypeError: x does not have the state's dtype.
-    """
-    if x.dtype != dtype:
+    if rows and x.dtype != (dtype := state["past"].dtype):
         raise TypeError(
             f"x is computed with in {x.dtype}, but the state holds {dtype}: start it with "
             f"init_state(batch_size, dtype={x.dtype})"
         )
+    return {name: state[name] for name in ("past", "index", "ages") if name in state}

@@ -195,7 +195,8 @@ class Conv(nnx.Conv):
         mean nothing, and chunks whose mask is False throughout bring the last ones.
 
         Args:
-          x: ``(*batch, T, in_features)``; T is 1 or more and may change from call to call.
+          x: ``(*batch, T, in_features)``; T is a multiple of ``strides``, and may change from
+            call to call.
           state: from `init_state`, or the last call's.
           activation: as in a call of the layer.
           mask: ``(*batch, T)`` bool, as in a call of the layer.
@@ -203,17 +204,19 @@ class Conv(nnx.Conv):
             on from chunk to chunk.
 
         Returns:
-          ``(*batch, T, out_features)``, and the state for the next chunk.
+          ``(*batch, T // strides, out_features)``, and the state for the next chunk.
 
         Raises:
           ValueError: x, mask or segment_ids do not fit the layer or the state; the layer can't
             stream.
           TypeError: x promotes the computation to another dtype than the state's.
         """
-        self._check_streams()
-        streaming.check_chunk(x, self.in_features, state)
+        stride, _, _ = self._check_streams()
+        streaming.check_chunk(x, self.in_features, state, stride)
         x, state = streaming.settle(x, state)
         if segment_ids is not None:
+            if stride > 1:
+                raise ValueError(f"segment_ids need strides=1, got strides={stride}")
             segment_ids = segments.check_ids(segment_ids, x.shape[:-1])
         if mask is not None:
             x = segments.hide(x, mask)
@@ -228,13 +231,10 @@ class Conv(nnx.Conv):
 
     def _advance(self, x, age, state, *, packed: bool, act=None, kernel=None):
         """`step` with the ages of the steps instead of a clock, which blocks have in common."""
-        D, lookahead = self._check_streams()
+        stride, D, lookahead = self._check_streams()
         x, kernel, bias = operands(self, x, kernel)
-        ring = {name: state[name] for name in ("past", "index", "ages") if name in state}
         rows = (self.kernel_size[0] - 1) * D
-        streaming.check_ring(ring, rows, self.in_features, ages=lookahead > 0)
-        if ring:
-            streaming.check_dtype(x, ring["past"].dtype)
+        ring = streaming.ring_of(state, rows, self.in_features, x, ages=lookahead > 0)
         arguments = self._arguments()
 
         def convolve(x, kernel, **geometry):
@@ -249,17 +249,18 @@ class Conv(nnx.Conv):
             ring,
             dilation=D,
             groups=self.feature_group_count,
+            stride=stride,
             lookahead=lookahead,
             packed=packed,
         )
 
     def _ring(self, batch, dtype) -> dict[str, jax.Array]:
-        D, lookahead = self._check_streams()
+        _, D, lookahead = self._check_streams()
         rows = (self.kernel_size[0] - 1) * D
         return streaming.ring(batch, rows, self.in_features, dtype, ages=lookahead > 0)
 
-    def _check_streams(self) -> tuple[int, int]:
-        """Dilation and lookahead, or one line about why this layer can't stream."""
+    def _check_streams(self) -> tuple[int, int, int]:
+        """Stride, dilation and lookahead, or one line about why this layer can't stream."""
         if self._left_to_flax():
             raise ValueError(
                 "only a 1-D layer without a conv_general_dilated of its own can stream"
@@ -273,14 +274,7 @@ class Conv(nnx.Conv):
         )
 
     def _state_dtype(self, dtype, kernel=None):
-        """What the layer computes in, for inputs of ``dtype``, and another kernel's dtype if given.
-
-        Inputs of None have the kernel's.
-        """
-        kernel = jax.ShapeDtypeStruct((1,), kernel or self.kernel.dtype)
-        x = kernel if dtype is None else jax.ShapeDtypeStruct((1,), dtype)
-        promote = functools.partial(self.promote_dtype, dtype=self.dtype)
-        return jax.eval_shape(lambda x, k: promote((x, k, None)), x, kernel)[0].dtype
+        return state_dtype(self, dtype, kernel)
 
     def explain(
         self,
@@ -363,10 +357,22 @@ def operands(layer: Conv | nnx.ConvTranspose, inputs, kernel=None):
     """Inputs, kernel and bias as they go into the convolution; with another kernel if given."""
     kernel = layer.kernel[...] if kernel is None else kernel
     if layer.mask is not None:
+        check_kernel_mask(layer)
         kernel = kernel * layer.mask
     bias = layer.bias[...] if layer.bias is not None else None
     inputs, kernel, bias = layer.promote_dtype((inputs, kernel, bias), dtype=layer.dtype)
     return inputs, kernel, bias if layer.use_bias else None  # it may have been turned off
+
+
+def state_dtype(layer: Conv | nnx.ConvTranspose, dtype, kernel=None) -> Any:
+    """What a layer computes in, for inputs of ``dtype``, and another kernel's dtype if given.
+
+    Inputs of None have the kernel's.
+    """
+    kernel = jax.ShapeDtypeStruct((1,), kernel or layer.kernel.dtype)
+    x = kernel if dtype is None else jax.ShapeDtypeStruct((1,), dtype)
+    promote = functools.partial(layer.promote_dtype, dtype=layer.dtype)
+    return jax.eval_shape(lambda x, k: promote((x, k, None)), x, kernel)[0].dtype
 
 
 def precision_of(layer: Conv | nnx.ConvTranspose) -> Any:

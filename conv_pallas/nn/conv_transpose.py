@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from conv_pallas import dispatch, fused, ops, segments, taps
+from conv_pallas import dispatch, fused, ops, segments, streaming, taps
 from conv_pallas.dispatch import Implementation
-from conv_pallas.nn.conv import check_kernel_mask, operands, order, precision_of
+from conv_pallas.nn.conv import operands, order, precision_of, state_dtype
 from conv_pallas.spec import UnknownPaddingError, resolve_padding, scalar
 
 
@@ -23,6 +23,8 @@ class ConvTranspose(nnx.ConvTranspose):
     Everything but the call is flax's own, as in `conv_pallas.nn.Conv`: the constructor's
     arguments, the parameters, their initial values, the checkpoints. Two and more spatial
     dimensions and complex numbers run as in flax.
+
+    A causal layer also runs step by step, as `Conv` does, ``strides`` outputs for each input.
 
     Args:
       padding: as in `flax.nnx.ConvTranspose`, and ``"CAUSAL"`` in one dimension: ``strides``
@@ -107,30 +109,103 @@ class ConvTranspose(nnx.ConvTranspose):
         if len(self.kernel_size) != 1 or self._is_stock():
             y = super().__call__(inputs)
             return y if act is None else act(y)
-        check_kernel_mask(self)
         inputs, kernel, bias = operands(self, inputs)
-        if self.transpose_kernel:
-            kernel = taps.flip(kernel, 1)
-        wraps = isinstance(self.padding, str) and self.padding.upper() == "CIRCULAR"
-        y = ops.convolve(
+        if not self._wraps():
+            return self._convolve(inputs, kernel, bias, self._padding(), activation)
+        y = self._convolve(inputs, kernel, None, self._padding(), None)
+        y = self._wrapped(y, inputs.shape[-2] * self._stride())
+        y = fused.add_bias(y, bias)
+        return y if act is None else act(y)
+
+    def _convolve(self, inputs, kernel, bias, padding: tuple[int, int], activation):
+        return ops.convolve(
             inputs,
-            kernel,
-            None if wraps else bias,
-            padding=[self._padding()],
+            taps.flip(kernel, 1) if self.transpose_kernel else kernel,
+            bias,
+            padding=[padding],
             strides=1,
             input_dilation=self._stride(),
             kernel_dilation=self.kernel_dilation,
-            activation=None if wraps else activation,
+            activation=activation,
             precision=precision_of(self),
             preferred_element_type=self.preferred_element_type,
             out_sharding=None,
             implementation=self.implementation,
         )
-        if not wraps:
-            return y
-        y = self._wrapped(y, inputs.shape[-2] * self._stride())
-        y = fused.add_bias(y, bias)
-        return y if act is None else act(y)
+
+    def init_state(
+        self, batch_size: int | Sequence[int], dtype: Any = None
+    ) -> dict[str, jax.Array]:
+        """The state of a stream that has not begun; see `step`.
+
+        Args:
+          batch_size, dtype: as of `Conv.init_state`.
+
+        Returns:
+          A dict of arrays, ``(kernel_size - 1) * kernel_dilation // strides`` rows for each member
+          of the batch. What is in it is not for the caller.
+
+        Raises:
+          ValueError: the layer can't stream, or ``batch_size`` is none.
+        """
+        batch = streaming.batch_axes(batch_size)
+        rows = self._check_streams()
+        dtype = state_dtype(self, dtype)
+        return streaming.clock(batch) | streaming.ring(batch, rows, self.in_features, dtype)
+
+    def step(
+        self,
+        x: jax.Array,
+        state: dict[str, jax.Array],
+        *,
+        activation: str | Callable[[jax.Array], jax.Array] | None = None,
+        mask: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Convolves the next chunk of a stream: of a CAUSAL layer alone, or one padded alike.
+
+        Args:
+          x: ``(*batch, T, in_features)``; T is 1 or more and may change from call to call.
+          state: from `init_state`, or the last call's.
+          activation: as in a call of the layer.
+          mask: ``(*batch, T)`` bool, as in a call of the layer.
+
+        Returns:
+          ``(*batch, T * strides, out_features)``, and the state for the next chunk.
+
+        Raises:
+          ValueError: x or mask do not fit the layer or the state; the layer can't stream.
+          TypeError: x promotes the computation to another dtype than the state's.
+        """
+        rows = self._check_streams()
+        streaming.check_chunk(x, self.in_features, state)
+        x, state = streaming.settle(x, state)
+        if mask is not None:
+            x = segments.hide(x, mask)
+        age, clock = streaming.tick(state, x.shape[-2])
+        x, kernel, bias = operands(self, x)
+        ring = streaming.ring_of(state, rows, self.in_features, x)
+        if ring:
+            x, ring = streaming.with_past(x, age, ring)
+        low, high = self._padding()
+        padding = low - rows * self._stride(), high
+        return self._convolve(x, kernel, bias, padding, activation), clock | ring
+
+    def reset(self, state: dict[str, jax.Array], members: jax.Array | bool) -> dict[str, Any]:
+        """The state with some members of the batch at their start; see `TCN.reset`."""
+        return streaming.restart(state, members)
+
+    def _check_streams(self) -> int:
+        """The rows that are kept of the past, or one line about why this layer can't stream."""
+        if len(self.kernel_size) != 1:
+            raise ValueError("only a 1-D layer can stream")
+        reach, stride = self._reach(), self._stride()
+        causal = reach, stride - 1
+        if self._wraps() or self._padding() != causal:
+            raise ValueError(
+                f"only a causal layer can stream: padding must be CAUSAL or [{causal}]; "
+                f"got {self.padding!r}"
+            )
+        return reach // stride
 
     def _wrapped(self, y: jax.Array, period: int) -> jax.Array:
         """The sum of y's parts that lie whole periods apart, which begin where flax has it."""
@@ -146,11 +221,16 @@ class ConvTranspose(nnx.ConvTranspose):
     def _stride(self) -> int:
         return scalar("strides", self.strides, ValueError)
 
+    def _reach(self) -> int:
+        dilation = scalar("kernel_dilation", self.kernel_dilation, TypeError)
+        return (self.kernel_size[0] - 1) * dilation
+
+    def _wraps(self) -> bool:
+        return isinstance(self.padding, str) and self.padding.upper() == "CIRCULAR"
+
     def _padding(self) -> tuple[int, int]:
         """``(low, high)`` zeros around the dilated input."""
-        stride = self._stride()
-        dilation = scalar("kernel_dilation", self.kernel_dilation, TypeError)
-        reach = (self.kernel_size[0] - 1) * dilation
+        stride, reach = self._stride(), self._reach()
         if not isinstance(self.padding, str):
             sizes = dict(time=0, span=reach + 1, stride=1, input_dilation=stride)
             return resolve_padding(self.padding, **sizes)

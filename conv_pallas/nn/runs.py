@@ -173,22 +173,22 @@ def compiled_step(model: nnx.Module) -> Callable[..., tuple[jax.Array, dict[str,
     that a step costs the same for any receptive field. Compiles once for each length of a chunk.
 
     Args:
-      model: a `Conv`, `TemporalBlock` or `TCN` in eval mode, or a module of your own that has
-        such a `step`; its parameters are taken as they are now, and not copied: donate none of
-        them to a training step while the stream goes on.
+      model: a `Conv`, `ConvTranspose`, `TemporalBlock` or `TCN` in eval mode, or a module of your
+        own that has such a `step`; its parameters are taken as they are now, and not copied: donate
+        none of them to a training step while the stream goes on.
 
     Returns:
       A function ``(x, state, **keywords) -> (y, state)``. It compiles once for each `activation`
-      too, where the model is a `Conv`.
+      too, where the model is a `Conv` or `ConvTranspose`.
 
     Raises:
       ValueError: the model has dropout that is on, or can't stream at all.
     """
     if not hasattr(model, "step"):
         raise ValueError(
-            f"only what has a step can stream, such as Conv, TemporalBlock or TCN of "
-            f"conv_pallas.nn, got {type(model).__module__}.{type(model).__name__}; a module of "
-            f"your own needs init_state and step, made of those of its Conv layers"
+            f"only what has a step can stream, such as Conv, ConvTranspose, TemporalBlock or TCN "
+            f"of conv_pallas.nn, got {type(model).__module__}.{type(model).__name__}; a module of "
+            f"your own needs init_state and step, made of those of its layers"
         )
     for _, module in nnx.iter_modules(model):
         if isinstance(module, nnx.Dropout) and module.rate and not module.deterministic:
