@@ -95,6 +95,17 @@ def test_over_both_is_one_operation(implementation):
     assert "stablehlo.while" not in hlo
 
 
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_many_depthwise_kernels_are_no_groups_on_a_cpu(operation):
+    """Whose axis would move to the channels, and back."""
+    problem, lhs, rhs = _operands("depthwise", operation)
+    one = functools.partial(bind, problem, implementation="xla")
+    moved = lambda f, *arrays: jax.jit(f).lower(*arrays).as_text().count("stablehlo.transpose")  # noqa: E731
+    many = moved(jax.vmap(one), _stacked(lhs, 0), _stacked(rhs, 0))
+    sums = operation == "conv1d_kernel_grad"  # of each tap and kernel one, taps first
+    assert many == moved(one, lhs, rhs) + sums
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("out_axes", [0, 1, -1])
 def test_out_axes(name, out_axes):
