@@ -14,7 +14,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-# Times as long: in results/cpu/layers.json it is mostly 1.3 to 1.6, and for a while 2.6 to 4.1.
+# Times as long: in results/cpu/layers.json it is mostly 1.2 to 1.8, and for a while 2 to 6.
 APART = 2.0
 BYTES = 1 << 19  # less than a core's own cache holds
 TURNS = 8

@@ -21,8 +21,6 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 RESULT = ROOT / "benchmarks" / "results" / "cpu" / "layers.json"
 COMMAND = "python -m benchmarks --tune --json benchmarks/results/cpu/layers.json"
-# Layers that upsample, which came later.
-TRANSPOSED = RESULT.with_name("transposed.json")
 # Of a later `tune` than that one's, of fewer and smaller layers: --quick.
 GPU_RESULTS = ROOT / "benchmarks" / "results" / "nvidia-h200"
 MARKS = "<!-- figures: written by benchmarks/readme.py -->", "<!-- end of figures -->"
@@ -33,17 +31,15 @@ _PUBLISHED = {layer.name for layer in PUBLISHED if not layer.source.startswith("
 DEFAULT = "default"  # in the lines of the sweep what dispatch chooses, while "ours" is Triton's
 
 
-def figures(result: dict[str, Any], transposed: dict[str, Any] | None = None) -> str:
+def figures(result: dict[str, Any]) -> str:
     """A Markdown table: for each model, how many times faster ours is in its layers.
 
     Args:
       result: what `RESULT` holds.
-      transposed: what `TRANSPOSED` does, whose rows come after.
     """
     host = result["host"]
     models: dict[str, dict[str, list[dict]]] = {}
-    more = transposed["measurements"] if transposed else []
-    for m in (*result["measurements"], *more):
+    for m in result["measurements"]:
         model, _, rest = m["layer"]["name"].partition("/")
         if rest == "stack":
             model += ", whole network"
@@ -59,25 +55,19 @@ def figures(result: dict[str, Any], transposed: dict[str, Any] | None = None) ->
             for key in ("speedup", "speedup_over_fastest")
         ]
         rows.append(f"| {model} | {'; '.join(kinds)} | {' | '.join(cells)} |")
-    source, later = (path.relative_to(ROOT) for path in (RESULT, TRANSPOSED))
+    source = RESULT.relative_to(ROOT)
     page = source.with_suffix(".html")
-    upsampling = dict.fromkeys(m["layer"]["name"].partition("/")[0] for m in more)
+    spread = [m["layer"] for m in result["measurements"] if m["layer"].get("E", 1) > 1]
     notes = [
         "A training step is the loss and its gradients. Batch and length are a CPU's: what would "
         "take too long is cut down. To compile all of them takes "
         f"{compiling[0]:.0f} s, and stock's {compiling[1]:.0f} s. [{page}]({page}) draws it."
     ]
-    if transposed:
+    if upsampling := dict.fromkeys(layer["name"].partition("/")[0] for layer in spread):
         names = " and ".join(f"`{name}`" for name in upsampling)
         notes.append(
-            f"{names} are of another run, [{later}]({later}), of JAX {transposed['host']['jax']} "
-            "and without tuning; stock is there `nnx.Conv` with an `input_dilation`, which "
-            "`nnx.ConvTranspose` compiles to as well."
-        )
-    if "copy_in_place" not in result:
-        notes.append(
-            "Shares of the limit there are several times too high where bytes set it, which go by "
-            "a copy into fresh memory."
+            f"Of {names} stock is `nnx.Conv` with an `input_dilation`, which `nnx.ConvTranspose` "
+            "compiles to as well."
         )
     if tuning := stored.of_tuning(result):
         notes.append(f"{tuning.replace('tuning', '[Tuning](#tune)', 1)}.")
@@ -280,6 +270,6 @@ def with_figures(readme: str, table: str, marks: tuple[str, str] = MARKS) -> str
 
 if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    table = figures(stored.read(RESULT), stored.read(TRANSPOSED))
+    table = figures(stored.read(RESULT))
     text = with_figures(README.read_text(encoding="utf-8"), table)
     README.write_text(with_figures(text, gpu_figures(GPU_RESULTS), GPU_MARKS), encoding="utf-8")

@@ -9,7 +9,6 @@ import triton
 from conv_pallas.kernels import triton_compat
 from conv_pallas.kernels import triton_tuned as tuned
 from conv_pallas.kernels.triton_common import MOST_SPLITS, Phases
-from conv_pallas.kernels.triton_compat import PROCESSORS
 
 # Of a processor of Hopper or data-centre Blackwell; each program costs 1 KiB on top of its own.
 SHARED_BYTES = 228 * 2**10
@@ -76,7 +75,8 @@ def configure(
     # A B200 spills in some larger tiles, and what an H200 was measured to like says nothing of it.
     blackwell = (triton_compat.compute_capability() or 90) >= 100
     few = max(columns, rows if kernel == KERNEL_GRAD else depth) <= 32  # channels
-    short = 4 * count * triton.cdiv(rows, 64) * triton.cdiv(columns, 64) <= PROCESSORS
+    chip = triton_compat.processors()
+    short = 4 * count * triton.cdiv(rows, 64) * triton.cdiv(columns, 64) <= chip
     if itemsize == 4 and precision == "ieee":
         # No tensor cores: each thread keeps its share of both tiles in registers.
         limit = Config(64, 64, 16, 8, 2)
@@ -128,9 +128,9 @@ def configure(
     # Two tiles of half the size take a processor as long, and fetch more. So smaller ones only
     # where each of them gets a processor of its own.
     tiles = lambda bt, bo: count * triton.cdiv(rows, bt) * triton.cdiv(columns, bo)  # noqa: E731
-    while bo > 64 and (2 if bt * bo < LARGEST or not keep else 1) * tiles(bt, bo) <= PROCESSORS:
+    while bo > 64 and (2 if bt * bo < LARGEST or not keep else 1) * tiles(bt, bo) <= chip:
         bo //= 2
-    while bt > 64 and 2 * tiles(bt, bo) <= PROCESSORS:
+    while bt > 64 and 2 * tiles(bt, bo) <= chip:
         bt //= 2
     warps = min(limit.warps, 8 if bt * bo >= 128 * 128 else 4)
     if keep and tight and itemsize == 2 and bo == 64:
@@ -138,14 +138,14 @@ def configure(
     if saved and tight and not tma and itemsize == 2 and kernel != KERNEL_GRAD:
         warps = 8  # each thread's share of two tiles that come a number at a time spilled (sm_80)
     # Who stays gains nothing where each has one tile.
-    resident = limit.resident if tiles(bt, bo) > limit.resident * PROCESSORS else 0
+    resident = limit.resident if tiles(bt, bo) > limit.resident * chip else 0
     config = Config(bt, bo, bc, warps, limit.stages, resident)
     if config.stages > 3 and kernel != KERNEL_GRAD:
         # A stage less where that makes room for one more program, whose loads count as well and
         # which multiplies while another begins or stores, and where there are tiles for it.
         less = dataclasses.replace(config, stages=config.stages - 1)
         now, then = (_in_shared(c, itemsize, kernel, saved) for c in (config, less))
-        if then > now and tiles(bt, bo) > now * PROCESSORS:
+        if then > now and tiles(bt, bo) > now * chip:
             return less
     return config
 
@@ -198,6 +198,7 @@ def choose_splits(
     ``together`` on a processor share it, and one alone is taken for no faster than it is among
     them: it waits for its own loads and products.
     """
+    together_on_chip = together * triton_compat.processors()
     # One processor's share of the tensor cores and of memory.
     rows = config.rows * config.taps
     products = rows * config.columns * config.depth
@@ -206,7 +207,7 @@ def choose_splits(
     partial_seconds = 2 * 4 * outputs / 4e12
 
     def seconds(splits: int) -> float:
-        rounds = math.ceil(tiles * splits / (together * PROCESSORS))
+        rounds = math.ceil(tiles * splits / together_on_chip)
         return rounds * math.ceil(blocks / splits) * block_seconds + splits * partial_seconds
 
     return min(range(1, min(blocks, MOST_SPLITS) + 1), key=seconds)

@@ -60,7 +60,6 @@ from conv_pallas.kernels.triton_common import (
     tf32_of,
 )
 from conv_pallas.kernels.triton_common import decline as decline_any
-from conv_pallas.kernels.triton_compat import PROCESSORS
 from conv_pallas.kernels.triton_config import (
     FORWARD,
     INPUT_GRAD,
@@ -149,9 +148,10 @@ def _plan(
     # Who stays fetches tiles of padding like any other, where `conv_dense` leaves them out.
     padded = 8 * sum(max(0, p) for p in spec.padding) > spec.out_time
     stay = tma_x and x.dtype == w.dtype and not padded and _may_stay(spec, dtype)
+    places = FEW.resident * triton_compat.processors()
     few = (
         stay and FEW.depth // 2 < C <= FEW.depth and FEW.columns // 2 < O <= FEW.columns
-        and N * triton.cdiv(spec.out_time, FEW.rows) >= 4 * FEW.resident * PROCESSORS
+        and N * triton.cdiv(spec.out_time, FEW.rows) >= 4 * places
         and triton_resident.goes_on(FEW, y.dtype.itemsize)
     )  # fmt: skip
     config = configure(
@@ -269,9 +269,9 @@ def kernel_grad(
     tma_g = whole and activation is None and _tileable(gy, o if G > 1 else 0)
     # The sum is split, so that there are always tiles enough.
     config = configure(
-        KERNEL_GRAD, c, o, J, taps=K, phases=phases, count=PROCESSORS * K * G, dtype=dtype,
-        precision=precision, tma=tma, saved=activation is not None, tight=not (tma_x and tma_g),
-        pointers=not (tma_x and tma_g),
+        KERNEL_GRAD, c, o, J, taps=K, phases=phases, count=triton_compat.processors() * K * G,
+        dtype=dtype, precision=precision, tma=tma, saved=activation is not None,
+        tight=not (tma_x and tma_g), pointers=not (tma_x and tma_g),
     )  # fmt: skip
     # Whether some tap's last tile holds steps of x that it does not meet.
     tail = (

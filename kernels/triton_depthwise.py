@@ -273,7 +273,7 @@ def kernel_grad(
     BU, BO = rows // BK, max(16, min(128, triton.next_power_of_2(O)))
     blocks = N * triton.cdiv(J, BU)
     tiles = triton.cdiv(K, BK) * triton.cdiv(O, BO)
-    splits = min(blocks, triton.cdiv(8 * compat.PROCESSORS, tiles), 256)
+    splits = min(blocks, triton.cdiv(8 * compat.processors(), tiles), 256)
     per_split = triton.cdiv(blocks, splits)
     splits = triton.cdiv(blocks, per_split)
     narrow = splits == 1 and not bias

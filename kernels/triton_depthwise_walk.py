@@ -53,7 +53,6 @@ from conv_pallas.kernels import triton_compat as compat
 from conv_pallas.kernels import triton_tuned as tuned
 from conv_pallas.kernels.triton_activation import activate, activate_grad_of_z
 from conv_pallas.kernels.triton_common import add_in_order, to_float32
-from conv_pallas.kernels.triton_compat import PROCESSORS
 from conv_pallas.spec import ConvSpec
 
 AHEAD = 8  # steps that are loaded at a time
@@ -334,7 +333,7 @@ def _tile(
         rows = max(1, 32 * warps * per_thread // columns)
         # Pieces enough for every processor: rather shorter ones, and more halo.
         tiles = lambda steps: N * triton.cdiv(C, columns) * (T / (steps * rows))  # noqa: E731
-        while steps > 8 and tiles(steps) < (16 if steps > 32 else 8) * PROCESSORS:
+        while steps > 8 and tiles(steps) < (16 if steps > 32 else 8) * compat.processors():
             steps //= 2
     return rows, columns, max(1, min(steps, triton.cdiv(T, D))), warps
 
@@ -392,7 +391,7 @@ def backward(
     tiles, tiles_c = N * triton.cdiv(pieces, BR), triton.cdiv(C, BC)
     # Programs for twice as many places as 128 registers a thread leave: a third round of a few
     # would take as long as a full one.
-    places = max(1, 16 // warps) * PROCESSORS
+    places = max(1, 16 // warps) * compat.processors()
     splits = min(tiles, max(1, 2 * places // tiles_c), 2048 // warps)
     per_split = triton.cdiv(tiles, splits)
     splits = triton.cdiv(tiles, per_split)

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("hardly_optimized")
 
 def test_figures_are_those_of_the_result():
     text = readme.README.read_text(encoding="utf-8")
-    table = readme.figures(stored.read(readme.RESULT), stored.read(readme.TRANSPOSED))
+    table = readme.figures(stored.read(readme.RESULT))
     assert readme.with_figures(text, table) == text, "run python -m benchmarks.readme"
     on_gpu = readme.gpu_figures(readme.GPU_RESULTS)
     assert readme.with_figures(text, on_gpu, readme.GPU_MARKS) == text

@@ -35,7 +35,6 @@ from conv_pallas.kernels import (
     triton_compat,
     triton_dense,
     triton_depthwise,
-    triton_depthwise_walk,
 )
 from conv_pallas.spec import ACTIVATIONS, Epilogue, lhs_rhs_out
 from tests.cases import Case
@@ -263,13 +262,11 @@ triton_compat.call = call
 def _as_named(name: str):
     """With the tile that a case is about, and few programs that stay: each has several tiles."""
     few = "resident" in name or name == "taps_tuned"
-    processors = 2 if few else triton_compat.processors()
-    walked = 1 if "onward" in name else triton_depthwise_walk.PROCESSORS
+    processors = 1 if "onward" in name else 2 if few else triton_compat.processors()
     split = _in_four if name.startswith(("summed", "fused_summed")) else triton_dense.choose_splits
     cache = 0 if name.startswith("time_first") else triton_depthwise.L2_BYTES
     with (
         own_tile(name), mock.patch.object(triton_compat, "processors", lambda: processors),
-        mock.patch.object(triton_depthwise_walk, "PROCESSORS", walked),
         mock.patch.object(triton_dense, "choose_splits", split),
         mock.patch.object(triton_depthwise, "L2_BYTES", cache),
     ):  # fmt: skip

@@ -19,7 +19,6 @@ from conv_pallas import _tuning_gpu, dispatch
 from conv_pallas.kernels import (
     triton_compat,
     triton_depthwise,
-    triton_depthwise_walk,
     triton_tuned,
 )
 from conv_pallas.spec import OPERATIONS
@@ -40,18 +39,18 @@ def somewhere(r: random.Random, case: Case):
     if case.problem("conv1d").depthwise:
         tiles = WALKED if case.K <= 8 else MANY_TAPS
     tile = r.choice((None, r.choice(tiles)))
-    capability, few, uncached = r.choice((80, 90, 90, 100)), r.random() < 0.5, r.random() < 0.2
+    capability, few = r.choice((80, 90, 90, 100)), r.choice((0, 0, 1, 2))
+    uncached = r.random() < 0.2
     with contextlib.ExitStack() as stack:
         patch = lambda *how: stack.enter_context(mock.patch.object(*how))  # noqa: E731
         patch(triton_compat, "compute_capability", lambda: capability)
         if tile is not None:
             stack.enter_context(triton_tuned.trial(tile))
         if few:  # programs that stay, so that each has several tiles
-            patch(triton_compat, "processors", lambda: 2)
-            patch(triton_depthwise_walk, "PROCESSORS", 1)
+            patch(triton_compat, "processors", lambda: few)
         if uncached:  # a halo that no cache holds
             patch(triton_depthwise, "L2_BYTES", 0)
-        yield f"sm_{capability}, tile {tile}{', few programs' * few}{', no cache' * uncached}"
+        yield f"sm_{capability}, tile {tile}{', few programs' * bool(few)}{', no cache' * uncached}"
 
 
 def run(fused: Fused, where: str) -> str:
