@@ -57,13 +57,14 @@ def figures(result: dict[str, Any]) -> str:
         rows.append(f"| {model} | {'; '.join(kinds)} | {' | '.join(cells)} |")
     source = RESULT.relative_to(ROOT)
     page = source.with_suffix(".html")
-    spread = [m["layer"] for m in result["measurements"] if m["layer"].get("E", 1) > 1]
+    layers = [m["layer"] for m in result["measurements"]]
+    upsampling = {a["name"].partition("/")[0]: None for a in layers if a.get("E", 1) > 1}
     notes = [
         "A training step is the loss and its gradients. Batch and length are a CPU's: what would "
         "take too long is cut down. To compile all of them takes "
         f"{compiling[0]:.0f} s, and stock's {compiling[1]:.0f} s. [{page}]({page}) draws it."
     ]
-    if upsampling := dict.fromkeys(layer["name"].partition("/")[0] for layer in spread):
+    if upsampling:
         names = " and ".join(f"`{name}`" for name in upsampling)
         notes.append(
             f"Of {names} stock is `nnx.Conv` with an `input_dilation`, which `nnx.ConvTranspose` "

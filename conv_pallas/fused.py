@@ -466,21 +466,24 @@ def _make(name, *, results, places, composed, shared, lower, asks):
 
 def _family(*, asks: bool):
     """The three primitives by name."""
-    rule = functools.partial
     forward = _make(
         "conv1d_fused", results=_results_forward, places=_like_y, composed=_forward,
         shared=_shared_forward, asks=asks,
-        lower=rule(lowering.lower, local=_forward_local, split=fused_sharding.Forward.of),
+        lower=functools.partial(
+            lowering.lower, local=_forward_local, split=fused_sharding.Forward.of
+        ),
     )  # fmt: skip
     tangent = _make(
         "conv1d_fused_tangent", results=_results_tangent, places=_like_y, composed=_tangent,
         shared=_shared_tangent, asks=asks,
-        lower=rule(_lower_composed, composed=_tangent),
+        lower=functools.partial(_lower_composed, composed=_tangent),
     )  # fmt: skip
     backward = _make(
         "conv1d_fused_backward", results=_results_backward, places=_like_operands,
         composed=_backward, shared=_shared_backward, asks=asks,
-        lower=rule(lowering.lower, local=_backward_local, split=fused_sharding.Backward.of),
+        lower=functools.partial(
+            lowering.lower, local=_backward_local, split=fused_sharding.Backward.of
+        ),
     )  # fmt: skip
     ad.primitive_jvps[forward] = _forward_jvp
     ad.primitive_transposes[tangent] = _tangent_transpose

@@ -196,10 +196,8 @@ def check_stream_geometry(
             return S, D, 0
     else:
         low, high = pair
-        if S == 1 and low >= 0 <= high and low + high == history:
+        if low >= 0 <= high and low + high == history and (S == 1 or high == 0):
             return S, D, high
-        if pair == (history, 0):
-            return S, D, 0
     lookahead = f"; or [(low, high)] that adds up to {history}, of which high is the lookahead"
     raise ValueError(
         f"only a causal layer can stream: padding must be CAUSAL or [({history}, 0)]"

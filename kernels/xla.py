@@ -136,7 +136,7 @@ def _parts(problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
 
 
 SUMS_OF_TAPS = ("own_pads", "shifts", "matmuls", "scatter", "blocks", "channel_blocks")
-# What these make of a depthwise convolution multiplies no matrices.
+# Of a depthwise convolution these multiply no matrices but those of one channel.
 ELEMENTWISE = ("own_pads", "shifts", "matmuls", "scatter", "tree", "channel_blocks")
 
 
@@ -190,9 +190,9 @@ def many(problem: Problem):
 
     Mapped, most formulations would run as the dense case that they no longer are. Not so what goes
     element by element, which needs no axis moved: as groups V kernels of a depthwise convolution
-    took 1.1 to 9.6 times as long, 1.9 to 8.1 with an output for each input, and 0.7 to 3.5 times in
-    kernel gradients, 1.5 in the mean (V = 4 and 16, 64 and 256 channels, K = 3 to 31, float32 and
-    bfloat16, on two cores of an AMD EPYC with jax 0.12.0.1).
+    took 1.1 to 9.6 times as long, 1.6 to 8.1 with an output for each input, and 0.7 to 3.5 times in
+    kernel gradients, mostly more than once (V = 3 to 64, 20 to 512 channels, K = 3 to 31, float32
+    and bfloat16, on two cores of an AMD EPYC with jax 0.12.0.1).
     """
     if problem.platform != "cpu":
         return None

@@ -523,6 +523,23 @@ def test_a_sum_of_bfloat16_beside_an_automatic_axis(activation, spec):
     tree_close(as_float(got), as_float(want), rtol=2**-6)
 
 
+def test_gradients_are_split_as_y_is():
+    """As the bias alone may have it: of y none is gathered, and of the kernel its gradient."""
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(AxisType.Explicit,))
+    x, w, b = numbers(2, 64, 4), numbers(3, 4, 8, seed=1), numbers(8, seed=2)
+    placed = [
+        jax.device_put(a, NamedSharding(mesh, s))
+        for a, s in zip((x, w, b), (P(), P(), P("model")), strict=True)
+    ]
+
+    def loss(x, w, b):
+        return jnp.sum(jnp.sin(conv1d(x, w, b, activation="tanh")))
+
+    compiled, grads = compiled_quickly(jax.grad(loss, (0, 1, 2)), mesh, *placed)
+    assert gathered_sizes(compiled) == [w.size]
+    tree_close(grads, jax.jit(jax.grad(loss, (0, 1, 2)))(x, w, b))
+
+
 def test_explicit_axes_outside_a_context_of_their_mesh():
     """An array's type has its mesh: lax's convolution asks for no context either."""
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)

@@ -212,16 +212,7 @@ class Conv(nnx.Conv):
           TypeError: x promotes the computation to another dtype than the state's.
         """
         stride, _, _ = self._check_streams()
-        streaming.check_chunk(x, self.in_features, state, stride)
-        x, state = streaming.settle(x, state)
-        if segment_ids is not None:
-            if stride > 1:
-                raise ValueError(f"segment_ids need strides=1, got strides={stride}")
-            segment_ids = segments.check_ids(segment_ids, x.shape[:-1])
-        if mask is not None:
-            x = segments.hide(x, mask)
-        # Padding has the age that a real step would have: its output is that of a call, too.
-        age, clock = streaming.tick(state, x.shape[-2], None, segment_ids)
+        x, state, age, clock = begin(self, x, state, mask, segment_ids, stride=stride)
         y, _, ring = self._advance(x, age, state, packed=segment_ids is not None, act=activation)
         return y, clock | ring
 
@@ -362,6 +353,25 @@ def operands(layer: Conv | nnx.ConvTranspose, inputs, kernel=None):
     bias = layer.bias[...] if layer.bias is not None else None
     inputs, kernel, bias = layer.promote_dtype((inputs, kernel, bias), dtype=layer.dtype)
     return inputs, kernel, bias if layer.use_bias else None  # it may have been turned off
+
+
+def begin(layer: Conv | nnx.ConvTranspose, x, state, mask, segment_ids=None, *, stride: int = 1):
+    """The checked chunk without what the mask hides, its state, the ages of its steps, the clock.
+
+    Args:
+      stride: of which x has to have whole ones.
+    """
+    streaming.check_chunk(x, layer.in_features, state, stride)
+    x, state = streaming.settle(x, state)
+    if segment_ids is not None:
+        if stride > 1:
+            raise ValueError(f"segment_ids need strides=1, got strides={stride}")
+        segment_ids = segments.check_ids(segment_ids, x.shape[:-1])
+    if mask is not None:
+        x = segments.hide(x, mask)
+    # Padding has the age that a real step would have: its output is that of a call, too.
+    age, clock = streaming.tick(state, x.shape[-2], None, segment_ids)
+    return x, state, age, clock
 
 
 def state_dtype(layer: Conv | nnx.ConvTranspose, dtype, kernel=None) -> Any:

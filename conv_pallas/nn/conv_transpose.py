@@ -9,7 +9,7 @@ from flax import nnx
 
 from conv_pallas import dispatch, fused, ops, segments, streaming, taps
 from conv_pallas.dispatch import Implementation
-from conv_pallas.nn.conv import operands, order, precision_of, state_dtype
+from conv_pallas.nn.conv import begin, operands, order, precision_of, state_dtype
 from conv_pallas.spec import UnknownPaddingError, resolve_padding, scalar
 
 
@@ -177,11 +177,7 @@ class ConvTranspose(nnx.ConvTranspose):
           TypeError: x promotes the computation to another dtype than the state's.
         """
         rows = self._check_streams()
-        streaming.check_chunk(x, self.in_features, state)
-        x, state = streaming.settle(x, state)
-        if mask is not None:
-            x = segments.hide(x, mask)
-        age, clock = streaming.tick(state, x.shape[-2])
+        x, state, age, clock = begin(self, x, state, mask)
         x, kernel, bias = operands(self, x)
         ring = streaming.ring_of(state, rows, self.in_features, x)
         if ring:
