@@ -161,12 +161,10 @@ def _run(problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
     if problem.platform == "cpu":
         # What a gradient reads has to be in memory. Else XLA computes it anew in what cuts and
         # transposes it: of a residual network all blocks before, in every block.
-        if problem.operation == "conv1d_kernel_grad":
+        if problem.operation == "conv1d_kernel_grad" or _rearranges(name, problem):
             lhs, rhs = lax.optimization_barrier((lhs, rhs))
         elif problem.operation == "conv1d_input_grad":
             lhs = lax.optimization_barrier(lhs)
-        elif _rearranges(name, problem):
-            lhs, rhs = lax.optimization_barrier((lhs, rhs))
     return run_as(name, problem, lhs, rhs)
 
 
@@ -174,18 +172,21 @@ LARGE = 2**18  # bytes of a kernel
 
 
 def _rearranges(name: str, problem: Problem) -> bool:
-    """Whether a forward pass has a large kernel turned, or its taps summed, for a moment.
+    """Whether a large kernel is turned, or its taps are summed, for a moment.
 
-    XLA makes those of a whole network first, as they wait for nothing, and holds them all; and what
-    is more than 32 MB malloc gets from the system anew in every call, page by page. So each waits
-    for its x. That made networks of eight layers of 512 channels and 2048 steps 1.25 times as fast,
-    and of six of 768 and as many 1.19 times, by the rules' choice, and of six of 600 and 160 steps
-    2.0 times, by "winograd", of 45 MB and then 6.7 (two cores of an AMD EPYC, jax 0.12.0.1). Input
-    gradients, whose kernels are all turned, go without: there it was 0.93 to 1.06 times as fast.
+    XLA does that for a whole network first, as it waits for nothing, and holds all of them; and
+    what is more than 32 MB malloc gets from the system anew in every call, page by page. So each
+    waits for its x, or its output gradient. That made networks 1.25 times as fast in the forward
+    pass (eight layers of 512 channels, 2048 steps; 1.19: six of 768 channels; both by the rules),
+    and in training steps, with gradient descent and donated parameters, 1.20 to 1.27 times (eight
+    blocks of 384 or 512 channels, 256 steps; 1.02: four of 512, 4000 steps; 0.98: eight of 256, 128
+    steps). Without descent, where the gradients themselves are new memory, it is 0.93 to 1.06
+    times. On two cores of an AMD EPYC, with jax 0.12.0.1.
     """
     as_it_lies = name in ("native", "padded") or (name == "im2col" and problem.spec.groups == 1)
-    size = math.prod(problem.shapes[1]) * problem.rhs_dtype.itemsize
-    return not as_it_lies and problem.known and size >= LARGE
+    if problem.operation == "conv1d" and as_it_lies:
+        return False
+    return problem.known and math.prod(problem.w_shape) * problem.rhs_dtype.itemsize >= LARGE
 
 
 def fused(problem: Problem, x: jax.Array, w: jax.Array, bias: jax.Array | None):
