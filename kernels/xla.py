@@ -177,12 +177,12 @@ def _rearranges(name: str, problem: Problem) -> bool:
     XLA does that for a whole network first, as it waits for nothing, and holds all of them until
     they have left the caches; and what is more than 32 MB malloc gets from the system anew in every
     call, page by page: of 39 MB that is 10,000 faults and 14 ms. So each waits for its x, or its
-    output gradient. That made the forward pass of eight layers of 512 channels and 2048 steps 1.25
-    times as fast, and of six of 768 channels 1.19, both by the rules; and training steps, with
+    output gradient. That made the forward pass of eight layers of 512 channels and 2048 steps 1.24
+    times as fast, and of six of 768 channels 1.20, both by the rules; and training steps, with
     gradient descent and donated parameters, of eight blocks of 384 or 512 channels and 256 steps
-    1.20 to 1.27 times (1.02: four of 512, 4000 steps; 0.98: eight of 256, 128 steps). Without
-    descent, where the gradients are new memory, it is 0.93 to 1.06 times. On two cores of an AMD
-    EPYC, with jax 0.12.0.1.
+    1.24 to 1.29 times, and of sixteen of 256 channels 1.14 (0.98: four of 512, 4000 steps; 1.03:
+    eight of 256, 128 steps). Without descent, where the gradients are new memory, it was 0.93 to
+    1.06 times. On two cores of an AMD EPYC, with jax 0.12.0.1.
     """
     as_it_lies = name in ("native", "padded") or (name == "im2col" and problem.spec.groups == 1)
     if problem.operation == "conv1d" and as_it_lies:
