@@ -25,7 +25,7 @@ from conv_pallas.spec import OPERATIONS
 from tests.cases import Case
 from tests.random_layers import check_fused, draw, main
 from tests.triton_epilogue import Fused
-from tests.triton_interpreter import check_operation
+from tests.triton_shipped import check_operation
 
 # Small tiles, of which a layer has several: see `conv_pallas._tuning_gpu`.
 WALKED = ((4, 16, 16, 1), (2, 16, 8, 2), (2, 32, 8, 1), (1, 16, 4, 1))
