@@ -258,5 +258,6 @@ def call_in_jax(*args, **kwargs):
 def eagerly(f, *arrays):
     """What ``f`` makes of arrays, operation by operation; it has to be one that JAX can trace."""
     arrays = jax.tree.map(jnp.asarray, arrays)
-    jax.eval_shape(f, *arrays)
-    return f(*arrays)
+    with jax.numpy_rank_promotion("raise"):  # as some users have it
+        jax.eval_shape(f, *arrays)
+        return f(*arrays)
