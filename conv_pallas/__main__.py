@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from conv_pallas import aot, dispatch
+from conv_pallas.spec import PLATFORMS
 
 _EXTRAS = {
     "demo": ("matplotlib", "optax", "rich", "sklearn"),
@@ -122,9 +123,7 @@ def _add_explain(commands) -> None:
     explain.set_defaults(run=_explain)
     _add_layer(explain, "*")
     where = explain.add_mutually_exclusive_group()
-    where.add_argument(
-        "--platform", choices=dispatch.PLATFORMS, help="default: that of the default device"
-    )
+    where.add_argument("--platform", choices=PLATFORMS, help="default: that of the default device")
     where.add_argument(
         "--chip", choices=aot.CHIPS, metavar="CHIP",
         help=f"one of {', '.join(aot.CHIPS)}, which need not be here: what is the default may "

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 # each function compiled twice. It can go when that module no longer adds to it (jax 0.12 does).
 import jax._src.pallas.fuser.jaxpr_fusion  # noqa: F401
 
-from conv_pallas.spec import OPERATIONS, Epilogue, Problem
+from conv_pallas.spec import OPERATIONS, PLATFORMS, Epilogue, Problem
 
 IMPLEMENTATIONS = ("triton", "pallas_tpu", "xla", "xla_native")
 # Where an implementation runs that has no kernel to ask, for want of a package.
@@ -23,8 +23,6 @@ PARTITIONED = (
     "is a custom call, which XLA's partitioner can't split here; it takes a mesh whose axes are "
     "all explicit, or a jax.shard_map over all of them"
 )
-OTHER = "other"  # whatever else JAX has a plugin for: there stock's convolution runs
-PLATFORMS = ("cpu", "cuda", "rocm", "tpu", OTHER)
 
 type Implementation = str | Sequence[str] | None
 
@@ -39,12 +37,14 @@ class Candidate:
       how: where it does not decline, in a few words how it would do it; None where it was not
         asked.
       by_name: where it does not decline but is not picked unless asked for, why; else None.
+      file: of the kernel, in the folder of the kernels; None where there is no kernel to ask.
     """
 
     implementation: str
     reason: str | None
     how: str | None = None
     by_name: str | None = None
+    file: str | None = dataclasses.field(default=None, compare=False)
 
 
 def names() -> tuple[str, ...]:
@@ -95,13 +95,18 @@ def candidates(
 
     found, missing = kernels.discover()
     answers = []
-    for kernel in found.values():
+    for module, kernel in found.items():
         if problem.platform not in kernel.platforms:
             reason = f"runs on {' and '.join(kernel.platforms)}, not on {problem.platform}"
         elif problem.partitioned and kernel.opaque:
             reason = PARTITIONED
         else:
             reason = kernel.decline(problem)
+            if not (reason is None or (isinstance(reason, str) and reason)):
+                raise TypeError(
+                    f"decline of the implementation {kernel.implementation!r} must return None, or "
+                    f"the reason in words, got {reason!r}"
+                )
         rank, how, by_name = -2, None, None
         if reason is None:
             rank = -1
@@ -109,7 +114,8 @@ def candidates(
                 how, rank = kernel.describe(problem), kernel.rank(problem)
             if rank is None:
                 rank, by_name = -1, kernel.by_name(problem)
-        answers.append((rank, Candidate(kernel.implementation, reason, how, by_name), kernel))
+        answer = Candidate(kernel.implementation, reason, how, by_name, f"{module}.py")
+        answers.append((rank, answer, kernel))
     answers = [answer for _, *answer in sorted(answers, key=lambda a: a[0], reverse=True)]
     present = {c.implementation for c, _ in answers}
     for name in IMPLEMENTATIONS:

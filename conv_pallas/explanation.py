@@ -20,7 +20,7 @@ from conv_pallas.ops import (
     result_dtype,
     unfused_reason,
 )
-from conv_pallas.spec import OPERATIONS, Epilogue, Problem, make_spec
+from conv_pallas.spec import OPERATIONS, OTHER, PLATFORMS, Epilogue, Problem, make_spec
 
 NOTHING = "nothing that was asked for"
 
@@ -59,13 +59,16 @@ class Explanation:
         lines = []
         for operation, answers in self.candidates.items():
             lines.append(f"{operation} on {self.platform}: {self.chosen[operation] or NOTHING}")
-            able = {c.implementation for c in answers if c.reason is None}
-            for c in dict.fromkeys(answers):  # of two kernels that say the same, once
+            able = [c.implementation for c in answers if c.reason is None]
+            # Of two kernels that decline alike, once.
+            for c in {(c, c.reason is None and c.file): c for c in answers}.values():
                 if c.reason is not None and c.implementation in able:
                     continue  # another kernel of that name does it
                 told = c.how or f"declines: {c.reason}"
                 if c.by_name is not None:
                     told += f" ({c.by_name})"
+                if able.count(c.implementation) > 1:  # of which the first is what the name runs
+                    told += f" [{c.file}]"
                 lines.append(f"  {c.implementation:<11} {told}")
         if self.epilogue:
             lines.append(self.epilogue)
@@ -159,11 +162,10 @@ def explain(
         feature_group_count=feature_group_count,
     )
     platform = platform or default_platform()
-    if platform not in dispatch.PLATFORMS:
+    if platform not in PLATFORMS:
         which = " (cuda or rocm?)" if platform == "gpu" else ""
         raise ValueError(
-            f"platform must be None or one of {', '.join(dispatch.PLATFORMS)}, "
-            f"got {platform!r}{which}"
+            f"platform must be None or one of {', '.join(PLATFORMS)}, got {platform!r}{which}"
         )
     its_own = getattr(x, "explain", None)
     if callable(x) and kernel is None:
@@ -272,4 +274,4 @@ def default_platform() -> str:
     backend = getattr(default, "client", None) or jax.extend.backend.get_backend(default)
     if backend.platform == "gpu":
         return "rocm" if "rocm" in backend.platform_version else "cuda"
-    return backend.platform if backend.platform in dispatch.PLATFORMS else dispatch.OTHER
+    return backend.platform if backend.platform in PLATFORMS else OTHER

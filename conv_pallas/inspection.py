@@ -189,7 +189,12 @@ def inspect(
                 tell(f"  {line}")
             for name, f in (("ours", ours), ("stock nnx.Conv", stock)):
                 label = f"{which}-{name.split()[0]}"
-                lines = _compiled(chip, f, arguments, folder, dump, label)
+                try:
+                    lines = _compiled(chip, f, arguments, folder, dump, label)
+                except NotImplementedError as e:  # of a kernel that has no gradients
+                    if which == "forward":
+                        raise
+                    lines = [str(e)]
                 tell(f"  {name}: {lines[0]}")
                 for line in lines[1:]:
                     tell(f"    {line}")
@@ -204,9 +209,9 @@ def _tell_choice(layer: Layer, platform: str, chain: Implementation, tell) -> No
     picked = explain(x, kernel, bias, platform=platform, **geometry)
     for operation, answers in asked.candidates.items():
         chosen = asked.chosen[operation]
-        note = "" if picked.chosen[operation] == chosen else (
-            f" (by name; without an order {picked.chosen[operation]} is picked)"
-        )  # fmt: skip
+        other = f"without an order {picked.chosen[operation]} is picked"
+        note = f" (by name; {other})" if chosen else f"; {other}"
+        note = note if picked.chosen[operation] != chosen else ""
         tell(f"  {operation}: {asked.how(operation)}{note}")
         for c in answers:
             if c.reason and c.implementation in chain and chosen != c.implementation:
@@ -297,7 +302,7 @@ def _machine_code(code) -> list[str]:
     tile = " ".join(f"{k}={v}" for k, v in code.meta.items())
     mix = ", ".join(f"{count} {kind}" for kind, count in code.mix.items())
     return [
-        f"{code.name}: {tile} ({'tuned' if code.tuned else "the heuristic's"})",
+        f"{code.name}: {tile} ({'tuned' if code.tuned else 'not tuned'})",
         f"  {code.registers} registers, {code.shared / 1024:.4g} KiB shared, {code.threads} "
         f"threads, {code.spills} spills, {code.blocks} blocks on a multiprocessor "
         f"({code.occupancy:.0%} occupancy)",

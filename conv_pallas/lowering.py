@@ -18,13 +18,14 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.interpreters import mlir
 from jax.sharding import AbstractMesh, NamedSharding
 
-from conv_pallas import dispatch, sharding
+from conv_pallas import sharding
+from conv_pallas.spec import OTHER, PLATFORMS
 
 
 def register(p, rule: Callable) -> None:
     """Registers ``rule(ctx, *operands, platform=..., **params)`` for each platform's name."""
-    for platform in dispatch.PLATFORMS:
-        name = None if platform == dispatch.OTHER else platform
+    for platform in PLATFORMS:
+        name = None if platform == OTHER else platform
         mlir.register_lowering(p, functools.partial(rule, platform=platform), platform=name)
 
 

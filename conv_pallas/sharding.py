@@ -305,11 +305,15 @@ def like(a: jax.Array, spec: P) -> jax.Array:
 
 
 def beside(a: jax.Array, other: jax.Array, count: int) -> jax.Array:
-    """``a``, its first ``count`` dimensions split as those of ``other`` over explicit axes."""
+    """``a``, its first ``count`` dimensions split as those of ``other`` over explicit axes.
+
+    Those that ``other`` has not got are split over none.
+    """
     place = explicit(jax.typeof(other))
     if place is None:
         return a
     first, aval = entries(jax.typeof(other))[:count], jax.typeof(a)
+    first += [None] * (count - len(first))
     if explicit(aval) is not None and entries(aval)[:count] == first:
         return a
     return jax.sharding.reshard(a, place.update(spec=P(*first)))

@@ -21,6 +21,9 @@ import numpy as np
 Operation = Literal["conv1d", "conv1d_input_grad", "conv1d_kernel_grad"]
 OPERATIONS: tuple[Operation, ...] = ("conv1d", "conv1d_input_grad", "conv1d_kernel_grad")
 
+OTHER = "other"  # whatever else JAX has a plugin for: there stock's convolution runs
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu", OTHER)
+
 
 def lhs_rhs_out[T](operation: Operation, x: T, w: T, y: T) -> tuple[T, T, T]:
     """Of what stands for x, w and y: what stands for the operands and the result of an operation.

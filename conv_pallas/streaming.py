@@ -41,11 +41,13 @@ def tick(state: State, steps: int, mask=None, segment_ids=None) -> tuple[jax.Arr
         age = jnp.minimum(state["age"][..., None] + t, segments.OLDEST)
         segment = state["segment"]
     else:
-        segment_ids = beside(segment_ids, state["age"], state["age"].ndim)
+        segment_ids = beside(segment_ids, state["age"], segment_ids.ndim)
         age = segments.ages(segment_ids, state["age"], state["segment"])
         segment = segment_ids[..., -1]
     after = {"age": jnp.minimum(age[..., -1] + 1, segments.OLDEST), "segment": segment}
-    return age if mask is None else jnp.where(mask, age, -1), after
+    if mask is None:
+        return age, after
+    return jnp.where(beside(mask, state["age"], mask.ndim), age, -1), after
 
 
 def restart(state: State, members) -> State:
@@ -131,7 +133,7 @@ def delay(state: State, x: jax.Array, steps: int) -> tuple[jax.Array, State]:
     """x ``(*batch, T, C)``, ``steps`` late, through a ring of that many rows."""
     if steps == 0:
         return x, state
-    x = beside(x.astype(state["past"].dtype), state["past"], x.ndim - 2)
+    x = beside(x.astype(state["past"].dtype), state["past"], x.ndim)
     late = back(state["past"], state["index"], x, steps)
     late, x = _read_first(late, x)
     return late, push(state, x)
@@ -164,6 +166,7 @@ def with_past(x: jax.Array, age: jax.Array, state: State) -> tuple[jax.Array, St
       age: ``(*batch, T)``; no sequence may begin within the chunk.
     """
     rows, T = state["past"].shape[-2], x.shape[-2]
+    x = beside(x, state["past"], x.ndim)
     whole = jnp.concatenate([_read(state["past"], state["index"], rows), x], -2)
     # The age at the chunk's start, if it is one's own; -1 where no step says it, whose outputs
     # nobody reads. What they would have seen stays in the ring, for the steps that follow.
@@ -212,13 +215,15 @@ def convolve_chunk(
     geometry = segments.POINTWISE | {"strides": stride}
     if K == 1:
         return convolve(x, kernel, **geometry), age, state
-    if stride > 1 or (T > dilation and lookahead == 0 and not packed):
+    long = not isinstance(T, int) or T > dilation  # an export's symbol may be anything
+    if stride > 1 or (long and lookahead == 0 and not packed):
         # So long a chunk that to sort the ring costs no more than to read its taps. What runs
         # is then the convolution of the whole sequence.
         seen, state = with_past(x, age, state)
         y = convolve(seen, kernel, **(geometry | {"kernel_dilation": dilation}))
         return y, age, state
     past, index = state["past"], state["index"]
+    x = beside(x, past, x.ndim)  # a layer before may have split its outputs
     backs = [(K - 1 - k) * dilation for k in range(K)]
     taps = [back(past, index, x, offset) for offset in backs]
     if lookahead:
@@ -254,6 +259,21 @@ def batch_axes(batch_size: int | Sequence[int]) -> tuple[int, ...]:
             f"batch_size must be an int of 1 or more or a tuple of those, got {batch_size!r}"
         )
     return axes
+
+
+def check_step(model) -> None:
+    """Complains of a model of somebody's class that has a call of its own, but no such step.
+
+    Raises:
+      ValueError: its ``step`` is that of a class above the one that its call is of.
+    """
+    classes = type(model).__mro__
+    call, step = (next(c for c in classes if name in vars(c)) for name in ("__call__", "step"))
+    if not issubclass(step, call):
+        raise ValueError(
+            f"{call.__name__} has a __call__ of its own, which the step of {step.__name__} does "
+            "not compute: give it a step as well"
+        )
 
 
 def check_state(state) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import jax
 
-from conv_pallas.spec import Problem
+from conv_pallas.spec import PLATFORMS, Problem
 
 # Packages that a kernel may need and a user may lack. Any other failed import is a bug.
 OPTIONAL_PACKAGES = ("triton", "jax_triton")
@@ -24,7 +24,7 @@ class Kernel:
 
     Attributes:
       implementation: the name that users select it by.
-      platforms: where it can run: of ``"cpu"``, ``"cuda"``, ``"rocm"``, ``"tpu"``, ``"other"``.
+      platforms: where it can run, of `conv_pallas.spec.PLATFORMS`.
       run: ``run(problem, lhs, rhs) -> array`` of ``problem.out_shape`` and
         ``problem.out_dtype``. Both operands have three axes and no axis of size 0, and no
         tap at either end lies beyond the sequence for every output.
@@ -55,6 +55,11 @@ class Kernel:
       keeps: ``keeps(problem)``, whether `fused` returns ``(y, z)``, both of ``problem.out_shape``
         and ``problem.out_dtype``, where ``problem.epilogue.keep`` asks for it. Else it is asked
         for z alone, and XLA makes y of it, in one more pass.
+
+    Raises:
+      TypeError: one of these is of another type, told when the file is imported.
+      ValueError: the name has a comma or a space in it, which the environment variable can't say;
+        or a platform is unknown.
     """
 
     implementation: str
@@ -75,9 +80,37 @@ class Kernel:
     keeps: Callable[[Problem], bool] = lambda problem: False
     opaque: bool = False
 
+    def __post_init__(self):
+        name, platforms = self.implementation, self.platforms
+        if not isinstance(name, str):
+            raise TypeError(f"implementation of a Kernel must be a name, got {name!r}")
+        if not name or "," in name or name != "".join(name.split()):
+            raise ValueError(
+                f"implementation of a Kernel must be a name without commas and spaces, got {name!r}"
+            )
+        what = f"of the kernel {name!r}"
+        if not isinstance(platforms, tuple):
+            raise TypeError(f"platforms {what} must be a tuple of names, got {platforms!r}")
+        if not platforms or not set(platforms) <= set(PLATFORMS):
+            known = ", ".join(PLATFORMS)
+            raise ValueError(f"platforms {what} must be some of {known}, got {platforms!r}")
+        if not (self.priority is None or isinstance(self.priority, int) or callable(self.priority)):
+            raise TypeError(
+                f"priority {what} must be None, an int or a function, got {self.priority!r}"
+            )
+        for field in dataclasses.fields(self):
+            hook = getattr(self, field.name)
+            if field.name in _OTHER_THAN_HOOKS or (hook is None and field.default is None):
+                continue
+            if not callable(hook):
+                raise TypeError(f"{field.name} {what} must be a function, got {hook!r}")
+
     def rank(self, problem: Problem) -> int | None:
         """The priority for one problem that it does not decline."""
         return self.priority(problem) if callable(self.priority) else self.priority
+
+
+_OTHER_THAN_HOOKS = ("implementation", "platforms", "priority", "opaque")
 
 
 @functools.cache
@@ -92,6 +125,8 @@ def discover() -> tuple[dict[str, Kernel], dict[str, str]]:
                 raise
             missing[module.name] = f"needs the package {e.name}, which is not installed"
             continue
+        if kernel is not None and not isinstance(kernel, Kernel):
+            raise TypeError(f"KERNEL of {module.name}.py must be a Kernel, got {kernel!r}")
         if kernel is not None:
             found[module.name] = kernel
     return found, missing

@@ -15,7 +15,7 @@ from jax import lax
 
 from conv_pallas import conv1d, conv_general_dilated, dispatch, explain, kernels
 from conv_pallas.nn import TCN, Conv
-from conv_pallas.spec import OPERATIONS
+from conv_pallas.spec import OPERATIONS, PLATFORMS
 from tests import cases
 
 pytestmark = pytest.mark.usefixtures("hardly_optimized")
@@ -31,7 +31,7 @@ def _layer(**kwargs):
 # --- explain ---
 
 
-@pytest.mark.parametrize("platform", dispatch.PLATFORMS)
+@pytest.mark.parametrize("platform", PLATFORMS)
 def test_explain_names_a_choice_and_every_reason(platform):
     told = explain(X, W, platform=platform, kernel_dilation=2)
 
@@ -335,6 +335,59 @@ def test_a_new_file_is_found_by_itself(add_kernel):
     assert {"xla_native", "toy"} <= set(str(error.value).split(", "))
 
 
+def test_of_two_kernels_of_a_name_it_is_told_which_is_which(add_kernel):
+    add_kernel()
+    assert "[toy.py]" not in str(explain(X, W))
+    add_kernel(name="toy_too", body="return 1 + sevens(problem)")
+    told = [line for line in str(explain(X, W)).splitlines() if "returns sevens" in line]
+    assert [line.split()[-1] for line in told] == ["[toy.py]", "[toy_too.py]"]
+    np.testing.assert_array_equal(_run("toy"), np.full((2, 5, 4), 7))  # the first of them runs
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        (dict(implementation=None), TypeError, "implementation of a Kernel must be a name, got N"),
+        (dict(implementation="a,b"), ValueError, "without commas and spaces, got 'a,b'"),
+        (dict(implementation=""), ValueError, "without commas and spaces, got ''"),
+        (dict(platforms="cpu"), TypeError, "platforms of the kernel 'toy' must be a tuple of name"),
+        (dict(platforms=("gpu",)), ValueError, "must be some of cpu, cuda, rocm, tpu, other, got"),
+        (dict(platforms=()), ValueError, "platforms of the kernel 'toy' must be some of cpu, cuda"),
+        (dict(priority="high"), TypeError, "priority of the kernel 'toy' must be None, an int or"),
+        (dict(describe=None), TypeError, "describe of the kernel 'toy' must be a function, got N"),
+        (dict(run="run"), TypeError, "run of the kernel 'toy' must be a function, got 'run'"),
+        (dict(many=None), TypeError, "many of the kernel 'toy' must be a function, got None"),
+        (dict(fused=1), TypeError, "fused of the kernel 'toy' must be a function, got 1"),
+    ],
+    ids=str,
+)
+def test_a_kernel_that_is_none_is_told_with_its_name(wrong, error, message):
+    right = dict(
+        implementation="toy", platforms=("cpu",), run=print, decline=print, describe=print,
+        priority=None, fused=None, backward=None,
+    )  # fmt: skip
+    kernels.Kernel(**right)
+    with pytest.raises(error, match=re.escape(message)):
+        kernels.Kernel(**right | wrong)
+
+
+def test_a_file_whose_kernel_is_none_is_named(add_kernel):
+    add_kernel(more="KERNEL = dict(implementation='toy')\n    Kernel = lambda **k: KERNEL")
+    with pytest.raises(TypeError, match=r"KERNEL of toy\.py must be a Kernel, got \{.impl"):
+        kernels.discover()
+
+
+@pytest.mark.parametrize("reason", ["False", "''", "3"])
+def test_a_reason_is_words(add_kernel, reason):
+    add_kernel()
+    toy = dataclasses.replace(kernels.discover()[0]["toy"], decline=lambda p: eval(reason))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "discover", lambda: ({"toy": toy}, {}))
+        message = f"must return None, or the reason in words, got {reason}"
+        with pytest.raises(TypeError, match=message):
+            _run("toy")
+
+
 def test_a_kernel_without_gradients_is_explained(add_kernel):
     add_kernel()
     told = explain(X, W, implementation="toy")
@@ -457,7 +510,7 @@ def test_kernels_say_what_they_are():
     found, missing = kernels.discover()
     assert {"xla", "xla_native"} <= {k.implementation for k in found.values()}
     for kernel in found.values():
-        assert set(kernel.platforms) <= set(dispatch.PLATFORMS)
+        assert set(kernel.platforms) <= set(PLATFORMS)
     assert all("package" in reason for reason in missing.values())
 
 

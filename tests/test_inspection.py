@@ -1,6 +1,7 @@
 """``python -m conv_pallas inspect`` and ``explain``, as somebody types them."""
 
 import collections
+import dataclasses
 import os
 import re
 import signal
@@ -9,7 +10,7 @@ import sys
 
 import pytest
 
-from conv_pallas import inspection, schedule
+from conv_pallas import inspection, kernels, schedule
 from conv_pallas.__main__ import main
 from conv_pallas._layers import find
 from tests.support import environment
@@ -127,6 +128,20 @@ def test_inspect_a_gpu(tmp_path):
     for kind, sign in {"ttir": "tt.func", "ptx": ".entry", "sass": "EXIT"}.items():
         (dumped,) = (tmp_path / "dump").glob(f"forward-ours-0-conv_*.{kind}")
         assert sign in dumped.read_text()
+
+
+@pytest.mark.aot
+def test_inspect_a_kernel_that_has_no_gradients(capsys, monkeypatch):
+    declines = lambda p: None if p.operation == "conv1d" else "computes no gradients"  # noqa: E731
+    one = dataclasses.replace(kernels.discover()[0]["xla"], implementation="mine", decline=declines)
+    found = kernels.discover()[0] | {"mine": one}
+    monkeypatch.setattr(kernels, "discover", lambda: (found, {}))
+    assert main(["inspect", *SHAPE, "--chip", "v5e", "--implementation", "mine"]) == 0
+    told = capsys.readouterr().out
+    assert "conv1d_input_grad: nothing that was asked for; without an order " in told
+    assert "mine declines: computes no gradients" in told
+    assert "  ours: implementation='mine' can't run conv1d_" in told
+    assert told.count("  stock nnx.Conv: ") == 2
 
 
 @pytest.mark.aot

@@ -12,7 +12,14 @@ import pytest
 from flax import nnx
 
 from conv_pallas import streaming
-from conv_pallas.nn import TCN, Conv, TemporalBlock, compiled_step, replace_convs
+from conv_pallas.nn import (
+    TCN,
+    Conv,
+    ConvTranspose,
+    TemporalBlock,
+    compiled_step,
+    replace_convs,
+)
 from tests.streams import check, functions, model_of, numbers, stream, with_tail
 
 pytestmark = pytest.mark.usefixtures("hardly_optimized")
@@ -381,6 +388,71 @@ def test_errors_in_one_line(call, message):
     with pytest.raises(ValueError, match="^" + re.escape(message)) as error:
         call(model, model.init_state(2))
     assert "\n" not in str(error.value)
+
+
+class OwnCall:
+    def __call__(self, x):
+        return jax.nn.sigmoid(super().__call__(x))
+
+
+class OwnStep(OwnCall):
+    def step(self, x, state):
+        y, state = super().step(x, state)
+        return jax.nn.sigmoid(y), state
+
+
+CAUSAL = dict(padding="CAUSAL", rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    ("base", "arguments"),
+    [
+        (Conv, (3, 4, 3)), (ConvTranspose, (3, 4, 3)), (TemporalBlock, (3, 4, 3, 1, 0.0)),
+        (TCN, (3, [4], 2)),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)  # fmt: skip
+def test_a_call_of_ones_own_streams_with_a_step_of_ones_own(base, arguments):
+    """Its base's step would compute something else, and say nothing."""
+    options = CAUSAL if issubclass(base, nnx.Conv | nnx.ConvTranspose) else {"rngs": nnx.Rngs(0)}
+    make = lambda own: type("Own", (own, base), {})(*arguments, **options)  # noqa: E731
+    model, x = make(OwnCall), numbers(2, 8, 3)
+    model.eval()
+    state = base(*arguments, **options).init_state(2)
+    for call in (lambda: model.init_state(2), lambda: model.step(x, state)):
+        message = f"OwnCall has a __call__ of its own, which the step of {base.__name__} does not"
+        with pytest.raises(ValueError, match=message):
+            call()
+    model = make(OwnStep)
+    model.eval()
+    got, _ = stream(model.step, model.init_state(2), x, [3, 5])
+    np.testing.assert_allclose(got, model(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [Conv, ConvTranspose])
+@pytest.mark.parametrize("wide", ["mask", "bias"])
+def test_the_state_is_as_wide_as_what_a_call_computes_in(make, wide):
+    x = numbers(2, 8, 3).astype(jnp.bfloat16)
+    mask = jnp.ones((3, 3, 4)) if wide == "mask" else None
+    layer = make(3, 4, 3, param_dtype=jnp.bfloat16, mask=mask, **CAUSAL)
+    if wide == "bias":
+        layer.bias.set_value(numbers(4))
+    expected = layer(x)
+    assert expected.dtype == jnp.float32
+    for dtype in (None, jnp.bfloat16):
+        got, _ = stream(layer.step, layer.init_state(2, dtype), x, [3, 5])
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_export_of_chunks_of_any_length():
+    layer = Conv(3, 4, 5, kernel_dilation=2, **CAUSAL)
+    state = layer.init_state(2)
+    chunk = jax.ShapeDtypeStruct(jax.export.symbolic_shape("2, steps, 3"), jnp.float32)
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), state)
+    exported = jax.export.export(jax.jit(layer.step))(chunk, shapes)
+    x = numbers(2, 18, 3)
+    got, _ = stream(exported.call, state, x, [1, 2, 12, 3])
+    np.testing.assert_allclose(got, layer(x), rtol=1e-5, atol=1e-6)
 
 
 def test_a_weight_normed_network_of_stock_layers_streams_once_they_are_replaced():

@@ -1,5 +1,7 @@
 """`TemporalBlock` and `TCN`: what they compute, what they are made of, what they refuse."""
 
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -438,6 +440,19 @@ def test_no_block_computes_those_before_it_anew(training):
         return compiled.as_text().count(" maximum(")
 
     assert activations(6) <= 2 * activations(3)
+
+
+@pytest.mark.parametrize("conv", [Conv, nnx.Conv])
+@pytest.mark.parametrize("norm", [None, "weight", "layer", "batch"])
+def test_equal_models_have_equal_structures_and_can_be_pickled(norm, conv):
+    """Or else each would be compiled anew, and `jax.tree.map` over two would refuse them."""
+    one, other = (network(seed, norm=norm, conv=conv) for seed in range(2))
+    assert nnx.graphdef(one) == nnx.graphdef(other)
+    assert hash(nnx.graphdef(one)) == hash(nnx.graphdef(other))
+    jax.tree.map(lambda a, b: a, one, other)
+    again = pickle.loads(pickle.dumps(one))
+    x = inputs(2, 9, 3)
+    np.testing.assert_array_equal(again(x), one(x))
 
 
 @pytest.mark.parametrize("conv", [Conv, nnx.Conv])

@@ -23,6 +23,7 @@ from conv_pallas.kernels import (
     xla_cpu_forward,
     xla_cpu_kernel_grad,
     xla_pieces,
+    xla_tuned,
 )
 from conv_pallas.kernels.xla_formulations import (
     FORWARD,
@@ -275,6 +276,28 @@ def test_in_pieces(operation, dtype, loop, monkeypatch):
         assert xla_cpu_bounds.sequences_at_once(name, problem) == 6
     prime = dataclasses.replace(problem, N=127)
     assert xla_cpu_bounds.sequences_at_once(names[0], prime) in (1, 127)
+
+
+@pytest.mark.parametrize("name", ["winograd", "scatter", "matmuls"])
+def test_a_network_holds_one_kernel_that_is_turned_or_summed(name):
+    """XLA would make those of all layers first, and hold them until each is needed."""
+    layers, x = 6, jax.ShapeDtypeStruct((1, 16, 160), jnp.float32)
+    problem = Case("network", batch=(1,), T=16, C=160, O=160).problem("conv1d")
+    chosen, size = {xla_tuned.key(problem): name}, 4 * 3 * 160 * 160
+    assert size >= xla.LARGE
+
+    def held(count: int) -> int:
+        def network(x, ws):
+            for w in ws:
+                x = conv1d(x, w, activation="relu")
+            return x
+
+        ws = [jax.ShapeDtypeStruct((3, 160, 160), jnp.float32)] * count
+        return jax.jit(network).lower(x, ws).compile().memory_analysis().temp_size_in_bytes
+
+    with xla_tuned.trial(chosen):
+        assert held(1) > size / 2
+        assert held(layers) < held(1) + size / 2
 
 
 def test_what_an_input_gradient_holds():

@@ -1,5 +1,6 @@
 """The residual block of a temporal convolutional network."""
 
+import dataclasses
 import functools
 import numbers
 from collections.abc import Callable, Sequence
@@ -151,6 +152,7 @@ class TemporalBlock(nnx.Module):
     def init_state(self, batch_size: int | Sequence[int], dtype: Any = None) -> dict[str, Any]:
         """The state of a stream that has not begun; see `Conv.init_state`."""
         batch = streaming.batch_axes(batch_size)
+        streaming.check_step(self)
         self.check_streams()
         parts, _ = self.parts(batch, self.conv1._state_dtype(dtype))
         return streaming.clock(batch) | parts
@@ -165,6 +167,7 @@ class TemporalBlock(nnx.Module):
         segment_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, Any]]:
         """The next chunk of a stream; see `TCN.step`."""
+        streaming.check_step(self)
         self.check_streams()
         x, chunk, clock = begin(x, self.in_channels, state, mask, segment_ids, self.lookahead)
         y, _ = self.run(x, condition, chunk)
@@ -308,8 +311,18 @@ def weight_norm(layer: nnx.Conv, rngs: nnx.Rngs) -> nnx.WeightNorm:
     """
     dtype = getattr(layer, "param_dtype", jnp.float32)
     return (WeightNorm if is_ours(layer) else nnx.WeightNorm)(
-        layer, scale_init=lambda key, shape: jnp.ones(shape, dtype), param_dtype=dtype, rngs=rngs
+        layer, scale_init=Ones(jnp.dtype(dtype)), param_dtype=dtype, rngs=rngs
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Ones:
+    """An initializer. The module keeps it: equal ones make equal modules, which can be pickled."""
+
+    dtype: Any
+
+    def __call__(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        return jnp.ones(shape, self.dtype)
 
 
 def check_sequences(x, mask, segment_ids):

@@ -252,6 +252,7 @@ class Conv(nnx.Conv):
 
     def _check_streams(self) -> tuple[int, int, int]:
         """Stride, dilation and lookahead, or one line about why this layer can't stream."""
+        streaming.check_step(self)
         if self._left_to_flax():
             raise ValueError(
                 "only a 1-D layer without a conv_general_dilated of its own can stream"
@@ -379,10 +380,16 @@ def state_dtype(layer: Conv | nnx.ConvTranspose, dtype, kernel=None) -> Any:
 
     Inputs of None have the kernel's.
     """
-    kernel = jax.ShapeDtypeStruct((1,), kernel or layer.kernel.dtype)
-    x = kernel if dtype is None else jax.ShapeDtypeStruct((1,), dtype)
-    promote = functools.partial(layer.promote_dtype, dtype=layer.dtype)
-    return jax.eval_shape(lambda x, k: promote((x, k, None)), x, kernel)[0].dtype
+    struct = lambda dtype: jax.ShapeDtypeStruct((1,), dtype)  # noqa: E731
+    kernel = struct(kernel or layer.kernel.dtype)
+    x = kernel if dtype is None else struct(dtype)
+    mask, bias = (a if a is None else struct(a.dtype) for a in (layer.mask, layer.bias))
+
+    def computed(x, kernel, mask, bias):  # as `operands` has them
+        kernel = kernel if mask is None else kernel * mask
+        return layer.promote_dtype((x, kernel, bias), dtype=layer.dtype)[0]
+
+    return jax.eval_shape(computed, x, kernel, mask, bias).dtype
 
 
 def precision_of(layer: Conv | nnx.ConvTranspose) -> Any:

@@ -192,6 +192,7 @@ class ConvTranspose(nnx.ConvTranspose):
 
     def _check_streams(self) -> int:
         """The rows that are kept of the past, or one line about why this layer can't stream."""
+        streaming.check_step(self)
         if len(self.kernel_size) != 1:
             raise ValueError("only a 1-D layer can stream")
         reach, stride = self._reach(), self._stride()

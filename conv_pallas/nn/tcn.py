@@ -357,5 +357,6 @@ class TCN(nnx.Module):
         return act(sum_of_skips)
 
     def _check_streams(self) -> None:
+        streaming.check_step(self)
         for block in self.blocks:
             block.check_streams()
