@@ -57,17 +57,10 @@ def shipped(monkeypatch):
 
     What such a test adds stays.
     """
-    from conv_pallas import dispatch, kernels
+    from conv_pallas import kernels
+    from tests.support import shipped_alone
 
-    discover, names = kernels.discover, dispatch.IMPLEMENTATIONS
-    added = {name for name, k in discover()[0].items() if k.implementation not in names}
-
-    def others():
-        found, missing = discover()
-        return {name: k for name, k in found.items() if name not in added}, missing
-
-    others.cache_clear = discover.cache_clear
-    monkeypatch.setattr(kernels, "discover", others)
+    monkeypatch.setattr(kernels, "discover", shipped_alone())
 
 
 @pytest.fixture

@@ -9,12 +9,16 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from unittest import mock
 
 import numpy as np
 
+from conv_pallas import kernels
 from conv_pallas.kernels import Kernel
 from conv_pallas.spec import ACTIVATIONS
+from tests import added_kernels
 from tests.cases import Case
+from tests.support import shipped_alone
 from tests.triton_epilogue import Fused
 
 CHANNELS = (
@@ -97,6 +101,7 @@ def main[Where](
     draw: Callable[[random.Random], Case],
     somewhere: Callable[[random.Random, Case], AbstractContextManager[Where]],
     run: Callable[[Fused, Where], str],
+    alone: Callable[[str, Fused], str],
     arguments: list[str],
 ) -> int:
     """A program that runs seeds one after the other, and tells of each that went wrong.
@@ -106,6 +111,7 @@ def main[Where](
       draw: the layer of a seed.
       somewhere: where it runs, a chip and a tile; within it that is what the kernels see.
       run: ``run(fused, where)`` raises where a result is wrong; else it says in a word what came.
+      alone: ``alone(file, fused)`` likewise, of an added kernel.
       arguments: of the command line.
 
     Returns:
@@ -115,11 +121,20 @@ def main[Where](
     parser.add_argument("--seed", type=int, default=0, help="of the first case (default: 0)")
     parser.add_argument("--cases", type=int, help="after which to stop")
     parser.add_argument("--minutes", type=float, default=10.0, help="after which to stop (10)")
+    parser.add_argument("--kernel", metavar="FILE", help="of an added one (default: the shipped)")
     options = parser.parse_args(arguments)
+    discover = shipped_alone()
+    if options.kernel is not None:
+        try:
+            added_kernels.of_file(options.kernel)
+        except LookupError as e:
+            parser.error(e.args[0])
+        discover, run = kernels.discover, lambda fused, where: alone(options.kernel, fused)
     end, came = time.monotonic() + 60 * options.minutes, collections.Counter()
     for seed in itertools.count(options.seed):
         if time.monotonic() > end or seed - options.seed == options.cases:
             break
-        came[_one(seed, draw, somewhere, run)] += 1
+        with mock.patch.object(kernels, "discover", discover):
+            came[_one(seed, draw, somewhere, run)] += 1
     print(f"seeds {options.seed} to {seed - 1}: {dict(came)}")
     return min(came["wrong"], 1)

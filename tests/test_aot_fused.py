@@ -15,7 +15,7 @@ from conv_pallas import aot, conv1d
 from conv_pallas.nn import TCN
 from tests.cases import Case
 
-pytestmark = pytest.mark.aot
+pytestmark = [pytest.mark.aot, pytest.mark.usefixtures("shipped")]
 
 DENSE = Case("dense", batch=(8,), T=4096, C=512, O=512, D=4, dtype="bfloat16")
 NARROW = Case("narrow", batch=(8,), T=4096, C=64, O=64, D=4, dtype="bfloat16")

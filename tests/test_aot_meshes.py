@@ -17,7 +17,7 @@ pytest.importorskip("jax_triton")
 from conv_pallas import aot, conv1d
 from conv_pallas.nn import TCN
 
-pytestmark = pytest.mark.aot
+pytestmark = [pytest.mark.aot, pytest.mark.usefixtures("shipped")]
 
 X, KERNEL, BIAS = (8, 1024, 30), (3, 30, 30), (30,)
 AUTO, EXPLICIT = (AxisType.Auto,) * 2, (AxisType.Explicit,) * 2

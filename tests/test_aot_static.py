@@ -21,7 +21,7 @@ from conv_pallas import schedule
 from conv_pallas._layers import find
 from conv_pallas.spec import OPERATIONS
 
-pytestmark = pytest.mark.aot
+pytestmark = [pytest.mark.aot, pytest.mark.usefixtures("shipped")]
 
 # Narrow, medium and wide channels on the matrix unit, and depthwise on the vector unit.
 LAYERS = {

@@ -15,7 +15,7 @@ pytest.importorskip("jax_triton")
 from conv_pallas import aot, conv1d
 from tests.cases import Case
 
-pytestmark = pytest.mark.aot
+pytestmark = [pytest.mark.aot, pytest.mark.usefixtures("shipped")]
 
 DEVICES = 4
 DENSE = Case("dense", batch=(1,), T=65536, C=256, O=256, D=8, dtype="bfloat16")

@@ -17,7 +17,7 @@ from conv_pallas.inspection import structs
 from conv_pallas.kernels.tpu_layout import along_lanes
 from conv_pallas.nn import TCN
 
-pytestmark = pytest.mark.aot
+pytestmark = [pytest.mark.aot, pytest.mark.usefixtures("shipped")]
 
 # Of each model the layer with the most dilation: the longest halo.
 LAST = {

@@ -11,7 +11,7 @@ from benchmarks.layers import LAYERS
 from benchmarks.static_matrix import compiled, declined, distinct
 from conv_pallas import aot
 
-pytestmark = pytest.mark.aot
+pytestmark = [pytest.mark.aot, pytest.mark.usefixtures("shipped")]
 
 # Of those that differ in dilation alone the first and the last, which have the least and the most.
 ALIKE = {}

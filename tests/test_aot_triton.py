@@ -28,7 +28,7 @@ from conv_pallas.spec import Epilogue
 from tests.cases import Case
 from tests.triton_machine_code import SHARED_BYTES, amd_codes, codes
 
-pytestmark = pytest.mark.aot
+pytestmark = [pytest.mark.aot, pytest.mark.usefixtures("shipped")]
 
 
 def _case(name, C, O=None, **kwargs) -> Case:

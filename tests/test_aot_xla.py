@@ -17,7 +17,7 @@ from conv_pallas import aot, conv1d, inspection
 from conv_pallas.kernels import xla, xla_gpu, xla_native
 from conv_pallas.spec import OPERATIONS, ConvSpec, Problem
 
-pytestmark = pytest.mark.aot
+pytestmark = [pytest.mark.aot, pytest.mark.usefixtures("shipped")]
 
 # name: N, T, C, O, K, D, S, G
 LAYERS = {

@@ -18,7 +18,7 @@ from conv_pallas.kernels.triton_compat import PROCESSORS
 from conv_pallas.spec import OPERATIONS, ConvSpec, Epilogue, lhs_rhs_out
 from tests.cases import Case
 
-pytestmark = pytest.mark.aot
+pytestmark = [pytest.mark.aot, pytest.mark.usefixtures("shipped")]
 
 WALKED, SLID, TILED = "steps in registers", "taps and steps in registers", "a tile for each tap"
 DX, DW, BOTH = (True, False, False), (False, True, True), (True, True, True)

@@ -4,7 +4,8 @@
 
 As `tests.triton_random` for the others: each seed is a layer, a chip and the longest tile, of which
 every kernel that does not decline runs all operations, or the fused ones; the line of one that
-fails tells its seed, and ``--seed SEED --cases 1`` repeats it.
+fails tells its seed, and ``--seed SEED --cases 1`` repeats it. ``--kernel FILE`` is for an added
+kernel.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from conv_pallas.kernels import tpu_dense, tpu_depthwise, tpu_matmul, tpu_time_in_lanes
 from conv_pallas.kernels.tpu_window import LANES, TILE_ROWS, Chip
 from conv_pallas.spec import OPERATIONS
-from tests import random_layers
+from tests import added_kernels, random_layers
 from tests.cases import Case
 from tests.tpu_interpreter import check_kernel, params, raced, unable
 from tests.triton_epilogue import Fused
@@ -97,7 +98,12 @@ def run(fused: Fused, where: Where) -> str:
     return came
 
 
-main = functools.partial(random_layers.main, __doc__.splitlines()[0], draw, somewhere, run)
+def alone(file: str, fused: Fused) -> str:
+    with added_kernels.interpreted(True):
+        return added_kernels.came_of(file, "tpu", fused, added_kernels.compiled)
+
+
+main = functools.partial(random_layers.main, __doc__.splitlines()[0], draw, somewhere, run, alone)
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")

@@ -4,7 +4,8 @@
 
 The cases of `tests.triton_cases` are what somebody thought of; this is for what nobody did. Each
 seed is a layer, a tile and a chip, of which all operations run, and the fused ones; the line of one
-that fails tells its seed, and ``--seed SEED --cases 1`` repeats it.
+that fails tells its seed, and ``--seed SEED --cases 1`` repeats it; ``--kernel FILE`` is for an
+added kernel.
 """
 
 import contextlib
@@ -22,10 +23,11 @@ from conv_pallas.kernels import (
     triton_tuned,
 )
 from conv_pallas.spec import OPERATIONS
+from tests import added_kernels, triton_guarded
 from tests.cases import Case
 from tests.random_layers import check_fused, draw, main
 from tests.triton_epilogue import Fused
-from tests.triton_interpreter import check_operation
+from tests.triton_shipped import check_operation
 
 # Small tiles, of which a layer has several: see `conv_pallas._tuning_gpu`.
 WALKED = ((4, 16, 16, 1), (2, 16, 8, 2), (2, 32, 8, 1), (1, 16, 4, 1))
@@ -61,5 +63,10 @@ def run(fused: Fused, where: str) -> str:
     return "right"
 
 
+def alone(file: str, fused: Fused) -> str:
+    with mock.patch.object(triton_compat, "call", triton_guarded.call_in_jax):
+        return added_kernels.came_of(file, "cuda", fused, triton_guarded.eagerly)
+
+
 if __name__ == "__main__":
-    sys.exit(main(__doc__.splitlines()[0], draw, somewhere, run, sys.argv[1:]))
+    sys.exit(main(__doc__.splitlines()[0], draw, somewhere, run, alone, sys.argv[1:]))

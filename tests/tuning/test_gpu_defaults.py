@@ -27,7 +27,7 @@ from conv_pallas.spec import OPERATIONS
 from tests.cases import Case
 from tests.tuning.gpu import DENSE, structs, tune_dense, tune_quietly, who_runs
 
-pytestmark = pytest.mark.aot
+pytestmark = [pytest.mark.aot, pytest.mark.usefixtures("shipped")]
 
 
 @pytest.mark.parametrize("by", ["the heuristic", "a tile"])

@@ -14,7 +14,7 @@ pytest.importorskip("jax_triton")
 from conv_pallas.kernels import records, triton_tuned
 from tests.tuning.gpu import structs, tune_dense, who_runs
 
-pytestmark = pytest.mark.aot
+pytestmark = [pytest.mark.aot, pytest.mark.usefixtures("shipped")]
 
 
 # --- the file -------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from conv_pallas.spec import OPERATIONS
 from tests.cases import Case
 from tests.tuning.gpu import D4, DENSE, structs, trials_of, tune_dense, tune_quietly, who_runs
 
-pytestmark = pytest.mark.aot
+pytestmark = [pytest.mark.aot, pytest.mark.usefixtures("shipped")]
 
 
 def _hlo(**geometry):

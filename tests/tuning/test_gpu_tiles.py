@@ -27,7 +27,7 @@ from conv_pallas import machine_code
 from conv_pallas.kernels import triton_tuned
 from tests.tuning.gpu import tune_dense, who_runs
 
-pytestmark = pytest.mark.aot
+pytestmark = [pytest.mark.aot, pytest.mark.usefixtures("shipped")]
 
 KEY = "conv_walk_backward 515x64x4 bfloat16 dilation 1"
 

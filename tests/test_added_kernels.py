@@ -1,0 +1,205 @@
+"""Every added kernel by itself; and, of what is planted, that the harness sees what is wrong."""
+
+import functools
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conv_pallas import kernels
+from conv_pallas.spec import OPERATIONS
+from tests import added_kernels
+from tests.support import SHIPPED, environment
+
+ROOT = Path(__file__).parents[1]
+IN_TRITON, ON_TPU, IN_JAX = map(added_kernels.added, ("in triton", "on tpu", "in jax"))
+
+
+def _run(module: str, *arguments: str, folder=ROOT, **variables) -> subprocess.CompletedProcess:
+    variables = environment() | {"PYTHONPATH": str(folder), "JAX_PLATFORMS": "cpu"} | variables
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder, env=variables,
+    )  # fmt: skip
+
+
+# --- Those that are here: without any, there are no such tests ---
+
+if IN_TRITON:
+
+    @pytest.mark.aot
+    @pytest.mark.parametrize("capability", [80, 90])
+    @pytest.mark.parametrize("file", IN_TRITON)
+    def test_an_added_kernel_is_right_on_the_interpreter(file, capability):
+        done = _run(
+            "tests.triton_interpreter", "--kernel", file, "--capability", str(capability)
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout
+
+
+if ON_TPU + IN_JAX:
+
+    @pytest.mark.usefixtures("hardly_optimized")
+    @pytest.mark.parametrize("operation", [*OPERATIONS, added_kernels.FUSED])
+    @pytest.mark.parametrize("file", ON_TPU + IN_JAX)
+    def test_an_added_kernel_is_right(file, operation):
+        told = []
+        failed, own = added_kernels.failures(file, operation, tell=told.append)
+        assert not failed, "\n".join(told)
+        if not own.taken[operation]:
+            pytest.skip(f"{file} declines every case of {operation}")
+
+    @pytest.mark.parametrize("file", ON_TPU + IN_JAX)
+    def test_at_least_one_case_is_its_own(file):
+        checks = added_kernels.checks_of(file)
+        assert any(c.declined is None and c.operation in OPERATIONS for c in checks)
+
+
+COMPILED = [
+    *((file, chip) for file in IN_TRITON for chip in ("a100", "h200")),
+    *((file, chip) for file in ON_TPU for chip in ("v5e", "v6e")),
+]
+
+if COMPILED:
+
+    @pytest.mark.aot
+    @pytest.mark.parametrize("file, chip", COMPILED)
+    def test_an_added_kernel_compiles(file, chip):
+        """What an interpreter takes a compiler may refuse."""
+        pytest.importorskip("libtpu" if file in ON_TPU else "jax_triton")
+        from conv_pallas import aot
+
+        platform = aot.platform_of(chip)
+        if platform not in added_kernels.of_file(file).platforms:
+            pytest.skip(f"does not run on {platform}")
+        with aot.as_on(chip):
+            checks = [c for c in added_kernels.checks_of(file, platform) if c.declined is None]
+        assert checks
+        # Of each operation a few, as far from each other as the table has them.
+        for operation in OPERATIONS:
+            own = [c for c in checks if c.operation == operation]
+            for check in own[:: -(-len(own) // 4) or 1]:
+                kernel, problem, lhs, rhs = check.run.args
+                structs = (aot.struct(a.shape, a.dtype) for a in (lhs, rhs))
+                aot.compile_for(chip, functools.partial(kernel.run, problem), *structs)
+
+
+def test_what_is_shipped_is_here():
+    found, missing = kernels.discover()
+    assert SHIPPED <= found.keys() | missing.keys()
+    assert not SHIPPED & {*IN_TRITON, *ON_TPU, *IN_JAX}
+
+
+# --- Those that are planted, in a copy of this folder ---
+
+
+def _examples() -> dict[str, str]:
+    """The files of kernels/README.md, by what they import."""
+    text = (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
+    files = re.findall(r"```python\n(.*?)```", text, re.S)
+    found = {}
+    for source in files:
+        kind = "triton" if "import triton" in source else "tpu" if "pallas_call" in source else None
+        found[kind or "jax"] = source
+    return found
+
+
+@pytest.fixture
+def plant(tmp_path):
+    """Files beside the kernels of a copy, which is returned."""
+    ignored = shutil.ignore_patterns("__pycache__", "results")
+    for name in ("conv_pallas", "kernels", "tests", "benchmarks"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+
+    def add(**sources: str) -> Path:
+        for name, source in sources.items():
+            (tmp_path / "kernels" / f"{name}.py").write_text(source, encoding="utf-8")
+        return tmp_path
+
+    return add
+
+
+def _changed(source: str, *changes: tuple[str, str]) -> str:
+    for old, new in changes:
+        assert source.count(old) == 1, old
+        source = source.replace(old, new)
+    return source
+
+
+def _collected(folder: Path, *arguments: str) -> str:
+    options = ("-q", "-n0", "-p", "no:cacheprovider", "tests/test_added_kernels.py")
+    done = _run("pytest", *options, *arguments, folder=folder)
+    assert done.returncode in (0, 1), done.stdout
+    return done.stdout
+
+
+@pytest.mark.aot
+def test_a_planted_triton_kernel_is_tested_by_its_file(plant):
+    """Under a name of its own or the shipped ones', with a priority or without."""
+    pytest.importorskip("jax_triton")
+    right = _examples()["triton"]
+    shared = ('implementation="small"', 'implementation="triton"')
+    early = ("k * D - LOW", "k * D - LOW + 1")
+    folder = plant(
+        triton_planted=right,
+        triton_aaa=_changed(right, shared),  # before the others, and after them
+        triton_zzz=_changed(right, shared, early),
+        triton_beyond=_changed(right, ("there = (u < U)", "there = (u <= U)")),
+        triton_idle=_changed(right, ('return "computes no gradients"', 'return "nothing"'),
+                             ('problem.operation != "conv1d"', "True")),
+    )  # fmt: skip
+    run = functools.partial(_run, "tests.triton_interpreter", folder=folder)
+    of = lambda *files: [a for file in files for a in ("--kernel", file)]  # noqa: E731
+    brief = ("--capability", "90", "dense", "ragged", "depthwise")
+    done = run(*of("triton_planted", "triton_aaa"), *brief)
+    assert done.returncode == 0, done.stdout
+    for file in ("triton_planted", "triton_aaa"):
+        assert f"PASS ragged conv1d sm_90 ({file})" in done.stdout
+        assert f"{file}: its own cases were 2 of conv1d, 0 of conv1d_input_grad" in done.stdout
+    assert "declined depthwise conv1d sm_90: takes neither groups" in done.stdout
+    done = run(*of("triton_zzz", "triton_beyond", "triton_idle"), *brief)
+    assert done.returncode == 1, done.stdout
+    assert "PASS" not in done.stdout and "elements are off" in done.stdout
+    assert "FAIL ragged conv1d sm_90 (triton_zzz)" in done.stdout
+    assert "written outside of the array" in done.stdout
+    assert "FAIL triton_idle declines every case" in done.stdout
+    # What is shipped runs beside them as it does alone.
+    done = run("dense", "rounding")
+    assert done.returncode == 0 and "PASS dense conv1d sm_80 (triton_dense)" in done.stdout
+    # Found by the tests, by being there.
+    these = "triton_aaa and compiles and h200 or triton_zzz and interpreter and 90"
+    found = _collected(folder, "-m", "aot", "-k", these)
+    assert "1 failed, 1 passed" in found and "off" in found, found
+
+
+@pytest.mark.aot
+def test_the_interpreter_tells_in_a_line_what_it_does_not_know():
+    pytest.importorskip("jax_triton")
+    run = functools.partial(_run, "tests.triton_interpreter")
+    assert "name cases for the shipped kernels" in run().stdout
+    assert "there is no case 'dens'; there are dense" in (done := run("dens")).stdout
+    assert done.returncode == 2 and "Traceback" not in done.stdout
+    assert "there is no kernel 'quick'; there are " in run("--kernel", "quick").stdout
+
+
+def test_a_planted_tpu_kernel_is_tested_by_its_file(plant):
+    right = _examples()["tpu"]
+    shared = ('implementation="small_tpu"', 'implementation="pallas_tpu"')
+    twice = ("acc.astype(y.dtype)", "(2 * acc).astype(y.dtype)")
+    folder = plant(
+        tpu_planted=right,
+        tpu_aaa=_changed(right, shared, twice),
+    )
+    cases = ("dense", "pad_beyond_field", "stride")
+    done = _run("tests.added_kernels", "tpu_planted", *cases, folder=folder)
+    assert done.returncode == 0 and "declined stride conv1d: takes neither groups" in done.stdout
+    assert "tpu_planted: its own cases were 2 of conv1d, 0 of" in done.stdout
+    done = _run("tests.added_kernels", "tpu_aaa", "dense", folder=folder)
+    assert done.returncode == 1 and "elements are off" in done.stdout
+    # Found by the tests, by being there.
+    found = _collected(folder, "-k", "tpu_planted and its_own or tpu_aaa and is_right and fused")
+    assert "1 passed, 1 skipped" in found, found
