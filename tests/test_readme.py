@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from benchmarks import readme, stored
+from benchmarks import readme
 from conv_pallas import _tuning_cpu
 
 pytestmark = pytest.mark.usefixtures("hardly_optimized")
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("hardly_optimized")
 
 def test_figures_are_those_of_the_result():
     text = readme.README.read_text(encoding="utf-8")
-    table = readme.figures(stored.read(readme.RESULT))
+    table = readme.cpu_figures()
     assert readme.with_figures(text, table) == text, "run python -m benchmarks.readme"
     on_gpu = readme.gpu_figures(readme.GPU_RESULTS)
     assert readme.with_figures(text, on_gpu, readme.GPU_MARKS) == text
