@@ -2,15 +2,16 @@
 
 XLA asks for memory anew in every call, and of what is more than 32 MB glibc gives all back to the
 system after it, which then hands it out page by page, 4 KiB at a time. With ``SETTING`` in the
-environment glibc asks for pages of 2 MiB. Published networks learn by gradient descent, their
-parameters donated, stock and ours taking turns in a process; processes with the setting and without
-take turns as well.
+environment glibc asks for pages of 2 MiB. Published networks, and a part of Conv-TasNet that is made
+of depthwise convolutions, learn by gradient descent, their parameters donated, stock and ours taking
+turns in a process; processes with the setting and without take turns as well.
 
 The result goes to ``benchmarks/results/cpu/pages.json``, that of ``--quick`` to
 ``bench-output/pages.json``.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -43,6 +44,53 @@ FAULTS = 5  # steps over which page faults are counted
 KEPT = Path(__file__).parent / "results" / "cpu" / "pages.json"
 
 
+class _Separable(nnx.Module):
+    """A block of Conv-TasNet: 1x1 convolution, depthwise convolution, 1x1 convolution, residual."""
+
+    def __init__(self, narrow: int, wide: int, dilation: int, conv: type[nnx.Conv], rngs):
+        self.widen, self.norm1 = conv(narrow, wide, 1, rngs=rngs), nnx.LayerNorm(wide, rngs=rngs)
+        self.depthwise = conv(
+            wide, wide, 3, kernel_dilation=dilation, padding="CAUSAL", feature_group_count=wide,
+            rngs=rngs,
+        )  # fmt: skip
+        self.norm2, self.narrow = nnx.LayerNorm(wide, rngs=rngs), conv(wide, narrow, 1, rngs=rngs)
+
+    def __call__(self, x):
+        h = self.depthwise(self.norm1(nnx.relu(self.widen(x))))
+        return x + self.narrow(self.norm2(nnx.relu(h)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Repeat:
+    """One of the three repeats of Conv-TasNet's separator (Luo & Mesgarani 2019, arXiv:1809.07454).
+
+    The sizes are theirs, with layer norms of a step, and ReLU in the place of PReLU.
+    """
+
+    name: str = "conv-tasnet/repeat"
+    N: int = 2
+    T: int = 1000
+    C: int = 128
+    wide: int = 512
+    blocks: int = 8
+
+    def build(self, *, conv: type[nnx.Conv]) -> nnx.Module:
+        rngs = nnx.Rngs(0)
+        sizes = (self.C, self.wide)
+        return nnx.Sequential(*(_Separable(*sizes, 1 << i, conv, rngs) for i in range(self.blocks)))
+
+    def __str__(self) -> str:
+        return f"N={self.N} T={self.T} C={self.C} {self.blocks} blocks of {self.wide}, depthwise"
+
+
+type Network = Stack | Repeat
+
+
+def networks() -> dict[str, Network]:
+    """All by name, those of `STACKS` cut down as the sweep has them."""
+    return {network.name: network for network in (*(fit(s, "cpu") for s in STACKS), Repeat())}
+
+
 class Learner:
     """A call without arguments that does one step of gradient descent, in place.
 
@@ -50,7 +98,7 @@ class Learner:
       compiled: the step.
     """
 
-    def __init__(self, network: Stack, conv: type[nnx.Conv]):
+    def __init__(self, network: Network, conv: type[nnx.Conv]):
         model = network.build(conv=conv)
         model.eval()
         graph, self.params, rest = nnx.split(model, nnx.Param, ...)
@@ -79,7 +127,7 @@ def page_faults(call: Callable) -> float:
     return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / FAULTS
 
 
-def measure(network: Stack, settings: _measure.Settings) -> dict:
+def measure(network: Network, settings: _measure.Settings) -> dict:
     """Of stock and ours in this process: a step's seconds, page faults and temporary bytes."""
     calls = {STOCK: Learner(network, nnx.Conv), OURS: Learner(network, Conv)}
     faults = {name: page_faults(call) for name, call in calls.items()}
@@ -94,7 +142,7 @@ def measure(network: Stack, settings: _measure.Settings) -> dict:
     }
 
 
-def in_a_process(network: Stack, huge: bool, quick: bool) -> dict:
+def in_a_process(network: Network, huge: bool, quick: bool) -> dict:
     """As `measure`, in a process with or without the setting.
 
     Raises:
@@ -109,7 +157,7 @@ def in_a_process(network: Stack, huge: bool, quick: bool) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compare(network: Stack, turns: int, quick: bool) -> dict:
+def compare(network: Network, turns: int, quick: bool) -> dict:
     """Of one network, all turns: a line of the result."""
     came: dict[str, list[dict]] = {AS_IT_IS: [], HUGE: []}
     for turn in range(turns):
@@ -155,14 +203,14 @@ def main(arguments=None) -> int:
     parser.add_argument("--output", type=Path, help="a JSON file; default: see above")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    networks = {network.name: fit(network, "cpu") for network in STACKS}
+    known = networks()
     if options.child:
         settings = _measure.QUICK if options.quick else _measure.Settings(rounds=(7, 15))
-        print(json.dumps(measure(networks[options.child], settings)))
+        print(json.dumps(measure(known[options.child], settings)))
         return 0
-    wanted = options.networks or list(networks)
-    if unknown := set(wanted) - set(networks):
-        parser.error(f"networks are {', '.join(networks)}, got {', '.join(sorted(unknown))}")
+    wanted = options.networks or list(known)
+    if unknown := set(wanted) - set(known):
+        parser.error(f"networks are {', '.join(known)}, got {', '.join(sorted(unknown))}")
     libc = platform.libc_ver()
     if libc[0] != "glibc" or tuple(map(int, libc[1].split("."))) < (2, 35):
         parser.error(f"needs glibc 2.35 or newer, got {' '.join(libc).strip() or 'none'}")
@@ -173,8 +221,8 @@ def main(arguments=None) -> int:
     console = Console(highlight=False)
     results = []
     for name in wanted:
-        console.print(f"{networks[name].name}: {networks[name]}")
-        results.append(compare(networks[name], options.turns, options.quick))
+        console.print(f"{name}: {known[name]}")
+        results.append(compare(known[name], options.turns, options.quick))
     console.print(table(results))
     console.print(f"× : times as fast with {' '.join(f'{k}={v}' for k, v in SETTING.items())}")
     host = _measure.host() | {"commit": stored.commit(), "glibc": libc[1]}

@@ -1,5 +1,6 @@
 """`python -m benchmarks.pages`: processes take turns, and each is what it should be."""
 
+import dataclasses
 import json
 import platform
 import subprocess
@@ -63,8 +64,10 @@ def test_a_child_measures_what_it_is_told(monkeypatch):
     assert all(of["seconds"] > 0 and of["temporaries"] > 2**20 for of in came.values())
 
 
+@pytest.mark.usefixtures("hardly_optimized")
 def test_a_step_learns():
-    learner = pages.Learner(WORDS, pages.Conv)
+    small = dataclasses.replace(pages.Repeat(), T=50, C=8, wide=16, blocks=2)
+    learner = pages.Learner(small, pages.Conv)
     before = [p.copy() for p in pages.jax.tree.leaves(learner.params)]
     after = pages.jax.tree.leaves(learner())
     assert any((a != b).any() for a, b in zip(after, before, strict=True))
