@@ -2,8 +2,8 @@
 
 XLA asks for memory anew in every call, and of what is more than 32 MB glibc gives all back to the
 system after it, which then hands it out page by page, 4 KiB at a time. With ``SETTING`` in the
-environment glibc asks for pages of 2 MiB. Published networks, and a part of Conv-TasNet that is made
-of depthwise convolutions, learn by gradient descent, their parameters donated, stock and ours taking
+environment glibc asks for pages of 2 MiB. Published networks, and a part of Conv-TasNet, which has
+depthwise convolutions, learn by gradient descent, their parameters donated, stock and ours taking
 turns in a process; processes with the setting and without take turns as well.
 
 The result goes to ``benchmarks/results/cpu/pages.json``, that of ``--quick`` to

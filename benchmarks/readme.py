@@ -116,8 +116,9 @@ def pages_figures(found: dict[str, Any]) -> str:
         f"**To train on a CPU** put `{setting}` into the environment (Linux with huge pages, glibc "
         "2.35 or newer): XLA asks for memory anew in every call, of which the system finds what is "
         "more than 32 MB page by page, 4 KiB each. Steps of gradient descent of the whole networks "
-        f"above, and of a third of Conv-TasNet's, are {huge[OURS]} times as fast with it, and with stock layers {huge[STOCK]} times; "
-        f"without it ours are {between([stock / ours for stock, ours in as_it_is])} times as fast "
+        f"above, and of a third of Conv-TasNet's, are {huge[OURS]} times as fast with it, and with "
+        f"stock layers {huge[STOCK]} times; without it ours are "
+        f"{between([stock / ours for stock, ours in as_it_is])} times as fast "
         "as stock's. Measured by `python -m benchmarks.pages` on that machine "
         f"([{source}]({source}))."
     )
