@@ -17,7 +17,7 @@ OLDEST := $(shell sed -n 's/.*install_requires=\[\(.*\)\].*/\1/p' setup.py | tr 
 
 # And the oldest Triton, with a numpy that its interpreter knows, and what runs on it.
 OLDEST_TRITON := "jax[cuda13-local]$(patsubst jax%,%,$(firstword $(OLDEST)))" triton==3.6.0 "numpy<2.4"
-OF_TRITON := $(addprefix tests/,test_aot_triton.py test_triton_choices.py test_triton_interpreter.py tuning)
+OF_TRITON := $(addprefix tests/,test_added_kernels.py test_aot_triton.py test_triton_choices.py test_triton_interpreter.py tuning)
 
 .PHONY: help demo test test-aot test-oldest test-triton-oldest lint format bench
 .PHONY: venv venv-aot venv-oldest venv-triton-oldest clean

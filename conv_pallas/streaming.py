@@ -265,11 +265,12 @@ def check_step(model) -> None:
     """Complains of a model of somebody's class that has a call of its own, but no such step.
 
     Raises:
-      ValueError: its ``step`` is that of a class above the one that its call is of.
+      ValueError: its ``step`` is ours, or of a class below which there is another call.
     """
     classes = type(model).__mro__
     call, step = (next(c for c in classes if name in vars(c)) for name in ("__call__", "step"))
-    if not issubclass(step, call):
+    ours = step.__module__.split(".")[0] == __name__.split(".")[0]
+    if call is not step and (ours or issubclass(call, step)):
         raise ValueError(
             f"{call.__name__} has a __call__ of its own, which the step of {step.__name__} does "
             "not compute: give it a step as well"

@@ -423,10 +423,16 @@ def test_a_call_of_ones_own_streams_with_a_step_of_ones_own(base, arguments):
         message = f"OwnCall has a __call__ of its own, which the step of {base.__name__} does not"
         with pytest.raises(ValueError, match=message):
             call()
-    model = make(OwnStep)
-    model.eval()
-    got, _ = stream(model.step, model.init_state(2), x, [3, 5])
-    np.testing.assert_allclose(got, model(x), rtol=1e-5, atol=1e-6)
+    again = type("Again", (OwnStep,), {"__call__": lambda self, x: super(OwnStep, self)(x)})
+    with pytest.raises(ValueError, match="Again has a __call__ of its own, which the step of Own"):
+        make(again).init_state(2)
+    beside = type("Beside", (OwnCall, type("Step", (), {"step": OwnStep.step})), {})
+    for own in (OwnStep, type("Whole", (OwnStep,), {})):
+        model = make(own)
+        model.eval()
+        got, _ = stream(model.step, model.init_state(2), x, [3, 5])
+        np.testing.assert_allclose(got, model(x), rtol=1e-5, atol=1e-6)
+    make(beside).init_state(2)  # of two classes that know nothing of each other
 
 
 @pytest.mark.parametrize("make", [Conv, ConvTranspose])
