@@ -18,12 +18,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from benchmarks import baselines, handoff, neighbours
+from benchmarks import baselines, descent, handoff, neighbours
 from benchmarks.baselines import NotApplicableError
-from benchmarks.layers import Stack, Subject
+from benchmarks.layers import Subject
+from benchmarks.networks import Network
 from benchmarks.truth import Truth, WrongResultError
 from conv_pallas import _layers, _measure, kernels, tuning
 from conv_pallas._measure import FORWARD, OURS, STOCK, Settings, Spread
@@ -44,10 +44,6 @@ MOST_INSIDE = 16
 ATTEMPTS = 3  # to time something without other programs in the way
 # Of different inputs together: more than any GPU's second-level cache holds.
 ROTATED_BYTES = 256 << 20
-# What two programs may differ by where a stack has no formula in float64.
-STACK_TOLERANCE = 1e-4
-STACK_DRAWS = 5  # inputs, of which one has to agree
-STACK_FAR = 2e-2  # and none may be farther off
 
 
 @dataclasses.dataclass
@@ -127,7 +123,7 @@ def tune(subject: Subject) -> None:
     """Finds the fastest formulations of a layer, or of a whole network, on the CPU at hand."""
     struct = functools.partial(jax.ShapeDtypeStruct, dtype=subject.dtype)
     quiet = functools.partial(tuning.tune, report=lambda line: None)
-    if isinstance(subject, Stack):
+    if isinstance(subject, Network):
         quiet(subject.build(), struct((subject.N, subject.T, subject.C)))
     else:
         quiet(struct(subject.x_shape), struct(subject.kernel_shape), **subject.geometry)
@@ -151,7 +147,7 @@ def variants_of(
         implementations = [None, *(n for n in here if n not in ("xla_native", "xla"))]
     ours = {name or OURS: name for name in implementations}
     ours |= {TUNED: None} if tuned else {}
-    if isinstance(subject, Stack):
+    if isinstance(subject, Network):
         return {STOCK: None, **ours}
     return {**{n: None for n in baselines.NAMES if n != OURS}, **ours}
 
@@ -178,9 +174,16 @@ def measure(
       truth: of the layer, where it is known already.
     """
     variants = variants_of(subject) if variants is None else variants
-    if isinstance(subject, Stack):
-        functions, arguments, checked = _functions_of_stack(subject, which, variants)
-        verify = _verifier_of_stack(subject, which, arguments)
+    donated = ()
+    if isinstance(subject, Network):
+        donated = descent.DONATED if which != FORWARD else ()
+        make = descent.forward if which == FORWARD else descent.step
+        functions = {
+            name: functools.partial(make, subject, nnx.Conv if name == STOCK else Conv, order)
+            for name, order in variants.items()
+        }
+        arguments, checked = descent.arguments_of(subject, which), "against stock"
+        verify = descent.verifier(subject, which, arguments)
     else:
         truth = truth or Truth(subject, default_platform())
         functions = {
@@ -200,7 +203,7 @@ def measure(
                 continue
             function = functions[name]()
             start = time.perf_counter()
-            compiled = _compiled(name, function, *arguments)
+            compiled = _compiled(name, function, *arguments, donated=donated)
             variant.compile_seconds = time.perf_counter() - start
             verify(name, variants[name], compiled)
         except (NotApplicableError, NotImplementedError) as e:
@@ -216,8 +219,11 @@ def measure(
             continue
         texts[text] = name
         ready[name] = (function, compiled)
-    result.inside, programs = _repeated(ready, arguments)
-    calls |= programs
+    if donated:
+        calls |= {name: descent.Learner(run, arguments) for name, (_, run) in ready.items()}
+    else:
+        result.inside, programs = _repeated(ready, arguments)
+        calls |= programs
     order = [name for name in result.variants if name in calls]
     if order:
         seconds, result.others, result.handoffs = _undisturbed(
@@ -256,9 +262,9 @@ def _undisturbed(
     return min(found, key=lambda one: one[1] or 0.0)
 
 
-def _compiled(name: str, function: Callable, *arguments):
+def _compiled(name: str, function: Callable, *arguments, donated: tuple[int, ...] = ()):
     with _measured(name):
-        return jax.jit(function).lower(*arguments).compile()
+        return jax.jit(function, donate_argnums=donated).lower(*arguments).compile()
 
 
 def _measured(name: str) -> contextlib.AbstractContextManager:
@@ -310,75 +316,8 @@ def _checked_torch(which: str, truth: Truth, known: Truth) -> Callable[[], None]
     return call
 
 
-def _functions_of_stack(stack: Stack, which: str, variants: Mapping[str, str | None]):
-    rng = np.random.default_rng(0)
-    x, g = (
-        jnp.asarray(rng.standard_normal((stack.N, stack.T, channels), np.float32))
-        for channels in (stack.C, stack.O)
-    )
-    state = nnx.state(stack.build(conv=nnx.Conv))
-
-    def function(name, implementation):
-        conv = {"conv": nnx.Conv} if name == STOCK else {"conv": Conv}
-        order = {} if name == STOCK else {"implementation": implementation}
-        graph = nnx.graphdef(nnx.eval_shape(lambda: stack.build(**conv, **order)))
-
-        def forward(state, x):
-            return nnx.merge(graph, state)(x)
-
-        def loss(state, x, g):
-            return jnp.sum(forward(state, x) * g)
-
-        # As a model is trained: no gradient by its input.
-        return forward if which == FORWARD else jax.value_and_grad(loss, allow_int=True)
-
-    functions = {n: functools.partial(function, n, i) for n, i in variants.items()}
-    arguments = (state, x) if which == FORWARD else (state, x, g)
-    return functions, arguments, "against stock"
-
-
-def _verifier_of_stack(stack, which, arguments) -> Callable:
-    """Compares with stock, for several inputs: a gradient may part with it for some.
-
-    Where a ReLU is given something close to zero, rounding decides what comes back through it,
-    and among millions there is one such now and then: gradients in float32, stock's too, are then
-    off by more than rounding, up to `STACK_FAR`. What computes something else is off for every
-    input, or by more than that.
-    """
-    stock = []
-
-    def result(compiled, draw):
-        state, x, *g = arguments
-        if draw:
-            x = jax.random.normal(jax.random.key(draw), x.shape, x.dtype)
-        out = compiled(state, x, *g)
-        out = out if which == FORWARD else out[1]
-        return [a for a in jax.tree.leaves(out) if jnp.issubdtype(a.dtype, jnp.floating)]
-
-    def verify(name, implementation, compiled):
-        if name == STOCK:
-            if not all(jnp.isfinite(a).all() for a in result(compiled, 0)):
-                raise WrongResultError(f"{stack.name}, {which}, {name}: is not finite")
-            stock.append(compiled)
-            return
-        if not stock:
-            raise NotApplicableError("there is no stock to compare it with")
-        for draw in range(1 if which == FORWARD else STACK_DRAWS):
-            off = _measure.difference(result(*stock, draw), result(compiled, draw))
-            if off <= STACK_TOLERANCE:
-                return
-            if not off <= STACK_FAR:
-                break
-        raise WrongResultError(
-            f"{stack.name}, {which}, {name}: off from stock by {off:.2g} of the largest "
-            f"element, {STACK_TOLERANCE:.2g} is allowed"
-        )
-
-    return verify
-
-
 def _memory(compiled) -> dict[str, int]:
-    """Bytes that XLA planned for; nothing where a backend does not tell."""
+    """Bytes that XLA planned for, those that are donated once; nothing where it does not tell."""
     analysis = compiled.memory_analysis()
     if analysis is None:
         return {}
@@ -387,7 +326,7 @@ def _memory(compiled) -> dict[str, int]:
         "results": analysis.output_size_in_bytes,
         "temporaries": analysis.temp_size_in_bytes,
     }
-    return found | {"peak": sum(found.values())}
+    return found | {"peak": sum(found.values()) - analysis.alias_size_in_bytes}
 
 
 # --- short calls, and caches ---------------------------------------------------------------------

@@ -1,16 +1,14 @@
 """What the benchmarks measure: published layers, and cases that none of those covers.
 
-The published ones are in `conv_pallas._layers`, where the demo finds them too.
+The published layers are in `conv_pallas._layers`, where the demo finds them too, and whole networks
+in `benchmarks.networks`.
 """
 
 import dataclasses
-import functools
 
-from flax import nnx
-
+from benchmarks.networks import STACKS, Network
 from conv_pallas import _layers
 from conv_pallas._layers import PUBLISHED, Layer, find
-from conv_pallas.nn import TCN
 
 _NONE = "no model: a case that the published layers leave out"
 
@@ -45,90 +43,17 @@ CASES: tuple[Layer, ...] = (
 LAYERS: tuple[Layer, ...] = PUBLISHED + CASES
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Stack:
-    """A whole temporal convolutional network, as `conv_pallas.nn.TCN` builds it.
-
-    Attributes:
-      C, O: channels in and out; each of ``blocks`` blocks is ``width`` wide.
-    """
-
-    name: str
-    source: str
-    N: int
-    T: int
-    C: int
-    O: int
-    K: int
-    width: int
-    blocks: int
-    dtype: str = "float32"
-
-    kind = "whole stack"
-
-    @property
-    def model(self) -> str:
-        return self.name.partition("/")[0]
-
-    def layers(self) -> list[Layer]:
-        """Its convolutions."""
-        found, narrow = [], self.C
-        for level in range(self.blocks):
-            sizes = (self.N, self.T, narrow, self.width)
-            make = functools.partial(Layer, self.name, self.source, *sizes, dtype=self.dtype)
-            found += [
-                make(self.K, 1 << level),
-                dataclasses.replace(make(self.K, 1 << level), C=self.width),
-            ]
-            if narrow != self.width:
-                found.append(make(1))
-            narrow = self.width
-        return [
-            *found,
-            Layer(self.name, self.source, self.N, self.T, narrow, self.O, 1, dtype=self.dtype),
-        ]
-
-    def costs(self, training: bool = False) -> tuple[tuple[int, int], ...]:
-        """As `Layer.costs`, of all convolutions."""
-        return tuple(cost for layer in self.layers() for cost in layer.costs(training))
-
-    def build(self, **more) -> TCN:
-        """Without dropout, which would draw random numbers in what is timed."""
-        widths = [self.width] * self.blocks
-        return TCN(self.C, widths, self.O, self.K, 0.0, nnx.Rngs(0), **more)
-
-    def __str__(self) -> str:
-        return (
-            f"N={self.N} T={self.T} C={self.C} O={self.O} K={self.K} "
-            f"{self.blocks} blocks of {self.width}"
-        )
-
-
-def _tcn(model: str, *sizes: int) -> Stack:
-    return Stack(f"{model}/stack", find(f"{model}/D1").source, *sizes)
-
-
-# Of github.com/locuslab/TCN with the settings in its scripts; the words are embedded already.
-STACKS: tuple[Stack, ...] = (
-    _tcn("tcn-adding", 32, 400, 2, 1, 7, 30, 8),
-    _tcn("tcn-copy", 32, 1020, 1, 10, 8, 10, 8),
-    _tcn("tcn-mnist", 64, 784, 1, 10, 7, 25, 8),
-    _tcn("tcn-music", 1, 256, 88, 88, 5, 150, 4),
-    _tcn("tcn-ptb-characters", 32, 400, 100, 50, 3, 450, 3),
-    _tcn("tcn-ptb-words", 16, 80, 600, 600, 3, 600, 4),
-)
-
-type Subject = Layer | Stack
+type Subject = Layer | Network
 
 ALL: tuple[Subject, ...] = (*LAYERS, *STACKS)
 
 
 def quick() -> tuple[Subject, ...]:
-    """The most dilated layer of each published model, a case of each other kind, and a stack."""
+    """The most dilated layer of each published model, a case of each other kind, a network."""
     last = {layer.model: layer for layer in PUBLISHED}
     last["wide-and-long"] = find("wide-and-long/D4")  # more dilation needs more steps
     names = ("depthwise/D1", "depthwise/bfloat16", "grouped/G8", "stride/S2", "bfloat16/C25")
-    return (*last.values(), *(find(name, CASES) for name in names), STACKS[3])
+    return (*last.values(), *(find(name, CASES) for name in names), find("tcn-music/stack", STACKS))
 
 
 # Products of a dense forward pass above which the benchmarks cut a layer down for a CPU.

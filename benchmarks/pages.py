@@ -2,16 +2,15 @@
 
 XLA asks for memory anew in every call, and of what is more than 32 MB glibc gives all back to the
 system after it, which then hands it out page by page, 4 KiB at a time. With ``SETTING`` in the
-environment glibc asks for pages of 2 MiB. Published networks, and a part of Conv-TasNet, which has
-depthwise convolutions, learn by gradient descent, their parameters donated, stock and ours taking
-turns in a process; processes with the setting and without take turns as well.
+environment glibc asks for pages of 2 MiB. Published networks learn by gradient descent, their
+parameters donated, stock and ours taking turns in a process; processes with the setting and without
+take turns as well.
 
 The result goes to ``benchmarks/results/cpu/pages.json``, that of ``--quick`` to
 ``bench-output/pages.json``.
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import platform
@@ -23,98 +22,34 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import stored
-from benchmarks.layers import STACKS, Stack, fit
+from benchmarks import descent, stored
+from benchmarks.layers import STACKS, fit
+from benchmarks.networks import Network
 from conv_pallas import _measure
-from conv_pallas._measure import OURS, STOCK
+from conv_pallas._measure import OURS, STEP, STOCK
 from conv_pallas.nn import Conv
 
 SETTING = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # of glibc 2.35 and newer
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 AS_IT_IS, HUGE = "as it is", "huge pages"
-RATE = 1e-6
 FAULTS = 5  # steps over which page faults are counted
 KEPT = Path(__file__).parent / "results" / "cpu" / "pages.json"
 
 
-class _Separable(nnx.Module):
-    """A block of Conv-TasNet: 1x1 convolution, depthwise convolution, 1x1 convolution, residual."""
-
-    def __init__(self, narrow: int, wide: int, dilation: int, conv: type[nnx.Conv], rngs):
-        self.widen, self.norm1 = conv(narrow, wide, 1, rngs=rngs), nnx.LayerNorm(wide, rngs=rngs)
-        self.depthwise = conv(
-            wide, wide, 3, kernel_dilation=dilation, padding="CAUSAL", feature_group_count=wide,
-            rngs=rngs,
-        )  # fmt: skip
-        self.norm2, self.narrow = nnx.LayerNorm(wide, rngs=rngs), conv(wide, narrow, 1, rngs=rngs)
-
-    def __call__(self, x):
-        h = self.depthwise(self.norm1(nnx.relu(self.widen(x))))
-        return x + self.narrow(self.norm2(nnx.relu(h)))
-
-
-@dataclasses.dataclass(frozen=True)
-class Repeat:
-    """One of the three repeats of Conv-TasNet's separator (Luo & Mesgarani 2019, arXiv:1809.07454).
-
-    The sizes are theirs, with layer norms of a step, and ReLU in the place of PReLU.
-    """
-
-    name: str = "conv-tasnet/repeat"
-    N: int = 2
-    T: int = 1000
-    C: int = 128
-    wide: int = 512
-    blocks: int = 8
-
-    def build(self, *, conv: type[nnx.Conv]) -> nnx.Module:
-        rngs = nnx.Rngs(0)
-        sizes = (self.C, self.wide)
-        return nnx.Sequential(*(_Separable(*sizes, 1 << i, conv, rngs) for i in range(self.blocks)))
-
-    def __str__(self) -> str:
-        return f"N={self.N} T={self.T} C={self.C} {self.blocks} blocks of {self.wide}, depthwise"
-
-
-type Network = Stack | Repeat
-
-
 def networks() -> dict[str, Network]:
-    """All by name, those of `STACKS` cut down as the sweep has them."""
-    return {network.name: network for network in (*(fit(s, "cpu") for s in STACKS), Repeat())}
+    """All by name, cut down as the sweep has them."""
+    return {network.name: network for network in (fit(s, "cpu") for s in STACKS)}
 
 
-class Learner:
-    """A call without arguments that does one step of gradient descent, in place.
-
-    Attributes:
-      compiled: the step.
-    """
-
-    def __init__(self, network: Network, conv: type[nnx.Conv]):
-        model = network.build(conv=conv)
-        model.eval()
-        graph, self.params, rest = nnx.split(model, nnx.Param, ...)
-        shape = (network.N, network.T, network.C)
-        self.x = jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
-
-        def step(params, x):
-            loss = lambda params: jnp.mean(nnx.merge(graph, params, rest)(x) ** 2)  # noqa: E731
-            gradients = jax.grad(loss)(params)
-            return jax.tree.map(lambda p, g: p - RATE * g, params, gradients)
-
-        self.compiled = jax.jit(step, donate_argnums=0).lower(self.params, self.x).compile()
-
-    def __call__(self):
-        self.params = self.compiled(self.params, self.x)
-        return self.params
+def learner(network: Network, conv: type[nnx.Conv]) -> descent.Learner:
+    arguments = descent.arguments_of(network, STEP)
+    step = jax.jit(descent.step(network, conv), donate_argnums=descent.DONATED)
+    return descent.Learner(step.lower(*arguments).compile(), arguments)
 
 
 def page_faults(call: Callable) -> float:
@@ -129,7 +64,7 @@ def page_faults(call: Callable) -> float:
 
 def measure(network: Network, settings: _measure.Settings) -> dict:
     """Of stock and ours in this process: a step's seconds, page faults and temporary bytes."""
-    calls = {STOCK: Learner(network, nnx.Conv), OURS: Learner(network, Conv)}
+    calls = {STOCK: learner(network, nnx.Conv), OURS: learner(network, Conv)}
     faults = {name: page_faults(call) for name, call in calls.items()}
     seconds = _measure.interleaved(calls, settings)
     return {

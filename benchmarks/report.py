@@ -22,7 +22,7 @@ from rich.table import Table
 from benchmarks import charts, page_style, ranking, stored
 from benchmarks.baselines import BARRIER, MATMULS, SYMMETRIC, TORCH
 from benchmarks.charts import Series, escape
-from benchmarks.layers import Stack
+from benchmarks.networks import Network
 from benchmarks.on_device import lines_of
 from conv_pallas._measure import FORWARD, OURS, PASSES, STOCK
 
@@ -154,7 +154,7 @@ def head(result: Mapping[str, Any], name: str) -> str:
 def what_was_timed(result: Mapping[str, Any]) -> str:
     """What the variants compute, and what they were compared with before."""
     rows = result["measurements"]
-    stacks = [m for m in rows if m["layer"]["kind"] == Stack.kind]
+    stacks = [m for m in rows if m["layer"]["kind"] == Network.kind]
     layers = [m for m in rows if m not in stacks]
     told = []
     if layers:
@@ -168,7 +168,7 @@ def what_was_timed(result: Mapping[str, Any]) -> str:
     if stacks:
         told.append(
             "A whole network was checked against the same network of stock layers, its only "
-            "baseline; its training step gives the gradients by its parameters."
+            "baseline; its training step is one of gradient descent, its parameters donated."
         )
     return " ".join(told)
 

@@ -252,14 +252,8 @@ def test_published_layers_are_complete():
               "very-long": 2}  # fmt: skip
     for model, count in others.items():
         assert len([la for la in layers.LAYERS if la.model == model]) == count
-    assert {s.model for s in layers.STACKS} == {m for m in powers if m.startswith("tcn")}
-
-
-def test_a_stack_is_the_network_that_its_costs_count():
-    stack = dataclasses.replace(layers.STACKS[3], T=16)
-    kernels_ = [p for p in jax.tree.leaves(jax.eval_shape(lambda: layers.nnx.state(stack.build())))
-                if p.ndim == 3]  # fmt: skip
-    assert sorted(k.shape for k in kernels_) == sorted((la.K, la.C, la.O) for la in stack.layers())
+    networks = {m for m in powers if m.startswith("tcn")} | {"conv-tasnet"}
+    assert {network.model for network in layers.STACKS} == networks
 
 
 def test_runs_of_one_call_are_not_taken_for_one():
@@ -574,40 +568,5 @@ def test_quick_times_of_streams_replace_no_stored_ones(tmp_path, monkeypatch, ca
     assert kept["measurements"] == [{"batch": 3}]
 
 
-@pytest.mark.parametrize("stack", layers.STACKS, ids=lambda stack: stack.model)
-def test_a_stack_is_cut_by_the_products_of_all_its_layers(stack):
-    def products(N):
-        return sum(layer.products for layer in dataclasses.replace(stack, N=N).layers())
-
-    most = layers.STACK * layers.MOST_ON_CPU
-    fitted = layers.fit(stack, "cpu")
-    assert fitted == dataclasses.replace(stack, N=fitted.N)
-    assert products(fitted.N) <= most
-    assert fitted.N == stack.N or products(2 * fitted.N) > most  # and no further
-    assert layers.fit(stack, "gpu") is stack
-
-
 def test_passes():
     assert command._passes("training") == (STEP,) and command._passes(None) == PASSES
-
-
-def test_a_stack_may_part_with_stock_for_one_input_but_not_far():
-    stack = layers.STACKS[3]
-    timed, g = jnp.arange(8.0).reshape(1, 4, 2), jnp.ones((1, 4, 2))
-
-    def verify(*variants):
-        check = harness._verifier_of_stack(stack, "training step", ({}, timed, g))
-        for name, factor in zip(("stock", "ours"), variants, strict=False):
-            check(name, None, lambda state, x, g, factor=factor: (0.0, {"dw": factor(x) * x}))
-
-    once = lambda far: lambda x: 1.0 + (far if bool((x == timed).all()) else 0.0)  # noqa: E731
-    right = lambda x: 1.0  # noqa: E731
-    verify(right, right)
-    verify(right, once(5e-3))  # a ReLU whose sign was in doubt
-    for wrong in (lambda x: 1.001, once(6.0), once(float("nan"))):
-        with pytest.raises(WrongResultError, match="off from stock"):
-            verify(right, wrong)
-    with pytest.raises(WrongResultError, match="is not finite"):
-        verify(once(float("nan")))
-    with pytest.raises(baselines.NotApplicableError, match="no stock"):
-        harness._verifier_of_stack(stack, "training step", ({}, timed, g))("ours", None, None)
