@@ -81,6 +81,9 @@ ROUNDED_BEFORE = 2**16
 # Of the kernel gradient's smallest tiles of 16 bits without TMA: else ptxas spills some (sm_80), so
 # that a processor has room for ten programs and not for seven. With 56 Triton 3.6 spills.
 REGISTERS = 72
+# Of tiles without tensor cores, in rows of whole 16 bytes and without TMA: four programs fit on a
+# processor, and for a fifth Triton 3.7 spills some (sm_80). Other rows' addresses take more.
+IEEE_REGISTERS = 128
 # Of few channels and many steps; two such programs share a processor, so that one multiplies while
 # the other stores: see `triton_resident` for what that brings.
 FEW = Config(rows=128, columns=64, depth=64, warps=8, stages=4, resident=2)
@@ -198,6 +201,7 @@ def forward(
         x, w, spec, O, out_dtype=out_dtype, precision=precision, transposed=transposed,
         activation=activation, derivative=grad_of is not None, keep=keep,
     )  # fmt: skip
+    tma = triton_compat.has_tma(triton_compat.compute_capability())
     config, tma_x, tma_w, contract_last = plan.config, plan.tma_x, plan.tma_w, plan.contract_last
     rounded = precision == "tf32"
     round_w = rounded and not tma_w and w.dtype == np.float32
@@ -206,6 +210,7 @@ def forward(
     if contract_last and not transposed:
         w = jnp.swapaxes(w, 1, 2)
     y = jax.ShapeDtypeStruct((N, spec.out_time, O), out_dtype)
+    limited = precision == "ieee" and not tma and _tileable(x, c) and _tileable(y, o)
     block = (config.columns, config.depth) if contract_last else (config.depth, config.columns)
     programs = N * G * phases.phases * triton.cdiv(J, config.rows) * triton.cdiv(o, config.columns)
     xt, wt = _tile(x, (config.rows, config.depth), rounded), _tile(w, block, rounded)
@@ -237,7 +242,8 @@ def forward(
         W_ROW=plan.w_row, W_COL=plan.w_col,
         W_ROWS=w.shape[1], W_COLS=w.shape[2], TMA_X=tma_x, TMA_W=tma_w, WIDEN=x.dtype != w.dtype,
         ROUND_X=rounded and not tma_x and x.dtype == np.float32,
-        ROUND_W=round_w, GRAD_OF=grad_of, **common,
+        ROUND_W=round_w, GRAD_OF=grad_of,
+        registers=IEEE_REGISTERS if limited else None, **common,
     )  # fmt: skip
 
 
