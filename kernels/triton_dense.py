@@ -151,10 +151,10 @@ def _plan(
     # Who stays fetches tiles of padding like any other, where `conv_dense` leaves them out.
     padded = 8 * sum(max(0, p) for p in spec.padding) > spec.out_time
     stay = tma_x and x.dtype == w.dtype and not padded and _may_stay(spec, dtype)
-    places = FEW.resident * triton_compat.processors()
+    places, pieces = FEW.resident * triton_compat.processors(), triton.cdiv(spec.out_time, FEW.rows)
     few = (
         stay and FEW.depth // 2 < C <= FEW.depth and FEW.columns // 2 < O <= FEW.columns
-        and N * triton.cdiv(spec.out_time, FEW.rows) >= 4 * places
+        and N * pieces >= 4 * places and 4 * spec.out_time >= 3 * FEW.rows * pieces
         and triton_resident.goes_on(FEW, y.dtype.itemsize)
     )  # fmt: skip
     config = configure(

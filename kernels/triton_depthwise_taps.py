@@ -263,6 +263,8 @@ def forward(
         tile = (64 * warps // BC, BC, OUTPUTS, warps)
     BP, BC, R, warps = tile
     y = jax.ShapeDtypeStruct((N, U, C), out_dtype)
+    # Blackwell's ptxas spills some of float16, for one more program on a processor.
+    blackwell = (compat.compute_capability() or 90) >= 100
     return compat.call(
         conv_taps, x, w,
         x if bias is None else bias,  # a pointer that is not read
@@ -270,7 +272,8 @@ def forward(
         out=(y, y) if keep else y,
         programs=triton.cdiv(N * pieces(R), BP) * triton.cdiv(C, BC), warps=warps, stages=1,
         C=C, K=K, REVERSE=transposed, HAS_BIAS=bias is not None, ACTIVATION=activation,
-        R=R, BP=BP, BC=BC, **({} if keep else {"z": None}),
+        R=R, BP=BP, BC=BC, registers=REGISTERS if blackwell else None,
+        **({} if keep else {"z": None}),
     )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from conv_pallas.spec import Problem
 
 PRIORITY = 10  # above XLA's
 USUAL = {None, jax.lax.Precision.DEFAULT}
+SHORTEST = 256  # steps of a sample of the shortest dense layer that was measured to be ahead
 MEASURED, CAPABILITY = "NVIDIA H200", 90  # it speaks for those of `_spoken_for`
 # What is kept of a comparison with XLA: seconds of ours and XLA's, and the tile that ours had.
 RACED = {"seconds", "xla", "key", "tile"}
@@ -153,8 +154,9 @@ def _like_those_ahead(problem: Problem) -> bool:
 
     - depthwise, of 30 MB and more that are moved: each operation, 1.1 to 30 times;
     - dense, of 32 to 512 channels in rows that the copy engine can fetch, several taps, and 4096
-      steps and more of all samples together: each operation, 1.1 to 4.8 times. So are taken up to
-      1024 channels, of which 600 were measured, of 1280 steps alone: 0.9;
+      steps and more of all samples together, `SHORTEST` and more of each: each operation, 1.1 to
+      4.8 times. So are taken up to 1024 channels, of which 600 were measured, of 16 samples of 80
+      steps alone: 0.9;
     - dense, of 10 to 30 channels, 4 to 8 taps and 16384 steps and more: forward pass and input
       gradient, 1.9 to 4.3 times. So are taken 2 taps and 3; the kernel gradient is not always.
     """
@@ -170,7 +172,7 @@ def _like_those_ahead(problem: Problem) -> bool:
         moved = size * problem.N * (spec.time * problem.C + spec.out_time * problem.O)
         return problem.C == problem.O and moved >= 3e7
     channels, steps = (problem.C, problem.O), problem.N * spec.out_time
-    if spec.groups > 1 or spec.kernel_size == 1:
+    if spec.groups > 1 or spec.kernel_size == 1 or spec.out_time < SHORTEST:
         return False
     if all(10 <= n <= 32 for n in channels) and problem.operation != "conv1d_kernel_grad":
         if steps >= 16384 and spec.kernel_size <= 8:

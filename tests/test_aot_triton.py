@@ -45,9 +45,11 @@ EVERYWHERE = (
     (_case("tf32", 256, dtype="float32"), None),
     (_case("tf32_ragged", 25, 30, dtype="float32"), "relu"),
     (_case("tf32x3", 256, dtype="float32", precision="high"), None),
+    (_case("tf32x3_ragged", 65, dtype="float32", precision="high"), "silu"),
     (_case("ieee", 256, dtype="float32", precision="highest"), None),
     (_case("depthwise", 512, G=512, K=4), "silu"),
     (_case("taps", 512, G=512, K=87, D=1, T=835, padding="SAME"), "silu"),
+    (_case("taps_float16", 65, G=65, K=31, D=8, padding="SAME", dtype="float16"), "tanh"),
 )
 HOPPER = (
     (_case("narrow", 64, K=5), "silu"),

@@ -79,6 +79,32 @@ def test_float32_is_multiplied_by_the_warps_that_do_it_fastest(
     assert (found.rows, found.columns, found.warps) == expected
 
 
+@pytest.mark.parametrize(
+    "O, columns", [(256, 256), (257, 128), (384, 128), (385, 256), (512, 256), (640, 128)]
+)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_no_half_of_a_large_tile_lies_past_the_channels(O, columns, dtype):
+    tile = functools.partial(
+        triton_config.configure, taps=3, phases=Phases(1, 1, 1), dtype=np.dtype(dtype),
+        precision="tf32", tma=True,
+    )  # fmt: skip
+    for kernel in (triton_config.FORWARD, triton_config.INPUT_GRAD):
+        assert tile(kernel, 4096, O, 512, count=64).columns == columns
+        assert tile(kernel, 80, O, 512, count=16).columns <= 128  # a processor for each
+
+
+@pytest.mark.parametrize(
+    "N, T, rows",
+    [(8, 65536, 128), (2048, 16, 16), (4096, 3, 16), (1024, 130, 128), (2048, 96, 128)],
+)
+def test_programs_that_stay_on_their_processor_have_full_tiles(N, T, rows):
+    case = Case("layer", batch=(N,), T=T, C=64, O=64)
+    x, w = (jax.ShapeDtypeStruct(s, "bfloat16") for s in (case.x_shape, case.kernel_shape))
+    plan = triton_dense._plan(x, w, case.spec, 64, out_dtype=np.dtype("bfloat16"), precision="tf32")
+    assert plan.config.rows == rows
+    assert (plan.config == triton_dense.FEW) is (T in (96, 65536))
+
+
 def test_a_short_sequence_has_more_programs_and_fewer_rounds():
     def tile(count, kernel=triton_config.INPUT_GRAD, **more):
         found = triton_config.configure(

@@ -117,6 +117,9 @@ def _operations_in_triton(dtype="bfloat16", precision=None, out_dtype=None, **si
     (dict(C=9, O=25), ""),
     (dict(C=64, O=2048), ""),
     (dict(C=32, O=32, T=1024), ""),
+    (dict(C=64, O=64, T=256, batch=(64,)), "fik"),
+    (dict(C=64, O=64, T=255, batch=(64,)), ""),  # as many steps, of which each sample has few
+    (dict(C=25, O=25, T=255, batch=(128,)), ""),
     (dict(C=2048, O=2048, G=2048), "fik"),
     (dict(C=2048, O=2048, G=2048, dtype="float32", K=31), "fik"),
     (dict(C=2048, O=4096, G=2048), ""),
