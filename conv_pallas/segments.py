@@ -31,11 +31,12 @@ def hide(x: jax.Array, mask) -> jax.Array:
     Raises:
       ValueError: the mask's shape is not x's without the channels, or it is no bool.
     """
-    if not isinstance(x, jax.Array):  # which `jnp.asarray` would look for a NaN, if JAX is told to
+    # In an array `jnp.asarray` would look for a NaN, if JAX is told to.
+    if not isinstance(x, jax.Array | np.ndarray):
         x = jnp.asarray(x)
     mask = check_mask(mask, x.shape[:-1])
     mask = like(mask, P(*entries(jax.typeof(x))[:-1]))
-    return jnp.where(mask[..., None], x, jnp.zeros((), x.dtype))
+    return jnp.where(mask[..., None], x, jnp.zeros((), jax.dtypes.canonicalize_dtype(x.dtype)))
 
 
 def check_mask(mask, shape: tuple[int, ...]) -> jax.Array:

@@ -3,6 +3,7 @@
 What it has in common with flax's is in `test_nnx_contract`.
 """
 
+import contextlib
 import re
 
 import jax
@@ -47,6 +48,23 @@ def test_paddings_in_any_case_by_any_implementation(mode):
         tree_close(_layer(padding=mode, implementation=name)(X), y)
     with pytest.raises(NotImplementedError, match="'triton' can't run conv1d"):
         _layer(padding=mode, implementation="triton")(X)
+
+
+@pytest.mark.parametrize("K", [2, 3, 4])
+@pytest.mark.parametrize("padding", ["SAME", "same", "VALID", "valid", "SAME_LOWER", "same_lower"])
+def test_a_padding_that_flax_does_not_know_is_what_lax_makes_of_it_without_a_stride(padding, K):
+    """`jax.lax` knows them in any case, as those of a convolution."""
+    ours, stock = (
+        _layer(4, 6, K, cls=cls, padding=padding) for cls in (ConvTranspose, nnx.ConvTranspose)
+    )
+    tree_close(ours(X), stock(X))
+    tree_close(_layer(4, 6, K, padding=padding, implementation="xla_native")(X), stock(X))
+    with (
+        pytest.raises(ValueError, match="padding")
+        if "LOWER" in padding.upper()
+        else contextlib.nullcontext()
+    ):
+        _layer(4, 6, K, 2, padding=padding)(X)
 
 
 @pytest.mark.parametrize("padding", ["SAME", "CIRCULAR"])
@@ -154,3 +172,4 @@ def test_padding_may_hold_nan_where_those_raise(function):
         call = lambda x: layer(x, mask=mask)  # noqa: E731
     with jax.debug_nans(True):
         assert jnp.isfinite(jax.grad(lambda x: call(x).sum())(x)).all()
+        assert jnp.isfinite(call(np.asarray(x, np.float64))).all()  # NumPy's, too

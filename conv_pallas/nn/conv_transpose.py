@@ -232,6 +232,11 @@ class ConvTranspose(nnx.ConvTranspose):
             sizes = dict(time=0, span=reach + 1, stride=1, input_dilation=stride)
             return resolve_padding(self.padding, **sizes)
         mode = self.padding.upper()
+        # Flax knows capitals. What else `jax.lax` knows is padded as for a convolution there, and
+        # refused where there is a stride.
+        of_lax = ("SAME_LOWER",) if self.padding == mode else ("SAME_LOWER", "SAME", "VALID")
+        if stride == 1 and mode in of_lax:
+            return resolve_padding(mode, time=0, span=reach + 1, stride=1, input_dilation=1)
         if mode == "CAUSAL":
             return reach, stride - 1
         if mode in ("VALID", "CIRCULAR"):  # every step of y that sees one of x
