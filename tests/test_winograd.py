@@ -160,6 +160,12 @@ USUAL = lax.Precision.DEFAULT
     ((2, 300, 64, 64, 3), {}, (False, False, False)),  # too little to do
     ((1, 300, 300, 300, 3), {}, (False, False, False)),  # too few steps for so large a kernel
     ((16, 4000, 512, 512, 3), {}, (False, False, False)),  # too much to put together
+    ((2, 512, 1024, 1024, 3), {}, (True, True, True)),
+    ((2, 256, 768, 768, 5), {}, (False, False, True)),
+    # Kernels of which another form would not stay in the caches.
+    ((2, 128, 512, 512, 21), {}, (False, False, False)),
+    ((2, 256, 1024, 1024, 5), {}, (False, False, True)),
+    ((2, 256, 1536, 1536, 3), {}, (False, False, False)),
     ((1, 1000, 512, 512, 3, 260), {}, (True, True, False)),  # taps that see next to nothing
     ((1, 1000, 512, 512, 3, 700), {}, (False, False, False)),  # 1400 steps instead
 ], ids=str)  # fmt: skip

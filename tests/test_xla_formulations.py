@@ -639,6 +639,9 @@ def _causal(operation, sizes, dtype="float32", D=1) -> Problem:
     # Little to do, of many channels and of few.
     ((1, 100, 450, 450, 3, 4), "im2col", "matmuls", "im2col"),
     ((1, 128, 512, 512, 3), "padded", "matmuls", "im2col"),
+    ((1, 80, 600, 600, 3, 4), "padded", "matmuls", "im2col"),
+    ((1, 16, 600, 600, 3), "padded", "im2col", "im2col"),
+    ((1, 16, 256, 256, 3), "im2col", "im2col", "im2col"),
     ((2, 64, 8, 8, 3, 2), "im2col", "im2col", "im2col"),
     ((4, 4000, 4, 4, 8), "shifts", "shifts", "canonical"),
     ((4, 4000, 2, 2, 3), "shifts", "shifts", "tree"),
