@@ -70,11 +70,11 @@ def tune(
     races = list(_races(convolutions, report))
     if not races:
         report("there is nothing to tune")
-    left = []
+    left, layers = [], list(dict.fromkeys(race.convolution for race in races))
     for race in races:
         if race.convolution is not told:
             told = race.convolution
-            report(f"{told}:")
+            report(f"{told}, {layers.index(told) + 1} of {len(layers)}:")
         if time.monotonic() - start > SHARE * seconds:
             report(f"{race.name}: no time left")
             continue
@@ -86,7 +86,7 @@ def tune(
         if _clearly(times, race):
             left.append(race)
         else:
-            _keep(race, False, file, report)
+            _keep(race, None, file, report)
     for race in left:
         if time.monotonic() - start > seconds:
             report(f"{race.name} of {race.convolution}: no time to see {race.winner} win again")
@@ -95,6 +95,8 @@ def tune(
         _keep(race, won, file, report)
         if won:
             found[xla_tuned.key(race.problem)] = race.winner
+    if races:
+        report(f"{len(found)} of {len(races)} operations run otherwise than by the rules: {file}")
     return found
 
 
@@ -200,8 +202,8 @@ def _clearly(times, race: _Race) -> bool:
     return ratio.low > 1 and ratio.median * records.CLEARLY > 1
 
 
-def _keep(race: _Race, won: bool, file: Path, report) -> None:
-    """Writes what came of a race."""
+def _keep(race: _Race, won: bool | None, file: Path, report) -> None:
+    """Writes what came of a race; ``won`` is None where the winner was not seen in the layer."""
     kept = race.winner if won else race.rule
     seconds = (race.seconds[kept], race.seconds[race.rule])
     entry = xla_tuned.raced(race.rule, kept if won else None, *seconds)
@@ -211,5 +213,6 @@ def _keep(race: _Race, won: bool, file: Path, report) -> None:
     ratio = race.seconds[race.rule] / race.seconds[kept]
     told = f"{ratio:.2f} times as fast as {race.rule}" if won else "the rules' choice"
     if not won and race.winner != race.rule:
-        told += f"; {race.winner} is not clearly faster"
+        where = "" if won is None else " in the layer"
+        told += f"; {race.winner} is not clearly faster{where}"
     report(f"{race.name} of {race.convolution}: {kept}, {told}")

@@ -95,14 +95,20 @@ class ModelExplanation:
     def __str__(self) -> str:
         count = sum(self.times.values()) + self.left_to_lax
         lines = [f"on {self.platform}: {count} convolution{'' if count == 1 else 's'}"]
+        alike: dict[
+            tuple[str, ...], list[str]
+        ] = {}  # those of a kind that differ in a dilation, say
         for words, told in self.convolutions.items():
-            lines.append(f"{self.times[words]} of {words}")
-            lines += [f"  {operation:<18} {told.how(operation)}" for operation in told.chosen]
-            lines += [f"  {told.note}"] if told.note else []
-            if told.epilogue:
-                lines.append(f"  {told.epilogue}")
+            how = [f"  {operation:<18} {told.how(operation)}" for operation in told.chosen]
+            how += [f"  {more}" for more in (told.note, told.epilogue) if more]
+            alike.setdefault(tuple(how), []).append(f"{self.times[words]} of {words}")
+        for how, those in alike.items():
+            lines += [*those, *how]
         if self.left_to_lax:
-            lines.append(f"{self.left_to_lax} left to jax.lax.conv_general_dilated")
+            lines.append(
+                f"{self.left_to_lax} left to jax.lax.conv_general_dilated, as stock layers are: "
+                "see conv_pallas.nn.replace_convs"
+            )
         return "\n".join(lines)
 
 

@@ -208,6 +208,12 @@ def decline_fused(problem: Problem) -> str | None:
     return None if fuses else "carries none here"
 
 
+def describe(problem: Problem) -> str:
+    """In words, with the name that `conv_pallas.tuning.tune` calls it by."""
+    name = choose(problem)
+    return f"{DESCRIPTIONS[name]} ({name}){xla_tuned.described(problem)}"
+
+
 def many(problem: Problem):
     """What a batch of kernels is best done by, or None for groups: then the rules see them.
 
@@ -230,7 +236,7 @@ KERNEL = Kernel(
     platforms=("cpu", "cuda", "rocm", "tpu"),
     run=run,
     decline=lambda problem: None,
-    describe=lambda problem: DESCRIPTIONS[choose(problem)] + xla_tuned.described(problem),
+    describe=describe,
     priority=0,
     many=many,
     fused=fused,

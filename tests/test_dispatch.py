@@ -116,7 +116,21 @@ def test_explain_of_a_model_is_of_each_of_its_convolutions(platform):
     for operation in OPERATIONS:
         ours = next(c for c in alone.candidates[operation] if c.implementation == "xla")
         assert f"  {operation:<18} xla: {ours.how}\n" in text
-    assert text.endswith("1 left to jax.lax.conv_general_dilated")
+    assert text.splitlines()[-1] == (
+        "1 left to jax.lax.conv_general_dilated, as stock layers are: see "
+        "conv_pallas.nn.replace_convs"
+    )
+
+
+def test_explain_says_once_how_those_run_that_run_alike():
+    layers = [Conv(8, 8, 3, padding="CAUSAL", kernel_dilation=D, rngs=nnx.Rngs(0)) for D in (1, 2)]
+    layers.append(Conv(8, 8, 3, padding="CAUSAL", feature_group_count=8, rngs=nnx.Rngs(0)))
+    model = nnx.Sequential(layers[0], layers[2], layers[1])
+    lines = str(explain(model, X, platform="cpu")).splitlines()
+    dense = "1 of x (2, 16, 8), kernel (3, 8, 8), float32"
+    assert lines[1:3] == [dense, f"{dense}, kernel_dilation=2"]
+    assert len([line for line in lines if line.startswith("  conv1d ")]) == 2
+    assert len([line for line in lines if line.startswith("1 of ")]) == 3
 
 
 def test_explain_of_a_function_follows_orders_and_batches_of_kernels():

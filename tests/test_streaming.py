@@ -271,6 +271,37 @@ def test_a_step_copies_no_ring():
     assert state["block0"]["conv1"]["past"].unsafe_buffer_pointer() == before
 
 
+def test_a_state_that_was_used_up_is_told():
+    model = TCN(3, [4], 2, rngs=nnx.Rngs(0))
+    model.eval()
+    step, state, x = compiled_step(model), model.init_state(1), jnp.ones((1, 2, 3))
+    _, later = step(x, state)
+    with pytest.raises(ValueError, match=r"^this state was used up by a step before: take the one"):
+        step(x, state)
+    step(x, later)
+    with pytest.raises(TypeError):  # which is no such error
+        step(x, model.init_state(1), nonsense=1)
+
+
+def test_a_compiled_step_takes_what_the_step_takes():
+    class Scaled(nnx.Module):
+        """As a model of one's own, whose inputs are not all sequences."""
+
+        def __init__(self):
+            self.conv = Conv(3, 3, 2, padding="CAUSAL", rngs=nnx.Rngs(0))
+
+        def init_state(self, batch_size):
+            return {"conv": self.conv.init_state(batch_size)}
+
+        def step(self, x, state, by, plus=0.0):
+            y, conv = self.conv.step(x, state["conv"])
+            return y * by + plus, {"conv": conv}
+
+    model, x = Scaled(), numbers(1, 4, 3)
+    y, _ = compiled_step(model)(x, model.init_state(1), 2.0, plus=jnp.ones(3))
+    np.testing.assert_allclose(y, 2 * model.conv(x) + 1, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("implementation", ["xla", "xla_native"])
 def test_blocks_layers_and_dtypes(implementation):
     block = TemporalBlock(3, 4, 2, 5, 0.0, nnx.Rngs(0), implementation=implementation)

@@ -178,8 +178,9 @@ def compiled_step(model: nnx.Module) -> Callable[..., tuple[jax.Array, dict[str,
         none of them to a training step while the stream goes on.
 
     Returns:
-      A function ``(x, state, **keywords) -> (y, state)``. It compiles once for each `activation`
-      too, where the model is a `Conv` or `ConvTranspose`.
+      A function ``(x, state, *others, **keywords) -> (y, state)``; it raises ValueError of a state
+      that a step has used up. It compiles once for each `activation` too, where the model is a
+      `Conv` or `ConvTranspose`.
 
     Raises:
       ValueError: the model has dropout that is on, or can't stream at all.
@@ -196,14 +197,25 @@ def compiled_step(model: nnx.Module) -> Callable[..., tuple[jax.Array, dict[str,
     graph, variables = nnx.split(model)
     leaves, tree = jax.tree.flatten(variables)
 
-    def advance(leaves, x, state, arrays, static):
+    def advance(leaves, x, state, others, arrays, static):
         model = nnx.merge(graph, jax.tree.unflatten(tree, leaves))
-        return model.step(x, state, **arrays, **dict(static))
+        return model.step(x, state, *others, **arrays, **dict(static))
 
-    compiled = jax.jit(advance, donate_argnums=2, static_argnums=4)
+    compiled = jax.jit(advance, donate_argnums=2, static_argnums=5)
 
-    def step(x, state, **keywords):
+    def step(x, state, *others, **keywords):
         static = tuple((name, keywords.pop(name)) for name in ("activation",) if name in keywords)
-        return compiled(leaves, x, state, keywords, static)
+        try:
+            return compiled(leaves, x, state, others, keywords, static)
+        except RuntimeError as e:
+            if "deleted" in str(e) and any(map(_is_used_up, jax.tree.leaves(state))):
+                raise ValueError(
+                    "this state was used up by a step before: take the one that it returned"
+                ) from e
+            raise
 
     return step
+
+
+def _is_used_up(a: Any) -> bool:
+    return isinstance(a, jax.Array) and not isinstance(a, jax.core.Tracer) and a.is_deleted()

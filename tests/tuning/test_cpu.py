@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import json
+import re
 import types
 
 import jax
@@ -14,6 +15,7 @@ from flax import nnx
 
 from benchmarks import __main__ as command
 from benchmarks import harness, layers, stored
+from benchmarks.networks import Stack
 from conv_pallas import _measure, _tuning_cpu, conv1d, explain, tuning
 from conv_pallas.__main__ import main
 from conv_pallas._layers import select
@@ -93,7 +95,9 @@ def test_what_won_is_what_later_compilations_run(seconds, tmp_path):
     entry = {"formulation": "matmuls", "rule": rules[0], "seconds": 0.5, "seconds_of_rule": 1.0}
     assert stored["formulations"][KEY].items() >= (entry | {"jax": jax.__version__}).items()
     told = str(explain(x, w))
-    assert f"matmul for each tap; measured to take 0.50 of the time of {rules[0]!r}" in told
+    assert (
+        f"matmul for each tap (matmuls); measured to take 0.50 of the time of {rules[0]!r}" in told
+    )
     with xla_tuned.ignored():
         assert _chosen() == rules
         assert "measured" not in str(explain(x, w))
@@ -370,7 +374,17 @@ def test_a_model_is_tuned_convolution_by_convolution(seconds):
     for D in (1, 2, 4):
         assert any(f" dilation {D}" in key and key.startswith("conv1d x") for key in found), found
     told = explain(model, x, platform="cpu", mask=mask)
-    assert str(told).count("one matmul for each tap; measured") >= 9
+    assert (
+        sum(
+            each.how(operation).count("one matmul for each tap (matmuls); measured")
+            for each in told.convolutions.values()
+            for operation in OPERATIONS
+        )
+        >= 9
+    )
+    numbered = [m.groups() for m in (re.search(r"^x .*, (\d+) of (\d+):$", a) for a in lines) if m]
+    assert numbered == [(str(i + 1), str(len(numbered))) for i in range(len(numbered))] != []
+    assert re.match(rf"{len(found)} of \d+ operations run otherwise than by the rules", lines[-1])
     ended = [line for line in lines if " of x (" in line]
     assert len(ended) == len(set(ended)) >= len(found)  # each once
 
@@ -535,7 +549,7 @@ def test_the_sweep_tunes_and_times_it_beside_the_rules(name, there, monkeypatch,
     )
     monkeypatch.setattr(_tuning_cpu, "_in_layer", _tuning_cpu._times)
     path, one = there / "result.json", select(name, layers.ALL)[0]
-    small = {"blocks": 2} if isinstance(one, layers.Stack) else {"C": 64, "O": 64, "G": 64}
+    small = {"blocks": 2} if isinstance(one, Stack) else {"C": 64, "O": 64, "G": 64}
     one = dataclasses.replace(one, N=1, T=64, **small)
     monkeypatch.setattr(command.layers, "fit", lambda *_: one)
     words = ["--quick", "--layers", name, "--pass", "forward", "--json", str(path)]
