@@ -3,10 +3,13 @@
 import dataclasses
 import re
 
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 from benchmarks import readme
 from conv_pallas import _tuning_cpu
+from tests.support import tree_close
 
 pytestmark = pytest.mark.usefixtures("hardly_optimized")
 
@@ -32,6 +35,13 @@ def test_its_programs_run(capsys, monkeypatch, tuned):
         exec(compile(block, "README.md", "exec"), names)
     assert names["logits"].shape == (8, 784, 10) and names["model"].receptive_field == 125
     assert isinstance(names["stock"].layers[0], names["Conv"])
+    tagger, series = names["Tagger"](nnx.Rngs(0)), names["series"][:1, :12]
+    tagger.eval()
+    step, state, tags = names["compiled_step"](tagger), tagger.init_state(1), []
+    for chunk in (series[:, :5], series[:, 5:]):
+        y, state = step(chunk, state)
+        tags.append(y)
+    tree_close(jnp.concatenate(tags, 1), tagger(series))
     told = capsys.readouterr().out
     assert told.count("conv1d_kernel_grad") >= 4 and told.count(", the rules' choice\n") == 24
 
