@@ -9,7 +9,7 @@ from conv_pallas.kernels.xla_pieces import UNROLLED
 from conv_pallas.kernels.xla_winograd import share
 from conv_pallas.spec import ConvSpec, Problem
 
-CACHED = 13 * 2**18  # numbers of a kernel of which another form stays in the caches beside it
+CACHED = 3 * 2**20  # numbers of a kernel of which another form stays in the caches beside it
 FEW = 16  # taps, up to which "scatter" and "im2col" in pieces were measured
 
 

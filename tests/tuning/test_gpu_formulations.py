@@ -55,7 +55,7 @@ def test_the_fastest_of_xlas_formulations_is_what_xla_runs(of_xla):
     hlo = _hlo(**D4)
     assert (hlo.count("stablehlo.convolution"), hlo.count("stablehlo.dot_general")) == (0, 4)
     told = str(explain(x, w, **D4, platform="cuda"))
-    assert told.count("matmul for each tap; measured to take 0.50 of the time of") == 3
+    assert told.count("matmul for each tap (matmuls); measured to take 0.50 of the time of") == 3
     assert "of the time of 'fold' on this GPU" in told
     # Nothing is said of others, nor elsewhere.
     assert _hlo(kernel_dilation=8).count("stablehlo.convolution") == 1
