@@ -95,9 +95,7 @@ class ModelExplanation:
     def __str__(self) -> str:
         count = sum(self.times.values()) + self.left_to_lax
         lines = [f"on {self.platform}: {count} convolution{'' if count == 1 else 's'}"]
-        alike: dict[
-            tuple[str, ...], list[str]
-        ] = {}  # those of a kind that differ in a dilation, say
+        alike: dict[tuple[str, ...], list[str]] = {}  # what differs in its dilation alone, say
         for words, told in self.convolutions.items():
             how = [f"  {operation:<18} {told.how(operation)}" for operation in told.chosen]
             how += [f"  {more}" for more in (told.note, told.epilogue) if more]
