@@ -1,7 +1,9 @@
 """Whole networks that the benchmarks measure: as published, with stock layers or ours.
 
-network = find("tcn-music/stack", STACKS)
-model = network.build(conv=nnx.Conv)  # x (N, T, C) to y (N, T, O)
+    network = find("tcn-music/stack", STACKS)
+    model = network.build(conv=nnx.Conv)
+
+makes of x ``(N, T, C)`` y ``(N, T, O)``.
 """
 
 import dataclasses
@@ -21,6 +23,7 @@ class Network:
 
     Attributes:
       source: who published it.
+      K: taps; each of ``blocks`` blocks is ``width`` wide.
       kind: what results call it.
     """
 
@@ -30,7 +33,10 @@ class Network:
     T: int
     C: int
     O: int
-    dtype: str = dataclasses.field(default="float32", kw_only=True)
+    K: int
+    width: int
+    blocks: int
+    dtype: str = "float32"
 
     kind = "whole stack"
 
@@ -55,15 +61,7 @@ class Network:
 
 @dataclasses.dataclass(frozen=True)
 class Stack(Network):
-    """A temporal convolutional network, as `conv_pallas.nn.TCN` builds it.
-
-    Attributes:
-      K: taps; each of ``blocks`` blocks is ``width`` wide.
-    """
-
-    K: int
-    width: int
-    blocks: int
+    """A temporal convolutional network, as `conv_pallas.nn.TCN` builds it."""
 
     def layers(self) -> list[Layer]:
         found, narrow = [], self.C
@@ -101,25 +99,19 @@ class Separator(Network):
     """A repeat of Conv-TasNet's separator: what its depthwise convolutions stand between.
 
     The layer norms are of a step, and ReLU stands in the place of PReLU.
-
-    Attributes:
-      K: taps; each of ``blocks`` blocks is ``width`` wide.
     """
-
-    K: int
-    width: int
-    blocks: int
 
     def layers(self) -> list[Layer]:
         found = []
         for level in range(self.blocks):
-            make = functools.partial(Layer, self.name, self.source, self.N, self.T)
+            sizes = (self.name, self.source, self.N, self.T)
+            make = functools.partial(Layer, *sizes, dtype=self.dtype)
             found += [
                 make(self.C, self.width, 1),
                 make(self.width, self.width, self.K, 1 << level, G=self.width),
                 make(self.width, self.C, 1),
             ]
-        return [dataclasses.replace(layer, dtype=self.dtype) for layer in found]
+        return found
 
     def build(
         self, *, conv: type[nnx.Conv] = Conv, implementation: Implementation = None
