@@ -1,8 +1,10 @@
 """The convolutions of which `benchmarks.formulations` times every formulation."""
 
+import itertools
 from collections.abc import Iterator
 
 import jax
+import numpy as np
 
 from benchmarks import layers
 from conv_pallas._layers import Layer, select
@@ -245,7 +247,20 @@ FLOAT16 = (
     (4, 1000, 64, 64, 4, 1, 1, 16),
     (16, 500, 64, 64, 5, 1, 2, 8),
 )
+# Kernels that fill the caches or leave them: where filtering ends, of as many steps.
+LARGE = tuple(
+    (1, T, C, C, K)
+    for C, K in (
+        (512, 7), (512, 11), (512, 15), (512, 21), (640, 5), (768, 5), (1024, 3), (1024, 5),
+        (1536, 3),
+    )
+    for T in (256, 512, 1024, 2048)
+)  # fmt: skip
 QUICK = ((2, 64, 8, 8, 3, 2), (2, 64, 8, 8, 3, 2, 1, 8), (2, 64, 8, 8, 3, 1, 1, 2))
+
+
+def large() -> Iterator[Layer]:
+    return (Layer("case", "made up", *sizes) for sizes in LARGE)
 
 
 def sweep(quick: bool = False) -> Iterator[Layer]:
@@ -259,6 +274,32 @@ def sweep(quick: bool = False) -> Iterator[Layer]:
             yield Layer("case", "made up", *sizes, **more)
     for *sizes, K, E in () if quick else TRANSPOSED:
         yield Layer("case", "made up", *sizes, K, padding=K - 1 - (K - E) // 2, E=E)
+
+
+def drawn(count: int, seed: int) -> Iterator[Layer]:
+    """Layers of sizes that somebody might have, where the rules that were made of `sweep` may err.
+
+    Each takes some 10 us to 10 ms.
+    """
+    rng = np.random.default_rng(seed)
+    pick = lambda values: values[rng.integers(len(values))]  # noqa: E731
+    layers = (_draw(pick, rng.random) for _ in itertools.count())
+    return itertools.islice((layer for layer in layers if 2**19 < layer.products < 2**29), count)
+
+
+def _draw(pick, chance) -> Layer:
+    width = lambda: pick((4, 8, 10, 12, 16, 20, 25, 32, 48, 64, 80, 96, 128, 192, 256, 384, 512))  # noqa: E731
+    C = width()
+    K = pick((2, 3, 3, 3, 4, 5, 7, 9, 15, 31))
+    S = pick((1, 1, 1, 1, 1, 2, 4))
+    kind = pick(("dense", "dense", "depthwise", "grouped"))
+    G = C if kind == "depthwise" else pick((2, 4, 8)) if kind == "grouped" and C % 8 == 0 else 1
+    O = C if G > 1 or chance() < 0.7 else width()
+    D = 2 ** pick(range(8)) if S == 1 and chance() < 0.5 else 1
+    T = round(2 ** (6 + 7 * chance()))
+    dtype = pick(("float32", "float32", "float32", "bfloat16"))
+    padding = pick(("CAUSAL", "CAUSAL", "SAME"))
+    return Layer("case", "drawn", 2 ** pick(range(6)), T, C, O, K, D, S, G, padding, dtype=dtype)
 
 
 def published(text: str) -> list[Layer]:

@@ -1,7 +1,7 @@
 """Times every XLA formulation of the three operations, which `kernels/xla_cpu.py` is made of.
 
-    python -m benchmarks.formulations [--quick] [--only TEXT] [--without TEXT] [--layers TEXT]
-                                      [--minutes N] [--json PATH]
+    python -m benchmarks.formulations [--quick | --large | --layers TEXT | --draw N [--seed N]]
+                                      [--only TEXT] [--without TEXT] [--minutes N] [--json PATH]
 
 All formulations of an operation take turns. Forward and in kernel gradients they are compared
 with what nnx.Conv runs: one `lax.conv_general_dilated` (``native``) or a transpose of that, after a
@@ -24,7 +24,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -35,8 +35,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import handoff, stored
-from benchmarks.formulation_cases import label, published, stock_of, sweep
+from benchmarks.formulation_cases import drawn, label, large, published, stock_of, sweep
 from conv_pallas import _measure
+from conv_pallas._layers import Layer
 from conv_pallas.explanation import default_platform
 from conv_pallas.kernels import xla, xla_tuned
 from conv_pallas.kernels.xla_candidates import candidates
@@ -165,15 +166,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.formulations", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--quick", action="store_true", help="three tiny cases")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--quick", action="store_true", help="three tiny cases")
+    which.add_argument("--large", action="store_true", help="kernels that hardly fit the caches")
+    which.add_argument(
+        "--layers", metavar="TEXT", help="the benchmarks' layers with such a word: a,b,c"
+    )
+    which.add_argument("--draw", type=int, metavar="N", help="so many layers at random")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of --draw")
     parser.add_argument(
         "--only", default="", metavar="TEXT", help="cases whose name has one of these in it: a,b,c"
     )
     parser.add_argument(
         "--without", metavar="TEXT", help="leave out cases whose name has one of these in it: a,b,c"
-    )
-    parser.add_argument(
-        "--layers", metavar="TEXT", help="instead the benchmarks' layers with such a word: a,b,c"
     )
     parser.add_argument(
         "--minutes", type=float, default=0, metavar="N",
@@ -182,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="PATH", help="where to write the results")
     options = parser.parse_args(argv)
     console = Console(highlight=False)
-    every = sweep(options.quick) if options.layers is None else published(options.layers)
+    every = _cases(options)
     named = lambda case, texts: any(text in label(case) for text in texts)  # noqa: E731
     without = options.without.split(",") if options.without else ()
     cases = [c for c in every if named(c, options.only.split(",")) and not named(c, without)]
@@ -211,6 +216,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             options.json.write_text(f'{head[:-1]}, "results": [\n{rows}\n]}}\n', encoding="utf-8")
             console.print(f"wrote {options.json}")
     return 0
+
+
+def _cases(options: argparse.Namespace) -> Iterable[Layer]:
+    if options.layers is not None:
+        return published(options.layers)
+    if options.draw is not None:
+        return drawn(options.draw, options.seed)
+    return large() if options.large else sweep(options.quick)
 
 
 def line(result: dict) -> str:

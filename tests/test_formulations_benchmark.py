@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import formulation_cases, formulations, handoff
 from conv_pallas import _measure
-from conv_pallas.kernels import xla
+from conv_pallas.kernels import xla, xla_cpu_bounds
 from conv_pallas.spec import OPERATIONS
 
 pytestmark = pytest.mark.usefixtures("hardly_optimized")
@@ -130,3 +130,23 @@ def test_what_is_worth_compiling():
             names = formulations.candidates(problem, formulation_cases.stock_of(case))
             assert names[0] == formulation_cases.stock_of(case) and len(names) == len(set(names))
             assert xla.choose(problem) in names
+
+
+def test_layers_at_random_are_of_every_kind_and_come_again(monkeypatch):
+    drawn = list(formulation_cases.drawn(100, seed=3))
+    assert drawn == list(formulation_cases.drawn(100, seed=3))
+    assert not set(drawn) & set(formulation_cases.drawn(100, seed=4))
+    assert all(2**19 < layer.products < 2**29 for layer in drawn)
+    kinds = {layer.kind.partition(",")[0] for layer in drawn}
+    assert kinds == {"dense", "depthwise", "grouped"} and {1, 2, 4} == {layer.S for layer in drawn}
+    assert {layer.dtype for layer in drawn} == {"float32", "bfloat16"}
+
+    cases = []
+    monkeypatch.setattr(formulations, "run", lambda races, minutes: cases.extend(races) or ())
+    assert formulations.main(["--draw", "2", "--seed", "3"]) == 0
+    assert {race.case for race in cases} == set(map(formulation_cases.label, drawn[:2]))
+
+
+def test_large_kernels_lie_on_both_sides_of_where_filtering_ends():
+    kernels = [layer.K * layer.C * layer.O for layer in formulation_cases.large()]
+    assert min(kernels) <= xla_cpu_bounds.CACHED < max(kernels)
