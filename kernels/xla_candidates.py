@@ -1,14 +1,16 @@
 """Formulations that are worth compiling for a problem, where all of them are timed."""
 
 from conv_pallas.kernels import xla_cpu
-from conv_pallas.kernels.xla_cpu_bounds import every_tap_sees, is_float32, of_group
+from conv_pallas.kernels.xla_cpu_bounds import (
+    CHANNELS,
+    STEPS,
+    every_tap_sees,
+    is_float32,
+    of_group,
+)
 from conv_pallas.kernels.xla_formulations import FORWARD, KERNEL_GRAD
 from conv_pallas.kernels.xla_pieces import UNROLLED
 from conv_pallas.spec import Problem
-
-# From which on sums of minimal filtering have products enough: steps of a kernel gradient, channels
-# of the others.
-STEPS, CHANNELS = 512, 64
 
 
 def candidates(problem: Problem, first: str) -> list[str]:

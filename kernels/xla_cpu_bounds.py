@@ -10,6 +10,9 @@ from conv_pallas.kernels.xla_winograd import share
 from conv_pallas.spec import ConvSpec, Problem
 
 CACHED = 3 * 2**20  # numbers of a kernel of which another form stays in the caches beside it
+# From which on sums of minimal filtering have products enough: steps of a kernel gradient, channels
+# of the others.
+STEPS, CHANNELS = 512, 64
 FEW = 16  # taps, up to which "scatter" and "im2col" in pieces were measured
 
 

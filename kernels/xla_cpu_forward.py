@@ -4,6 +4,7 @@ import numpy as np
 
 from conv_pallas.kernels.xla_cpu_bounds import (
     CHANNEL_BLOCKS,
+    CHANNELS,
     FEW,
     MOST,
     PADS,
@@ -96,8 +97,9 @@ def forward(problem: Problem) -> str:
     N16 T80 C600 O600 K3 D4              winograd 1.3  parts 1.2     winograd 1.3  parts 1.2
     ===================================  ==========================  ==========================
 
-    Of bfloat16 depthwise with up to 8 taps takes "matmuls" all the same: on a CPU with AVX2 alone
-    they were ahead, in the input gradient by far.
+    Of bfloat16 a depthwise input gradient with up to 8 taps takes "matmuls" all the same: on a CPU
+    with AVX2 alone it is up to six times as fast as the others; forward "scatter" is ahead there,
+    too (on this machine, with ``XLA_FLAGS=--xla_cpu_max_isa=AVX2``).
 
     Those are of cores that share a cache, as they mostly did. Where they lie apart
     (`benchmarks.handoff`), what is made in several steps waits for what another core wrote. It is
@@ -146,8 +148,7 @@ def forward(problem: Problem) -> str:
     if spec.input_dilation > 1:
         return _spread(problem, spec, c, o) or stock
     if spec.stride > 1:
-        few = "matmuls" if c == 1 else "shifts"
-        return few if c <= 2 and K * c <= 16 else stock
+        return _strided(problem, spec, c, o) or stock
     products = 32 if c <= 8 and c * o <= 64 else 16 if c <= 3 and not is_bfloat16(problem) else 0
     if K * c <= products and (c < 4 or problem.N * spec.time * K * c > 2**13):
         return "own_pads" if c == 1 and K <= 6 else "shifts"
@@ -175,7 +176,60 @@ def forward(problem: Problem) -> str:
 def _grouped(problem: Problem) -> str | None:
     """Of more than one group; None where nothing is faster than stock.
 
-    Of many taps of one channel each, measured as in `forward`:
+    Measured as in `forward`, of layers drawn at random (``formulations-drawn-1.json`` to ``-3``):
+
+    =========================================  =======================  =========================
+    N16 T2973 C64 O64 K3 S4 G8 SAME            shifts 3.4  split 1.9    depth_to_space_im2col 5.7
+    N1 T3513 C384 O384 K3 S4 G2                native 1.0  padded 1.0   depth_to_space_im2col 3.2
+    N16 T2463 C48 O48 K5 S2 G4 SAME            split 1.8  matmuls 1.2   depth_to_space_im2col 2.9
+    N16 T1988 C192 O192 K3 S4 G8               padded 1.0  native 1.0   depth_to_space_im2col 3.3
+    N2 T91 C64 O64 K15 D2 G8 SAME              scatter 1.3  blocks 1.2  scatter 1.2  blocks 1.1
+    N1 T179 C192 O192 K5 D32 G8 SAME           native 1.0  padded 1.0   scatter 1.1  native 1.0
+    N2 T3332 C64 O64 K4 G4                     split 1.5  blocks 1.3    split 1.5  blocks 1.3
+    N16 T73 C256 O256 K4 G2 SAME               split 1.2  scatter 1.0   split 1.2  scatter 1.0
+    N8 T101 C256 O256 K5 D16 G2 bfloat16 SAME  im2col 1.7  matmuls 1.6  im2col 1.6  matmuls 1.5
+    N16 T79 C96 O96 K3 G2 bfloat16             scatter 1.2  split 1.2   split 1.2  scatter 1.1
+    =========================================  =======================  =========================
+    """
+    spec, c, o = of_group(problem)
+    N, G, K = problem.N, spec.groups, spec.kernel_size
+    every_step = spec.stride == spec.input_dilation == 1
+    narrow = problem.out_dtype.itemsize < 4
+    if c == 1:
+        return _depthwise(problem, spec, o)
+    if spec.input_dilation > 1 and _phases(problem, spec, c):
+        return "depth_to_space_im2col"
+    if is_bfloat16(problem) and c <= 16 and o > 1 and every_step and holds_little(problem):
+        return "im2col" if K <= 4 else "blocks"
+    moved = "im2col" if spec.stride > 1 else "scatter"
+    if narrow and 2 < c <= 8 and o > 1 and K <= FEW and holds_little(problem, moved):
+        return moved  # multiply-adds widen every number anew for each of their products
+    if c <= 8 and K * c <= 64:
+        return "shifts"
+    if problem.depthwise and c <= 8 and K <= CHANNEL_BLOCKS:
+        return "channel_blocks"
+    if c <= 8 and K > FEW and every_step and holds_little(problem):
+        return "blocks"
+    if c <= 8 and K <= FEW and every_step and holds_little(problem, "scatter"):
+        return "scatter"
+    if K <= 4 and every_step and (max(c, o) < 16 or G > 32 or (N == 1 and max(c, o) <= 64)):
+        return "scatter"
+    if is_bfloat16(problem) and G == 2 and c >= 64 and every_step and holds_little(problem):
+        return "im2col"
+    if G <= 32:
+        # So many small programs for so little; and what a stride leaves out, stock does as well.
+        little = G > 2 and N * spec.time < 256
+        return None if little or (spec.stride > 2 and c >= 24) else "split"
+    if spec.stride > 1:
+        return "matmuls"
+    scatters = spec.input_dilation > 1 and K <= FEW
+    return "scatter" if scatters and holds_little(problem, "scatter") else None
+
+
+def _depthwise(problem: Problem, spec: ConvSpec, o: int) -> str:
+    """Of one channel to a group, of which o are made.
+
+    Of many taps, measured as in `forward`:
 
     ===============================  ==============================  ==============================
                                      forward                         input gradient
@@ -190,49 +244,65 @@ def _grouped(problem: Problem) -> str | None:
     N8 T2000 C256 O256 K75 G256      channel_blocks 18  scatter 18   channel_blocks 32  scatter 14
     N1 T1000 C512 O512 K87 D2 G512   channel_blocks 120  scatter 61  channel_blocks 77  own_pads 64
     ===============================  ==============================  ==============================
+
+    And of layers drawn at random, as in `_grouped`:
+
+    ======================================  =========================  =========================
+    N32 T738 C8 O8 K3 G8                    matmuls 31  shifts 30      matmuls 34  shifts 32
+    N32 T4597 C4 O4 K7 G4 SAME              channel_blocks 55          channel_blocks 52
+    N32 T497 C8 O8 K9 D4 G8                 channel_blocks 43          matmuls 39
+    N16 T3094 C20 O20 K31 D128 G20          matmuls 40                 matmuls 37  own_pads 23
+    N2 T2232 C256 O256 K31 G256 SAME        channel_blocks 48          channel_blocks 50
+    N1 T614 C384 O384 K31 D2 G384 SAME      channel_blocks 76          channel_blocks 74
+    N2 T1600 C384 O384 K3 S4 G384           scatter 63  own_pads 59    depth_to_space_im2col 246
+    N32 T159 C192 O192 K3 S4 G192 bfloat16  scatter 52  own_pads 39    depth_to_space_im2col 195
+    N16 T1117 C256 O256 K3 G256 bfloat16    scatter 314  own_pads 281  scatter 236  own_pads 228
+    N8 T2276 C32 O32 K15 D2 G32 bfloat16    channel_blocks 74          channel_blocks 77
+    N16 T2000 C16 O16 K31 G16 bfloat16      channel_blocks 34          channel_blocks 34
+    ======================================  =========================  =========================
+
+    Of bfloat16 with few taps an input gradient takes "matmuls" all the same: see `forward`.
     """
-    spec, c, o = of_group(problem)
     N, G, K = problem.N, spec.groups, spec.kernel_size
-    every_step = spec.stride == spec.input_dilation == 1
     narrow = problem.out_dtype.itemsize < 4
-    if c == 1:
-        if PADS < K <= CHANNEL_BLOCKS:
-            return "channel_blocks"
-        if K > UNROLLED or (K > 8 and not (narrow and o > 1)):
-            return "own_pads"
-        if narrow or K > 8:
-            return "matmuls"
-        if o == 1 and K <= 8 and (K > 4 or N == 1 or G < 256):
-            return "scatter"
-        return "own_pads" if K <= 4 else "matmuls"
-    if is_bfloat16(problem) and c <= 16 and o > 1 and every_step and holds_little(problem):
-        return "im2col" if K <= 4 else "blocks"
-    moved = "im2col" if spec.stride > 1 else "scatter"
-    if narrow and 2 < c <= 8 and o > 1 and K <= FEW and holds_little(problem, moved):
-        return moved  # multiply-adds widen every number anew for each of their products
-    if c <= 8 and K * c <= 64:
-        return "shifts"
-    if problem.depthwise and c <= 8 and K <= CHANNEL_BLOCKS:
+    every_step = spec.stride == spec.input_dilation == 1
+    if PADS < K <= CHANNEL_BLOCKS or (28 < K <= UNROLLED and every_step and spec.time >= 600):
         return "channel_blocks"
-    if c <= 8 and K > FEW and every_step and holds_little(problem):
-        return "blocks"
-    if K <= 4 and every_step and (max(c, o) <= 16 or G > 32 or (N == 1 and max(c, o) <= 64)):
-        return "scatter"
-    if 2 < G <= 32 or (G == 2 and c <= 32):
-        return "split"
-    if G > 32 and spec.stride > 1:
+    if K > UNROLLED:
+        return "own_pads"
+    if narrow and o == 1 and 12 <= K and every_step:
+        return "channel_blocks"
+    # So few channels do not fill a register.
+    if o == 1 and G < (32 if K > 8 else 16) and not narrow and spec.input_dilation == 1:
         return "matmuls"
-    scatters = G > 32 and spec.input_dilation > 1 and K <= FEW
-    return "scatter" if scatters and holds_little(problem, "scatter") else None
+    if K > 8 and not (narrow and o > 1):
+        return "own_pads"
+    if spec.input_dilation > (1 if narrow else 2) and _phases(problem, spec, 1):
+        return "depth_to_space_im2col"
+    if narrow and problem.operation == "conv1d" and K <= 8:
+        return "scatter"
+    if narrow or K > 8:
+        return "matmuls"
+    if o == 1 and (K > 4 or N == 1 or G < 256):
+        return "scatter"
+    return "own_pads" if K <= 4 else "matmuls"
+
+
+def _phases(problem: Problem, spec: ConvSpec, c: int) -> bool:
+    """Whether groups of a dilated input become one convolution for each phase."""
+    plain = spec.kernel_dilation == spec.stride == 1
+    S = spec.input_dilation
+    windows = problem.N * (spec.out_time // S) * (spec.kernel_size // S + 1) * c * spec.groups
+    return plain and spec.kernel_size <= FEW and windows <= 2**25
 
 
 def _in_blocks(problem: Problem, spec: ConvSpec, c: int, o: int) -> bool:
     """Whether "blocks" is faster than the convolution with many taps."""
-    if 2 * spec.span > spec.time or not pieces_hold("blocks", problem, spec):
+    if not pieces_hold("blocks", problem, spec):
         return False
     if is_bfloat16(problem):
         return spec.kernel_size > FEW or not _scatters(problem, spec, c, o)
-    if _into_few(problem, c, o):
+    if 2 * spec.span > spec.time or _into_few(problem, c, o):
         return False
     few = max(c, o) < (10 if spec.kernel_size <= 32 else 16) if min(c, o) >= 4 else max(c, o) <= 2
     into_few = 1 < o <= 8 and c <= 64
@@ -262,11 +332,43 @@ def _few_channels(problem: Problem, spec: ConvSpec, c: int, o: int) -> bool:
     everything = problem.N * held
     if K > (FEW if most > 12 else 2 * FEW) or spec.span > spec.time or held > MOST:
         return False
+    if K > 12 and D == 1 and most > 8:
+        return False
     if most <= 12:
         return everything <= WHOLE or (D > 1 and K <= FEW)
     if most >= 28 or o % 16 == 0:
         return most < 32 and everything <= 3 * 2**20 and (D > 1 or most < 28)
     return everything <= (WHOLE if D > 1 or K >= 7 else 3 * 2**20)
+
+
+def _strided(problem: Problem, spec: ConvSpec, c: int, o: int) -> str | None:
+    """Of one group, more than one tap, and a stride; None where nothing is faster than stock.
+
+    Measured as in `_grouped`:
+
+    =====================================  ====================================
+    N4 T5218 C10 O10 K2 S2                 shifts 2.3  scatter 1.7  im2col 1.4
+    N1 T378 C256 O8 K3 S4                  scatter 2.0  im2col 1.8  matmuls 1.3
+    N1 T1263 C256 O4 K3 S2 bfloat16        scatter 2.2  padded 1.0  native 1.0
+    N4 T799 C256 O4 K3 S4 bfloat16 SAME    scatter 3.3  matmuls 1.3  im2col 1.2
+    N2 T794 C25 O25 K3 S4 bfloat16         im2col 1.6  matmuls 1.2  scatter 1.0
+    N32 T1642 C96 O96 K2 S2 bfloat16 SAME  im2col 1.6  matmuls 1.5  scatter 1.3
+    N8 T310 C64 O64 K31 S4 bfloat16 SAME   im2col 1.3  padded 1.0  native 1.0
+    =====================================  ====================================
+    """
+    K = spec.kernel_size
+    few_taps = K <= (FEW if o > 2 else 2 * FEW)
+    if o <= 8 and c >= 32 and few_taps and bytes_held("scatter", problem) <= 4 * MOST:
+        return "scatter"
+    if not is_bfloat16(problem):
+        few = "matmuls" if c == 1 else "shifts"
+        narrow = (c <= 2 and K * c <= 16) or (max(c, o) <= 12 and K * c <= 40)
+        return few if narrow else None
+    if c <= 2:
+        return "shifts" if K * c <= 16 else None
+    # What the matmul reads; it is not taken in pieces.
+    windows = problem.N * bytes_held("im2col", problem)
+    return "im2col" if min(c, o) >= 16 and windows <= 2**24 else None
 
 
 def _spread(problem: Problem, spec: ConvSpec, c: int, o: int) -> str | None:
@@ -344,7 +446,8 @@ def _spread(problem: Problem, spec: ConvSpec, c: int, o: int) -> str | None:
     rows = problem.N * spec.time
     little = problem.N * spec.out_time * max(c, S * o) <= 2**22 * S
     # Of more whole rows its rounding errors are more than twice those of stock.
-    filters = problem.precision is None and o >= 64 and c > 1 and little and K // S <= 5
+    wide = o >= 64 and c >= CHANNELS
+    filters = problem.precision is None and wide and little and K // S <= 5
     if scatters and K <= 5:
         return "depth_to_space" if K % S == 0 and c > o else scatters
     if rows <= 128:
@@ -354,7 +457,8 @@ def _spread(problem: Problem, spec: ConvSpec, c: int, o: int) -> str | None:
 
 def _scatters(problem: Problem, spec: ConvSpec, c: int, o: int) -> bool:
     """Whether of bfloat16 "scatter" is faster than "im2col"; what it holds is twice as wide."""
-    worth = c >= 32 or (c >= 20 and spec.kernel_size >= 5)
+    tiny = problem.N * bytes_held("scatter", problem) <= 2**20
+    worth = c >= 32 or (c >= 20 and spec.kernel_size >= 5) or tiny
     rows = o < 64 or spec.time >= 512  # for a matmul with as many columns as all taps have
     sees = spec.span <= spec.time  # else many of its products are of taps that see only padding
     return o <= c and worth and rows and sees and bytes_held("scatter", problem) <= MOST

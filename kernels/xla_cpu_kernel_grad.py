@@ -6,6 +6,7 @@ from conv_pallas.kernels.xla_cpu_bounds import (
     AT_ONCE,
     FEW,
     MOST,
+    STEPS,
     WHOLE,
     bytes_held,
     every_tap_sees,
@@ -83,6 +84,16 @@ def kernel_grad(problem: Problem) -> str:
     N1 T10000 C64 O64 K16 D2 S2  matmuls 2.9/3.0  canonical 1.1/1.0
     ===========================  =======================================================
 
+    Of layers drawn at random (``formulations-drawn-1.json`` to ``-3``):
+
+    =============================  =============================================
+    N4 T807 C12 O12 K3 D2          canonical 1.5  padded 1.0  winograd 0.9
+    N8 T188 C25 O25 K2 D64         canonical 1.8  parts 1.2  matmuls 1.2
+    N16 T4300 C4 O512 K3 D32 SAME  im2col 6.5  matmuls 3.6  native 1.0
+    N32 T4179 C80 O25 K4 S2 SAME   im2col 2.3  native 1.0  canonical 1.0
+    N8 T112 C384 O32 K3 S2         im2col 1.9  canonical 1.5  space_to_depth 1.0
+    =============================  =============================================
+
     "native" is the same program as "canonical" outside of loops.
     """
     spec, c, _ = of_group(problem)
@@ -100,7 +111,9 @@ def kernel_grad(problem: Problem) -> str:
     columns = steps * K * c  # what im2col holds
     if problem.C * problem.O <= 4 and K <= 4 and spec.stride == 1 and steps >= 2**13:
         return "tree"
-    if columns <= 2**17 or (K <= 8 and (steps <= 128 or c == 1)):
+    few = c == 1 or (c <= 4 and problem.O >= 16 * c)
+    most = 2**16 if spec.stride == 1 else 2**17
+    if columns <= most or (K <= 8 and (steps <= 128 or few)):
         return "im2col"
     if spec.stride > 1:
         return _strided(problem)
@@ -160,10 +173,13 @@ def _strided(problem: Problem) -> str:
             return "im2col"
         return "matmuls" if K <= FEW and N == 1 and is_float32(problem) else "canonical"
     wide = min(spec.stride * problem.C, problem.O)
-    little = N * spec.out_time * max(spec.stride * problem.C, problem.O) <= 2**22
+    steps = N * spec.out_time
+    little = STEPS <= steps and steps * max(spec.stride * problem.C, problem.O) <= 2**22
     # Of more pairs of rows it would copy the steps that they see, side by side.
     filters = taps in (2, 3, 5) and problem.precision is None and little and every_tap_sees(spec)
     if K <= 3 and N < 8:
+        return "im2col"
+    if N >= 8 and spec.stride < K <= 4 and max(problem.C, problem.O) > 64:
         return "im2col"
     if N >= 8:
         return "space_to_depth_winograd" if filters and taps == 2 and wide >= 128 else "canonical"
@@ -173,16 +189,38 @@ def _strided(problem: Problem) -> str:
 
 
 def _grouped(problem: Problem) -> str:
+    """Of more than one group. Measured as in `kernel_grad`, of layers drawn at random.
+
+    =========================================  =========================================
+    N1 T187 C64 O64 K7 G8                      im2col 16  matmuls 14  tree 11
+    N2 T91 C64 O64 K15 D2 G8 SAME              im2col 11  matmuls 9.3  split 5.4
+    N1 T272 C96 O96 K15 G2                     im2col 4842  matmuls 3541  split 2054
+    N1 T1708 C256 O256 K3 D64 G8 SAME          im2col 22  matmuls 14  split 13
+    N8 T224 C64 O64 K2 D32 G8                  im2col 7.4  matmuls 5.7  tree 4.9
+    N2 T868 C192 O192 K7 D128 G8 SAME          split 16  im2col 13  matmuls 11
+    N32 T179 C80 O80 K5 D8 G4 SAME             split 3.3  matmuls 1.3  im2col 1.1
+    N16 T3225 C80 O80 K3 S4 G4 SAME            matmuls 2.0  im2col 1.8  tree 1.5
+    N8 T101 C256 O256 K5 D16 G2 bfloat16 SAME  im2col 3.0  split 2.0  matmuls 1.9
+    N16 T1762 C48 O48 K7 D16 G8 bfloat16 SAME  split 6.2  tree 2.9  matmuls 2.4
+    N32 T497 C8 O8 K9 D4 G8                    split 1.5  channel_blocks 1.4  padded 1.0
+    N8 T1887 C192 O192 K7 S2 G192              channel_blocks 4.5  shifts 1.9  tree 1.1
+    N8 T1623 C192 O192 K7 G192                 tree 8.3  channel_blocks 6.3  padded 1.0
+    =========================================  =========================================
+    """
     spec, c, _ = of_group(problem)
     K, G = spec.kernel_size, spec.groups
     if c == 1:
         # Each of its pieces copies what it sees of x, D (K - 1) steps more than its own.
-        blocks = K >= 12 and spec.kernel_dilation <= 8 and spec.input_dilation == 1
+        many = K >= (4 if spec.stride == 2 else 7 if G < 16 else 12)
+        blocks = many and spec.kernel_dilation <= 8 and spec.input_dilation == 1
         return "channel_blocks" if blocks else "tree"
-    # It holds K / S copies of x. With a stride it is twice as slow as "split" from some 20 MB on.
+    # It holds K / S copies of x. With a stride it is twice as slow as "split" from 20 MB on.
     held = problem.N * G * bytes_held("im2col", problem)
-    fits = held <= WHOLE if spec.stride > 1 else is_bfloat16(problem) and holds_little(problem)
-    if K <= 8 and fits:
+    steps = problem.N * spec.out_time
+    few = G > 2 and c >= 8 and steps <= 2**11
+    fits = spec.stride > 1 or is_bfloat16(problem) or few or (problem.N == 1 and c >= 32)
+    most = 2**24 if spec.stride > 1 else WHOLE
+    if K <= (FEW if few or problem.N == 1 else 8) and held <= most and fits:
         return "im2col"
     if G > 32 and K * c <= 20:
         return "tree"
@@ -215,4 +253,5 @@ def _filters(problem: Problem) -> bool:
     few = spec.kernel_size == 3 or (spec.kernel_size == 5 and min(c, o) >= 256)
     pieces = problem.N == 1 or bytes_held("winograd", problem) <= MOST
     fits = every_step and few and pieces and every_tap_sees(spec)
+    fits = fits and problem.N * spec.out_time >= STEPS
     return fits and filtering_pays(problem, spec, c, o)
