@@ -176,13 +176,14 @@ def forward(problem: Problem) -> str:
 def _grouped(problem: Problem) -> str | None:
     """Of more than one group; None where nothing is faster than stock.
 
-    Measured as in `forward`, of layers drawn at random (``formulations-drawn-1.json`` to ``-3``):
+    Measured as in `forward`, of layers drawn at random (``formulations-drawn-1.json`` to ``-4``):
 
     =========================================  =======================  =========================
     N16 T2973 C64 O64 K3 S4 G8 SAME            shifts 3.4  split 1.9    depth_to_space_im2col 5.7
     N1 T3513 C384 O384 K3 S4 G2                native 1.0  padded 1.0   depth_to_space_im2col 3.2
     N16 T2463 C48 O48 K5 S2 G4 SAME            split 1.8  matmuls 1.2   depth_to_space_im2col 2.9
     N16 T1988 C192 O192 K3 S4 G8               padded 1.0  native 1.0   depth_to_space_im2col 3.3
+    N1 T7942 C384 O384 K3 G8 SAME              split 2.0  native 1.0    split 2.0  native 1.0
     N2 T91 C64 O64 K15 D2 G8 SAME              scatter 1.3  blocks 1.2  scatter 1.2  blocks 1.1
     N1 T179 C192 O192 K5 D32 G8 SAME           native 1.0  padded 1.0   scatter 1.1  native 1.0
     N2 T3332 C64 O64 K4 G4                     split 1.5  blocks 1.3    split 1.5  blocks 1.3
@@ -212,13 +213,14 @@ def _grouped(problem: Problem) -> str | None:
         return "blocks"
     if c <= 8 and K <= FEW and every_step and holds_little(problem, "scatter"):
         return "scatter"
-    if K <= 4 and every_step and (max(c, o) < 16 or G > 32 or (N == 1 and max(c, o) <= 64)):
+    alone = N == 1 and max(c, o) <= 64 and G * bytes_held("scatter", problem) <= WHOLE
+    if K <= 4 and every_step and (max(c, o) < 16 or G > 32 or alone):
         return "scatter"
     if is_bfloat16(problem) and G == 2 and c >= 64 and every_step and holds_little(problem):
         return "im2col"
     if G <= 32:
         # So many small programs for so little; and what a stride leaves out, stock does as well.
-        little = G > 2 and N * spec.time < 256
+        little = G > 2 and c < 64 and N * spec.time < 256
         return None if little or (spec.stride > 2 and c >= 24) else "split"
     if spec.stride > 1:
         return "matmuls"
@@ -449,7 +451,8 @@ def _spread(problem: Problem, spec: ConvSpec, c: int, o: int) -> str | None:
     wide = o >= 64 and c >= CHANNELS
     filters = problem.precision is None and wide and little and K // S <= 5
     if scatters and K <= 5:
-        return "depth_to_space" if K % S == 0 and c > o else scatters
+        much = problem.N * bytes_held("scatter", problem) > WHOLE
+        return "depth_to_space" if much or (K % S == 0 and c > o) else scatters
     if rows <= 128:
         return None
     return "depth_to_space_winograd" if filters and rows >= 512 else "depth_to_space"

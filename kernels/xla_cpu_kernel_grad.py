@@ -211,7 +211,7 @@ def _grouped(problem: Problem) -> str:
     K, G = spec.kernel_size, spec.groups
     if c == 1:
         # Each of its pieces copies what it sees of x, D (K - 1) steps more than its own.
-        many = K >= (4 if spec.stride == 2 else 7 if G < 16 else 12)
+        many = K >= (5 if spec.stride == 2 else 7 if G < 16 else 12)
         blocks = many and spec.kernel_dilation <= 8 and spec.input_dilation == 1
         return "channel_blocks" if blocks else "tree"
     # It holds K / S copies of x. With a stride it is twice as slow as "split" from 20 MB on.

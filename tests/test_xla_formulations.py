@@ -536,6 +536,9 @@ def test_choice_exists(platform):
         # Groups of which there is little, or two.
         ((2, 91, 64, 64, 15, 2, 1, 8), "float32", "scatter", "scatter"),
         ((1, 179, 192, 192, 5, 32, 1, 8), "float32", "padded", "native"),
+        ((2, 65, 512, 512, 5, 1, 1, 8), "float32", "split", "split"),
+        ((1, 1708, 256, 256, 3, 64, 1, 8), "float32", "scatter", "scatter"),
+        ((1, 7942, 384, 384, 3, 1, 1, 8), "float32", "split", "split"),
         ((16, 73, 256, 256, 4, 1, 1, 2), "float32", "split", "split"),
         ((8, 101, 256, 256, 5, 16, 1, 2), "bfloat16", "im2col", "im2col"),
         ((16, 79, 96, 96, 3, 1, 1, 2), "bfloat16", "split", "split"),
@@ -602,7 +605,7 @@ def test_the_rules_show_what_was_measured():
     """The figures in their docstrings are those of the stored results."""
     folder, shown = Path(__file__).parents[1] / "benchmarks/results/cpu", 0
     strided = ("formulations-strided", "formulations-strided-more")
-    drawn = [f"formulations-drawn-{i}" for i in (1, 2, 3)]
+    drawn = [f"formulations-drawn-{i}" for i in (1, 2, 3, 4)]
     for rule, operations, *names in (
         (xla_cpu_forward.forward, OPERATIONS[:2], "formulations"),
         (xla_cpu_forward._grouped, OPERATIONS[:2], *drawn),
@@ -771,6 +774,7 @@ def test_strided_gradients_are_filtered_where_each_tap_sees_something_and_little
 
 @pytest.mark.parametrize("sizes, expected", [
     ((8, 1000, 64, 64, 3, 2), "scatter"),
+    ((32, 6616, 20, 20, 3, 4), "depth_to_space"),  # of all samples, too
     ((4, 1000, 128, 128, 4, 2), "scatter"),
     ((4, 1000, 128, 128, 8, 4), "depth_to_space_winograd"),
     ((4, 2000, 32, 32, 9, 2), "depth_to_space"),
@@ -799,7 +803,8 @@ def test_a_strided_input_gradient(sizes, expected):
     ((16, 32, 512, 256, 16, 8), "depth_to_space_winograd"),
     ((4, 2048, 128, 64, 4, 2), "depth_to_space"),
     ((4, 2048, 64, 64, 4, 2), "scatter"),
-    ((4, 2048, 128, 64, 5, 2), "scatter"),
+    ((2, 2048, 128, 64, 5, 2), "scatter"),
+    ((4, 2048, 128, 64, 5, 2), "depth_to_space"),
     ((8, 3999, 512, 1, 16, 8), "scatter"),
 ])  # fmt: skip
 def test_a_transposed_layer(sizes, expected):
