@@ -22,7 +22,8 @@ import numpy as np
 
 from conv_pallas import _measure
 from conv_pallas.kernels import records, xla, xla_cpu, xla_tuned
-from conv_pallas.kernels.xla_candidates import candidates, sound
+from conv_pallas.kernels.xla_candidates import candidates
+from conv_pallas.kernels.xla_cpu_bounds import sound
 from conv_pallas.spec import OPERATIONS, Problem
 from conv_pallas.tracing import Convolution
 

@@ -70,6 +70,40 @@ def every_tap_sees(spec: ConvSpec) -> bool:
     return 2 * sum(max(0, zeros) for zeros in spec.padding) <= spec.time
 
 
+def sound(name: str, problem: Problem) -> bool:
+    """Whether a formulation may run on a CPU without having been asked for.
+
+    Not "dense", in which a NaN would meet other groups' zeros, nor a kernel gradient that is many
+    times slower in the body of a loop, as JAX's transposes and convolutions of groups are
+    (`xla_formulations.canonical_kernel_grad`). And minimal filtering only where its rounding errors
+    are no more than those that `xla_winograd` tells of: in float32, without a precision. They are
+    relative to what a tile sees, and an element's own products may all be small by chance, if they
+    are few: of a kernel gradient over 80 to 256 steps up to one element in 5000 was off by more
+    than it may be.
+    """
+    gradient_of_kernel = problem.operation == "conv1d_kernel_grad"
+    if name == "dense":
+        return False
+    if gradient_of_kernel:
+        convolves = name in ("canonical", "padded") or name.startswith("space_to_depth")
+        if name in ("native", "fold") or (convolves and problem.spec.groups > 1):
+            return False
+    if "winograd" not in name:
+        return True
+    spec, c, _ = of_group(problem)
+    if not is_float32(problem) or problem.precision is not None:
+        return False
+    if gradient_of_kernel and (problem.N * spec.out_time < STEPS or not every_tap_sees(spec)):
+        return False
+    if not gradient_of_kernel and c < CHANNELS:
+        return False
+    if name == "winograd":
+        return True
+    # Taps of what it filters, in which a stride's steps are channels of one.
+    taps = -(-spec.kernel_size // (spec.stride if gradient_of_kernel else spec.input_dilation))
+    return taps in (2, 3, 5) if gradient_of_kernel else taps <= 5
+
+
 # What a piece may hold for a moment; what needs no pieces yet; and what one sequence may hold,
 # beyond which it is as slow as all at once. Bytes. Each piece costs some time by itself.
 PIECE = {

@@ -4,7 +4,6 @@ import numpy as np
 
 from conv_pallas.kernels.xla_cpu_bounds import (
     CHANNEL_BLOCKS,
-    CHANNELS,
     FEW,
     MOST,
     PADS,
@@ -16,6 +15,7 @@ from conv_pallas.kernels.xla_cpu_bounds import (
     is_float32,
     of_group,
     pieces_hold,
+    sound,
 )
 from conv_pallas.kernels.xla_pieces import UNROLLED
 from conv_pallas.spec import ConvSpec, Problem
@@ -448,8 +448,7 @@ def _spread(problem: Problem, spec: ConvSpec, c: int, o: int) -> str | None:
     rows = problem.N * spec.time
     little = problem.N * spec.out_time * max(c, S * o) <= 2**22 * S
     # Of more whole rows its rounding errors are more than twice those of stock.
-    wide = o >= 64 and c >= CHANNELS
-    filters = problem.precision is None and wide and little and K // S <= 5
+    filters = o >= 64 and little and sound("depth_to_space_winograd", problem)
     if scatters and K <= 5:
         much = problem.N * bytes_held("scatter", problem) > WHOLE
         return "depth_to_space" if much or (K % S == 0 and c > o) else scatters

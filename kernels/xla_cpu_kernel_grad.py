@@ -6,16 +6,15 @@ from conv_pallas.kernels.xla_cpu_bounds import (
     AT_ONCE,
     FEW,
     MOST,
-    STEPS,
     WHOLE,
     bytes_held,
-    every_tap_sees,
     filtering_pays,
     holds_little,
     is_bfloat16,
     is_float32,
     of_group,
     pieces_hold,
+    sound,
 )
 from conv_pallas.kernels.xla_pieces import UNROLLED
 from conv_pallas.spec import Problem
@@ -173,10 +172,9 @@ def _strided(problem: Problem) -> str:
             return "im2col"
         return "matmuls" if K <= FEW and N == 1 and is_float32(problem) else "canonical"
     wide = min(spec.stride * problem.C, problem.O)
-    steps = N * spec.out_time
-    little = STEPS <= steps and steps * max(spec.stride * problem.C, problem.O) <= 2**22
+    little = N * spec.out_time * max(spec.stride * problem.C, problem.O) <= 2**22
     # Of more pairs of rows it would copy the steps that they see, side by side.
-    filters = taps in (2, 3, 5) and problem.precision is None and little and every_tap_sees(spec)
+    filters = little and sound("space_to_depth_winograd", problem)
     if K <= 3 and N < 8:
         return "im2col"
     if N >= 8 and spec.stride < K <= 4 and max(problem.C, problem.O) > 64:
@@ -252,6 +250,5 @@ def _filters(problem: Problem) -> bool:
     every_step = spec.stride == spec.input_dilation == 1
     few = spec.kernel_size == 3 or (spec.kernel_size == 5 and min(c, o) >= 256)
     pieces = problem.N == 1 or bytes_held("winograd", problem) <= MOST
-    fits = every_step and few and pieces and every_tap_sees(spec)
-    fits = fits and problem.N * spec.out_time >= STEPS
+    fits = every_step and few and pieces and sound("winograd", problem)
     return fits and filtering_pays(problem, spec, c, o)

@@ -14,7 +14,7 @@ import jax
 
 from conv_pallas import _host
 from conv_pallas.kernels import records, xla_cpu, xla_gpu
-from conv_pallas.kernels.xla_candidates import sound
+from conv_pallas.kernels.xla_cpu_bounds import sound
 from conv_pallas.kernels.xla_formulations import FORWARD, KERNEL_GRAD
 from conv_pallas.spec import Problem
 

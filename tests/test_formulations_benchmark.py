@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import formulation_cases, formulations, handoff
 from conv_pallas import _measure
-from conv_pallas.kernels import xla, xla_candidates, xla_cpu, xla_cpu_bounds
+from conv_pallas.kernels import xla, xla_cpu, xla_cpu_bounds
 from conv_pallas.spec import OPERATIONS
 
 pytestmark = pytest.mark.usefixtures("hardly_optimized")
@@ -157,4 +157,4 @@ def test_rules_take_what_is_sound_of_layers_that_nobody_chose(operation):
     for layer in formulation_cases.drawn(2000, seed=11):
         problem = layer.problem(operation, "cpu")
         name = xla_cpu.choose(problem)
-        assert xla_candidates.sound(name, problem), (name, formulation_cases.label(layer))
+        assert xla_cpu_bounds.sound(name, problem), (name, formulation_cases.label(layer))

@@ -777,6 +777,7 @@ def test_strided_gradients_are_filtered_where_each_tap_sees_something_and_little
     ((32, 6616, 20, 20, 3, 4), "depth_to_space"),  # of all samples, too
     ((4, 1000, 128, 128, 4, 2), "scatter"),
     ((4, 1000, 128, 128, 8, 4), "depth_to_space_winograd"),
+    ((4, 1000, 128, 128, 11, 2), "depth_to_space"),  # of six taps a phase: see `sound`
     ((4, 2000, 32, 32, 9, 2), "depth_to_space"),
     ((4, 2000, 16, 64, 8, 4), "depth_to_space"),
     ((4, 2000, 64, 16, 16, 4), "depth_to_space"),

@@ -21,7 +21,8 @@ from conv_pallas.__main__ import main
 from conv_pallas._layers import select
 from conv_pallas._measure import OURS, STOCK
 from conv_pallas.kernels import records, xla, xla_cpu, xla_tuned
-from conv_pallas.kernels.xla_candidates import candidates, sound
+from conv_pallas.kernels.xla_candidates import candidates
+from conv_pallas.kernels.xla_cpu_bounds import sound
 from conv_pallas.nn import TCN
 from conv_pallas.spec import OPERATIONS
 from tests.cases import Case
