@@ -97,9 +97,9 @@ def forward(problem: Problem) -> str:
     N16 T80 C600 O600 K3 D4              winograd 1.3  parts 1.2     winograd 1.3  parts 1.2
     ===================================  ==========================  ==========================
 
-    Of bfloat16 a depthwise input gradient with up to 8 taps takes "matmuls" all the same: on a CPU
-    with AVX2 alone it is up to six times as fast as the others; forward "scatter" is ahead there,
-    too (on this machine, with ``XLA_FLAGS=--xla_cpu_max_isa=AVX2``).
+    Of bfloat16 a depthwise input gradient with up to 8 taps takes "matmuls" all the same: with AVX2
+    alone "scatter" and "own_pads" take up to six times as long. Forward "scatter" is ahead there,
+    too (``formulations-avx2.json`` and ``-drawn``, with ``XLA_FLAGS=--xla_cpu_max_isa=AVX2``).
 
     Those are of cores that share a cache, as they mostly did. Where they lie apart
     (`benchmarks.handoff`), what is made in several steps waits for what another core wrote. It is
