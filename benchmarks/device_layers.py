@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import jax
 
-from benchmarks import baselines
+from benchmarks import baselines, formulation_cases
 from benchmarks.layers import quick
 from conv_pallas import inspection
 from conv_pallas._layers import Layer
@@ -56,6 +56,14 @@ def sweep(dry: bool) -> list[Layer]:
     """Published layers of each kind."""
     chosen = [subject for subject in quick() if isinstance(subject, Layer)]
     return [smaller(chosen[0])] if dry else chosen
+
+
+def drawn(dry: bool) -> list[Layer]:
+    """Layers that nobody chose, more than there is time for."""
+    dtypes = ("bfloat16", "bfloat16", "bfloat16", "float32")
+    found = list(formulation_cases.drawn(400, 0, (2**25, 2**36), dtypes))
+    named = [dataclasses.replace(layer, name=formulation_cases.label(layer)) for layer in found]
+    return [smaller(named[0])] if dry else named
 
 
 def smaller(layer: Layer) -> Layer:

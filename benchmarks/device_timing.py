@@ -94,9 +94,7 @@ def _compared(log: Log, dry: bool, plan: list[tuple[Layer, str, tuple[str, ...]]
             programs[COPY] = lambda: lambda x, w, b, g: jnp.copy(x)
             sure = ("ours", "xla", COPY)
             for timed in device_turns.timed(log, programs, layer, dry, sure):
-                extra = {}
-                if timed.off is not None:
-                    extra = dict(off_from_xla=timed.off, ok=timed.off <= _measure.tolerance(layer))
+                extra = _right(timed, layer)
                 if {"ours", COPY} <= timed.seconds.keys():
                     ours, copy = (timed.seconds[name].median for name in ("ours", COPY))
                     passes = device_layers.passes(operation) / 2  # of which a copy makes two
@@ -107,6 +105,13 @@ def _compared(log: Log, dry: bool, plan: list[tuple[Layer, str, tuple[str, ...]]
     finally:
         for verdict in verdicts(lines_of(log.path)):
             log.write(**verdict)
+
+
+def _right(timed: device_turns.Timed, layer: Layer) -> dict:
+    """How far ours is off from XLA's, and whether that is little enough, where both ran."""
+    if timed.off is None:
+        return {}
+    return dict(off_from_xla=timed.off, ok=timed.off <= _measure.tolerance(layer))
 
 
 def _off(layer: Layer, operation: str, dry: bool) -> float:
@@ -172,6 +177,27 @@ def layers(log: Log, dry: bool) -> None:
         programs = {name: functools.partial(_pass, name, layer, which, dry) for name in names}
         for timed in device_turns.timed(log, programs, layer, dry, ("ours", DEFAULT, "xla")):
             _write(log, timed, layer=layer.name, which=which)
+
+
+def drawn(log: Log, dry: bool) -> None:
+    """Layers at random, where dispatch chooses by rules that were made of other layers.
+
+    ``behind`` tells how many times as long its choice takes as the fastest of all. Without what XLA
+    writes out with a dilation's zeros: compiling that may take minutes.
+    """
+    _ceilings(log, dry)
+    plan = [(layer, which) for layer in device_layers.drawn(dry) for which in _measure.PASSES]
+    sure = ("ours", DEFAULT, "xla")
+    for layer, which in log.each(plan, lambda item: f"{item[0].name} {item[1]}"):
+        names = (*sure, *BASELINES[1:])
+        programs = {name: functools.partial(_pass, name, layer, which, dry) for name in names}
+        for timed in device_turns.timed(log, programs, layer, dry, sure):
+            medians = {name: spread.median for name, spread in timed.seconds.items()}
+            best = min(medians, key=medians.get, default=None)
+            told = dict(best=best) | _right(timed, layer)
+            if DEFAULT in medians:
+                told["behind"] = medians[DEFAULT] / medians[best]
+            _write(log, timed, layer=layer.name, which=which, **told)
 
 
 def _pass(name: str, layer: Layer, which: str, dry: bool) -> Callable:

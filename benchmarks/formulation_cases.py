@@ -1,7 +1,7 @@
 """The convolutions of which `benchmarks.formulations` times every formulation."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -276,18 +276,26 @@ def sweep(quick: bool = False) -> Iterator[Layer]:
         yield Layer("case", "made up", *sizes, K, padding=K - 1 - (K - E) // 2, E=E)
 
 
-def drawn(count: int, seed: int) -> Iterator[Layer]:
+def drawn(
+    count: int,
+    seed: int,
+    products: tuple[int, int] = (2**19, 2**29),
+    dtypes: Sequence[str] = ("float32", "float32", "float32", "bfloat16"),
+) -> Iterator[Layer]:
     """Layers of sizes that somebody might have, where the rules that were made of `sweep` may err.
 
-    Each takes some 10 us to 10 ms.
+    Args:
+      products: at least and at most, in a forward pass; on a CPU it takes some 10 us to 10 ms.
+      dtypes: as often as they are to be drawn.
     """
+    least, most = products
     rng = np.random.default_rng(seed)
     pick = lambda values: values[rng.integers(len(values))]  # noqa: E731
-    layers = (_draw(pick, rng.random) for _ in itertools.count())
-    return itertools.islice((layer for layer in layers if 2**19 < layer.products < 2**29), count)
+    layers = (_draw(pick, rng.random, dtypes) for _ in itertools.count())
+    return itertools.islice((layer for layer in layers if least < layer.products < most), count)
 
 
-def _draw(pick, chance) -> Layer:
+def _draw(pick, chance, dtypes: Sequence[str]) -> Layer:
     width = lambda: pick((4, 8, 10, 12, 16, 20, 25, 32, 48, 64, 80, 96, 128, 192, 256, 384, 512))  # noqa: E731
     C = width()
     K = pick((2, 3, 3, 3, 4, 5, 7, 9, 15, 31))
@@ -297,7 +305,7 @@ def _draw(pick, chance) -> Layer:
     O = C if G > 1 or chance() < 0.7 else width()
     D = 2 ** pick(range(8)) if S == 1 and chance() < 0.5 else 1
     T = round(2 ** (6 + 7 * chance()))
-    dtype = pick(("float32", "float32", "float32", "bfloat16"))
+    dtype = pick(dtypes)
     padding = pick(("CAUSAL", "CAUSAL", "SAME"))
     return Layer("case", "drawn", 2 ** pick(range(6)), T, C, O, K, D, S, G, padding, dtype=dtype)
 

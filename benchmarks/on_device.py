@@ -4,6 +4,7 @@
     python -m benchmarks.on_device --bundle results.tgz    # all that is left, in one file as well
     python -m benchmarks.on_device --steps against,layers  # some, each for longer
     python -m benchmarks.on_device --steps layers --from 9 # on from where it came to, as it said
+    python -m benchmarks.on_device --steps drawn  # layers at random, as many as there is time for
     python -m benchmarks.on_device --dry-run      # the same code, small, on whatever is here
 
 Steps run one after the other, what matters most first, each in a process of its own, so that a
@@ -57,8 +58,10 @@ STEPS = {
     "pytorch": (30, 1),
     "kernels": (30, 1),
     "formulations": (30, 1),
+    "drawn": (500, 1),
 }
-
+# Of which nobody needs more than has time, and which takes part where it is asked for.
+ASKED_FOR = ("drawn",)
 
 MINUTES = 9.0  # for all of them, unless told otherwise
 GRACE = 20  # seconds after its end at which a step is stopped
@@ -420,8 +423,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for all steps together")
     parser.add_argument(
-        "--steps", type=_steps, default=list(STEPS), metavar="NAMES",
-        help=f"only these, with commas: {', '.join(STEPS)}",
+        "--steps", type=_steps, default=[step for step in STEPS if step not in ASKED_FOR],
+        metavar="NAMES",
+        help=f"only these, with commas: {', '.join(STEPS)}; without it all but "
+        f"{', '.join(ASKED_FOR)}",
     )  # fmt: skip
     parser.add_argument(
         "--from", dest="first", type=int, default=0, metavar="N",

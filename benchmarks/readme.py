@@ -88,7 +88,7 @@ def figures(result: dict[str, Any]) -> str:
         )
     return "\n".join(
         [
-            f"On a CPU ({host['cpu']}, {host['cores']} cores, JAX {host['jax']}): how many times "
+            f"On a CPU ({stored.processor(host)}, JAX {host['jax']}): how many times "
             "faster ours is than stock `nnx.Conv`, and than the fastest of all baselines (stock, "
             "padding behind a barrier, symmetric padding and a slice, shifted matmuls; of a whole "
             'network stock alone). The smallest and the largest of a model\'s layers; "same" where '

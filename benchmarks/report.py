@@ -105,7 +105,7 @@ def page(
 
 def _device(host: Mapping[str, Any]) -> str:
     if host["platform"] == "cpu":
-        return f"{host['cpu']}, {host['cores']} cores"
+        return stored.processor(host)
     return str(host["device"])
 
 

@@ -158,6 +158,12 @@ def _digits(value: float) -> float:
     return float(f"{value:.4g}")
 
 
+def processor(host: Mapping[str, Any]) -> str:
+    """A CPU's name, its cores, and the vectors that it has, where the result tells them."""
+    vectors = host.get("vectors")
+    return f"{host['cpu']}, {host['cores']} cores" + (f" with {vectors}" if vectors else "")
+
+
 def kind(subject: Subject) -> str:
     found = subject.kind
     return found if subject.dtype == "float32" else f"{found} {subject.dtype}"

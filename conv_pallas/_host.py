@@ -7,6 +7,9 @@ from pathlib import Path
 
 import jax
 
+# From more to less, of x86 and of Arm.
+VECTORS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "avx", "sve", "asimd")
+
 
 def processor() -> str:
     """Its name, as the system tells it."""
@@ -17,6 +20,16 @@ def model() -> str:
     """Numbers that tell it from others of its name: a virtual machine's may be vague."""
     names = ("cpu family", "model", "stepping", "CPU implementer", "CPU part")
     return "-".join(_cpuinfo()[name] for name in names if name in _cpuinfo())
+
+
+def vectors() -> str | None:
+    """The most that it can do at once, by the name that Linux has for it; None where nobody knows.
+
+    XLA's matmuls make use of AVX512 and of bfloat16's products, its convolution does not: which
+    formulation is ahead may be another without.
+    """
+    told = f"{_cpuinfo().get('flags', '')} {_cpuinfo().get('Features', '')}".split()
+    return next((name for name in VECTORS if name in told), None)
 
 
 @functools.cache

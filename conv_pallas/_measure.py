@@ -425,6 +425,7 @@ def host() -> dict[str, Any]:
         "device": jax.devices()[0].device_kind,
         "cpu": _host.processor(),
         "cores": _host.cores(),
+        "vectors": _host.vectors(),
         "system": platform.system(),
         "python": platform.python_version(),
         "jax": jax.__version__,
