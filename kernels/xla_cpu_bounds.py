@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from conv_pallas import _host
 from conv_pallas.kernels.xla_formulations import numbers_of
 from conv_pallas.kernels.xla_pieces import UNROLLED
 from conv_pallas.kernels.xla_winograd import share
@@ -29,6 +30,35 @@ def is_float32(problem: Problem) -> bool:
 
 def is_bfloat16(problem: Problem) -> bool:
     return {np.dtype(problem.lhs_dtype).name, np.dtype(problem.rhs_dtype).name} == {"bfloat16"}
+
+
+def has_bfloat16(problem: Problem) -> bool:
+    """Whether the processor multiplies bfloat16, and has AVX512. An export may run on any."""
+    return not problem.exported and _host.vectors() in ("amx_bf16", "avx512_bf16")
+
+
+def bfloat16_pays(problem: Problem, spec: ConvSpec, c: int, o: int) -> bool:
+    """Whether matmuls of bfloat16 are ahead of a convolution that widens its operands.
+
+    They are where `has_bfloat16`; else where channels fill no registers of a convolution.
+    """
+    few = max(c, o) < (20 if spec.stride == 1 else 32)
+    return is_bfloat16(problem) and (few or has_bfloat16(problem))
+
+
+def pads_cost(problem: Problem, spec: ConvSpec) -> bool:
+    """Whether a pad for each tap, inside of the loop, takes longer than one in memory for all.
+
+    Where a tap sees padding a register is read in part. Of 16-bit numbers only AVX512 can do that:
+    else LLVM reads them one by one, unless it makes loops apart of up to four taps that see padding
+    before the first step, or of one that sees it behind the last. That takes up to ten times as
+    long.
+    """
+    if problem.out_dtype.itemsize >= 4 or has_bfloat16(problem):
+        return False
+    before, behind = (-(-max(0, zeros) // spec.kernel_dilation) for zeros in spec.padding)
+    few = before <= 4 or spec.kernel_size > AT_ONCE  # of many only some are taken at once
+    return not few or (behind > 0 and before + behind > 1)
 
 
 def filtering_pays(problem: Problem, spec: ConvSpec, c: int, o: int) -> bool:

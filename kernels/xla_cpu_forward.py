@@ -8,12 +8,15 @@ from conv_pallas.kernels.xla_cpu_bounds import (
     MOST,
     PADS,
     WHOLE,
+    bfloat16_pays,
     bytes_held,
     filtering_pays,
+    has_bfloat16,
     holds_little,
     is_bfloat16,
     is_float32,
     of_group,
+    pads_cost,
     pieces_hold,
     sound,
 )
@@ -133,9 +136,10 @@ def forward(problem: Problem) -> str:
     every_step = spec.stride == spec.input_dilation == 1
     if G > 1:
         return _grouped(problem) or stock
+    bfloat16 = bfloat16_pays(problem, spec, c, o)
     if K > 12 and every_step and _in_blocks(problem, spec, c, o):
         # Into many outputs the products that "blocks" shifts and adds are more than all taps of x.
-        spreads = is_bfloat16(problem) and FEW < K <= UNROLLED and o >= 4 * c
+        spreads = bfloat16 and FEW < K <= UNROLLED and o >= 4 * c
         return "im2col" if spreads and pieces_hold("im2col", problem, spec) else "blocks"
     if K > UNROLLED:
         return stock
@@ -143,18 +147,18 @@ def forward(problem: Problem) -> str:
         few = c >= 16 and 1 < o <= min(16, c // 4)  # as in `_into_few`
         # A bias added to float16 that is in memory costs more than a stride saves.
         strided = spec.stride > 1 and problem.out_dtype != np.float16
-        matmul = spec.input_dilation == 1 and (strided or few or is_bfloat16(problem))
+        matmul = spec.input_dilation == 1 and (strided or few or bfloat16)
         return "matmuls" if matmul else stock
     if spec.input_dilation > 1:
         return _spread(problem, spec, c, o) or stock
     if spec.stride > 1:
         return _strided(problem, spec, c, o) or stock
-    products = 32 if c <= 8 and c * o <= 64 else 16 if c <= 3 and not is_bfloat16(problem) else 0
+    products = 32 if c <= 8 and c * o <= 64 else 16 if c <= 3 and not bfloat16 else 0
     if K * c <= products and (c < 4 or problem.N * spec.time * K * c > 2**13):
         return "own_pads" if c == 1 and K <= 6 else "shifts"
     if _into_few(problem, c, o):
         return "scatter"
-    if is_bfloat16(problem) and K <= FEW:
+    if bfloat16 and K <= FEW:
         if _scatters(problem, spec, c, o):
             return "scatter"
         name = "im2col" if K <= 8 else "blocks"
@@ -200,7 +204,9 @@ def _grouped(problem: Problem) -> str | None:
         return _depthwise(problem, spec, o)
     if spec.input_dilation > 1 and _phases(problem, spec, c):
         return "depth_to_space_im2col"
-    if is_bfloat16(problem) and c <= 16 and o > 1 and every_step and holds_little(problem):
+    fast = is_bfloat16(problem) and has_bfloat16(problem)
+    few = c <= (16 if fast else 8)
+    if is_bfloat16(problem) and few and o > 1 and every_step and holds_little(problem):
         return "im2col" if K <= 4 else "blocks"
     moved = "im2col" if spec.stride > 1 else "scatter"
     if narrow and 2 < c <= 8 and o > 1 and K <= FEW and holds_little(problem, moved):
@@ -214,9 +220,9 @@ def _grouped(problem: Problem) -> str | None:
     if c <= 8 and K <= FEW and every_step and holds_little(problem, "scatter"):
         return "scatter"
     alone = N == 1 and max(c, o) <= 64 and G * bytes_held("scatter", problem) <= WHOLE
-    if K <= 4 and every_step and (max(c, o) < 16 or G > 32 or alone):
+    if K <= 4 and every_step and ((max(c, o) < 16 and not narrow) or G > 32 or alone):
         return "scatter"
-    if is_bfloat16(problem) and G == 2 and c >= 64 and every_step and holds_little(problem):
+    if fast and G == 2 and c >= 64 and every_step and holds_little(problem):
         return "im2col"
     if G <= 32:
         # So many small programs for so little; and what a stride leaves out, stock does as well.
@@ -277,14 +283,14 @@ def _depthwise(problem: Problem, spec: ConvSpec, o: int) -> str:
     # So few channels do not fill a register.
     if o == 1 and G < (32 if K > 8 else 16) and not narrow and spec.input_dilation == 1:
         return "matmuls"
+    in_memory = pads_cost(problem, spec)
     if K > 8 and not (narrow and o > 1):
-        return "own_pads"
-    if spec.input_dilation > (1 if narrow else 2) and _phases(problem, spec, 1):
+        return "matmuls" if in_memory else "own_pads"
+    E = spec.input_dilation
+    if (1 if narrow else 2) < E and K < 2 * E and _phases(problem, spec, 1):
         return "depth_to_space_im2col"
-    if narrow and problem.operation == "conv1d" and K <= 8:
-        return "scatter"
-    if narrow or K > 8:
-        return "matmuls"
+    if narrow:
+        return "matmuls" if in_memory or K > 8 else "scatter"
     if o == 1 and (K > 4 or N == 1 or G < 256):
         return "scatter"
     return "own_pads" if K <= 4 else "matmuls"
@@ -302,7 +308,7 @@ def _in_blocks(problem: Problem, spec: ConvSpec, c: int, o: int) -> bool:
     """Whether "blocks" is faster than the convolution with many taps."""
     if not pieces_hold("blocks", problem, spec):
         return False
-    if is_bfloat16(problem):
+    if bfloat16_pays(problem, spec, c, o):
         return spec.kernel_size > FEW or not _scatters(problem, spec, c, o)
     if 2 * spec.span > spec.time or _into_few(problem, c, o):
         return False
@@ -362,7 +368,7 @@ def _strided(problem: Problem, spec: ConvSpec, c: int, o: int) -> str | None:
     few_taps = K <= (FEW if o > 2 else 2 * FEW)
     if o <= 8 and c >= 32 and few_taps and bytes_held("scatter", problem) <= 4 * MOST:
         return "scatter"
-    if not is_bfloat16(problem):
+    if not bfloat16_pays(problem, spec, c, o):
         few = "matmuls" if c == 1 else "shifts"
         narrow = (c <= 2 and K * c <= 16) or (max(c, o) <= 12 and K * c <= 40)
         return few if narrow else None

@@ -42,12 +42,17 @@ def pytest_configure():
 
 @pytest.fixture(scope="session", autouse=True)
 def untuned():
-    """What somebody's `tune` found on this CPU would be tested in the place of the rules."""
+    """What somebody's `tune` found on this CPU would be tested in the place of the rules.
+
+    And those are the rules of one processor, whichever this is.
+    """
+    from conv_pallas import _host
     from conv_pallas.kernels import xla_tuned
 
     kind, no_cpu = xla_tuned.kind, "a CPU that nobody tuned"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(xla_tuned, "kind", lambda p: no_cpu if p == "cpu" else kind(p))
+        patch.setattr(_host, "vectors", lambda: "avx512_bf16")
         yield
 
 
