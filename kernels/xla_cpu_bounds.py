@@ -58,7 +58,8 @@ def pads_cost(problem: Problem, spec: ConvSpec) -> bool:
         return False
     before, behind = (-(-max(0, zeros) // spec.kernel_dilation) for zeros in spec.padding)
     few = before <= 4 or spec.kernel_size > AT_ONCE  # of many only some are taken at once
-    return not few or (behind > 0 and before + behind > 1)
+    alone = behind == 0 or before + behind == 1 or spec.kernel_size == 2
+    return not (few and alone)
 
 
 def filtering_pays(problem: Problem, spec: ConvSpec, c: int, o: int) -> bool:

@@ -100,9 +100,7 @@ def forward(problem: Problem) -> str:
     N16 T80 C600 O600 K3 D4              winograd 1.3  parts 1.2     winograd 1.3  parts 1.2
     ===================================  ==========================  ==========================
 
-    Of bfloat16 a depthwise input gradient with up to 8 taps takes "matmuls" all the same: with AVX2
-    alone "scatter" and "own_pads" take up to six times as long. Forward "scatter" is ahead there,
-    too (``formulations-avx2.json`` and ``-drawn``, with ``XLA_FLAGS=--xla_cpu_max_isa=AVX2``).
+    Of bfloat16 they are of such a processor only: for others see `bfloat16_pays` and `pads_cost`.
 
     Those are of cores that share a cache, as they mostly did. Where they lie apart
     (`benchmarks.handoff`), what is made in several steps waits for what another core wrote. It is
@@ -264,12 +262,11 @@ def _depthwise(problem: Problem, spec: ConvSpec, o: int) -> str:
     N1 T614 C384 O384 K31 D2 G384 SAME      channel_blocks 76          channel_blocks 74
     N2 T1600 C384 O384 K3 S4 G384           scatter 63  own_pads 59    depth_to_space_im2col 246
     N32 T159 C192 O192 K3 S4 G192 bfloat16  scatter 52  own_pads 39    depth_to_space_im2col 195
+    N8 T1887 C192 O192 K7 S2 G192           own_pads 98  scatter 85    own_pads 127  scatter 117
     N16 T1117 C256 O256 K3 G256 bfloat16    scatter 314  own_pads 281  scatter 236  own_pads 228
     N8 T2276 C32 O32 K15 D2 G32 bfloat16    channel_blocks 74          channel_blocks 77
     N16 T2000 C16 O16 K31 G16 bfloat16      channel_blocks 34          channel_blocks 34
     ======================================  =========================  =========================
-
-    Of bfloat16 with few taps an input gradient takes "matmuls" all the same: see `forward`.
     """
     N, G, K = problem.N, spec.groups, spec.kernel_size
     narrow = problem.out_dtype.itemsize < 4
@@ -287,6 +284,7 @@ def _depthwise(problem: Problem, spec: ConvSpec, o: int) -> str:
     if K > 8 and not (narrow and o > 1):
         return "matmuls" if in_memory else "own_pads"
     E = spec.input_dilation
+    # Phases of two taps and more each are slow: of that K7 S2, "depth_to_space_im2col" 13 times.
     if (1 if narrow else 2) < E and K < 2 * E and _phases(problem, spec, 1):
         return "depth_to_space_im2col"
     if narrow:
