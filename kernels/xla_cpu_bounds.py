@@ -40,7 +40,21 @@ def has_bfloat16(problem: Problem) -> bool:
 def bfloat16_pays(problem: Problem, spec: ConvSpec, c: int, o: int) -> bool:
     """Whether matmuls of bfloat16 are ahead of a convolution that widens its operands.
 
-    They are where `has_bfloat16`; else where channels fill no registers of a convolution.
+    They are where `has_bfloat16`; else where channels fill no registers of a convolution. Times
+    faster than stock on two cores with AVX2, of layers at random (``formulations-avx2.json``):
+
+    ====================================  =======================  =======================
+                                          forward                  input gradient
+    ====================================  =======================  =======================
+    N16 T1379 C32 O32 K5 D8 bfloat16      padded 1.0  im2col 0.8   native 1.1  im2col 0.8
+    N2 T3508 C96 O96 K2 bfloat16          padded 1.0  im2col 0.8   native 1.0  matmuls 0.8
+    N8 T1199 C128 O128 K3 bfloat16 SAME   native 1.0  im2col 0.9   native 1.0  im2col 0.8
+    N16 T1473 C32 O32 K3 bfloat16         padded 1.0  im2col 0.8   native 1.1  im2col 0.9
+    N2 T2608 C16 O384 K3 bfloat16         padded 1.0  im2col 0.8   scatter 1.1  native 0.9
+    N16 T262 C64 O64 K3 S4 bfloat16 SAME  native 1.0  im2col 0.8   scatter 1.2  native 1.0
+    N1 T2608 C10 O10 K7 D2 bfloat16 SAME  scatter 1.7  im2col 1.4  scatter 2.0  im2col 1.7
+    N16 T871 C16 O12 K3 bfloat16 SAME     scatter 1.1  native 1.0  im2col 1.6  scatter 1.6
+    ====================================  =======================  =======================
     """
     few = max(c, o) < (20 if spec.stride == 1 else 32)
     return is_bfloat16(problem) and (few or has_bfloat16(problem))
@@ -50,9 +64,20 @@ def pads_cost(problem: Problem, spec: ConvSpec) -> bool:
     """Whether a pad for each tap, inside of the loop, takes longer than one in memory for all.
 
     Where a tap sees padding a register is read in part. Of 16-bit numbers only AVX512 can do that:
-    else LLVM reads them one by one, unless it makes loops apart of up to four taps that see padding
-    before the first step, or of one that sees it behind the last. That takes up to ten times as
-    long.
+    else LLVM seems to read them one by one, unless it makes loops apart of up to four taps that see
+    padding before the first step, or of one that sees it behind the last. Times faster than stock
+    on two cores with AVX2 (``formulations-avx2.json`` and ``-more``):
+
+    ============================================  =======================  ========================
+                                                  forward                  input gradient
+    ============================================  =======================  ========================
+    N4 T3646 C48 O48 K3 G48 bfloat16 SAME         matmuls 62  scatter 15   matmuls 57  scatter 16
+    N4 T762 C80 O80 K3 D16 G80 bfloat16           matmuls 73  scatter 68   matmuls 49  scatter 14
+    N16 T362 C80 O80 K9 D16 G80 bfloat16          matmuls 49  own_pads 35  matmuls 47  own_pads 11
+    N32 T2468 C10 O10 K3 G10 bfloat16 SAME        matmuls 27  scatter 11   matmuls 29  scatter 11
+    N8 T454 C256 O256 K3 S4 G256 bfloat16         scatter 73  matmuls 34   depth_to_space_im2col 70
+    N32 T97 C512 O512 K2 D128 G512 bfloat16 SAME  scatter 132  matmuls 37  scatter 138  matmuls 38
+    ============================================  =======================  ========================
     """
     if problem.out_dtype.itemsize >= 4 or has_bfloat16(problem):
         return False

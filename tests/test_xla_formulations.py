@@ -606,6 +606,7 @@ def test_the_rules_show_what_was_measured():
     folder, shown = Path(__file__).parents[1] / "benchmarks/results/cpu", 0
     strided = ("formulations-strided", "formulations-strided-more")
     drawn = [f"formulations-drawn-{i}" for i in (1, 2, 3, 4)]
+    avx2 = ("formulations-avx2", "formulations-avx2-more")
     for rule, operations, *names in (
         (xla_cpu_forward.forward, OPERATIONS[:2], "formulations"),
         (xla_cpu_forward._grouped, OPERATIONS[:2], *drawn),
@@ -616,6 +617,8 @@ def test_the_rules_show_what_was_measured():
         (xla_cpu._parts_pay, OPERATIONS[::2], "formulations"),
         (xla_cpu_forward._spread, OPERATIONS[1:2], *strided, "formulations-transposed"),
         (xla_cpu_kernel_grad._strided, OPERATIONS[2:], *strided),
+        (xla_cpu_bounds.bfloat16_pays, OPERATIONS[:2], *avx2),
+        (xla_cpu_bounds.pads_cost, OPERATIONS[:2], *avx2),
     ):
         found = {}
         for name in (*names, "formulations-cores"):
