@@ -32,7 +32,7 @@ def is_bfloat16(problem: Problem) -> bool:
     return {np.dtype(problem.lhs_dtype).name, np.dtype(problem.rhs_dtype).name} == {"bfloat16"}
 
 
-def has_bfloat16(problem: Problem) -> bool:
+def processor_has_bfloat16(problem: Problem) -> bool:
     """Whether the processor multiplies bfloat16, and has AVX512. An export may run on any."""
     return not problem.exported and _host.vectors() in ("amx_bf16", "avx512_bf16")
 
@@ -40,8 +40,8 @@ def has_bfloat16(problem: Problem) -> bool:
 def bfloat16_pays(problem: Problem, spec: ConvSpec, c: int, o: int) -> bool:
     """Whether matmuls of bfloat16 are ahead of a convolution that widens its operands.
 
-    They are where `has_bfloat16`; else where channels fill no registers of a convolution. Times
-    faster than stock on two cores with AVX2, of layers at random (``formulations-avx2.json``):
+    They are where `processor_has_bfloat16`; else where channels fill no registers of a convolution.
+    Times faster than stock on two cores with AVX2, of layers at random (``formulations-avx2.json``):
 
     ====================================  =======================  =======================
                                           forward                  input gradient
@@ -57,7 +57,7 @@ def bfloat16_pays(problem: Problem, spec: ConvSpec, c: int, o: int) -> bool:
     ====================================  =======================  =======================
     """
     few = max(c, o) < (20 if spec.stride == 1 else 32)
-    return is_bfloat16(problem) and (few or has_bfloat16(problem))
+    return is_bfloat16(problem) and (few or processor_has_bfloat16(problem))
 
 
 def pads_cost(problem: Problem, spec: ConvSpec) -> bool:
@@ -79,7 +79,7 @@ def pads_cost(problem: Problem, spec: ConvSpec) -> bool:
     N32 T97 C512 O512 K2 D128 G512 bfloat16 SAME  scatter 132  matmuls 37  scatter 138  matmuls 38
     ============================================  =======================  ========================
     """
-    if problem.out_dtype.itemsize >= 4 or has_bfloat16(problem):
+    if problem.out_dtype.itemsize >= 4 or processor_has_bfloat16(problem):
         return False
     before, behind = (-(-max(0, zeros) // spec.kernel_dilation) for zeros in spec.padding)
     few = before <= 4 or spec.kernel_size > AT_ONCE  # of many only some are taken at once
