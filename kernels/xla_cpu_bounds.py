@@ -41,7 +41,7 @@ def bfloat16_pays(problem: Problem, spec: ConvSpec, c: int, o: int) -> bool:
     """Whether matmuls of bfloat16 are ahead of a convolution that widens its operands.
 
     They are where `processor_has_bfloat16`; else where channels fill no registers of a convolution.
-    Times faster than stock on two cores with AVX2, of layers at random (``formulations-avx2.json``):
+    Times faster than stock on two cores with AVX2, of drawn layers (``formulations-avx2.json``):
 
     ====================================  =======================  =======================
                                           forward                  input gradient
