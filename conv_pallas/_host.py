@@ -3,12 +3,17 @@
 import functools
 import os
 import platform
+import re
 from pathlib import Path
 
 import jax
 
-# From more to less, of x86 and of Arm.
+# From more to less, of x86 and of Arm; and what XLA may be told to make use of at most.
 VECTORS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "avx", "sve", "asimd")
+AT_MOST = {
+    "AVX512_BF16": "avx512_bf16", "AVX512_VNNI": "avx512f", "AVX512": "avx512f", "AVX2": "avx2",
+    "AVX": "avx", "SSE4_2": "sve",
+}  # fmt: skip
 
 
 def processor() -> str:
@@ -26,10 +31,13 @@ def vectors() -> str | None:
     """The most that it can do at once, by the name that Linux has for it; None where nobody knows.
 
     XLA's matmuls make use of AVX512 and of bfloat16's products, its convolution does not: which
-    formulation is ahead may be another without.
+    formulation is ahead may be another without. ``XLA_FLAGS=--xla_cpu_max_isa=AVX2`` makes of a
+    processor one that has no more.
     """
     told = f"{_cpuinfo().get('flags', '')} {_cpuinfo().get('Features', '')}".split()
-    return next((name for name in VECTORS if name in told), None)
+    limit = re.search(r"--xla_cpu_max_isa=(\w+)", os.environ.get("XLA_FLAGS", ""))
+    most = AT_MOST.get(limit[1].upper(), VECTORS[0]) if limit else VECTORS[0]
+    return next((name for name in VECTORS[VECTORS.index(most) :] if name in told), None)
 
 
 @functools.cache
