@@ -60,7 +60,7 @@ STEPS = {
     "formulations": (30, 1),
     "drawn": (500, 1),
 }
-# Of which nobody needs more than has time, and which takes part where it is asked for.
+# Steps that take all the time there is, and run only where they are asked for.
 ASKED_FOR = ("drawn",)
 
 MINUTES = 9.0  # for all of them, unless told otherwise

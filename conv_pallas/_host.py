@@ -8,7 +8,8 @@ from pathlib import Path
 
 import jax
 
-# From more to less, of x86 and of Arm; and what XLA may be told to make use of at most.
+# From more to less, of x86 and then of Arm; and what XLA may be told to make use of at most, of
+# which the last leaves nothing of x86.
 VECTORS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "avx", "sve", "asimd")
 AT_MOST = {
     "AVX512_BF16": "avx512_bf16", "AVX512_VNNI": "avx512f", "AVX512": "avx512f", "AVX2": "avx2",

@@ -37,6 +37,11 @@ def processor_has_bfloat16(problem: Problem) -> bool:
     return not problem.exported and _host.vectors() in ("amx_bf16", "avx512_bf16")
 
 
+def fast_bfloat16(problem: Problem) -> bool:
+    """Whether it is of bfloat16, on a processor that multiplies that."""
+    return is_bfloat16(problem) and processor_has_bfloat16(problem)
+
+
 def bfloat16_pays(problem: Problem, spec: ConvSpec, c: int, o: int) -> bool:
     """Whether matmuls of bfloat16 are ahead of a convolution that widens its operands.
 

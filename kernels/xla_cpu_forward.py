@@ -10,6 +10,7 @@ from conv_pallas.kernels.xla_cpu_bounds import (
     WHOLE,
     bfloat16_pays,
     bytes_held,
+    fast_bfloat16,
     filtering_pays,
     holds_little,
     is_bfloat16,
@@ -17,7 +18,6 @@ from conv_pallas.kernels.xla_cpu_bounds import (
     of_group,
     pads_cost,
     pieces_hold,
-    processor_has_bfloat16,
     sound,
 )
 from conv_pallas.kernels.xla_pieces import UNROLLED
@@ -202,7 +202,7 @@ def _grouped(problem: Problem) -> str | None:
         return _depthwise(problem, spec, o)
     if spec.input_dilation > 1 and _phases(problem, spec, c):
         return "depth_to_space_im2col"
-    fast = is_bfloat16(problem) and processor_has_bfloat16(problem)
+    fast = fast_bfloat16(problem)
     few = c <= (16 if fast else 8)
     if is_bfloat16(problem) and few and o > 1 and every_step and holds_little(problem):
         return "im2col" if K <= 4 else "blocks"

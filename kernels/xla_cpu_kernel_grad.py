@@ -8,13 +8,13 @@ from conv_pallas.kernels.xla_cpu_bounds import (
     MOST,
     WHOLE,
     bytes_held,
+    fast_bfloat16,
     filtering_pays,
     holds_little,
     is_bfloat16,
     is_float32,
     of_group,
     pieces_hold,
-    processor_has_bfloat16,
     sound,
 )
 from conv_pallas.kernels.xla_pieces import UNROLLED
@@ -118,8 +118,7 @@ def kernel_grad(problem: Problem) -> str:
     if spec.stride > 1:
         return _strided(problem)
     wide = max(problem.C, problem.O) >= 32 and min(problem.C, problem.O) >= 16
-    fast = is_bfloat16(problem) and processor_has_bfloat16(problem)
-    if fast and K <= 8 and wide and pieces_hold("im2col", problem, spec):
+    if fast_bfloat16(problem) and K <= 8 and wide and pieces_hold("im2col", problem, spec):
         return "im2col"
     if _filters(problem):
         return "winograd"
@@ -168,9 +167,10 @@ def _strided(problem: Problem) -> str:
     held = bytes_held("im2col", problem)
     if is_bfloat16(problem):
         fits = held <= (WHOLE if plain else 2**26) and (problem.O > 1 or N * held <= WHOLE)
-        if plain and N >= 8 and K > 8 and not processor_has_bfloat16(problem):
-            fits = False
-        return "im2col" if fits else "space_to_depth" if plain else "canonical"
+        many = plain and N >= 8 and K > 8
+        if fits and (fast_bfloat16(problem) or not many):
+            return "im2col"
+        return "space_to_depth" if plain else "canonical"
     if not plain or not is_float32(problem):
         if K <= FEW and held <= WHOLE:
             return "im2col"
@@ -220,8 +220,7 @@ def _grouped(problem: Problem) -> str:
     held = problem.N * G * bytes_held("im2col", problem)
     steps = problem.N * spec.out_time
     few = G > 2 and c >= 8 and steps <= 2**11
-    fast = is_bfloat16(problem) and processor_has_bfloat16(problem)
-    fits = spec.stride > 1 or fast or few or (problem.N == 1 and c >= 32)
+    fits = spec.stride > 1 or fast_bfloat16(problem) or few or (problem.N == 1 and c >= 32)
     most = 2**24 if spec.stride > 1 else WHOLE
     if K <= (FEW if few or problem.N == 1 else 8) and held <= most and fits:
         return "im2col"
