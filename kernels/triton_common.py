@@ -36,11 +36,17 @@ class Phases:
     ``a * S + k * D - low`` is a multiple of E. They are ``tap_step`` apart, the same for all
     ``j``, and from one ``j`` to the next they move on by ``row_step`` input steps. So each
     phase is a convolution of its own, with neither stride nor holes in its kernel.
+
+    Attributes:
+      tap_inverse, phase_inverse: of D modulo ``tap_step``, and of S modulo ``phases``, each
+        divided by what it has in common with E: see `first_tap` and `first_output`.
     """
 
     phases: int
     row_step: int
     tap_step: int
+    tap_inverse: int = 0
+    phase_inverse: int = 0
 
     def __str__(self) -> str:  # in the name of what was tuned
         return f"phases {self.phases} rows {self.row_step} taps {self.tap_step}"
@@ -48,7 +54,10 @@ class Phases:
     @classmethod
     def of(cls, spec: ConvSpec) -> "Phases":
         S, E, D = spec.stride, spec.input_dilation, spec.kernel_dilation
-        return cls(E // math.gcd(S, E), S // math.gcd(S, E), E // math.gcd(D, E))
+        of_rows, of_taps = math.gcd(S, E), math.gcd(D, E)
+        phases, tap_step = E // of_rows, E // of_taps
+        inverses = pow(D // of_taps, -1, tap_step), pow(S // of_rows, -1, phases)
+        return cls(phases, S // of_rows, tap_step, *inverses)
 
     def tapped(self, spec: ConvSpec) -> bool:
         """Whether there is one phase, and a tap that reaches it.
@@ -62,23 +71,36 @@ class Phases:
 
 
 @triton.jit
-def first_tap(a, D, LOW, K: tl.constexpr, S: tl.constexpr, E: tl.constexpr, STEP: tl.constexpr):
-    """The first tap that reaches phase ``a``; K where none does."""
-    k0 = K
-    for i in tl.static_range(STEP):
-        k = STEP - 1 - i
-        k0 = tl.where((a * S + k * D - LOW) % E == 0, k, k0)
-    return tl.minimum(k0, K)
+def _solve(steps, E: tl.constexpr, PERIOD: tl.constexpr, INVERSE: tl.constexpr):
+    """The least ``i >= 0`` for which ``i * A - steps`` is a multiple of E; -1 where none is.
+
+    A and E have ``E / PERIOD`` in common; divided by that, INVERSE is A's modulo PERIOD.
+    """
+    COMMON: tl.constexpr = E // PERIOD
+    rest = steps % E
+    rest = tl.where(rest < 0, rest + E, rest)  # rounded towards zero
+    least = rest // COMMON
+    if PERIOD >= 2**15:
+        least = least.to(tl.int64)
+    return tl.where(rest % COMMON == 0, (least * INVERSE % PERIOD).to(tl.int32), -1)
 
 
 @triton.jit
-def first_output(k, D, LOW, S: tl.constexpr, E: tl.constexpr, PHASES: tl.constexpr):
+def first_tap(
+    a, LOW, K: tl.constexpr, S: tl.constexpr, E: tl.constexpr, STEP: tl.constexpr,
+    INVERSE: tl.constexpr,
+):  # fmt: skip
+    """The first tap that reaches phase ``a``; K where none does."""
+    k = _solve(LOW - a * S, E, STEP, INVERSE)
+    return tl.where(k < 0, K, tl.minimum(k, K))
+
+
+@triton.jit
+def first_output(
+    k, D, LOW, E: tl.constexpr, PHASES: tl.constexpr, INVERSE: tl.constexpr
+):  # fmt: skip
     """The first output that tap ``k`` reaches, were all of time there; -1 where there is none."""
-    u0 = -1
-    for i in tl.static_range(PHASES):
-        a = PHASES - 1 - i
-        u0 = tl.where((a * S + k * D - LOW) % E == 0, a, u0)
-    return u0
+    return _solve(LOW - k * D, E, PHASES, INVERSE)
 
 
 @triton.jit
@@ -130,9 +152,12 @@ def decline(problem: Problem) -> str | None:
         return "needs every size to be known when it is compiled"
     sizes, spec = (*problem.x_shape, *problem.y_shape, *problem.w_shape), problem.spec
     field = max(map(abs, spec.padding)) + spec.span
-    # What a tile reaches over: of time 256 steps at most, each so many apart.
+    # What a tile reaches over: of time 256 steps at most, each so many apart. And its phase.
     tile = 256 * max(spec.stride, spec.input_dilation)
-    if max(*sizes, field) >= 2**30 or max(sizes) + field + tile >= 2**31:
+    phase = max(
+        min(Phases.of(d).phases, d.out_time) * d.stride for d in (spec, spec.transposed())
+    )  # fmt: skip
+    if max(*sizes, field) >= 2**30 or max(max(sizes) + tile, phase) + field >= 2**31:
         return "counts steps with 32 bits"
     if most_programs(problem) >= 2**31:
         return "has more tiles than a grid has programs"
@@ -151,7 +176,8 @@ def most_programs(problem: Problem) -> int:
     for direction in (spec, spec.transposed()):
         phases = Phases.of(direction).phases
         steps = max(steps, phases * triton.cdiv(direction.out_time, 16 * phases))
-    return G * max(problem.N * steps * max(c, o), MOST_SPLITS * (spec.kernel_size * c + 1) * o)
+    rows = spec.kernel_size * (1 if problem.depthwise else c) + 1
+    return G * max(problem.N * steps * max(c, o), MOST_SPLITS * rows * o)
 
 
 def dot_precision(problem: Problem) -> str | None:

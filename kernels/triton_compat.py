@@ -1,7 +1,7 @@
 """Calling Triton from JAX over several versions of both: what differs stands here alone.
 
 Each shim says which version it is for and when it can go. Kernels call `call` with `Tile`s, and
-`compute_capability`, and import triton for nothing but the language.
+`compute_capability`, and import triton for nothing but the language and its arithmetic.
 
 Verified on an H200 with the first of these (benchmarks/results/nvidia-h200), and without a GPU, by
 `tests.triton_interpreter` with all its cases and by `tests.test_aot_triton` for sm_80, sm_90a and
@@ -76,9 +76,6 @@ class _WithoutIr:
 
 _lib.triton_kernel_call_lib = _WithoutIr()
 
-# For triton 3.7 and newer: they write PTX for the newest CUDA, which the ptxas of CUDA 13.0
-# refuses. 8.7 knows every architecture up to sm_100a. Goes when CUDA 13.1 is the oldest.
-OPTIONS = {"enable_fp_fusion": True} | ({"ptx_version": 87} if VERSION >= (3, 7) else {})
 
 _dead_code_rule = _partial_eval.dce_rules[_lib.triton_kernel_call_p]
 if jax.__version_info__ >= (0, 12) and len(inspect.signature(_dead_code_rule).parameters) == 2:
@@ -105,6 +102,18 @@ class Tile:
     round_to_tf32: bool = False
 
 
+def _ptx_version(capability: int | None) -> int | None:
+    """Of the PTX that Triton is to write; None: as it sees fit.
+
+    For triton 3.7 and newer: that is for the newest CUDA, which the ptxas of CUDA 13.0 refuses.
+    And LLVM ends the process if it is too old for the chip: 8.7 knows all of compute capability 8.0
+    to 12.0 but those named here. Goes when CUDA 13.1 is the oldest.
+    """
+    if VERSION < (3, 7) or (capability or 0) > 121:
+        return None
+    return {103: 88, 110: 90, 121: 88}.get(capability, 87)
+
+
 def call(
     kernel, *args, out, programs: int, warps: int, stages: int, registers: int | None = None, **meta
 ):  # fmt: skip
@@ -119,7 +128,9 @@ def call(
         it may spill a few, that more programs fit on a processor.
       meta: the kernel's constexprs.
     """
-    options = OPTIONS if registers is None else OPTIONS | {"maxnreg": registers}
+    capability = compute_capability()
+    given = {"ptx_version": _ptx_version(capability), "maxnreg": registers}
+    options = {"enable_fp_fusion": True} | {k: v for k, v in given.items() if v is not None}
     args = [
         jt.TensorDescriptor.from_array(a.array, a.block, round_f32_to_tf32=a.round_to_tf32)
         if isinstance(a, Tile)
@@ -128,7 +139,7 @@ def call(
     ]
     return jt.triton_call(
         *args, kernel=kernel, out_type=out, grid=(programs,), num_warps=warps, num_stages=stages,
-        compute_capability=compute_capability(), backend_options=options, name=kernel.__name__,
+        compute_capability=capability, backend_options=options, name=kernel.__name__,
         **meta,
     )  # fmt: skip
 

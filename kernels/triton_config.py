@@ -106,6 +106,7 @@ def configure(
     elif itemsize == 4:
         # The kernel gradient's operands go through registers, as tensor cores take float32 only
         # with the sum's axis last: a second program on a processor multiplies meanwhile.
+        # 96 of the 99 KiB that chips such as sm_86 and sm_120 have.
         limit = Config(128, 128, 32, 8, 3)
     elif tma and keep and not tight:
         limit = Config(128, 128, 64, 8, 3)

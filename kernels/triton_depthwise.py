@@ -85,9 +85,10 @@ def conv_depthwise(
     x, w, bias, T, J, U, D, LOW, y, z,
     CI: tl.constexpr, CO: tl.constexpr, K: tl.constexpr, S: tl.constexpr, E: tl.constexpr,
     PHASES: tl.constexpr, ROW_STEP: tl.constexpr, TAP_STEP: tl.constexpr,
-    IN_PER_OUT: tl.constexpr, OUT_PER_IN: tl.constexpr, REVERSE: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, TIME_FIRST: tl.constexpr,
-    TERMS: tl.constexpr, UNROLL: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+    TAP_INVERSE: tl.constexpr, IN_PER_OUT: tl.constexpr, OUT_PER_IN: tl.constexpr,
+    REVERSE: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    TIME_FIRST: tl.constexpr, TERMS: tl.constexpr, UNROLL: tl.constexpr,
+    BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """One tile ``(BT, BC)`` of y, out of CI channels in and CO channels out.
 
@@ -110,7 +111,7 @@ def conv_depthwise(
     n = pid // PHASES
 
     o = o0 + tl.arange(0, BC)
-    k0 = first_tap(a, D, LOW, K, S, E, TAP_STEP)
+    k0 = first_tap(a, LOW, K, S, E, TAP_STEP, TAP_INVERSE)
     acc = tl.zeros((BT, BC), tl.float32)
     if UNROLL:
         for i in tl.static_range(TERMS):
@@ -141,7 +142,8 @@ def conv_depthwise(
 def conv_depthwise_kernel_grad(
     x, gy, saved, T, U, J, N, D, LOW, BLOCKS, out,
     C: tl.constexpr, O: tl.constexpr, K: tl.constexpr, S: tl.constexpr, E: tl.constexpr,
-    PHASES: tl.constexpr, ROW_STEP: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    PHASES: tl.constexpr, PHASE_INVERSE: tl.constexpr, ROW_STEP: tl.constexpr,
+    BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
     BK: tl.constexpr, BU: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
     """dw of BK taps and BO channels, summed over BLOCKS tiles of (n, u).
@@ -159,7 +161,7 @@ def conv_depthwise_kernel_grad(
     split = pid // TILES_O
 
     # Tap k meets gy at u0, u0 + PHASES, ..., and x there at t0, t0 + ROW_STEP, ...
-    u0 = first_output(k, D, LOW, S, E, PHASES)
+    u0 = first_output(k, D, LOW, E, PHASES, PHASE_INVERSE)
     t0 = (u0 * S + k * D - LOW) // E
     taps = (k < K) & (u0 >= 0)
     r = tl.arange(0, BU)
@@ -244,7 +246,8 @@ def forward(
         out=(y, y) if keep else y,
         programs=N * phases.phases * triton.cdiv(J, BT) * triton.cdiv(O, BC), warps=4, stages=2,
         CI=C, CO=O, K=K, S=spec.stride, E=spec.input_dilation, PHASES=phases.phases,
-        ROW_STEP=phases.row_step, TAP_STEP=phases.tap_step, IN_PER_OUT=in_per_out,
+        ROW_STEP=phases.row_step, TAP_STEP=phases.tap_step, TAP_INVERSE=phases.tap_inverse,
+        IN_PER_OUT=in_per_out,
         OUT_PER_IN=1 if transposed else O // C, REVERSE=transposed,
         HAS_BIAS=bias is not None, ACTIVATION=activation, TIME_FIRST=halo > L2_BYTES,
         TERMS=terms, UNROLL=unroll, BT=BT, BC=BC, **({} if keep else {"z": None}),
@@ -286,7 +289,8 @@ def kernel_grad(
         ),
         programs=tiles * splits, warps=4, stages=2,
         C=C, O=O, K=K, S=spec.stride, E=spec.input_dilation, PHASES=phases.phases,
-        ROW_STEP=phases.row_step, BIAS=bias, ACTIVATION=activation, BK=BK, BU=BU, BO=BO,
+        PHASE_INVERSE=phases.phase_inverse, ROW_STEP=phases.row_step, BIAS=bias,
+        ACTIVATION=activation, BK=BK, BU=BU, BO=BO,
     )  # fmt: skip
     total = add_in_order(partial, out_dtype if narrow else np.float32)
     return total[:K].reshape(K, 1, O).astype(out_dtype), total[K] if bias else None

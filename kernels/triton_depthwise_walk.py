@@ -312,17 +312,12 @@ def decline_series(spec: ConvSpec, C: int, O: int) -> str | None:
     return None
 
 
-def _dilation(spec: ConvSpec) -> int:
-    # That of a single tap means nothing, and may be too large to count with.
-    return spec.kernel_dilation if spec.kernel_size > 1 else 1
-
-
 def _tile(
     kernel: str, N: int, T: int, spec: ConvSpec, C: int, dtype, per_thread: int, columns: int,
     steps: int, warps: int = 4,
 ):  # fmt: skip
     """Pieces and channels of one program, steps of a piece, and warps: tuned, or a heuristic."""
-    D, K = _dilation(spec), spec.kernel_size
+    D, K = spec.kernel_dilation, spec.kernel_size
     found = tuned.lookup(tuned.key(kernel, (T, C, K), np.dtype(dtype).name, f"dilation {D}"))
     if found is not None:
         rows, columns, steps, warps = found
@@ -349,7 +344,7 @@ def forward(
 ) -> jax.Array:  # fmt: skip
     """``activation(conv(x, w) + bias)``; arguments as of `triton_depthwise.forward`."""
     N, T, C = x.shape
-    K, D, U = spec.kernel_size, _dilation(spec), spec.out_time
+    K, D, U = spec.kernel_size, spec.kernel_dilation, spec.out_time
     BR, BC, steps, warps = _tile("conv_walk", N, U, spec, C, x.dtype, 4, columns=512, steps=64)
     ahead = _ahead(steps)
     groups, series = triton.cdiv(steps, ahead), min(D, U)
@@ -372,7 +367,7 @@ def backward(
 ) -> tuple[jax.Array | None, jax.Array | None, jax.Array | None]:  # fmt: skip
     """``(dx, dw, db)``, None for what is not wanted, db in float32."""
     (N, T, C), (_, U, _) = x.shape, gy.shape
-    K, D, low = spec.kernel_size, _dilation(spec), spec.padding[0]
+    K, D, low = spec.kernel_size, spec.kernel_dilation, spec.padding[0]
     want_dx, want_dw, want_db = wanted
     want_db = want_db and bias is not None
     sums = want_dw or want_db

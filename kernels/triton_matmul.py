@@ -35,7 +35,8 @@ def conv_dense(
     x, w, bias, saved, T, J, U, D, LOW, y, z,
     C: tl.constexpr, O: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
     S: tl.constexpr, E: tl.constexpr,
-    PHASES: tl.constexpr, ROW_STEP: tl.constexpr, TAP_STEP: tl.constexpr, TAPPED: tl.constexpr,
+    PHASES: tl.constexpr, ROW_STEP: tl.constexpr, TAP_STEP: tl.constexpr,
+    TAP_INVERSE: tl.constexpr, TAPPED: tl.constexpr,
     W_ROW: tl.constexpr, W_COL: tl.constexpr, W_ROWS: tl.constexpr, W_COLS: tl.constexpr,
     CONTRACT_LAST: tl.constexpr, REVERSE: tl.constexpr,
     TMA_X: tl.constexpr, TMA_W: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
@@ -66,7 +67,7 @@ def conv_dense(
     j = tl.arange(0, BT)
     o = o0 + tl.arange(0, BO)
     c = tl.arange(0, BC)
-    k0 = first_tap(a, D, LOW, K, S, E, TAP_STEP)
+    k0 = first_tap(a, LOW, K, S, E, TAP_STEP, TAP_INVERSE)
     taps = tl.cdiv(K - k0, TAP_STEP)
     if HAS_BIAS:  # on its way while the tiles are; no compiler moves it up past the loop's barriers
         b = tl.load(bias + g * O + o, o < O, 0.0)
@@ -191,9 +192,9 @@ def _add_products(
 def conv_dense_kernel_grad(
     x, gy, saved, T, U, J, N, D, LOW, SPLITS, out,
     C: tl.constexpr, O: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
-    S: tl.constexpr, E: tl.constexpr, PHASES: tl.constexpr, ROW_STEP: tl.constexpr,
-    TMA_X: tl.constexpr, TMA_G: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr, ROUND_X: tl.constexpr, ROUND_G: tl.constexpr,
+    S: tl.constexpr, E: tl.constexpr, PHASES: tl.constexpr, PHASE_INVERSE: tl.constexpr,
+    ROW_STEP: tl.constexpr, TMA_X: tl.constexpr, TMA_G: tl.constexpr, TAIL: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr, ROUND_X: tl.constexpr, ROUND_G: tl.constexpr,
     BIAS: tl.constexpr, GRAD_OF: tl.constexpr, TAPS: tl.constexpr,
     BU: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
@@ -250,7 +251,7 @@ def conv_dense_kernel_grad(
         tl.store(row, tl.sum(total, 0).to(out.dtype.element_ty), mine)
 
     # Tap k meets gy at u0, u0 + PHASES, ..., and x there at t0, t0 + ROW_STEP, ...; the next D on.
-    u0 = first_output(k, D, LOW, S, E, PHASES)
+    u0 = first_output(k, D, LOW, E, PHASES, PHASE_INVERSE)
     t0 = (u0 * S + k * D - LOW) // E
     met = (u0 >= 0) & (item < PARTS * TILES_C)
     whole = J // BU if TAIL else tl.cdiv(J, BU)

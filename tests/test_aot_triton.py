@@ -26,7 +26,7 @@ from conv_pallas.kernels.triton_config import Config
 from conv_pallas.machine_code import opcodes_of
 from conv_pallas.spec import Epilogue
 from tests.cases import Case
-from tests.triton_machine_code import SHARED_BYTES, amd_codes, codes
+from tests.triton_machine_code import ARCHITECTURES, SHARED_BYTES, amd_codes, codes
 
 pytestmark = [pytest.mark.aot, pytest.mark.usefixtures("shipped")]
 
@@ -478,6 +478,19 @@ def test_a_kernel_knows_the_chip_it_is_compiled_for(chip, capability, monkeypatc
     f = lambda x, w: conv1d(x, w, **case.kwargs, implementation="triton")  # noqa: E731
     aot.lower_for(chip, f, *_structs(case)[:2])
     assert seen == [capability]
+
+
+@pytest.mark.parametrize("capability", [86, 89, 103, 110, 120, 121])
+def test_kernels_for_chips_that_are_not_in_the_lists(capability, monkeypatch):
+    """Of a PTX too old for its chip LLVM would end the process; some have little shared memory."""
+    chip = "a100" if capability < 90 else "b200"
+    architecture = f"sm_{capability}" + ("a" if capability >= 90 else "")
+    monkeypatch.setitem(ARCHITECTURES, chip, architecture)
+    monkeypatch.setattr(triton_compat, "compute_capability", lambda: capability)
+    # Of float32 the largest tiles take nearly all that there is on those with little.
+    case = _case("layer", 128, G=1 if capability in (86, 120) else 128, dtype="float32")
+    for code in codes(chip, functools.partial(_layer, case, "relu"), *_structs(case)):
+        assert code.spills == 0 and code.shared <= 99 * 1024, code
 
 
 def test_a_precision_that_names_an_algorithm_is_declined():

@@ -227,6 +227,7 @@ def test_a_kernel_gradient_fills_the_chip(C, K, T, dtype, together, processors, 
         dict(T=20, D=2**29, padding=[(2**29, 20)]),
         dict(T=20, K=1, S=2**27, padding=[(0, 2**27)]),
         dict(T=2**30 - 9, K=1, S=2**20, padding=[(2**30 - 9, 0)]),
+        dict(T=2**15 + 1, K=1, S=2**16, E=2**17 + 1, padding=0),  # a phase's first step
     ],
     ids=str,
 )
@@ -235,6 +236,15 @@ def test_what_32_bits_do_not_count_is_declined(sizes):
     assert triton_dense.decline(problem) == "counts steps with 32 bits"
     near = Case("near", batch=(1,), C=16, O=16, T=2**29, S=3, padding=[(2**20, 0)])
     assert triton_dense.decline(near.problem("conv1d", "cuda")) is None
+
+
+def test_a_single_tap_has_no_dilation():
+    """Which would be too large to count with."""
+    case = Case("case", batch=(1,), T=64, C=16, O=16, K=1, D=2**33)
+    assert case.spec == dataclasses.replace(case.spec, kernel_dilation=1)
+    assert triton_dense.decline(case.problem("conv1d", "cuda")) is None
+    alone = ConvSpec(64, 3, padding=(2**33, 2**33), kernel_dilation=2**33).of_taps(range(1, 2))
+    assert alone == ConvSpec(64, 1)
 
 
 def test_a_grid_holds_all_programs():
@@ -248,24 +258,41 @@ def test_a_grid_holds_all_programs():
         assert triton_dense.decline(problem) == "has more tiles than a grid has programs"
 
 
-@pytest.mark.parametrize("G", [1, 4])
+@pytest.mark.parametrize("C, K", [(16384, 4), (12288, 8), (32768, 1), (4096, 64), (1024, 1024)])
+def test_a_depthwise_layer_may_be_wide(C, K):
+    """Its kernel has K rows of C, and a program for some of each."""
+    case = Case("wide", batch=(1,), T=8192, C=C, O=C, G=C, K=K, dtype="bfloat16")
+    for operation in OPERATIONS:
+        assert triton_depthwise.decline(case.problem(operation, "cuda")) is None
+
+
+@pytest.mark.parametrize(
+    "kernel, G, O, K",
+    [
+        (triton_dense, 1, 48, 3),
+        (triton_dense, 4, 48, 3),
+        (triton_depthwise, 32, 32, 3),
+        (triton_depthwise, 32, 32, 40),
+        (triton_depthwise, 32, 64, 3),
+    ],
+)
 @pytest.mark.parametrize("S, E", [(1, 1), (3, 1), (1, 2), (2, 3)])
-def test_a_launch_takes_no_more_programs_than_were_counted(G, S, E, monkeypatch):
+def test_a_launch_takes_no_more_programs_than_were_counted(kernel, G, O, K, S, E, monkeypatch):
     """What `most_programs` promises, of what each launcher asks for."""
     seen = []
 
     def call(*args, out, programs, **meta):
         seen.append(programs)
-        return np.zeros(out.shape, out.dtype)
+        return jax.tree.map(lambda o: np.zeros(o.shape, o.dtype), out)
 
     monkeypatch.setattr(triton_dense.triton_compat, "call", call)
-    spec = ConvSpec(1000, 3, S, (2, 0), 1, E, G)
-    case = Case("case", T=1000, C=32, O=48, K=3, S=S, E=E, G=G, padding=[(2, 0)])
+    spec = ConvSpec(1000, K, S, (2, 0), 1, E, G)
+    case = Case("case", T=1000, C=32, O=O, K=K, S=S, E=E, G=G, padding=[(2, 0)])
     assert case.spec == spec
     x, w, g = case.arrays()
     for operation in OPERATIONS:
         lhs, rhs, _ = lhs_rhs_out(operation, x, w, g)
-        triton_dense.run(case.problem(operation, "cuda"), lhs, rhs)
+        kernel.run(case.problem(operation, "cuda"), lhs, rhs)
     assert len(seen) == 3
     assert max(seen) <= most_programs(case.problem("conv1d"))
 

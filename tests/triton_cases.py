@@ -49,6 +49,9 @@ EXTRA = (
     Case("resident_end", T=150, C=24, O=40, D=5, padding=[(0, 10)], batch=(2,), dtype="bfloat16"),
     Case("resident_wide", T=150, C=72, O=136, D=7, batch=(3,), dtype="bfloat16"),
     Case("resident_strided", T=64, C=16, O=16, S=2, E=2, padding=[(2, 0)], dtype="bfloat16"),
+    # What stride, dilation and input dilation have in common, and a hop.
+    Case("phases_common", T=19, C=12, O=20, K=7, S=4, D=9, E=6, padding=[(7, 30)], batch=(2,)),
+    Case("phases_hop", T=110, C=5, O=6, K=50, S=40, padding=[(11, 30)]),
     Case("resident_long", T=4096, C=16, O=24, D=64, batch=(8,), dtype="bfloat16"),
 )
 
