@@ -6,7 +6,7 @@ is bound by memory more often than not, and whatever XLA does to the result of a
 one more pass over it. So three more primitives stand one level above those of `primitives`:
 
     conv1d_fused           x, w, bias -> y                 (and z, where its derivative needs it)
-    conv1d_fused_tangent   dx, dw, dbias -> dy             linear; always left to XLA
+    conv1d_fused_tangent   dx, dw, dbias -> dy             linear; no kernel fuses it
     conv1d_fused_backward  dy -> dx, dw, dbias             its transpose
 
 Each is *defined* by the composition of the three operations and of what stands here as JAX code.

@@ -66,7 +66,7 @@ class ConvSpec:
       stride: ``S``, input steps (after input dilation) from one output to the next.
       padding: ``(low, high)`` zeros before and after the (dilated) input; negative
         amounts crop it.
-      kernel_dilation: ``D``, input steps from one tap to the next.
+      kernel_dilation: ``D``, input steps from one tap to the next; 1 where there is one tap.
       input_dilation: ``E``, ``E - 1`` zeros stand between two input steps.
       groups: ``G``, independent groups of channels.
     """
@@ -78,6 +78,11 @@ class ConvSpec:
     kernel_dilation: int = 1
     input_dilation: int = 1
     groups: int = 1
+
+    def __post_init__(self):
+        if isinstance(self.kernel_size, int) and self.kernel_size == 1:
+            # It means nothing, and may be too large to count with.
+            object.__setattr__(self, "kernel_dilation", 1)
 
     @property
     def span(self) -> int:
@@ -97,19 +102,18 @@ class ConvSpec:
 
     @property
     def live_taps(self) -> range | None:
-        """The taps from the first through which any output sees a step of x to the last.
+        """The taps from the first that comes to lie within x to the last.
 
-        Those before and after see padding alone, where a dilation reaches beyond the sequence.
-        None where a size is a symbol, of an export: then any may see something.
+        Those before and after see padding alone, where a dilation reaches beyond the sequence; with
+        a stride one of these may still step over all of x. None where a size is a symbol, of an
+        export: then any may see something.
         """
         if not all(isinstance(n, int) for n in (self.kernel_size, self.time, self.out_time)):
             return None
-        taps = range(self.kernel_size)
         # Tap k sees nothing before position ``k*D - low``, and nothing after this far from there.
-        low, reach = self.padding[0], (self.out_time - 1) * self.stride
-        starts = [k * self.kernel_dilation - low for k in taps]
-        live = [k for k in taps if -reach <= starts[k] < self.dilated_time]
-        return taps[live[0] : live[-1] + 1] if live else taps[:0]
+        D, low, reach = self.kernel_dilation, self.padding[0], (self.out_time - 1) * self.stride
+        first = max(0, -((reach - low) // D))
+        return range(first, min(self.kernel_size, (self.dilated_time - 1 + low) // D + 1))
 
     def of_taps(self, taps: range) -> "ConvSpec":
         """The convolution with these taps alone, which follow on each other: a part of the sum."""
@@ -245,7 +249,7 @@ class Problem:
 
     @property
     def empty(self) -> bool:
-        """Whether there is nothing to compute: an array has no elements, or no tap sees a step."""
+        """Whether there is nothing to compute: no elements in an array, or all taps beyond x."""
         shapes = (*self.x_shape, *self.w_shape, *self.y_shape)
         return 0 in shapes or self.spec.live_taps == range(0)
 

@@ -275,6 +275,9 @@ def test_weak_types_do_not_widen():
     assert w.weak_type
     stock = jax.eval_shape(lambda x, w: x[0, :2] * w[0, :, :2], x, w).dtype
     assert conv1d(x, w).dtype == stock
+    xs = jnp.broadcast_to(jnp.asarray(2.0), x.shape)
+    for mask in None, jnp.ones(x.shape[:2], bool):
+        assert conv1d(xs, w.astype(jnp.bfloat16), mask=mask).dtype == jnp.bfloat16
 
 
 # --- The functional twin of jax.lax ---
