@@ -67,6 +67,43 @@ def test_conditions_segments_and_masks(mode, lookahead):
     check(model, hidden, chunks, condition=condition, segment_ids=ids, mask=mask)
 
 
+@pytest.mark.parametrize("mode", ["add", "concat"])
+@pytest.mark.parametrize("lookahead", [0, 3])
+@pytest.mark.parametrize("kind", ["network", "block"])
+def test_a_condition_of_one_chunk_meets_the_steps_of_that_chunk(kind, lookahead, mode):
+    """Late as they are; in every other chunk it is given for each step."""
+    options = dict(conditioning=2, conditioning_mode=mode, lookahead=lookahead)
+    model = model_of(**options)
+    if kind == "block":
+        model = TemporalBlock(3, 4, 3, 2, 0.0, nnx.Rngs(0), **options)
+        model.eval()
+    x, conditions, T = numbers(2, 20, 3), numbers(4, 2, 2, seed=7), 5
+    whole, step = functions(model)
+    expected = whole(x, condition=jnp.repeat(conditions.swapaxes(0, 1), T, axis=1))
+    state, got = model.init_state(2), []
+    for start, condition in zip(range(0, 20, T), conditions, strict=True):
+        if start == T:
+            condition = jnp.repeat(condition[:, None], T, axis=1)
+        y, state = step(x[:, start : start + T], state, condition=condition)
+        got.append(y)
+    got = np.concatenate(got, 1)[:, lookahead:]
+    np.testing.assert_allclose(got, expected[:, : 20 - lookahead], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("lookahead", [0, 2])
+def test_a_chunk_gives_its_last_real_step(lookahead):
+    """As a call does where sequences end at different steps."""
+    model = model_of(return_sequences=False, lookahead=lookahead)
+    x, mask = numbers(2, 18, 3), jnp.arange(18) < jnp.asarray([[18], [13]])
+    whole, step = functions(model)
+    expected = whole(x, mask=mask)
+    longer, cut = with_tail(lookahead, x, mask=mask)
+    state = model.init_state(2)
+    _, state = step(longer[:, :9], state, mask=cut["mask"][:, :9])
+    y, _ = step(longer[:, 9:], state, mask=cut["mask"][:, 9:])
+    np.testing.assert_allclose(y, expected, rtol=2e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize("length", [1, 3, 5])
 def test_a_member_that_pauses_forgets_nothing(length):
     """A chunk without a real step of it, shorter or longer than the dilation or than the ring."""

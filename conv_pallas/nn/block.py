@@ -170,6 +170,8 @@ class TemporalBlock(nnx.Module):
         streaming.check_step(self)
         self.check_streams()
         x, chunk, clock = begin(x, self.in_channels, state, mask, segment_ids, self.lookahead)
+        if self.lookahead:
+            condition, _ = check_condition(condition, x, self.conditioning, late=True)
         y, _ = self.run(x, condition, chunk)
         return y, chunk.after | clock
 
@@ -338,8 +340,11 @@ def check_sequences(x, mask, segment_ids):
     return mask, segment_ids
 
 
-def check_condition(condition, x, channels):
+def check_condition(condition, x, channels, late: bool = False):
     """``(*batch, 1 or T, channels)`` or None, and whether it may change from step to step.
+
+    Args:
+      late: whether it meets x later on, when the next chunk may come with another.
 
     Raises:
       ValueError: it is missing, not expected, or of another shape.
@@ -352,7 +357,10 @@ def check_condition(condition, x, channels):
     if condition is None:
         return None, False
     if condition.shape == (*x.shape[:-2], channels):
-        return condition[..., None, :], False
+        condition = condition[..., None, :]
+        if late:
+            condition = jnp.broadcast_to(condition, (*x.shape[:-1], channels))
+        return condition, late
     if condition.shape == (*x.shape[:-1], channels):
         return condition, True
     raise ValueError(

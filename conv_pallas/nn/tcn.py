@@ -279,8 +279,8 @@ class TCN(nnx.Module):
             from chunk to chunk.
 
         Returns:
-          ``(*batch, T, out_features)``, with ``return_sequences=False`` the chunk's last step
-          alone; and the state for the next chunk.
+          ``(*batch, T, out_features)``, with ``return_sequences=False`` the chunk's last real
+          step alone, where it has one; and the state for the next chunk.
 
         Raises:
           ValueError: an argument does not fit the model or the state; the model can't stream.
@@ -290,7 +290,9 @@ class TCN(nnx.Module):
         x, chunk, clock = begin(x, self.in_channels, state, mask, segment_ids, self.lookahead)
         if (more := f"block{len(self.blocks)}") in state:
             raise ValueError(f"state must be of this model, from its init_state; it has a {more!r}")
-        condition, changing = check_condition(condition, x, self.conditioning)
+        condition, changing = check_condition(
+            condition, x, self.conditioning, late=self.lookahead > 0
+        )
         if changing:
             condition = chunk.hide(condition)
         sum_of_skips = None
@@ -312,7 +314,7 @@ class TCN(nnx.Module):
             sum_of_skips = self._skip(sum_of_skips, level, added, late)
         y = self._finish(x, sum_of_skips)
         if not self.return_sequences:
-            y = chunk.hide(y)[..., -1:, :]
+            y = last_real(chunk.hide(y), chunk.real)
             return self.readout(y)[..., 0, :], chunk.after | clock
         return chunk.hide(self.readout(y)), chunk.after | clock
 
