@@ -68,8 +68,9 @@ def tune(
     file = xla_tuned.RECORDS["cpu"].file_of(xla_tuned.kind("cpu")) if file is None else file
     xla_tuned.RECORDS["cpu"].read(file)  # which fails before anything is measured
     start, found, told = time.monotonic(), {}, None
+    convolutions = list(convolutions)
     races = list(_races(convolutions, report))
-    if not races:
+    if convolutions and not races:
         report("there is nothing to tune")
     left, layers = [], list(dict.fromkeys(race.convolution for race in races))
     for race in races:

@@ -87,6 +87,7 @@ def run(
         f"JAX {host['jax']} and flax {host['flax']} on {host['device']} "
         f"({host['cpu']}, {host['cores']} cores)"
     )
+    seed %= 2**32
     data = digits(seed)
     widths = QUICK_WIDTHS if quick else WIDTHS
 
@@ -129,7 +130,7 @@ def digits(seed: int) -> Data:
     images, labels = load_digits(return_X_y=True)
     x = (images / 16).astype(np.float32)[:, :, None]
     x, x_test, y, y_test = train_test_split(
-        x, labels.astype(np.int32), test_size=0.2, stratify=labels, random_state=seed % 2**32
+        x, labels.astype(np.int32), test_size=0.2, stratify=labels, random_state=seed
     )
     return Data(x, y, x_test, y_test)
 
@@ -183,7 +184,7 @@ def print_kernels(model: TCN, console: Console) -> None:
 
 def train(model: TCN, data: Data, epochs: int, seed: int, console: Console) -> History:
     """Trains ``model`` in place, and leaves it in eval mode."""
-    rng = np.random.default_rng(seed % 2**32)
+    rng = np.random.default_rng(seed)
     steps = len(data.x) // BATCH
     schedule = optax.cosine_decay_schedule(LEARNING_RATE, steps * epochs)
     optimizer = nnx.Optimizer(

@@ -104,8 +104,8 @@ class ModelExplanation:
             lines += [*those, *how]
         if self.left_to_lax:
             lines.append(
-                f"{self.left_to_lax} left to jax.lax.conv_general_dilated, as stock layers are: "
-                "see conv_pallas.nn.replace_convs"
+                f"{self.left_to_lax} left to jax.lax.conv_general_dilated: stock layers (see "
+                "conv_pallas.nn.replace_convs), more dimensions, and what is told to run xla_native"
             )
         return "\n".join(lines)
 
@@ -171,7 +171,7 @@ def explain(
         raise ValueError(
             f"platform must be None or one of {', '.join(PLATFORMS)}, got {platform!r}{which}"
         )
-    its_own = getattr(x, "explain", None)
+    its_own = x.explain if _explains_its_call(x) else None
     if callable(x) and kernel is None:
         raise TypeError(
             "explain takes x and kernel, or a model or a function and its input, "
@@ -193,11 +193,13 @@ def explain(
             f"explain takes x and kernel, or a model or a function and its input, "
             f"got {type(x).__module__}.{type(x).__name__} and {type(kernel).__name__}"
         )
+    chain = dispatch.canonicalize(implementation)
     if len(kernel.shape) <= 3:
         # What conv1d refuses is refused here; but the mesh of out_sharding need not be at hand.
-        layer = functools.partial(conv1d, activation=call.pop("activation"), **geometry, **how)
+        # That an order can't be followed is told below, of the platform that was asked about.
+        given = geometry | how | {"implementation": None if chain is None else "xla"}
+        layer = functools.partial(conv1d, activation=call.pop("activation"), **given)
         jax.eval_shape(layer, x, kernel, bias, **call)
-    chain = dispatch.canonicalize(implementation)
     dtype = promoted_dtype(x, kernel, *([] if bias is None else [bias]))
     note = lax_reason(dtype, len(kernel.shape) - 2)
     if note is None and is_stock(chain):
@@ -218,6 +220,14 @@ def explain(
     given = dict(x=x, w=w, spec=spec, precision=precision, out_dtype=out_dtype)
     ask = functools.partial(problem_of, **given, platform=platform)
     return _explain_problem(ask, chain, Epilogue(bias is not None, named), outside)
+
+
+def _explains_its_call(x: Any) -> bool:
+    """Whether x has an ``explain``, of its class's own call and not of one that it inherits."""
+    classes = type(x).__mro__
+    first = lambda name: next((c for c in classes if name in vars(c)), None)  # noqa: E731
+    own, call = first("explain"), first("__call__")
+    return own is not None and call is not None and issubclass(own, call)
 
 
 def _explain_problem(

@@ -54,7 +54,9 @@ def parse_layer(words: Sequence[str]) -> Layer:
     fields: dict[str, str | int] = {}
     for word in words:
         key, _, value = word.partition("=")
-        if key in _SIZES and value.isdecimal() and int(value) > 0:
+        if key in fields:
+            raise ValueError(f"a shape has one {key}, got {' '.join(words)!r}")
+        if key in _SIZES and value.isdecimal() and 0 < int(value) < 2**31:
             fields[key] = int(value)
         elif key in _WORDS and value:
             fields[key] = value.upper() if key == "padding" else value

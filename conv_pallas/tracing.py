@@ -120,6 +120,7 @@ def convolutions(
       The convolutions, and how often `jax.lax`'s own runs.
     """
     from flax import nnx  # which functions alone do without
+    from flax.errors import TraceContextError
 
     options = {name: a for name, a in kwargs.items() if not _of_arrays(a)}
     kwargs = {name: a for name, a in kwargs.items() if name not in options}
@@ -128,7 +129,11 @@ def convolutions(
         call = lambda state, *a, **k: nnx.merge(graph, state)(*a, **k, **options)  # noqa: E731
         closed = jax.make_jaxpr(call)(state, *args, **kwargs)
     else:
-        closed = jax.make_jaxpr(functools.partial(model, **options))(*args, **kwargs)
+        try:
+            closed = jax.make_jaxpr(functools.partial(model, **options))(*args, **kwargs)
+        except TraceContextError as e:
+            e.add_note("Of a model that changes in a call give the model, or model.eval() it.")
+            raise
     found, left = [], 0
     for eqn, count in _equations(closed.jaxpr):
         if eqn.primitive.name == "conv_general_dilated":

@@ -26,14 +26,22 @@ def parser(description: str, *, steps: int, batch: int, learning_rate: float):
         description=description.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    result.add_argument("--steps", type=int, default=steps, help="optimizer steps")
-    result.add_argument("--batch", type=int, default=batch, help="sequences in a step")
+    result.add_argument("--steps", type=positive, default=steps, help="optimizer steps")
+    result.add_argument("--batch", type=positive, default=batch, help="sequences in a step")
     result.add_argument("--learning-rate", type=float, default=learning_rate, help="of Adam")
-    result.add_argument("--every", type=int, default=100, help="steps between two tests")
+    result.add_argument("--every", type=positive, default=100, help="steps between two tests")
     result.add_argument("--seed", type=int, default=0, help="of parameters and data")
     result.add_argument("--stock", action="store_true", help="train stock nnx.Conv layers instead")
     result.add_argument("--output", type=Path, default=Path("examples-output"), help="for the plot")
     return result
+
+
+def positive(text: str) -> int:
+    """For ``type=`` of an argument."""
+    value = int(text) if text.isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be an int of 1 or more, got {text!r}")
+    return value
 
 
 def existing_file(text: str) -> Path:

@@ -14,7 +14,7 @@ code trains ten epochs of 50,000 sequences, 15,600 steps.
 
 import jax.numpy as jnp
 import numpy as np
-from _common import conv_class, optimizer, parser, plot, train
+from _common import conv_class, optimizer, parser, plot, positive, train
 from flax import nnx
 
 from conv_pallas.nn import TCN
@@ -48,10 +48,10 @@ def evaluate(model, x, y):
 
 def main(arguments=None):
     options = parser(__doc__, steps=4000, batch=32, learning_rate=4e-3)
-    options.add_argument("--time", type=int, default=400, help="steps of a sequence")
-    options.add_argument("--hidden", type=int, default=30, help="channels")
-    options.add_argument("--levels", type=int, default=7, help="blocks")
-    options.add_argument("--taps", type=int, default=7, help="kernel size")
+    options.add_argument("--time", type=positive, default=400, help="steps of a sequence")
+    options.add_argument("--hidden", type=positive, default=30, help="channels")
+    options.add_argument("--levels", type=positive, default=7, help="blocks")
+    options.add_argument("--taps", type=positive, default=7, help="kernel size")
     options = options.parse_args(arguments)
     model = TCN(
         2, [options.hidden] * options.levels, 1, options.taps, 0.0, nnx.Rngs(options.seed),

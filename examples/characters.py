@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _common import conv_class, existing_file, optimizer, parser, plot, train
+from _common import conv_class, existing_file, optimizer, parser, plot, positive, train
 from flax import nnx
 
 from conv_pallas.nn import TCN, compiled_step, replace_convs
@@ -61,10 +61,10 @@ def write(model, start, length, temperature, seed):
 def main(arguments=None):
     options = parser(__doc__, steps=400, batch=16, learning_rate=4e-3)
     options.add_argument("--text", type=existing_file, required=True, help="a text file")
-    options.add_argument("--time", type=int, default=256, help="characters of a sequence")
-    options.add_argument("--hidden", type=int, default=96, help="channels")
-    options.add_argument("--levels", type=int, default=5, help="blocks")
-    options.add_argument("--taps", type=int, default=3, help="kernel size")
+    options.add_argument("--time", type=positive, default=256, help="characters of a sequence")
+    options.add_argument("--hidden", type=positive, default=96, help="channels")
+    options.add_argument("--levels", type=positive, default=5, help="blocks")
+    options.add_argument("--taps", type=positive, default=3, help="kernel size")
     options.add_argument("--write", type=int, default=400, help="characters to write at the end")
     options.add_argument("--temperature", type=float, default=0.7, help="below 1: safer choices")
     options = options.parse_args(arguments)

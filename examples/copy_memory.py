@@ -13,7 +13,7 @@ and Koltun 2018, arXiv:1803.01271): 3.5e-5, of a network that is given the digit
 
 import numpy as np
 import optax
-from _common import conv_class, optimizer, parser, plot, train
+from _common import conv_class, optimizer, parser, plot, positive, train
 from flax import nnx
 
 from conv_pallas.nn import TCN
@@ -51,10 +51,10 @@ def evaluate(model, x, y):
 
 def main(arguments=None):
     options = parser(__doc__, steps=1200, batch=32, learning_rate=2e-3)
-    options.add_argument("--time", type=int, default=1000, help="steps to remember for")
-    options.add_argument("--hidden", type=int, default=16, help="channels")
-    options.add_argument("--levels", type=int, default=7, help="blocks")
-    options.add_argument("--taps", type=int, default=8, help="kernel size")
+    options.add_argument("--time", type=positive, default=1000, help="steps to remember for")
+    options.add_argument("--hidden", type=positive, default=16, help="channels")
+    options.add_argument("--levels", type=positive, default=7, help="blocks")
+    options.add_argument("--taps", type=positive, default=8, help="kernel size")
     options = options.parse_args(arguments)
     model = TCN(
         DIGITS, [options.hidden] * options.levels, DIGITS, options.taps, 0.0,

@@ -14,7 +14,7 @@ work). The paper: 8.10.
 
 import numpy as np
 import optax
-from _common import conv_class, existing_file, optimizer, parser, plot, train
+from _common import conv_class, existing_file, optimizer, parser, plot, positive, train
 from flax import nnx
 from scipy.io import loadmat
 
@@ -62,9 +62,9 @@ def main(arguments=None):
     options.add_argument(
         "--data", type=existing_file, required=True, help="a .mat file, such as JSB_Chorales.mat"
     )
-    options.add_argument("--hidden", type=int, default=220, help="channels")
-    options.add_argument("--levels", type=int, default=2, help="blocks")
-    options.add_argument("--taps", type=int, default=3, help="kernel size")
+    options.add_argument("--hidden", type=positive, default=220, help="channels")
+    options.add_argument("--levels", type=positive, default=2, help="blocks")
+    options.add_argument("--taps", type=positive, default=3, help="kernel size")
     options.add_argument("--dropout", type=float, default=0.5)
     options = options.parse_args(arguments)
     training, validation, testing = load(options.data)

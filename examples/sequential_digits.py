@@ -12,7 +12,7 @@ arXiv:1803.01271) has 99.0 % on the 28x28 pixels of MNIST, a larger and another 
 
 import numpy as np
 import optax
-from _common import conv_class, optimizer, parser, plot, train
+from _common import conv_class, optimizer, parser, plot, positive, train
 from flax import nnx
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -46,9 +46,9 @@ def evaluate(model, x, y):
 
 def main(arguments=None):
     options = parser(__doc__, steps=1500, batch=64, learning_rate=4e-3)
-    options.add_argument("--hidden", type=int, default=24, help="channels")
-    options.add_argument("--levels", type=int, default=4, help="blocks")
-    options.add_argument("--taps", type=int, default=5, help="kernel size")
+    options.add_argument("--hidden", type=positive, default=24, help="channels")
+    options.add_argument("--levels", type=positive, default=4, help="blocks")
+    options.add_argument("--taps", type=positive, default=5, help="kernel size")
     options = options.parse_args(arguments)
     x, x_test, y, y_test = load(options.seed)
     model = TCN(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.errors import TraceContextError
 from jax import lax
 
 from conv_pallas import conv1d, conv_general_dilated, dispatch, explain, kernels
@@ -117,9 +118,36 @@ def test_explain_of_a_model_is_of_each_of_its_convolutions(platform):
         ours = next(c for c in alone.candidates[operation] if c.implementation == "xla")
         assert f"  {operation:<18} xla: {ours.how}\n" in text
     assert text.splitlines()[-1] == (
-        "1 left to jax.lax.conv_general_dilated, as stock layers are: see "
-        "conv_pallas.nn.replace_convs"
+        "1 left to jax.lax.conv_general_dilated: stock layers (see conv_pallas.nn.replace_convs), "
+        "more dimensions, and what is told to run xla_native"
     )
+
+
+class ChannelsFirst(Conv):
+    """Of somebody who has channels before time."""
+
+    def __call__(self, x, **kwargs):
+        return super().__call__(x.swapaxes(-1, -2), **kwargs).swapaxes(-1, -2)
+
+
+def test_a_call_of_its_own_is_what_is_explained():
+    layer = ChannelsFirst(4, 4, 3, padding="CAUSAL", rngs=nnx.Rngs(0))
+    (words,) = explain(layer, jax.ShapeDtypeStruct((1, 4, 20), jnp.float32)).convolutions
+    assert words == "x (1, 20, 4), kernel (3, 4, 4), float32"
+
+
+def test_explain_of_an_order_complains_of_the_platform_that_was_asked_about():
+    with pytest.raises(NotImplementedError, match=r"^implementation='triton' can't .* on tpu "):
+        explain(X, jnp.zeros((3, 8, 8)), platform="tpu", implementation="triton")
+
+
+def test_explain_of_a_function_says_what_to_do_with_a_model_that_changes():
+    model = TCN(8, [8], 4, 3, 0.1, nnx.Rngs(0))
+    with pytest.raises(TraceContextError) as raised:
+        explain(lambda x: model(x), X)
+    assert "model.eval()" in raised.value.__notes__[-1]
+    model.eval()
+    assert sum(explain(lambda x: model(x), X).times.values()) == 3
 
 
 def test_explain_says_once_how_those_run_that_run_alike():

@@ -49,6 +49,8 @@ def test_layer_by_name_and_by_shape():
         ("T=4 C=2", "a shape needs T, C and K, got no K"),
         ("T=4 C=2 K=x", "got 'K=x'"),
         ("T=4 C=2 K=0", "got 'K=0'"),
+        ("T=4 C=2 K=3 T=5", "a shape has one T, got 'T=4 C=2 K=3 T=5'"),
+        ("T=99999999999 C=2 K=3", "got 'T=99999999999'"),
         ("T=4 C=2 K=3 G=4", "feature_group_count must divide x's 2 channels, got 4"),
         ("T=4 C=2 K=3 padding=wide", "padding must be CAUSAL, SAME, VALID or a number, got 'WIDE'"),
         ("T=4 C=2 K=3 E=2 padding=same", "padding must be given in numbers"),
