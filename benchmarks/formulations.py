@@ -47,6 +47,7 @@ from conv_pallas.spec import OPERATIONS, Problem
 VISIT = _measure.Settings(least=0.005, rounds=(3, 3), limit=3.0)
 ROUNDS = 9
 _ONCE = _measure.Settings(least=0, rounds=(3, 3), limit=0.5)
+HOPELESS = 3  # times slower than stock
 # Operations compiled at a time: each program maps some 25 pieces of memory, of which Linux by
 # default lets a process have 65530.
 BATCH = 60
@@ -79,7 +80,7 @@ class Race:
 
     @contextlib.contextmanager
     def compiled(self) -> Iterator[None]:
-        """Those that took part before, or else all that don't take over three times as long."""
+        """Those that took part before, or else all that are not `HOPELESS`."""
         arrays = operands(self.problem)
         known = self.names
         for name in known or candidates(self.problem, self.stock):
@@ -89,7 +90,7 @@ class Race:
                 continue
             (once,) = _measure.interleaved({name: call}, _ONCE).values()
             if name == self.stock:
-                limit = 3 * min(once)
+                limit = HOPELESS * min(once)
             elif min(once) > limit:
                 del self.calls[name]
         yield

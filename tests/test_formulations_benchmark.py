@@ -20,6 +20,7 @@ def test_one_case_from_the_command_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(formulations, "VISIT", brief)
     monkeypatch.setattr(formulations, "ROUNDS", 2)
     monkeypatch.setattr(formulations, "_ONCE", brief)
+    monkeypatch.setattr(formulations, "HOPELESS", float("inf"))  # one call may be interrupted
     monkeypatch.setattr(handoff, "ratio", lambda: 1.3)
     path = tmp_path / "new" / "result.json"
     words = ["--only", "G2,G8", "--without", "G2,bfloat16"]
