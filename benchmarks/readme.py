@@ -26,11 +26,49 @@ COMMAND = "python -m benchmarks --tune --json benchmarks/results/cpu/layers.json
 GPU_RESULTS = ROOT / "benchmarks" / "results" / "nvidia-h200"
 MARKS = "<!-- figures: written by benchmarks/readme.py -->", "<!-- end of figures -->"
 GPU_MARKS = tuple(mark.replace("figures", "figures of a GPU") for mark in MARKS)
+MEAN_MARKS = tuple(mark.replace("figures", "means") for mark in MARKS)
 PAGED = (STOCK, OURS)
 BASELINES = (STOCK, BARRIER, SYMMETRIC, MATMULS)
 # Of a model, while others in that table are the far end of what a layer may be.
 _PUBLISHED = {layer.name for layer in PUBLISHED if not layer.source.startswith("no model")}
 DEFAULT = "default"  # in the lines of the sweep what dispatch chooses, while "ours" is Triton's
+
+
+def means(result: dict[str, Any], folder: Path) -> str:
+    """What it brings in single layers that somebody published, in a few lines.
+
+    Args:
+      result: what `RESULT` holds.
+      folder: of `GPU_RESULTS`.
+    """
+    kinds = {"dense": {}, "depthwise": {}, "transposed": {}}
+    for m in result["measurements"]:
+        layer, speedup = m["layer"], m["speedup"]
+        if layer["name"] in _PUBLISHED:
+            kind = "transposed" if "transposed" in layer["kind"] else layer["kind"].split(",")[0]
+            ratio = 1.0 if speedup["same_program"] else speedup["median"]
+            kinds[kind].setdefault(m["pass"], []).append(ratio)
+    mean = lambda ratios: _digits(statistics.geometric_mean(ratios))  # noqa: E731
+    on_cpu = [f"{kind} {' and '.join(mean(of[p]) for p in PASSES)}" for kind, of in kinds.items()]
+    sweep = [line for line in lines_of(folder / "layers.jsonl") if line.get("layer") in _PUBLISHED]
+    device = next(line["device"] for line in lines_of(folder / "goals.jsonl") if "device" in line)
+    over_stock, over_fastest = [], []
+    for which in PASSES:
+        lines = [line for line in sweep if line.get("which") == which]
+        seconds = [_medians(line, "seconds") for line in lines]
+        over_stock.append(mean(s[STOCK] / s[DEFAULT] for s in seconds if {STOCK, DEFAULT} <= {*s}))
+        over_fastest.append(mean(filter(None, (_ratio(x, "seconds", DEFAULT) for x in lines))))
+    return "\n".join(
+        [
+            "How many times as fast as stock `nnx.Conv`, forward and in a training step, by the "
+            "geometric mean over single layers that somebody published (layer by layer, those that "
+            "gain nothing or lose a little among them, under [Measure](#measure)):",
+            "",
+            f"- on a CPU ({stored.processor(result['host'])}): {', '.join(on_cpu)};",
+            f"- on an {device}: {' and '.join(over_stock)}; and {' and '.join(over_fastest)} times "
+            "as fast as the fastest of what a user could do by hand.",
+        ]
+    )
 
 
 def figures(result: dict[str, Any]) -> str:
@@ -319,5 +357,7 @@ def with_figures(readme: str, table: str, marks: tuple[str, str] = MARKS) -> str
 
 if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    text = with_figures(README.read_text(encoding="utf-8"), cpu_figures())
+    text = README.read_text(encoding="utf-8")
+    text = with_figures(text, means(stored.read(RESULT), GPU_RESULTS), MEAN_MARKS)
+    text = with_figures(text, cpu_figures())
     README.write_text(with_figures(text, gpu_figures(GPU_RESULTS), GPU_MARKS), encoding="utf-8")

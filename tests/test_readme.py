@@ -18,6 +18,8 @@ def test_figures_are_those_of_the_result():
     text = readme.README.read_text(encoding="utf-8")
     table = readme.cpu_figures()
     assert readme.with_figures(text, table) == text, "run python -m benchmarks.readme"
+    means = readme.means(readme.stored.read(readme.RESULT), readme.GPU_RESULTS)
+    assert readme.with_figures(text, means, readme.MEAN_MARKS) == text and means in text
     on_gpu = readme.gpu_figures(readme.GPU_RESULTS)
     assert readme.with_figures(text, on_gpu, readme.GPU_MARKS) == text
     assert on_gpu.count("\n|") > 30 and on_gpu not in table
