@@ -36,7 +36,9 @@ def hide(x: jax.Array, mask) -> jax.Array:
         x = jnp.asarray(x)
     mask = check_mask(mask, x.shape[:-1])
     mask = like(mask, P(*entries(jax.typeof(x))[:-1]))
-    return jnp.where(mask[..., None], x, jnp.zeros_like(x, shape=()))
+    weak = jax.typeof(x).weak_type  # and stays so
+    zero = 0 if weak else jnp.zeros((), jax.dtypes.canonicalize_dtype(x.dtype))
+    return jnp.where(mask[..., None], x, zero)
 
 
 def check_mask(mask, shape: tuple[int, ...]) -> jax.Array:
