@@ -13,7 +13,7 @@ from conv_pallas._layers import find
 from conv_pallas._measure import OURS, STOCK
 from tests.support import environment
 
-WORDS = find("tcn-ptb-words/stack", STACKS)
+MUSIC = find("tcn-music/stack", STACKS)
 
 
 @pytest.fixture
@@ -39,12 +39,12 @@ def test_each_turn_is_a_process_of_each_kind(able, tmp_path, monkeypatch, capsys
             name: {"seconds": s, "page_faults": 10 if huge else 900, "temporaries": 7}
             for name, s in seconds.items()
         }
-        assert command[-3:] == ["--child", WORDS.name, "--quick"]
+        assert command[-3:] == ["--child", MUSIC.name, "--quick"]
         return subprocess.CompletedProcess(command, 0, f"a warning\n{json.dumps(came)}\n")
 
     monkeypatch.setattr(pages.stored, "commit", lambda: "")  # which asks git
     monkeypatch.setattr(subprocess, "run", run)
-    assert pages.main(["--quick", "--turns", "3", "--networks", WORDS.name]) == 0
+    assert pages.main(["--quick", "--turns", "3", "--networks", MUSIC.name]) == 0
     assert asked == [False, True, True, False, False, True]
     (line,) = json.loads((tmp_path / "bench-output" / "pages.json").read_text())["measurements"]
     assert line["huge_pages"] == {STOCK: 1.5, OURS: 2.0}
@@ -55,7 +55,7 @@ def test_each_turn_is_a_process_of_each_kind(able, tmp_path, monkeypatch, capsys
 
 def test_a_child_measures_what_it_is_told(monkeypatch):
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.pages", "--child", WORDS.name, "--quick"],
+        [sys.executable, "-m", "benchmarks.pages", "--child", MUSIC.name, "--quick"],
         stdout=subprocess.PIPE, text=True, check=True,
         env=environment() | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
     )  # fmt: skip
