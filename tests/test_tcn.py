@@ -333,10 +333,11 @@ def test_a_condition_beside_integers_is_not_rounded():
     """Counts or one-hot codes as x: their dtype is not the condition's."""
     model = network(conditioning=2, conditioning_mode="concat")
     x, condition = jnp.arange(2 * 9 * 3).reshape(2, 9, 3) % 2, inputs(2, 2)
-    y = model(x, condition=condition)
-    np.testing.assert_array_equal(y, model(x.astype(jnp.float32), condition=condition))
-    state = model.init_state(2)
-    streamed, _ = model.step(x, state, condition=condition)
+    model.eval()
+    call, step = jax.jit(model), jax.jit(model.step)
+    y = call(x, condition=condition)
+    np.testing.assert_array_equal(y, call(x.astype(jnp.float32), condition=condition))
+    streamed, _ = step(x, model.init_state(2), condition=condition)
     np.testing.assert_allclose(streamed, y, rtol=1e-5, atol=1e-6)
 
 
@@ -350,7 +351,8 @@ def test_norms_dtypes_initializers_and_dropout():
     assert {leaf.dtype for leaf in leaves} == {jnp.dtype(jnp.float16)}
     assert all((layer.kernel[...] == 1).all() for layer in convolutions(model))
     x = inputs(2, 9, 3)
-    assert model(x, condition=inputs(2, 1)).dtype == jnp.bfloat16
+    call = nnx.jit(lambda model, x, condition: model(x, condition=condition))
+    assert call(model, x, inputs(2, 1)).dtype == jnp.bfloat16
     dropped = np.asarray(model.blocks[0].dropout1(jnp.ones((4, 9, 4)))) == 0
     assert dropped.any() and not dropped.all()
     np.testing.assert_array_equal(dropped, np.broadcast_to(dropped[:, :1], dropped.shape))
@@ -460,7 +462,8 @@ def test_equal_models_have_equal_structures_and_can_be_pickled(norm, conv):
 def test_a_norm_computes_in_the_dtype_of_the_parameters(norm, conv):
     x = jnp.ones((2, 9, 4), jnp.bfloat16)
     model = TCN(4, [8], 2, norm=norm, param_dtype=jnp.bfloat16, conv=conv, rngs=nnx.Rngs(0))
-    assert model(x).dtype == jnp.bfloat16
+    call = nnx.jit(lambda model, x: model(x))
+    assert call(model, x).dtype == jnp.bfloat16
     with jax.enable_x64(True):
         wide = TCN(4, [8], 2, norm=norm, conv=conv, rngs=nnx.Rngs(0))
-        assert wide(x.astype(jnp.float32)).dtype == jnp.float32
+        assert call(wide, x.astype(jnp.float32)).dtype == jnp.float32
