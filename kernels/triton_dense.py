@@ -94,7 +94,8 @@ FEW = Config(rows=128, columns=64, depth=64, warps=8, stages=4, resident=2)
 def _tileable(array: jax.Array | jax.ShapeDtypeStruct, offset: int) -> bool:
     """Whether the copy engine can fetch tiles of an array that start at multiples of `offset`.
 
-    It moves 16 bytes at a time; starts at a multiple of them are what Triton asks for.
+    Rows have to be of whole 16 bytes (CUDA's ``cuTensorMapEncodeTiled``). It does not ask that
+    tiles start at whole ones as well; but no chip has been tried with groups that do not.
     """
     size = array.dtype.itemsize
     return array.shape[-1] * size % 16 == 0 and offset * size % 16 == 0
