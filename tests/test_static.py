@@ -1,5 +1,6 @@
 """Where the TPU kernels are the default, against the committed estimates."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -9,6 +10,7 @@ import pytest
 
 from benchmarks.layers import LAYERS
 from benchmarks.static import ALONE, BATCHES, BFLOAT16, CHAINS, RESULTS, ratio
+from conv_pallas._layers import Layer
 from conv_pallas.kernels import tpu_dense, tpu_estimates, tpu_time_in_lanes
 from conv_pallas.kernels.tpu_window import Chip
 from conv_pallas.spec import OPERATIONS, Problem
@@ -90,6 +92,23 @@ def test_the_chain_keeps_its_goal(chip):
         if row["layer"] == CHAINS[0].name and row["program"] == "4 layers, forward"
     )
     assert ratio(row) >= 1.2
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_what_there_is_no_estimate_for_is_left_to_xla(chip):
+    layer = Layer("layer", "made up", 8, 4096, 256, 256, 7, 64, dtype="bfloat16")
+    for changes in (
+        dict(T=2100),  # two tiles of 2048
+        dict(T=512),
+        dict(C=1024, O=1024),
+        dict(K=9),
+    ):
+        for operation in OPERATIONS:
+            problem = layer.problem(operation, "tpu")
+            assert wins(problem, CHIPS[chip])
+            assert not wins(dataclasses.replace(problem, exported=True), CHIPS[chip])
+            other = dataclasses.replace(layer, **changes).problem(operation, "tpu")
+            assert not wins(other, CHIPS[chip]), (changes, operation)
 
 
 def test_another_chip_has_no_default():
