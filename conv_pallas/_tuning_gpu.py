@@ -99,7 +99,7 @@ def tune(
         share = (end - now) / (len(trials) - i)
         compiling = now + TILES * share
         most = share / 4 / processes  # seconds to time all tiles, of a device that is shared
-        before = triton_tuned.table("tiles")
+        before, found = triton_tuned.table("tiles"), {}
         try:
             found, ours = _tune(trial, before, tuned, compiling, most, quick, report)
             if trial.operations:
@@ -108,7 +108,7 @@ def tune(
             _ask_device(e)
             failures[f"{trial.name} of {told}"] = e
             report(f"{trial.name}: {_short(e)}")
-            found = {"against_xla": dict.fromkeys(trial.keys())}
+            found |= {"against_xla": dict.fromkeys(trial.keys())}
         with _turns.on_device():
             triton_tuned.RECORDS.add(file, kind, found)
         records.forget()
@@ -182,6 +182,8 @@ def _against_xla(trial, key, tile, ours, arguments, end, report) -> dict[str, di
     (problem,) = trial.problems()
     with xla_tuned.ignored():
         raced = _race(trial, key, tile, ours, arguments, report)
+    if raced == {}:  # which tells nothing of who is faster: what was known stays
+        return {}
     found = {"against_xla": dict.fromkeys(trial.keys(), raced)}
     if raced is None:
         return found
@@ -192,7 +194,7 @@ def _against_xla(trial, key, tile, ours, arguments, end, report) -> dict[str, di
     if runs is not None:
         with xla_tuned.trial({xla_tuned.key(problem): runs}):
             again = _race(trial, key, tile, ours, arguments, report)
-        if again is None:  # it failed by itself, say for want of memory
+        if not again:  # it failed by itself, say for want of memory
             rule, seconds = xla_tuned.rule(problem), raced["xla"]
             entry = xla_tuned.raced(rule, None, seconds, seconds) | _measure.versions()
         else:
@@ -273,7 +275,10 @@ def _agreeing(trial, calls, report) -> dict[tuple[int, ...] | None, Callable]:
 
 
 def _race(trial, key, tile, ours, arguments, report) -> dict[str, Any] | None:
-    """What `triton_tuned.RACED` says of ours against XLA; None where they can't be compared."""
+    """What `triton_tuned.RACED` says of ours against XLA.
+
+    None where their results differ; nothing where XLA has none.
+    """
     import triton
 
     with _turns.on_device():
@@ -284,7 +289,7 @@ def _race(trial, key, tile, ours, arguments, report) -> dict[str, Any] | None:
         except Exception as e:  # for want of memory, say; ours is measured all the same
             _ask_device(e)
             report(f"{trial.name} xla: {_short(e)}")
-            return None
+            return {}
     if not off <= _tolerance(trial.convolution):
         report(f"{trial.name}: XLA's result and ours are {off:.2g} of the largest element apart")
         return None

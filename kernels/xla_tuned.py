@@ -40,14 +40,16 @@ _trial = contextvars.ContextVar[dict[str, str] | None]("trial", default=None)
 
 
 def kind(platform: str) -> str | None:
-    """A GPU's name; or the processor, and how many cores XLA has of it, which may make others win.
+    """A GPU's name; or the processor, and what XLA has of it, which may make others win.
 
-    None where there is no GPU, and nobody said for which one this is.
+    That is its vectors and its cores. None where there is no GPU, and nobody said for which one
+    this is.
     """
     if platform == "cuda":
         return _host.gpu()
     cores = _host.cores()
-    return f"{_host.processor()} {_host.model()} {cores} core{'s' * (cores > 1)}"
+    told = _host.processor(), _host.model(), _host.vectors(), f"{cores} core{'s' * (cores > 1)}"
+    return " ".join(filter(None, told))
 
 
 def key(problem: Problem) -> str:

@@ -213,11 +213,13 @@ def test_another_cpu_knows_nothing_of_it(seconds, monkeypatch):
 
 
 @pytest.mark.parametrize("cores, told", [(1, "1 core"), (8, "8 cores")])
-def test_a_cpu_is_its_name_and_its_cores(cores, told, monkeypatch):
+def test_a_cpu_is_its_name_its_vectors_and_its_cores(cores, told, monkeypatch):
     monkeypatch.setattr(xla_tuned._host, "cores", lambda: cores)
     monkeypatch.setattr(xla_tuned._host, "processor", lambda: "Fast 3000")
     monkeypatch.setattr(xla_tuned._host, "model", lambda: "25-1")
-    assert kind("cpu") == f"Fast 3000 25-1 {told}"
+    for vectors, more in (("avx2", "avx2 "), (None, "")):
+        monkeypatch.setattr(xla_tuned._host, "vectors", lambda vectors=vectors: vectors)
+        assert kind("cpu") == f"Fast 3000 25-1 {more}{told}"
 
 
 def test_what_this_version_has_not_goes_by_the_rules(seconds, tmp_path):
