@@ -81,13 +81,16 @@ def arrays(layer: Layer) -> list[jax.Array]:
     return [jax.random.normal(k, a.shape, a.dtype) for k, a in zip(keys, wanted, strict=True)]
 
 
+DEFAULT = "default"  # what dispatch chooses, by what was tuned
+
+
 def forward(name: str, layer: Layer, dry: bool) -> baselines.Forward:
     """``(x, kernel, bias) -> y`` of a baseline, or of ours.
 
     That is "ours", the Triton kernels; "xla", our best for XLA; or "default", which of those
     dispatch chooses.
     """
-    chosen = {"ours": ours(dry), "xla": "xla", "default": None}
+    chosen = {"ours": ours(dry), "xla": "xla", DEFAULT: None}
     if name in chosen:
         return baselines.build(baselines.OURS, layer, chosen[name])
     return baselines.build(name, layer)

@@ -36,7 +36,7 @@ GPU_FORMULATIONS = {
     },
 }
 BASELINES = (baselines.STOCK, baselines.BARRIER, baselines.SYMMETRIC, baselines.MATMULS)
-DEFAULT = "default"  # what dispatch chooses, by what was tuned
+DEFAULT = device_layers.DEFAULT
 COPY = "copy"  # of an array of x's size, by the driver: what memory gives at best
 ASKED = 10  # seconds for nvidia-smi to answer
 
@@ -108,7 +108,7 @@ def _compared(log: Log, dry: bool, plan: list[tuple[Layer, str, tuple[str, ...]]
 
 
 def _right(timed: device_turns.Timed, layer: Layer) -> dict:
-    """How far ours is off from XLA's, and whether that is little enough, where both ran."""
+    """How far ours, and what is chosen, are off from XLA's, and whether that is little enough."""
     if timed.off is None:
         return {}
     return dict(off_from_xla=timed.off, ok=timed.off <= _measure.tolerance(layer))
@@ -176,7 +176,7 @@ def layers(log: Log, dry: bool) -> None:
     for layer, which in log.each(plan, lambda item: item[0].name):
         programs = {name: functools.partial(_pass, name, layer, which, dry) for name in names}
         for timed in device_turns.timed(log, programs, layer, dry, ("ours", DEFAULT, "xla")):
-            _write(log, timed, layer=layer.name, which=which)
+            _write(log, timed, layer=layer.name, which=which, **_right(timed, layer))
 
 
 def drawn(log: Log, dry: bool) -> None:

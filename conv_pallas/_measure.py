@@ -253,7 +253,7 @@ def held(compiled: jax.stages.Compiled) -> int:
 
 
 def rolled(a: jax.Array, count: int) -> list[jax.Array]:
-    """An array and others with its values at other steps: no run finds its own in a cache."""
+    """An array and others with its values at other steps, of which no two are computed as one."""
     return [a, *(jnp.roll(a, i, axis=-2) for i in range(1, count))]
 
 
