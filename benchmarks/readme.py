@@ -8,6 +8,7 @@ import json
 import math
 import re
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ PAGED = (STOCK, OURS)
 BASELINES = (STOCK, BARRIER, SYMMETRIC, MATMULS)
 # Of a model, while others in that table are the far end of what a layer may be.
 _PUBLISHED = {layer.name for layer in PUBLISHED if not layer.source.startswith("no model")}
-DEFAULT = "default"  # in the lines of the sweep what dispatch chooses, while "ours" is Triton's
+DEFAULT = device_layers.DEFAULT  # in the lines of the sweep, where "ours" is Triton's
 
 
 def means(result: dict[str, Any], folder: Path) -> str:
@@ -47,16 +48,15 @@ def means(result: dict[str, Any], folder: Path) -> str:
             kind = "transposed" if "transposed" in layer["kind"] else layer["kind"].split(",")[0]
             ratio = 1.0 if speedup["same_program"] else speedup["median"]
             kinds[kind].setdefault(m["pass"], []).append(ratio)
-    mean = lambda ratios: _digits(statistics.geometric_mean(ratios))  # noqa: E731
-    on_cpu = [f"{kind} {' and '.join(mean(of[p]) for p in PASSES)}" for kind, of in kinds.items()]
+    on_cpu = [f"{kind} {' and '.join(_mean(of[p]) for p in PASSES)}" for kind, of in kinds.items()]
     sweep = [line for line in lines_of(folder / "layers.jsonl") if line.get("layer") in _PUBLISHED]
     device = next(line["device"] for line in lines_of(folder / "goals.jsonl") if "device" in line)
     over_stock, over_fastest = [], []
     for which in PASSES:
         lines = [line for line in sweep if line.get("which") == which]
         seconds = [_medians(line, "seconds") for line in lines]
-        over_stock.append(mean(s[STOCK] / s[DEFAULT] for s in seconds if {STOCK, DEFAULT} <= {*s}))
-        over_fastest.append(mean(filter(None, (_ratio(x, "seconds", DEFAULT) for x in lines))))
+        over_stock.append(_mean(s[STOCK] / s[DEFAULT] for s in seconds if {STOCK, DEFAULT} <= {*s}))
+        over_fastest.append(_mean(_ratio(x, "seconds", DEFAULT) for x in lines))
     return "\n".join(
         [
             "How many times as fast as stock `nnx.Conv`, forward and in a training step, by the "
@@ -344,9 +344,13 @@ def _means_of(sweep: list[dict]) -> str:
             _ratio(line, "device_seconds", DEFAULT) or wall
             for line, wall in zip(lines, walls, strict=True)
         ]
-        mean = lambda ratios: _digits(statistics.geometric_mean(filter(None, ratios)))  # noqa: E731
-        told.append(f"{which} {mean(walls)}, and {mean(works)} on the GPU")
+        told.append(f"{which} {_mean(walls)}, and {_mean(works)} on the GPU")
     return "; ".join(told)
+
+
+def _mean(ratios: Iterable[float | None]) -> str:
+    """The geometric mean of those that there are."""
+    return _digits(statistics.geometric_mean(filter(None, ratios)))
 
 
 def cpu_figures() -> str:

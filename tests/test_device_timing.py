@@ -107,6 +107,15 @@ def test_one_program_is_compiled_and_timed_once(tmp_path, monkeypatch):
     assert timed.seconds.keys() == programs.keys() and not timed.errors
 
 
+def test_what_is_chosen_by_default_is_checked_as_ours_is(tmp_path):
+    layer, times = device_layers.goals(True)[0], lambda n: lambda: lambda x, w, b, g: x * n
+    for chosen, off in ((2, False), (3, True)):
+        programs = {"ours": times(2), "default": times(chosen), "xla": times(2)}
+        log = Log(tmp_path, "layers", 60)
+        *_, timed = device_turns.timed(log, programs, layer, True, tuple(programs))
+        assert (timed.off > 0.1) is off
+
+
 def test_what_the_autotuner_chose_makes_no_other_program(tmp_path):
     """As an H200 told of one layer, whose two equal programs took 21 and 25 us."""
     conv = """ENTRY %main.{n} (x.{n}: f32[16,80,600]) -> f32[16,80,600] {{

@@ -399,9 +399,21 @@ def test_where_xla_fails_the_tile_is_kept(one_tile, monkeypatch):
     assert set(tuning.tune(x, w, report=lines.append).values()) == {tile}
     assert "forward xla: MemoryError: RESOURCE_EXHAUSTED" in lines
     assert who_runs() == ["xla"] * 3
-    assert {tile} == {
-        tuple(t) for t in triton_tuned.RECORDS.content("NVIDIA H200")["tiles"].values()
-    }
+    found = triton_tuned.RECORDS.content("NVIDIA H200")
+    assert {tile} == {tuple(t) for t in found["tiles"].values()}
+    assert not found["against_xla"]  # who is faster nobody knows
+
+
+def test_where_the_comparison_fails_the_tile_is_kept(one_tile, monkeypatch):
+    seconds, _ = one_tile
+    tile = (64, 64, 32, 4, 3)
+    seconds[tile] = 0.5
+    monkeypatch.setattr(_tuning_gpu, "_against_xla", lambda *_: 1 / 0)
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        tuning.tune(*structs(), report=lambda line: None)
+    found = triton_tuned.RECORDS.content("NVIDIA H200")
+    assert {tile} == {tuple(t) for t in found["tiles"].values()}
+    assert set(found["against_xla"].values()) == {None}
 
 
 def test_a_folder_of_ones_own(one_tile, monkeypatch, tmp_path):
