@@ -231,10 +231,11 @@ def _tune(options: argparse.Namespace) -> int:
 
     try:
         layer = _layer(options.layer, options.dtype)
-        x, kernel, _, _ = inspection.structs(layer)
+        x, kernel, bias, _ = inspection.structs(layer)
         tuning.tune(
-            x, kernel, seconds=options.seconds or math.inf, quick=options.quick, **layer.geometry
-        )
+            x, kernel, bias=bias, activation=layer.activation, **layer.geometry,
+            seconds=options.seconds or math.inf, quick=options.quick,
+        )  # fmt: skip
     except (ValueError, TypeError, NotImplementedError) as e:
         return _fail(str(e))
     except RuntimeError as e:

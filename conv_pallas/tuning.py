@@ -63,7 +63,7 @@ def tune(
       quick: race no tiles, but those in use alone with XLA; on a CPU take less time for each.
       processes: how many tune other layers on this GPU at the same time, into the same file.
         They take turns on it, and each has its share of ``seconds``.
-      arguments: of arrays, further ones of `conv1d`, but for ``bias``, ``activation`` and
+      arguments: of arrays, further ones of `conv1d`, its ``bias`` among them, but for
         ``implementation``; of a model or a function, further ones of its call, such as its mask.
 
     Returns:
@@ -104,8 +104,11 @@ def _convolutions(x, kernel, arguments, report, platform: str) -> list[Convoluti
         if left:
             report(f"{left} left to jax.lax.conv_general_dilated, as stock layers are")
     else:
-        layer = functools.partial(conv1d, **arguments, implementation=implementation)
-        found, _ = tracing.convolutions(lambda xw: layer(*xw), (_struct(x), _struct(kernel)))
+        options = dict(arguments)
+        bias = options.pop("bias", None)
+        arrays = (x, kernel) if bias is None else (x, kernel, bias)
+        layer = functools.partial(conv1d, **options, implementation=implementation)
+        found, _ = tracing.convolutions(layer, *map(_struct, arrays))
     chosen = {}
     for convolution, _ in found:
         # How the batch is shaped makes it no other, and on a GPU bias and activation don't.

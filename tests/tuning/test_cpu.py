@@ -24,7 +24,7 @@ from conv_pallas.kernels import records, xla, xla_cpu, xla_tuned
 from conv_pallas.kernels.xla_candidates import candidates
 from conv_pallas.kernels.xla_cpu_bounds import sound
 from conv_pallas.nn import TCN
-from conv_pallas.spec import OPERATIONS
+from conv_pallas.spec import OPERATIONS, Epilogue
 from tests.cases import Case
 from tests.reference import conv1d_reference
 from tests.tolerance import check
@@ -435,8 +435,13 @@ def test_several_processes_are_for_gpus(seconds):
 
 def test_the_command(seconds, tmp_path, capsys, monkeypatch):
     seconds["matmuls"] = 0.5
-    words = ["tune", "N=2", "T=64", "C=8", "K=3"]
+    layers, in_layer = [], _tuning_cpu._in_layer
+    spy = lambda race, kept: layers.append(race.convolution) or in_layer(race, kept)  # noqa: E731
+    monkeypatch.setattr(_tuning_cpu, "_in_layer", spy)
+    words = ["tune", "N=2", "T=64", "C=8", "K=3", "activation=relu"]
     assert main(words) == 0
+    # The winner wins again in the layer as it is run.
+    assert {layer.epilogue for layer in layers} == {Epilogue(True, "relu")}
     assert "matmuls, 2.00 times as fast as" in capsys.readouterr().out
     assert _chosen() == ["matmuls"] * 3
     (tmp_path / "file").touch()
