@@ -20,12 +20,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from benchmarks import baselines, descent, handoff, neighbours
+from benchmarks import baselines, descent, handoff
 from benchmarks.baselines import NotApplicableError
 from benchmarks.layers import Subject
 from benchmarks.networks import Network
 from benchmarks.truth import Truth, WrongResultError
-from conv_pallas import _layers, _measure, kernels, tuning
+from conv_pallas import _layers, _measure, _neighbours, kernels, tuning
 from conv_pallas._measure import FORWARD, OURS, STOCK, Settings, Spread
 from conv_pallas.explanation import default_platform
 from conv_pallas.kernels import xla_tuned
@@ -253,13 +253,13 @@ def _undisturbed(
         return _measure.interleaved(calls, settings), None, ()
     found = []
     for _ in range(ATTEMPTS):
-        watch, handoffs = neighbours.Watch(), []
+        watch, handoffs = _neighbours.Watch(), []
         times = _measure.interleaved(
             calls, settings, lambda to=handoffs: to.append(handoff.ratio())
         )
         others = watch.taken()
         found.append((times, others, tuple(handoffs)))
-        if others is None or others <= neighbours.BUSY:
+        if others is None or others <= _neighbours.BUSY:
             break
     return min(found, key=lambda one: one[1] or 0.0)
 

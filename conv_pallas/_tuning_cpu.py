@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from conv_pallas import _measure
+from conv_pallas import _measure, _neighbours
 from conv_pallas.kernels import records, xla, xla_cpu, xla_tuned
 from conv_pallas.kernels.xla_candidates import candidates
 from conv_pallas.kernels.xla_cpu_bounds import sound
@@ -67,7 +67,7 @@ def tune(
     """As `tuning.tune`, of convolutions. Returns of each key the formulation that was kept."""
     file = xla_tuned.RECORDS["cpu"].file_of(xla_tuned.kind("cpu")) if file is None else file
     xla_tuned.RECORDS["cpu"].read(file)  # which fails before anything is measured
-    start, found, told = time.monotonic(), {}, None
+    start, found, told, watch = time.monotonic(), {}, None, _neighbours.Watch()
     convolutions = list(convolutions)
     races = list(_races(convolutions, report))
     if convolutions and not races:
@@ -99,6 +99,11 @@ def tune(
             found[xla_tuned.key(race.problem)] = race.winner
     if races:
         report(f"{len(found)} of {len(races)} operations run otherwise than by the rules: {file}")
+        if (others := watch.taken() or 0.0) > _neighbours.BUSY:
+            report(
+                f"other programs took {others:.1f} cores meanwhile, and what won beside them may "
+                "not be the fastest without: tune again while they rest"
+            )
     return found
 
 

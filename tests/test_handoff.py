@@ -77,7 +77,7 @@ def test_rounds_are_told_apart(monkeypatch):
         return {STOCK: (2.0, 2.0, 2.0, 9.0), OURS: (1.0, 4.0, 1.0, 9.0)}
 
     monkeypatch.setattr(harness._measure, "interleaved", interleaved)
-    monkeypatch.setattr(harness.neighbours.Watch, "taken", lambda self: None)
+    monkeypatch.setattr(harness._neighbours.Watch, "taken", lambda self: None)
     layer = Layer("small", "no model", 2, 96, 8, 8, 3, G=8)
     brief = Settings(least=1e-4, rounds=(3, 3), limit=0.1)
     m = harness.measure(layer, FORWARD, settings=brief, variants={STOCK: None, OURS: None})

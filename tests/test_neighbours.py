@@ -8,7 +8,8 @@ import jax
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import harness, neighbours, stored
+from benchmarks import harness, stored
+from conv_pallas import _neighbours
 from conv_pallas._layers import Layer
 from conv_pallas._measure import FORWARD, STOCK, Settings
 
@@ -31,11 +32,11 @@ def machine(monkeypatch, tmp_path):
         stat.write_text(f"cpu  {core}\n{more}")
         spent["wall"] = (spent["user"] + spent["idle"] + spent["steal"]) / 2
 
-    monkeypatch.setattr(neighbours, "STAT", stat)
-    monkeypatch.setattr(neighbours.os, "sysconf", lambda name: 100)
-    monkeypatch.setattr(neighbours.os, "sched_getaffinity", lambda process: {0, 7})
-    monkeypatch.setattr(neighbours.time, "perf_counter", lambda: spent["wall"])
-    monkeypatch.setattr(neighbours.time, "process_time", lambda: spent["own"])
+    monkeypatch.setattr(_neighbours, "STAT", stat)
+    monkeypatch.setattr(_neighbours.os, "sysconf", lambda name: 100)
+    monkeypatch.setattr(_neighbours.os, "sched_getaffinity", lambda process: {0, 7})
+    monkeypatch.setattr(_neighbours.time, "perf_counter", lambda: spent["wall"])
+    monkeypatch.setattr(_neighbours.time, "process_time", lambda: spent["own"])
     spend()
     return spend
 
@@ -52,18 +53,18 @@ def machine(monkeypatch, tmp_path):
 ])  # fmt: skip
 def test_what_others_take(machine, spent, taken):
     machine(user=50.0, idle=3.0, steal=1.0, own=40.0)  # before
-    watch = neighbours.Watch()
+    watch = _neighbours.Watch()
     assert watch.taken() is None
     machine(**spent)
     assert watch.taken() == pytest.approx(taken)
 
 
 def test_a_system_that_does_not_tell(monkeypatch, tmp_path):
-    monkeypatch.setattr(neighbours, "STAT", tmp_path / "none")
-    assert neighbours.Watch().taken() is None
+    monkeypatch.setattr(_neighbours, "STAT", tmp_path / "none")
+    assert _neighbours.Watch().taken() is None
 
 
-@pytest.mark.skipif(not neighbours.STAT.exists(), reason="the system tells nothing of others")
+@pytest.mark.skipif(not _neighbours.STAT.exists(), reason="the system tells nothing of others")
 def test_loops_on_every_core_are_noticed():
     loops = [
         subprocess.Popen([sys.executable, "-c", "print(flush=True)\nwhile True: pass"], stdout=-1)
@@ -72,9 +73,9 @@ def test_loops_on_every_core_are_noticed():
     try:
         for loop in loops:
             loop.stdout.readline()
-        watch = neighbours.Watch()
+        watch = _neighbours.Watch()
         time.sleep(0.3)
-        assert watch.taken() > neighbours.BUSY
+        assert watch.taken() > _neighbours.BUSY
     finally:
         for loop in loops:
             loop.kill()
@@ -87,7 +88,7 @@ def test_loops_on_every_core_are_noticed():
 def test_the_least_disturbed_times_are_kept(monkeypatch, taken, kept):
     asked = iter(taken)
     turn = iter(range(1, 10))
-    monkeypatch.setattr(neighbours.Watch, "taken", lambda self: next(asked))
+    monkeypatch.setattr(_neighbours.Watch, "taken", lambda self: next(asked))
     monkeypatch.setattr(
         harness._measure, "interleaved",
         lambda calls, settings, each_round: dict.fromkeys(calls, (1.0 * next(turn),)),
@@ -105,6 +106,6 @@ def test_the_least_disturbed_times_are_kept(monkeypatch, taken, kept):
 
 def test_a_host_matters_little_to_a_gpu(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(neighbours.Watch, "taken", lambda self: 0.9)
+    monkeypatch.setattr(_neighbours.Watch, "taken", lambda self: 0.9)
     monkeypatch.setattr(harness._measure, "interleaved", lambda calls, settings: calls)
     assert harness._undisturbed({"a": 1}, BRIEF) == ({"a": 1}, None, ())

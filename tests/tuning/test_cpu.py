@@ -16,7 +16,7 @@ from flax import nnx
 from benchmarks import __main__ as command
 from benchmarks import harness, layers, stored
 from benchmarks.networks import Stack
-from conv_pallas import _measure, _tuning_cpu, conv1d, explain, tuning
+from conv_pallas import _measure, _neighbours, _tuning_cpu, conv1d, explain, tuning
 from conv_pallas.__main__ import main
 from conv_pallas._layers import select
 from conv_pallas._measure import OURS, STOCK
@@ -59,6 +59,7 @@ def seconds(there, monkeypatch):
         lambda calls, settings: {name: (told.get(name, 1.0),) for name in calls},
     )  # fmt: skip
     monkeypatch.setattr(_tuning_cpu, "candidates", _few)
+    monkeypatch.setattr(_neighbours.Watch, "taken", lambda self: 0.0)
     return told
 
 
@@ -426,6 +427,15 @@ def test_what_is_told_to_run_otherwise_is_left(seconds):
 
     assert "1 left to jax.lax.conv_general_dilated" in told(implementation="xla_native")
     assert told(padding=[(0, -62)]) == "there is nothing to tune"  # nor to compute
+
+
+@pytest.mark.parametrize("taken, told", [(0.8, "0.8 cores"), (0.04, None), (None, None)])
+def test_that_others_ran_is_told(seconds, taken, told, monkeypatch):
+    monkeypatch.setattr(_neighbours.Watch, "taken", lambda self: taken)
+    lines = []
+    _tune(report=lines.append)
+    assert ["by the rules" in line for line in lines[-2:]] == [told is not None, told is None]
+    assert told is None or lines[-1].startswith(f"other programs took {told} meanwhile")
 
 
 def test_several_processes_are_for_gpus(seconds):
