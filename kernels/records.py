@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from conv_pallas.spec import Problem
@@ -121,6 +122,12 @@ def _content(records: Records, kind: str | None, folders: tuple[Path, ...]) -> d
 def _folders() -> list[Path]:
     named = os.environ.get(ENVIRONMENT_VARIABLE)
     return [FOLDER, *([Path(named)] if named else [])]
+
+
+def version(entry: dict[str, Any]) -> str:
+    """What to say of the JAX that an entry was measured with, where it is another one than this."""
+    measured = entry.get("jax")
+    return "" if measured in (None, jax.__version__) else f", with JAX {measured}"
 
 
 # --- problems -------------------------------------------------------------------------------------

@@ -136,9 +136,10 @@ def described(how: str, problem: Problem) -> str:
 
 
 def _told(ratio: float, problem: Problem) -> str:
-    own = RECORDS.content(triton_compat.device_kind())["against_xla"]
-    where = "this device" if problem_key(problem) in own else _where(MEASURED)
-    return f"measured to take {ratio:.2f} of XLA's time on {where}"
+    own, name = RECORDS.content(triton_compat.device_kind())["against_xla"], problem_key(problem)
+    where = "this device" if name in own else _where(MEASURED)
+    version = records.version(table("against_xla")[name])
+    return f"measured to take {ratio:.2f} of XLA's time on {where}{version}"
 
 
 def _where(kind: str) -> str:

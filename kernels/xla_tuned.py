@@ -105,11 +105,13 @@ def described(problem: Problem) -> str:
         return ""
     if entry["formulation"] is None:
         stays = entry["rule"] == rule(problem)  # not of a later version's rules
-        return f"; none was measured to be clearly faster on this {here}" if stays else ""
+        told = f"; none was measured to be clearly faster on this {here}{records.version(entry)}"
+        return told if stays else ""
     if lookup(problem) is None:
         return ""
     ratio = entry["seconds"] / entry["seconds_of_rule"]
-    return f"; measured to take {ratio:.2f} of the time of {entry['rule']!r} on this {here}"
+    than = f"of the time of {entry['rule']!r} on this {here}{records.version(entry)}"
+    return f"; measured to take {ratio:.2f} {than}"
 
 
 @contextlib.contextmanager

@@ -128,6 +128,21 @@ def test_where_the_rules_are_right_they_stay(seconds, tmp_path, monkeypatch):
     assert "native" not in rules and "clearly faster" not in told()
 
 
+def test_another_version_of_jax_is_named(seconds, tmp_path):
+    told = lambda: str(explain(jnp.zeros(X), jnp.zeros(W)))  # noqa: E731
+    for time, end in ((0.5, f"of the time of {_chosen()[0]!r} on this CPU"), (1.0, "on this CPU")):
+        seconds["matmuls"] = time
+        _tune()
+        assert f"{end}\n" in told() and "with JAX" not in told()
+        (file,) = tmp_path.iterdir()
+        text = file.read_text(encoding="utf-8")
+        file.write_text(text.replace(f'"jax": "{jax.__version__}"', '"jax": "0.9.7"'))
+        records.forget()
+        assert told().count(f"{end}, with JAX 0.9.7\n") == 3
+        file.unlink()
+        records.forget()
+
+
 def test_who_wins_alone_but_not_in_its_layer_is_not_kept(seconds, monkeypatch):
     race = _measure.interleaved
     monkeypatch.setattr(

@@ -158,8 +158,8 @@ def test_an_h100_takes_an_h200s_word_until_it_has_its_own(h200, monkeypatch):
     problem = case.problem("conv1d", "cuda")
     key, tile = triton_tuned.problem_key(problem), [64, 64, 32, 4, 3]
 
-    def write(kind, tile, seconds):
-        raced = {"seconds": seconds, "xla": 1.0, "key": "dense", "tile": tile}
+    def write(kind, tile, seconds, **versions):
+        raced = {"seconds": seconds, "xla": 1.0, "key": "dense", "tile": tile, **versions}
         found = {"tiles": {"dense": tile}, "against_xla": {key: raced}}
         (file.parent / f"triton_tuned_nvidia-{kind}.json").write_text(json.dumps(found))
         records.forget()
@@ -189,6 +189,9 @@ def test_an_h100_takes_an_h200s_word_until_it_has_its_own(h200, monkeypatch):
     write("h100-80gb-hbm3", None, 0.9)  # the heuristic's, whatever an H200's is
     assert triton_tuned.lookup("dense") is None
     assert triton_tuned.described("so", problem).endswith("0.90 of XLA's time on this device")
+    write("h100-80gb-hbm3", None, 0.9, jax="0.9.7")
+    told = triton_tuned.described("so", problem)
+    assert told.endswith("0.90 of XLA's time on this device, with JAX 0.9.7")
     # What failed there has its own word, though it is like what was ahead.
     own = file.parent / "triton_tuned_nvidia-h100-80gb-hbm3.json"
     failed = like.problem("conv1d", "cuda")
