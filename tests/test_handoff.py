@@ -68,37 +68,42 @@ def test_cores_that_are_here():
 
 def test_rounds_are_told_apart(monkeypatch):
     """Ours is twice as fast with the cores together, and half as fast with them apart."""
-    asked = iter([1.2, 8.0, 1.1, None])
+    ratios = [1.2, 8.0, 1.1, None, 8.0, 1.1, 8.0]
+    asked = iter(ratios)
     monkeypatch.setattr(handoff, "ratio", lambda: next(asked))
 
     def interleaved(calls, settings, each_round):
-        for _ in range(4):
+        for _ in ratios:
             each_round()
-        return {STOCK: (2.0, 2.0, 2.0, 9.0), OURS: (1.0, 4.0, 1.0, 9.0)}
+        times = [{None: 9.0, 8.0: 4.0}.get(ratio, 1.0) for ratio in ratios]
+        return {STOCK: (2.0, 2.0, 2.0, 9.0, 2.0, 2.0, 2.0), OURS: tuple(times)}
 
     monkeypatch.setattr(harness._measure, "interleaved", interleaved)
     monkeypatch.setattr(harness._neighbours.Watch, "taken", lambda self: None)
     layer = Layer("small", "no model", 2, 96, 8, 8, 3, G=8)
     brief = Settings(least=1e-4, rounds=(3, 3), limit=0.1)
     m = harness.measure(layer, FORWARD, settings=brief, variants={STOCK: None, OURS: None})
-    assert m.handoffs == (1.2, 8.0, 1.1, None)
+    assert m.handoffs == tuple(ratios)
     assert m.ratio_where(False, STOCK, OURS).median == 2.0
     assert m.ratio_where(True, STOCK, OURS).median == 0.5
     found = stored.result(harness.host(), brief, {"bytes": 1e9, "float32": 1e10}, [m])
     (line,) = found["measurements"]
-    assert line["handoffs"] == [1.2, 8.0, 1.1, None]
+    assert line["handoffs"] == ratios
     assert (line[stored.TOGETHER], line[stored.APART]) == (2.0, 0.5)
     text = (
-        "the cores lay apart in 33% of the rounds; where a pass saw both (1 did), ours was 2.00 "
-        "times as fast as the fastest baseline with the cores together, and 0.50 times with them "
-        "apart"
+        "the cores lay apart in 50% of the rounds; where a pass saw both (1 did, 3 rounds and more "
+        "of each), ours was 2.00 times as fast as the fastest baseline with the cores together, "
+        "and 0.50 times with them apart"
     )
     assert stored.of_cores(found) == text
     assert text in command.summary(found)
     assert f" Meanwhile {text}. They are apart while" in figures.figures(found)
+    line["handoffs"] = [1.2, 1.1, 1.1, None, 8.0, 1.1, 8.0]  # one or two may be a hiccup's
+    assert stored.of_cores(found) == "the cores lay apart in 33% of the rounds"
+    line["handoffs"] = ratios
     # One program has one time: what differs there is the rounds.
     line["speedup_over_fastest"]["same_program"] = True
-    assert stored.of_cores(found) == "the cores lay apart in 33% of the rounds"
+    assert stored.of_cores(found) == "the cores lay apart in 50% of the rounds"
     # A result of before, or of another system, says nothing of it.
     del line["handoffs"]
     assert stored.of_cores(found) == "" and "cores lay" not in figures.figures(found)
