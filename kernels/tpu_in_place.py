@@ -120,7 +120,10 @@ def gradient_in_place(walk: Walk, x_dtype, C: int, O: int, mxu: int) -> bool:
 
 
 def _short(walk: Walk, C: int, chunk: int) -> bool:
-    """Whether the halo is shorter than a tile of whole lanes, which is one chunk; and T' is T."""
+    """Whether the halo is shorter than a tile of whole lanes, which is one chunk.
+
+    And there is an output for each step of x that a tap sees; others may be cropped off its end.
+    """
     fits = 0 < round_up(walk.halo, TILE_ROWS) < walk.rows <= chunk
     return C % LANES == 0 and fits and walk.time == walk.out_time
 
@@ -129,7 +132,7 @@ def placement(walk: Walk, C: int, O: int) -> str | None:
     """Whether `in_place_kernel` will do: ``"causal"``, ``"mirrored"``, or None.
 
     All padding is on one side, and as long as the halo, which is shorter than a tile; and a tile is
-    one chunk.
+    one chunk. The end of x may be cropped.
     """
     if not _short(walk, C, chunk_rows(walk.rows, "bf16", walk.taps, C, O)):
         return None
