@@ -392,7 +392,7 @@ def unable(problem: Problem) -> str | None:
     """Why it can't; None: it can, though another may be faster."""
     if reason := decline_dense(problem):
         return reason
-    if _plan_of(problem, Chip.current()) is None:
+    if _plan_of(problem, Chip.of(problem)) is None:
         return "this kernel and its halo do not fit in VMEM"
     return None
 
@@ -408,13 +408,13 @@ def decline(problem: Problem) -> str | None:
 def priority(problem: Problem) -> int | None:
     return (
         10
-        if problem.platform == "tpu" and tpu_estimates.wins(_plan_of, problem, Chip.current())
+        if problem.platform == "tpu" and tpu_estimates.wins(_plan_of, problem, Chip.of(problem))
         else None
     )
 
 
 def describe(problem: Problem) -> str:
-    plan = _plan_of(problem, Chip.current())
+    plan = _plan_of(problem, Chip.of(problem))
     chosen = "; the default, by estimate" if priority(problem) else ""
     return (
         f"{plan.walk.rows} steps, {plan.walk.taps} taps, {plan.BO} channels out at once; "

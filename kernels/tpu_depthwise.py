@@ -283,13 +283,13 @@ def decline(problem: Problem) -> str | None:
         return "is for one channel a group"
     if reason := decline_any(problem):
         return reason
-    if _plan_of(problem, Chip.current()) is None:
+    if _plan_of(problem, Chip.of(problem)) is None:
         return "the halo does not fit in VMEM"
     return None
 
 
 def describe(problem: Problem) -> str:
-    plan = _plan_of(problem, Chip.current())
+    plan = _plan_of(problem, Chip.of(problem))
     return (
         f"on the vector unit, {plan.walk.rows} steps of {plan.BC} channels at once; "
         f"a halo of {plan.walk.history} steps in VMEM"

@@ -132,14 +132,14 @@ def bias_gradient(activation: str | None, gy: jax.Array, saved: jax.Array | None
 
 def fused(launch, problem: Problem, x, w, bias, *, chip: Chip | None = None, **options):
     """``activation(conv(x, w) + bias)``; see `Kernel.fused`."""
-    return launch(problem, x, w, chip or Chip.current(), bias=bias, **options)
+    return launch(problem, x, w, chip or Chip.of(problem), bias=bias, **options)
 
 
 def backward(
     launch, problem: Problem, x, w, bias, saved, gy, wanted, *, chip: Chip | None = None, **options
 ):
     """``(dx, dw, db)``; see `Kernel.backward`. Each kernel computes gz as it reads gy."""
-    chip = chip or Chip.current()
+    chip = chip or Chip.of(problem)
     dx = dw = db = None
     want_dx, want_dw, want_db = wanted
     want_db = want_db and bias is not None
@@ -156,11 +156,11 @@ def backward(
 
 
 def keeps(plan_of, problem: Problem) -> bool:
-    return plan_of(problem, Chip.current()) is not None
+    return plan_of(problem, Chip.of(problem)) is not None
 
 
 def decline_backward(plan_of, problem: Problem, wanted: tuple[bool, bool, bool]) -> str | None:
-    saved, chip = problem.epilogue.activation is not None, Chip.current()
+    saved, chip = problem.epilogue.activation is not None, Chip.of(problem)
     for needed, operation in zip(wanted, OPERATIONS[1:], strict=False):
         if needed and plan_of(problem.gradient(operation), chip, saved=saved) is None:
             return "the halo does not fit in VMEM with what was saved"
@@ -178,7 +178,7 @@ def kernel(plan_of, launch, **own) -> Kernel:
     return Kernel(
         implementation="pallas_tpu",
         platforms=("tpu",),
-        run=lambda problem, lhs, rhs: launch(problem, lhs, rhs, Chip.current()),
+        run=lambda problem, lhs, rhs: launch(problem, lhs, rhs, Chip.of(problem)),
         fused=functools.partial(fused, launch),
         backward=functools.partial(backward, launch),
         decline_backward=functools.partial(decline_backward, plan_of),

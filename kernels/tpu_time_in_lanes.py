@@ -380,7 +380,7 @@ def decline(problem: Problem) -> str | None:
     few = min(problem.C, problem.O) < LANES >= max(problem.C, problem.O)
     if not few and axes_along_lanes(problem) != {"T"}:
         return "is for channels that fill no lanes, or less of them than time does"
-    if not _fits(problem, Chip.current()):
+    if not _fits(problem, Chip.of(problem)):
         return "this kernel and its halo do not fit in VMEM"
     return None
 
@@ -394,11 +394,11 @@ def _fits(problem: Problem, chip: Chip) -> bool:
 def priority(problem: Problem) -> int | None:
     if problem.platform != "tpu":
         return None
-    return 10 if tpu_estimates.time_in_lanes_wins(problem, Chip.current()) else None
+    return 10 if tpu_estimates.time_in_lanes_wins(problem, Chip.of(problem)) else None
 
 
 def describe(problem: Problem) -> str:
-    plan = _plan_of(problem, Chip.current())
+    plan = _plan_of(problem, Chip.of(problem))
     chosen = "; the default, by estimate" if priority(problem) else ""
     return (
         f"time along lanes, {plan.walk.rows} steps, {plan.walk.taps} taps, {plan.samples} samples "

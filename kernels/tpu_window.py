@@ -267,16 +267,25 @@ class Chip:
     name: str | None = None  # "v5e"; None: not known
 
     @classmethod
-    def current(cls) -> "Chip":
-        """The chip that is lowered for.
+    def of(cls, problem: Problem) -> "Chip":
+        """The chip that a problem is lowered for.
 
-        A model that is exported from a host without a TPU does not know its chip. It gets tiles
-        for the least of them, which run on all.
+        What is exported does not know which it will meet, wherever that is done. It gets tiles for
+        the least of them, which run on all.
         """
+        return cls.least() if problem.exported else cls.current()
+
+    @classmethod
+    def least(cls) -> "Chip":
+        return cls(vmem=16 * 2**20, mxu=128, cores=1)
+
+    @classmethod
+    def current(cls) -> "Chip":
+        """The chip of this host, or of the abstract mesh; where there is none, the least."""
         try:
             info = pltpu.get_tpu_info()
         except ValueError:  # no TPU here, and none is named by the abstract mesh
-            return cls(vmem=16 * 2**20, mxu=128, cores=1)
+            return cls.least()
         name = info.chip_version.value
         return cls(info.vmem_capacity_bytes, info.mxu_column_size, info.num_cores, name)
 

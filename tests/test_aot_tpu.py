@@ -15,6 +15,7 @@ from benchmarks.static_matrix import declined
 from conv_pallas import aot, conv1d
 from conv_pallas.inspection import structs
 from conv_pallas.kernels.tpu_layout import along_lanes
+from conv_pallas.kernels.tpu_window import Chip
 from conv_pallas.nn import TCN
 
 pytestmark = [pytest.mark.aot, pytest.mark.usefixtures("shipped")]
@@ -132,6 +133,25 @@ def test_a_model_exported_on_a_cpu_compiles_on_a_tpu(chip):
     saved = export.export(jax.jit(step), platforms=("tpu",))(structs, x).serialize()
     compiled = aot.compile_for(chip, export.deserialize(saved).call, structs, x)
     assert _kernels(compiled) >= 11  # four convolutions, three operations, but for x's gradient
+
+
+def test_what_is_exported_on_a_tpu_has_the_tiles_of_the_least(monkeypatch):
+    """It may meet another chip than that of the host which exports it."""
+
+    def saved():
+        layer = lambda x, w: conv1d(x, w, activation="relu", implementation="pallas_tpu")  # noqa: E731
+        step = lambda x, w: jax.vjp(layer, x, w)[1](x)  # noqa: E731
+        structs = aot.struct((2, 4096, 512), "bfloat16"), aot.struct((7, 512, 512), "bfloat16")
+        return export.export(jax.jit(step), platforms=("tpu",))(*structs).mlir_module()
+
+    # What Mosaic makes of it is its own affair; this is the memory that each kernel claims.
+    claimed = lambda module: re.findall(r"size\W+22: (\d+)", module)  # noqa: E731
+    anywhere = claimed(saved())
+    with aot.as_on("v6e"):
+        chip = Chip.current()
+    monkeypatch.setattr(Chip, "current", lambda: chip)
+    jax.clear_caches()
+    assert claimed(saved()) == anywhere and len(anywhere) == 3
 
 
 def test_many_taps_that_lie_along_lanes_fit_in_memory():
