@@ -16,12 +16,15 @@ from benchmarks import device_layers, handoff, pages, stored
 from benchmarks.baselines import BARRIER, MATMULS, SYMMETRIC, TORCH
 from benchmarks.device_timing import verdicts
 from benchmarks.on_device import lines_of
+from benchmarks.report import SLOWER
+from conv_pallas import _neighbours
 from conv_pallas._layers import PUBLISHED
 from conv_pallas._measure import OURS, PASSES, STOCK
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 RESULT = ROOT / "benchmarks" / "results" / "cpu" / "layers.json"
+WITHOUT_AVX512 = RESULT.with_stem("layers-avx2")  # measured by the rules alone
 COMMAND = "python -m benchmarks --tune --json benchmarks/results/cpu/layers.json"
 GPU_RESULTS = ROOT / "benchmarks" / "results" / "nvidia-h200"
 MARKS = "<!-- figures: written by benchmarks/readme.py -->", "<!-- end of figures -->"
@@ -41,14 +44,6 @@ def means(result: dict[str, Any], folder: Path) -> str:
       result: what `RESULT` holds.
       folder: of `GPU_RESULTS`.
     """
-    kinds = {"dense": {}, "depthwise": {}, "transposed": {}}
-    for m in result["measurements"]:
-        layer, speedup = m["layer"], m["speedup"]
-        if layer["name"] in _PUBLISHED:
-            kind = "transposed" if "transposed" in layer["kind"] else layer["kind"].split(",")[0]
-            ratio = 1.0 if speedup["same_program"] else speedup["median"]
-            kinds[kind].setdefault(m["pass"], []).append(ratio)
-    on_cpu = [f"{kind} {' and '.join(_mean(of[p]) for p in PASSES)}" for kind, of in kinds.items()]
     sweep = [line for line in lines_of(folder / "layers.jsonl") if line.get("layer") in _PUBLISHED]
     device = next(line["device"] for line in lines_of(folder / "goals.jsonl") if "device" in line)
     over_stock, over_fastest = [], []
@@ -63,10 +58,50 @@ def means(result: dict[str, Any], folder: Path) -> str:
             "geometric mean over single layers that somebody published (layer by layer, those that "
             "gain nothing or lose a little among them, under [Measure](#measure)):",
             "",
-            f"- on a CPU ({stored.processor(result['host'])}): {', '.join(on_cpu)};",
+            f"- on a CPU ({stored.processor(result['host'])}): {_by_kind(result['measurements'])};",
             f"- on an {device}: {' and '.join(over_stock)}; and {' and '.join(over_fastest)} times "
             "as fast as the fastest of what a user could do by hand.",
         ]
+    )
+
+
+def _by_kind(measurements: list[dict]) -> str:
+    """Of each kind of published layer the geometric means over stock, of both passes."""
+    kinds = {"dense": {}, "depthwise": {}, "transposed": {}}
+    for m in measurements:
+        layer = m["layer"]
+        if layer["name"] in _PUBLISHED:
+            kind = "transposed" if "transposed" in layer["kind"] else layer["kind"].split(",")[0]
+            kinds[kind].setdefault(m["pass"], []).append(_of_programs(m["speedup"]))
+    told = ((kind, " and ".join(_mean(of[p]) for p in PASSES)) for kind, of in kinds.items())
+    return ", ".join(f"{kind} {means}" for kind, means in told)
+
+
+def _of_programs(speedup: dict[str, Any]) -> float:
+    """A ratio of times, which is 1 of two that compiled to the same program."""
+    return 1.0 if speedup["same_program"] else speedup["median"]
+
+
+def other_vectors(result: dict[str, Any]) -> str:
+    """A paragraph on a CPU with other vectors than that of the table.
+
+    Args:
+      result: what `WITHOUT_AVX512` holds.
+    """
+    everything = [m for m in result["measurements"] if "speedup_over_fastest" in m]
+    found = [m for m in everything if (m.get("others") or 0.0) <= _neighbours.BUSY]
+    ratios = {
+        f"{m['layer']['name']}, {m['pass']}": _of_programs(m["speedup_over_fastest"]) for m in found
+    }
+    slower, least = [n for n, r in ratios.items() if r < SLOWER], min(ratios, key=ratios.get)
+    source, host = WITHOUT_AVX512.relative_to(ROOT), result["host"]
+    return (
+        f"And on a CPU without AVX512 ({stored.processor(host)}, JAX {host['jax']}; untuned; "
+        f"[{source}]({source})), by the geometric mean over published layers, forward and in a "
+        f"training step over stock: {_by_kind(found)}. Of {len(found)} passes {len(slower)} are "
+        f"slower than {SLOWER:g} times the fastest baseline's speed, the slowest {least} "
+        f"({_digits(ratios[least])}); {len(everything) - len(found)} more, which other programs "
+        "disturbed, are left out."
     )
 
 
@@ -356,11 +391,12 @@ def _mean(ratios: Iterable[float | None]) -> str:
 def cpu_figures() -> str:
     """All that the README has of CPUs, from the stored results."""
     found = json.loads(pages.KEPT.read_text(encoding="utf-8"))
-    return f"{figures(stored.read(RESULT))}\n\n{pages_figures(found)}"
+    table, others = figures(stored.read(RESULT)), other_vectors(stored.read(WITHOUT_AVX512))
+    return f"{table}\n\n{others}\n\n{pages_figures(found)}"
 
 
 def _cell(speedups: list[dict]) -> str:
-    ratios = sorted(1.0 if s["same_program"] else s["median"] for s in speedups)
+    ratios = sorted(map(_of_programs, speedups))
     if all(s["same_program"] for s in speedups):
         return "same" if speedups else ""
     low, high = _digits(ratios[0]), _digits(ratios[-1])

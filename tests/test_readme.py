@@ -56,6 +56,25 @@ def test_two_significant_digits(ratio, text):
     assert readme._digits(ratio) == text
 
 
+def test_what_others_disturbed_is_counted_and_left_out(monkeypatch):
+    def measured(name, ratio, others, same=False):
+        speedup = {"median": ratio, "same_program": same}
+        more = {"pass": "forward", "others": others, "speedup_over_fastest": speedup}
+        return {"layer": {"name": name}, **more}
+
+    found = [
+        measured("dense/a", 0.93, 0.0), measured("dense/b", 0.96, 0.01),
+        measured("dense/c", 0.5, 0.7), measured("dense/d", 0.6, None, same=True),
+    ]  # fmt: skip
+    host = {"cpu": "That CPU", "cores": 2, "vectors": "avx2", "jax": "0.9.7"}
+    monkeypatch.setattr(readme, "_by_kind", lambda of: " ".join(m["layer"]["name"] for m in of))
+    text = readme.other_vectors({"host": host, "measurements": found})
+    assert "(That CPU, 2 cores with avx2, JAX 0.9.7; untuned; " in text
+    assert "over stock: dense/a dense/b dense/d. " in text
+    assert "Of 3 passes 1 are slower than 0.95 times the fastest baseline's speed" in text
+    assert "the slowest dense/a, forward (0.93); 1 more, which other programs" in text
+
+
 def test_means_take_the_clock_where_there_is_no_trace():
     """A baseline that takes many times as long as ours is not traced."""
 
