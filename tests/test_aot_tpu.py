@@ -65,6 +65,12 @@ def test_published_layers_compile(chip, model):
     assert _kernels(compiled) == 3
 
 
+@pytest.mark.parametrize("chip, channels", [("v4", 130), ("v5e", 450), ("v6e", 200)])
+def test_depthwise_channels_that_end_within_lanes_compile(chip, channels):
+    layer = dataclasses.replace(LAST["mamba-2.8b"], C=channels, O=channels, G=channels)
+    assert _kernels(aot.compile_for(chip, _all_three(layer), *_structs(layer))) == 3
+
+
 @pytest.mark.parametrize("precision", ["high", "highest"])
 @pytest.mark.parametrize("chip, model", [("v4", "tcn-music"), ("v6e", "tcn-music"),
                                          ("v5e", "tcn-adding"), ("v6e", "tcn-copy")])  # fmt: skip
