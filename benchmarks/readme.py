@@ -392,7 +392,7 @@ def cpu_figures() -> str:
     """All that the README has of CPUs, from the stored results."""
     found = json.loads(pages.KEPT.read_text(encoding="utf-8"))
     table, others = figures(stored.read(RESULT)), other_vectors(stored.read(WITHOUT_AVX512))
-    return f"{table}\n\n{others}\n\n{pages_figures(found)}"
+    return f"{table}\n\n{pages_figures(found)}\n\n{others}"
 
 
 def _cell(speedups: list[dict]) -> str:
