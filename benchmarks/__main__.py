@@ -27,7 +27,7 @@ from benchmarks import harness, layers, progress, report, stored
 from benchmarks.harness import Measurement
 from benchmarks.report import SLOWER
 from benchmarks.truth import Truth
-from conv_pallas import _neighbours, dispatch
+from conv_pallas import dispatch
 from conv_pallas._layers import Layer, select
 from conv_pallas._measure import OURS, PASSES, STOCK, Settings
 from conv_pallas.explanation import default_platform
@@ -266,7 +266,7 @@ def summary(result: dict[str, Any]) -> str:
         f"  {m['layer']['name']}, {m['pass']}: {ratio(m):.2f} of {m['fastest_baseline']}"
         for m in slower
     ]
-    beside = [m for m in found if (m.get("others") or 0.0) > _neighbours.BUSY]
+    beside = [m for m in found if stored.disturbed(m)]
     if beside:
         most = max(beside, key=lambda m: m["others"])
         lines.append(

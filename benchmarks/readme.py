@@ -17,7 +17,6 @@ from benchmarks.baselines import BARRIER, MATMULS, SYMMETRIC, TORCH
 from benchmarks.device_timing import verdicts
 from benchmarks.on_device import lines_of
 from benchmarks.report import SLOWER
-from conv_pallas import _neighbours
 from conv_pallas._layers import PUBLISHED
 from conv_pallas._measure import OURS, PASSES, STOCK
 
@@ -89,7 +88,7 @@ def other_vectors(result: dict[str, Any]) -> str:
       result: what `WITHOUT_AVX512` holds.
     """
     everything = [m for m in result["measurements"] if "speedup_over_fastest" in m]
-    found = [m for m in everything if (m.get("others") or 0.0) <= _neighbours.BUSY]
+    found = [m for m in everything if not stored.disturbed(m)]
     ratios = {
         f"{m['layer']['name']}, {m['pass']}": _of_programs(m["speedup_over_fastest"]) for m in found
     }

@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks import handoff, harness
 from benchmarks.harness import Measurement
 from benchmarks.layers import ALL, Subject
-from conv_pallas import _measure
+from conv_pallas import _measure, _neighbours
 from conv_pallas._measure import OURS, STOCK, Settings
 
 FORMAT = 2
@@ -95,6 +95,11 @@ def measurement(m: Measurement, limits: Mapping[str, float]) -> dict[str, Any]:
             if ratio := m.ratio_where(there, m.fastest_baseline, m.ours):
                 found[key] = _digits(ratio.median)
     return found
+
+
+def disturbed(measurement: Mapping[str, Any]) -> bool:
+    """Whether other programs took too much of a CPU meanwhile; False where nobody knows."""
+    return (measurement.get("others") or 0.0) > _neighbours.BUSY
 
 
 def of_cores(found: Mapping[str, Any]) -> str:

@@ -277,6 +277,7 @@ class Chip:
 
     @classmethod
     def least(cls) -> "Chip":
+        """What every chip has."""
         return cls(vmem=16 * 2**20, mxu=128, cores=1)
 
     @classmethod
