@@ -137,7 +137,7 @@ def forward(problem: Problem) -> str:
     bfloat16 = bfloat16_pays(problem, spec, c, o)
     if K > 12 and every_step and _in_blocks(problem, spec, c, o):
         # Into many outputs the products that "blocks" shifts and adds are more than all taps of x.
-        spreads = bfloat16 and FEW < K <= UNROLLED and o >= 4 * c
+        spreads = bfloat16 and K <= UNROLLED and o >= 4 * c
         return "im2col" if spreads and pieces_hold("im2col", problem, spec) else "blocks"
     if K > UNROLLED:
         return stock
@@ -159,7 +159,7 @@ def forward(problem: Problem) -> str:
     if bfloat16 and K <= FEW:
         if _scatters(problem, spec, c, o):
             return "scatter"
-        name = "im2col" if K <= 8 else "blocks"
+        name = "im2col" if K <= 8 or o >= 4 * c else "blocks"
         return name if pieces_hold("im2col", problem, spec) else stock
     # A matmul reads a large kernel more slowly than a convolution. Times faster, of 16, 32, 64 and
     # 100 steps, K3: C256 0.9, 1.7, 1.3, 1.2; C450 1.3, 1.3, 0.8, 0.8; C600 0.7, 0.8, 0.8, 0.9.
@@ -222,6 +222,8 @@ def _grouped(problem: Problem) -> str | None:
         return "scatter"
     if fast and G == 2 and c >= 64 and every_step and holds_little(problem):
         return "im2col"
+    if fast and spec.stride > 1 and c >= 16 and G <= 32:
+        return "matmuls" if K <= 8 and N * spec.out_time <= 2**10 else "split"
     if G <= 32:
         # So many small programs for so little; and what a stride leaves out, stock does as well.
         little = G > 2 and c < 64 and N * spec.time < 256
@@ -275,8 +277,8 @@ def _depthwise(problem: Problem, spec: ConvSpec, o: int) -> str:
         return "channel_blocks"
     if K > UNROLLED:
         return "own_pads"
-    if narrow and o == 1 and 12 <= K and every_step:
-        return "channel_blocks"
+    if narrow and o == 1 and K > 8 and every_step:
+        return "channel_blocks" if K >= 12 or (G < 16 and G % 8) else "matmuls"
     # So few channels do not fill a register.
     if o == 1 and G < (32 if K > 8 else 16) and not narrow and spec.input_dilation == 1:
         return "matmuls"
@@ -307,7 +309,7 @@ def _in_blocks(problem: Problem, spec: ConvSpec, c: int, o: int) -> bool:
     if not pieces_hold("blocks", problem, spec):
         return False
     if bfloat16_pays(problem, spec, c, o):
-        return spec.kernel_size > FEW or not _scatters(problem, spec, c, o)
+        return spec.kernel_size > FEW or o >= c or not _scatters(problem, spec, c, o)
     if 2 * spec.span > spec.time or _into_few(problem, c, o):
         return False
     few = max(c, o) < (10 if spec.kernel_size <= 32 else 16) if min(c, o) >= 4 else max(c, o) <= 2
@@ -372,6 +374,8 @@ def _strided(problem: Problem, spec: ConvSpec, c: int, o: int) -> str | None:
         return few if narrow else None
     if c <= 2:
         return "shifts" if K * c <= 16 else None
+    if fast_bfloat16(problem) and max(c, o) <= 12 and K * c <= 40:
+        return "shifts" if K * c <= 20 else "im2col"
     # What the matmul reads; it is not taken in pieces.
     windows = problem.N * bytes_held("im2col", problem)
     return "im2col" if min(c, o) >= 16 and windows <= 2**24 else None

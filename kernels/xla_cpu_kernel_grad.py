@@ -112,8 +112,9 @@ def kernel_grad(problem: Problem) -> str:
     if problem.C * problem.O <= 4 and K <= 4 and spec.stride == 1 and steps >= 2**13:
         return "tree"
     few = c == 1 or (c <= 4 and problem.O >= 16 * c)
+    fewer = c <= 4 and problem.O >= 32 * c  # to so many outputs that a few taps more still pay
     most = 2**16 if spec.stride == 1 else 2**17
-    if columns <= most or (K <= 8 and (steps <= 128 or few)):
+    if columns <= most or (K <= 8 and (steps <= 128 or few)) or (K <= 12 and fewer):
         return "im2col"
     if spec.stride > 1:
         return _strided(problem)
@@ -166,6 +167,11 @@ def _strided(problem: Problem) -> str:
     taps, plain = -(-K // spec.stride), spec.kernel_dilation == spec.input_dilation == 1
     held = bytes_held("im2col", problem)
     if is_bfloat16(problem):
+        few = 1 < min(problem.C, problem.O) and max(problem.C, problem.O) <= (
+            16 if spec.stride == 2 else 10
+        )
+        if few and plain and N >= 8 and fast_bfloat16(problem):
+            return "canonical"
         fits = held <= (WHOLE if plain else 2**26) and (problem.O > 1 or N * held <= WHOLE)
         many = plain and N >= 8 and K > 8
         if fits and (fast_bfloat16(problem) or not many):
@@ -212,8 +218,14 @@ def _grouped(problem: Problem) -> str:
     spec, c, _ = of_group(problem)
     K, G = spec.kernel_size, spec.groups
     if c == 1:
+        if spec.stride == 1:
+            least = 9 if G >= 8 else 7
+            if G < 12 and problem.O == G and least <= K <= FEW:
+                return "split"
+            many = K >= (9 if G < 16 or G >= 64 else 12)
+        else:
+            many = K >= (5 if spec.stride == 2 else 7 if G < 16 else 12)
         # Each of its pieces copies what it sees of x, D (K - 1) steps more than its own.
-        many = K >= (5 if spec.stride == 2 else 7 if G < 16 else 12)
         blocks = many and spec.kernel_dilation <= 8 and spec.input_dilation == 1
         return "channel_blocks" if blocks else "tree"
     # It holds K / S copies of x. With a stride it is twice as slow as "split" from 20 MB on.

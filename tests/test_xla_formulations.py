@@ -390,13 +390,13 @@ def test_no_output_sees_what_is_after_it(sizes, chosen):
 def test_no_tap_sees_a_step_that_it_does_not_meet(T):
     """Of a causal kernel the last tap alone meets the last step."""
     x, g = jnp.ones((1, T, 2)).at[:, -1, 0].set(np.inf), jnp.ones((1, T, 2))
-    spec = ConvSpec(T, 12, padding=(11, 0), groups=2)
+    spec = ConvSpec(T, 20, padding=(19, 0), groups=2)
     problem = Problem("conv1d_kernel_grad", spec, 1, 2, 2, *(x.dtype,) * 3, None, "cpu")
     assert xla.choose(problem) == "channel_blocks"
     run = jax.jit(functools.partial(xla.run, problem)).lower(x, g)
     dw = run.compile({"xla_backend_optimization_level": 0})(x, g)[:, 0]
     np.testing.assert_array_equal(dw[-1], [np.inf, T])
-    np.testing.assert_array_equal(dw[:-1].T, [T - np.arange(11, 0, -1)] * 2)
+    np.testing.assert_array_equal(dw[:-1].T, [T - np.arange(19, 0, -1)] * 2)
 
 
 BLOCKED = ("depthwise_dilated", "multiplier", "stride_depthwise", "crop_depthwise",
@@ -443,8 +443,8 @@ def test_bias_and_activation_cost_no_pass():
     assert fusions(whole) == plain == ["f32[2,1000,64]"]
 
 
-# One tap in a loop; from 12 taps on 16 loops of 8 steps each, however many taps there are.
-@pytest.mark.parametrize("K, most", [(9, 20), (33, 24), (75, 24), (120, 24)])
+# One tap in a loop; from 9 taps on 16 loops of 8 steps each, however many taps there are.
+@pytest.mark.parametrize("K, most", [(8, 20), (9, 24), (33, 24), (75, 24), (120, 24)])
 def test_no_more_is_compiled_for_more_taps(K, most):
     x, w = jnp.zeros((2, 300, 64)), jnp.zeros((K, 1, 64))
     step = jax.grad(lambda w: jnp.sum(conv1d(x, w, feature_group_count=64)))
@@ -553,7 +553,9 @@ def test_choice_exists(platform):
         ((4, 1000, 256, 256, 48, 1, 2, 256), "float32", "own_pads", "own_pads"),
         ((4, 500, 256, 256, 31, 1, 1, 256), "float32", "own_pads", "own_pads"),
         ((4, 1000, 256, 256, 12, 1, 1, 256), "bfloat16", "channel_blocks", "channel_blocks"),
-        ((4, 1000, 256, 256, 9, 1, 1, 256), "bfloat16", "own_pads", "own_pads"),
+        ((4, 1000, 256, 256, 9, 1, 1, 256), "bfloat16", "matmuls", "matmuls"),
+        ((4, 1000, 8, 8, 11, 2, 1, 8), "float16", "matmuls", "matmuls"),
+        ((4, 1000, 12, 12, 9, 1, 1, 12), "bfloat16", "channel_blocks", "channel_blocks"),
         # Registers that so few channels do not fill, and a stride.
         ((32, 738, 8, 8, 3, 1, 1, 8), "float32", "matmuls", "matmuls"),
         ((32, 738, 16, 16, 3, 1, 1, 16), "float32", "scatter", "scatter"),
@@ -684,6 +686,10 @@ def _causal(operation, sizes, dtype="float32", D=1) -> Problem:
     ((4, 4000, 4, 4, 8), "shifts", "shifts", "canonical"),
     ((4, 4000, 2, 2, 3), "shifts", "shifts", "tree"),
     ((4, 4000, 2, 2, 8), "shifts", "shifts", "canonical"),
+    # From a few channels to many, by more taps and fewer.
+    ((4, 2000, 4, 128, 12), "padded", "scatter", "im2col"),
+    ((4, 2000, 4, 128, 13), "padded", "scatter", "canonical"),
+    ((4, 2000, 4, 96, 12), "padded", "scatter", "canonical"),
 ], ids=str)  # fmt: skip
 def test_choice_for_cores_that_may_lie_apart(sizes, forward, input_grad, kernel_grad):
     N, T, C, O, K, D = (*sizes, 1)[:6]
@@ -874,7 +880,7 @@ def test_what_a_gradient_reads_is_computed_once():
         ((1, 272, 96, 15, 1, 2), "im2col"),
         ((1, 2195, 48, 3, 1, 8), "split"),
         ((32, 179, 80, 5, 1, 4), "split"),
-        ((32, 497, 8, 9, 1, 8), "channel_blocks"),
+        ((32, 497, 8, 9, 1, 8), "split"),
         ((8, 1887, 192, 7, 2, 192), "channel_blocks"),
         ((8, 1623, 192, 7, 1, 192), "tree"),
     ],
@@ -883,5 +889,25 @@ def test_a_kernel_gradient_of_groups_holds_no_more_than_a_few_copies(sizes, expe
     N, T, C, K, S, G = sizes
     spec = ConvSpec(T, K, stride=S, padding=(K - 1, 0), groups=G)
     float32 = np.dtype(np.float32)
+    problem = Problem("conv1d_kernel_grad", spec, N, C, C, *[float32] * 3, None, platform="cpu")
+    assert xla.choose(problem) == expected
+
+
+@pytest.mark.parametrize("sizes, expected", [
+    ((8, 1000, 4, 7), "split"),
+    ((8, 1000, 8, 7), "tree"),
+    ((8, 1000, 8, 9), "split"),
+    ((8, 1000, 8, 17), "channel_blocks"),
+    ((8, 1000, 12, 9), "channel_blocks"),
+    ((8, 1000, 24, 9), "tree"),
+    ((8, 1000, 64, 8), "tree"),
+    ((8, 1000, 64, 9), "channel_blocks"),
+    ((8, 1000, 64, 9, 16), "tree"),  # a piece would copy 128 steps more than its own
+    ((8, 1000, 64, 9, 1, 3), "tree"),
+    ((8, 1000, 64, 9, 1, 2), "channel_blocks"),
+], ids=str)  # fmt: skip
+def test_a_depthwise_kernel_gradient(sizes, expected):
+    N, T, C, K, D, S = (*sizes, 1, 1)[:6]
+    spec, float32 = ConvSpec(T, K, S, ((K - 1) * D, 0), D, groups=C), np.dtype("float32")
     problem = Problem("conv1d_kernel_grad", spec, N, C, C, *[float32] * 3, None, platform="cpu")
     assert xla.choose(problem) == expected
