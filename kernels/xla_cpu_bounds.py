@@ -32,6 +32,11 @@ def is_bfloat16(problem: Problem) -> bool:
     return {np.dtype(problem.lhs_dtype).name, np.dtype(problem.rhs_dtype).name} == {"bfloat16"}
 
 
+def processor_has_avx512(problem: Problem) -> bool:
+    """Whether the processor has registers of 512 bits. An export may run on any."""
+    return not problem.exported and _host.vectors() in ("amx_bf16", "avx512_bf16", "avx512f")
+
+
 def processor_has_bfloat16(problem: Problem) -> bool:
     """Whether the processor multiplies bfloat16, and has AVX512. An export may run on any."""
     return not problem.exported and _host.vectors() in ("amx_bf16", "avx512_bf16")

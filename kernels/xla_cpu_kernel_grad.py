@@ -94,6 +94,14 @@ def kernel_grad(problem: Problem) -> str:
     N8 T112 C384 O32 K3 S2         im2col 1.9  canonical 1.5  space_to_depth 1.0
     =============================  =============================================
 
+    On an Intel processor (``formulations-intel.json`` and ``-few``):
+
+    =============================  =========================
+    N4 T2000 C4 O512 K9 D16        im2col 2.4  canonical 1.5
+    N4 T2000 C4 O128 K12           im2col 1.2  canonical 1.0
+    N4 T2000 C2 O64 K16            canonical 0.9  im2col 0.7
+    =============================  =========================
+
     "native" is the same program as "canonical" outside of loops.
     """
     spec, c, _ = of_group(problem)
@@ -161,6 +169,14 @@ def _strided(problem: Problem) -> str:
     N8 T4000 C64 O1 K16 S2 bfloat16    space_to_depth 2.2  native 1.3  im2col 0.8
     =================================  ===========================================================
 
+    And on an Intel processor (``formulations-intel.json``):
+
+    =====================================  ==========================
+    N16 T5087 C10 O10 K5 S2 bfloat16 SAME  canonical 1.1  im2col 0.8
+    N8 T868 C4 O4 K31 S4 bfloat16          canonical 1.0  im2col 0.5
+    N8 T1000 C24 O24 K9 S2 bfloat16        im2col 1.1  canonical 1.1
+    =====================================  ==========================
+
     XLA's convolution has the N samples for its channels, and is good at eight and more of them.
     """
     spec, K, N = problem.spec, problem.spec.kernel_size, problem.N
@@ -214,6 +230,17 @@ def _grouped(problem: Problem) -> str:
     N8 T1887 C192 O192 K7 S2 G192              channel_blocks 4.5  shifts 1.9  tree 1.1
     N8 T1623 C192 O192 K7 G192                 tree 8.3  channel_blocks 6.3  padded 1.0
     =========================================  =========================================
+
+    On an Intel processor (``formulations-intel.json`` and ``-few``):
+
+    ==========================  =======================================
+    N8 T1000 C4 O4 K7 G4        channel_blocks 1.1  split 1.0
+    N8 T1000 C8 O8 K9 G8        split 1.8  tree 1.3  channel_blocks 1.1
+    N8 T1000 C8 O8 K31 G8       channel_blocks 4.4  split 2.3
+    N8 T1000 C12 O12 K9 G12     channel_blocks 2.3  split 1.7  tree 1.1
+    N8 T1000 C24 O24 K9 G24     tree 3.3  split 2.2  channel_blocks 2.1
+    N8 T1000 C256 O256 K9 G256  channel_blocks 9.6  tree 5.9
+    ==========================  =======================================
     """
     spec, c, _ = of_group(problem)
     K, G = spec.kernel_size, spec.groups

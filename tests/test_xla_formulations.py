@@ -21,6 +21,7 @@ from conv_pallas.kernels import (
     xla_cpu,
     xla_cpu_bounds,
     xla_cpu_forward,
+    xla_cpu_groups,
     xla_cpu_kernel_grad,
     xla_pieces,
     xla_tuned,
@@ -609,16 +610,18 @@ def test_the_rules_show_what_was_measured():
     strided = ("formulations-strided", "formulations-strided-more")
     drawn = [f"formulations-drawn-{i}" for i in (1, 2, 3, 4)]
     avx2 = ("formulations-avx2", "formulations-avx2-more")
+    intel = ("formulations-intel", "formulations-intel-few")
     for rule, operations, *names in (
-        (xla_cpu_forward.forward, OPERATIONS[:2], "formulations"),
-        (xla_cpu_forward._grouped, OPERATIONS[:2], *drawn),
-        (xla_cpu_forward._depthwise, OPERATIONS[:2], "formulations", *drawn),
-        (xla_cpu_forward._strided, OPERATIONS[:1], *drawn),
-        (xla_cpu_kernel_grad.kernel_grad, OPERATIONS[2:], "formulations", *drawn),
-        (xla_cpu_kernel_grad._grouped, OPERATIONS[2:], *drawn),
+        (xla_cpu_forward.forward, OPERATIONS[:2], *intel, "formulations"),
+        (xla_cpu_groups.grouped, OPERATIONS[:2], *intel, *drawn),
+        (xla_cpu_groups.depthwise, OPERATIONS[:2], *intel, "formulations", *drawn),
+        (xla_cpu_groups._sums_at_once, OPERATIONS[:2], "formulations-intel-taps"),
+        (xla_cpu_forward._strided, OPERATIONS[:1], *intel, *drawn),
+        (xla_cpu_kernel_grad.kernel_grad, OPERATIONS[2:], *intel, "formulations", *drawn),
+        (xla_cpu_kernel_grad._grouped, OPERATIONS[2:], *intel, *drawn),
         (xla_cpu._parts_pay, OPERATIONS[::2], "formulations"),
         (xla_cpu_forward._spread, OPERATIONS[1:2], *strided, "formulations-transposed"),
-        (xla_cpu_kernel_grad._strided, OPERATIONS[2:], *strided),
+        (xla_cpu_kernel_grad._strided, OPERATIONS[2:], *intel, *strided),
         (xla_cpu_bounds.bfloat16_pays, OPERATIONS[:2], *avx2),
         (xla_cpu_bounds.pads_cost, OPERATIONS[:2], *avx2),
     ):

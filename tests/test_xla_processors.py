@@ -98,3 +98,20 @@ def test_float32_asks_nobody(sizes, operation, expected, without, monkeypatch):
 def test_phases_of_two_taps_each_are_slow(K, expected):
     asked = problem((4, 2000, 128, 128, K, 1, 4, 128), INPUT_GRAD, "float32")
     assert xla.choose(asked) == expected
+
+
+@pytest.mark.parametrize(
+    "K, padding, pays",
+    [(9, "CAUSAL", True), (14, "CAUSAL", True), (15, "CAUSAL", False), (9, "SAME", False)],
+)
+def test_depthwise_sums_with_padding_at_one_end(K, padding, pays, monkeypatch):
+    """All taps at once: behind the last step, as in input gradients, only AVX512 is good at it."""
+    sizes = (4, 2000, 128, 128, K, 1, 1, 128, padding)
+    once = "scatter" if pays else "own_pads"
+    for there, gradient in [("avx512f", once), ("avx512_bf16", once), ("avx2", "own_pads")]:
+        monkeypatch.setattr(_host, "vectors", lambda there=there: there)
+        assert xla.choose(problem(sizes, FORWARD, "float32")) == once, there
+        assert xla.choose(problem(sizes, INPUT_GRAD, "float32")) == gradient, there
+    monkeypatch.setattr(_host, "vectors", lambda: "avx512f")
+    exported = dataclasses.replace(problem(sizes, INPUT_GRAD, "float32"), exported=True)
+    assert xla.choose(exported) == "own_pads"
