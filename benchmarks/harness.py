@@ -31,7 +31,7 @@ from conv_pallas.explanation import default_platform
 from conv_pallas.kernels import xla_tuned
 from conv_pallas.nn import Conv
 
-FULL = Settings(least=0.01, rounds=(7, 15), settled=0.03, limit=2.0, hopeless=4)
+FULL = Settings(least=0.01, rounds=(7, 15), settled=0.03, limit=2.0, hopeless=4, sure=7)
 QUICK = Settings(least=0.002, rounds=(5, 7), settled=0.05, limit=0.3, hopeless=4)
 
 # Ours as `tune` has found it to be the fastest, where it is compared with the rules for CPUs.

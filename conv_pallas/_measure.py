@@ -76,10 +76,12 @@ class Settings:
       least: seconds that one sample lasts at least; the call is repeated to fill them.
       rounds: the fewest and the most samples of each variant. In between it stops once the
         median ratio is known to ``settled``, relatively.
-      limit: seconds after which it stops, though never before three rounds. A variant of which
+      limit: seconds after which it stops, though never before ``sure`` rounds. A variant of which
         one call takes longer, and far longer than another's, takes part in one round only.
       hopeless: variants that take so many times longer than the fastest one take part in
         three rounds only, and leave the time to those that are close.
+      sure: rounds that are made however long they take, three at least. Where a hopeless variant
+        took up the limit, three would be all that those which are close get.
     """
 
     least: float = 0.02
@@ -87,6 +89,7 @@ class Settings:
     settled: float = 0.015
     limit: float = 5.0
     hopeless: float = math.inf
+    sure: int = 3
 
 
 QUICK = Settings(least=0.005, rounds=(5, 9), settled=0.03, limit=1.0)
@@ -132,7 +135,7 @@ def interleaved(
     most = max(settings.limit, settings.hopeless * min(alone.values()))
     once_only = {name for name, once in alone.items() if once > most}
     for turn in range(settings.rounds[1]):
-        if turn >= 3 and time.perf_counter() - start > settings.limit:
+        if turn >= settings.sure and time.perf_counter() - start > settings.limit:
             break
         if turn == 1:
             names = [name for name in names if name not in once_only]

@@ -331,6 +331,11 @@ def test_slow_variants_take_few_rounds():
     settings = dataclasses.replace(settings, limit=10)  # a short call, but a hopeless one
     times = _measure.interleaved(calls, settings)
     assert len(times["slow"]) == 3 and len(times["fast"]) == 5
+    del calls["slow"]
+    calls["fast"] = lambda: time.sleep(0.01)  # what is close has what it needs, past the limit too
+    for sure, rounds in ((3, 3), (5, 5)):
+        settings = Settings(least=0, rounds=(5, 5), limit=0.001, sure=sure)
+        assert len(_measure.interleaved(calls, settings)["fast"]) == rounds
 
 
 def test_the_best_tile_is_told_by_more_than_a_few_samples(monkeypatch):
