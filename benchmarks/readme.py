@@ -23,7 +23,8 @@ from conv_pallas._measure import OURS, PASSES, STOCK
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 RESULT = ROOT / "benchmarks" / "results" / "cpu" / "layers.json"
-WITHOUT_AVX512 = RESULT.with_stem("layers-avx2")  # measured by the rules alone
+# CPUs beside that of the table, measured by the rules alone.
+OTHERS = {"a CPU without AVX512": RESULT.with_stem("layers-avx2")}
 COMMAND = "python -m benchmarks --tune --json benchmarks/results/cpu/layers.json"
 GPU_RESULTS = ROOT / "benchmarks" / "results" / "nvidia-h200"
 MARKS = "<!-- figures: written by benchmarks/readme.py -->", "<!-- end of figures -->"
@@ -81,11 +82,13 @@ def _of_programs(speedup: dict[str, Any]) -> float:
     return 1.0 if speedup["same_program"] else speedup["median"]
 
 
-def other_vectors(result: dict[str, Any]) -> str:
-    """A paragraph on a CPU with other vectors than that of the table.
+def other_processor(which: str, source: Path, result: dict[str, Any]) -> str:
+    """A paragraph on a CPU beside that of the table.
 
     Args:
-      result: what `WITHOUT_AVX512` holds.
+      which: what it is, as `OTHERS` has it.
+      source: where it is stored.
+      result: what that holds.
     """
     everything = [m for m in result["measurements"] if "speedup_over_fastest" in m]
     found = [m for m in everything if not stored.disturbed(m)]
@@ -93,15 +96,16 @@ def other_vectors(result: dict[str, Any]) -> str:
         f"{m['layer']['name']}, {m['pass']}": _of_programs(m["speedup_over_fastest"]) for m in found
     }
     slower, least = [n for n, r in ratios.items() if r < SLOWER], min(ratios, key=ratios.get)
-    source, host = WITHOUT_AVX512.relative_to(ROOT), result["host"]
-    return (
-        f"And on a CPU without AVX512 ({stored.processor(host)}, JAX {host['jax']}; untuned; "
+    host, left = result["host"], len(everything) - len(found)
+    source = source.relative_to(ROOT)
+    text = (
+        f"On {which} ({stored.processor(host)}, JAX {host['jax']}; untuned; "
         f"[{source}]({source})), by the geometric mean over published layers, forward and in a "
         f"training step over stock: {_by_kind(found)}. Of {len(found)} passes {len(slower)} are "
         f"slower than {SLOWER:g} times the fastest baseline's speed, the slowest {least} "
-        f"({_digits(ratios[least])}); {len(everything) - len(found)} more, which other programs "
-        "disturbed, are left out."
+        f"({_digits(ratios[least])})"
     )
+    return text + (f"; {left} more, which other programs disturbed, are left out." if left else ".")
 
 
 def figures(result: dict[str, Any]) -> str:
@@ -390,8 +394,8 @@ def _mean(ratios: Iterable[float | None]) -> str:
 def cpu_figures() -> str:
     """All that the README has of CPUs, from the stored results."""
     found = json.loads(pages.KEPT.read_text(encoding="utf-8"))
-    table, others = figures(stored.read(RESULT)), other_vectors(stored.read(WITHOUT_AVX512))
-    return f"{table}\n\n{pages_figures(found)}\n\n{others}"
+    others = [other_processor(*told, stored.read(told[1])) for told in OTHERS.items()]
+    return "\n\n".join([figures(stored.read(RESULT)), pages_figures(found), *others])
 
 
 def _cell(speedups: list[dict]) -> str:

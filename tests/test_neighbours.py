@@ -1,5 +1,6 @@
 """What is timed beside other programs is timed again, and told where that did not help."""
 
+import dataclasses
 import subprocess
 import sys
 import time
@@ -102,6 +103,30 @@ def test_the_least_disturbed_times_are_kept(monkeypatch, taken, kept):
     assert found["measurements"][0]["others"] == kept
     told = "1 were timed beside other programs, which took up to 0.3 cores (small, forward)"
     assert (told in command.summary(found)) == (kept == 0.3)
+
+
+@pytest.mark.parametrize("quick, kept", [(False, [0.0, 0.6, 0.3]), (True, [0.0, 0.7, 0.3])])
+def test_what_was_disturbed_is_timed_once_more_at_the_end(monkeypatch, tmp_path, quick, kept):
+    """By then they may have gone; where they have not, the calmer of the two counts."""
+    subjects = [dataclasses.replace(SMALL, name=name) for name in ("calm", "a", "b")]
+    others, timed = {"calm": [0.0], "a": [0.7, 0.6], "b": [0.3, 0.8]}, []
+
+    def measure(subject, which, **options):
+        timed.append(subject.name)
+        m = harness.Measurement(subject, which, {STOCK: harness.Variant(seconds=(1.0,) * 3)})
+        m.others = others[subject.name].pop(0)
+        return m
+
+    monkeypatch.setattr(harness, "measure", measure)
+    monkeypatch.setattr(harness, "ceilings", lambda dtypes: dict.fromkeys(["bytes", *dtypes], 1e9))
+    monkeypatch.setattr(command.layers, "ALL", subjects)
+    monkeypatch.setattr(command.layers, "quick", lambda: subjects)
+    file = tmp_path / "result.json"
+    command.main([*["--quick"] * quick, "--pass", "forward", "--json", str(file)])
+    found = stored.read(file)["measurements"]
+    assert [m["layer"]["name"] for m in found] == ["calm", "a", "b"]
+    assert [m["others"] for m in found] == kept
+    assert timed == ["calm", "a", "b", *([] if quick else ["a", "b"])]
 
 
 def test_a_host_matters_little_to_a_gpu(monkeypatch):

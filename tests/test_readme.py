@@ -68,11 +68,15 @@ def test_what_others_disturbed_is_counted_and_left_out(monkeypatch):
     ]  # fmt: skip
     host = {"cpu": "That CPU", "cores": 2, "vectors": "avx2", "jax": "0.9.7"}
     monkeypatch.setattr(readme, "_by_kind", lambda of: " ".join(m["layer"]["name"] for m in of))
-    text = readme.other_vectors({"host": host, "measurements": found})
-    assert "(That CPU, 2 cores with avx2, JAX 0.9.7; untuned; " in text
+    source, result = readme.ROOT / "some.json", {"host": host, "measurements": found}
+    text = readme.other_processor("a CPU", source, result)
+    assert text.startswith("On a CPU (That CPU, 2 cores with avx2, JAX 0.9.7; untuned; [some.json")
     assert "over stock: dense/a dense/b dense/d. " in text
     assert "Of 3 passes 1 are slower than 0.95 times the fastest baseline's speed" in text
-    assert "the slowest dense/a, forward (0.93); 1 more, which other programs" in text
+    assert text.endswith("(0.93); 1 more, which other programs disturbed, are left out.")
+    assert "the slowest dense/a, forward (0.93)" in text
+    undisturbed = {"host": host, "measurements": found[:2]}
+    assert readme.other_processor("a CPU", source, undisturbed).endswith("forward (0.93).")
 
 
 def test_means_take_the_clock_where_there_is_no_trace():
