@@ -154,8 +154,8 @@ def depthwise(problem: Problem, spec: ConvSpec, o: int) -> str:
 def _sums_at_once(problem: Problem, spec: ConvSpec) -> bool:
     """Whether float32 sums of 9 taps and more are ahead if they take all of them at once.
 
-    LLVM makes loops apart for what sees padding at one end, not for both, nor of 16 taps. Measured
-    as in `depthwise` (``formulations-intel-taps.json``):
+    LLVM seems to make loops apart for what sees padding at one end, not for both, nor of 16 taps.
+    Measured as in `depthwise` (``formulations-intel-taps.json``):
 
     ===============================  ========================  ========================
     N4 T2000 C64 O64 K9 G64          scatter 73  own_pads 44   scatter 45  own_pads 27
