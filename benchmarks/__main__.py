@@ -45,15 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = harness.QUICK if options.quick else harness.FULL
     host = harness.host() | {"commit": stored.commit()}
     limits = harness.ceilings(sorted({s.dtype for s in options.subjects}))
-    measurements: list[Measurement] = []
+    calmest: dict[tuple[layers.Subject, str], Measurement] = {}
 
     def keep(m: Measurement) -> None:
-        before = [old for old in measurements if (old.subject, old.which) == (m.subject, m.which)]
-        if not before:
-            measurements.append(m)
-        elif (m.others or 0.0) < (before[0].others or 0.0):
-            measurements[measurements.index(before[0])] = m
-        stored.write(options.json, stored.result(host, settings, limits, measurements))
+        before = calmest.setdefault((m.subject, m.which), m)
+        if (m.others or 0.0) < (before.others or 0.0):
+            calmest[m.subject, m.which] = m
+        stored.write(options.json, stored.result(host, settings, limits, [*calmest.values()]))
 
     interrupted = False
     try:
@@ -64,9 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         # A second one, while this is being dealt with, would lose what was measured.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        told = "what follows was measured before" if measurements else "nothing was measured yet"
+        told = "what follows was measured before" if calmest else "nothing was measured yet"
         console.print(f"interrupted: {told}")
         interrupted = True
+    measurements = [*calmest.values()]
     if not measurements:
         return 130
     # The machine may have been slow, or fast, when the ceilings were measured.
@@ -202,7 +201,7 @@ def measure(
                 )
                 keep(m)
                 bar.update(task, advance=1)
-                if (m.others or 0.0) > _neighbours.BUSY:
+                if _neighbours.disturbed(m.others):
                     disturbed.append(which)
                 for reason in refused(m):
                     console.print(f"[bold red]refused: {reason}[/bold red]", soft_wrap=True)

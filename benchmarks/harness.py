@@ -259,7 +259,7 @@ def _undisturbed(
         )
         others = watch.taken()
         found.append((times, others, tuple(handoffs)))
-        if others is None or others <= _neighbours.BUSY:
+        if not _neighbours.disturbed(others):
             break
     return min(found, key=lambda one: one[1] or 0.0)
 

@@ -99,7 +99,7 @@ def measurement(m: Measurement, limits: Mapping[str, float]) -> dict[str, Any]:
 
 def disturbed(measurement: Mapping[str, Any]) -> bool:
     """Whether other programs took too much of a CPU meanwhile; False where nobody knows."""
-    return (measurement.get("others") or 0.0) > _neighbours.BUSY
+    return _neighbours.disturbed(measurement.get("others"))
 
 
 def of_cores(found: Mapping[str, Any]) -> str:

@@ -37,6 +37,15 @@ class Watch:
         return 0.0 if spared else max(0.0, busy - own - rounding) / wall
 
 
+def disturbed(taken: float | None) -> bool:
+    """Whether others took too much; False where nobody knows.
+
+    Args:
+      taken: from `Watch.taken`.
+    """
+    return (taken or 0.0) > BUSY
+
+
 def _now() -> tuple[float, float, float, float] | None:
     """Seconds of the clock, those that the cores were busy, and idle, and this process's.
 

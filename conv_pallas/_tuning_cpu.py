@@ -99,7 +99,7 @@ def tune(
             found[xla_tuned.key(race.problem)] = race.winner
     if races:
         report(f"{len(found)} of {len(races)} operations run otherwise than by the rules: {file}")
-        if (others := watch.taken() or 0.0) > _neighbours.BUSY:
+        if _neighbours.disturbed(others := watch.taken()):
             report(
                 f"other programs took {others:.1f} cores meanwhile, and what won beside them may "
                 "not be the fastest without: tune again while they rest"
