@@ -400,6 +400,24 @@ def test_no_tap_sees_a_step_that_it_does_not_meet(T):
     np.testing.assert_array_equal(dw[:-1].T, [T - np.arange(19, 0, -1)] * 2)
 
 
+@pytest.mark.parametrize("case, chosen", [
+    (Case("causal", T=40, C=40, O=40, G=40, K=14),
+     ("scatter", "scatter", "channel_blocks")),
+    (Case("dilated", T=60, C=32, O=32, G=32, K=9, D=3), ("scatter", "scatter", "tree")),
+    (Case("valid", T=40, C=64, O=64, G=64, K=9, padding="VALID"),
+     ("scatter", "own_pads", "channel_blocks")),
+    (Case("few", T=40, C=8, O=8, G=8, K=9, dtype="bfloat16"), ("matmuls", "matmuls", "split")),
+    (Case("odd", T=40, C=12, O=12, G=12, K=11, dtype="bfloat16"), ("channel_blocks",) * 3),
+], ids=str)  # fmt: skip
+def test_depthwise_sums_of_9_to_14_taps(case, chosen):
+    for operation, name in zip(OPERATIONS, chosen, strict=True):
+        problem, (lhs, rhs) = case.problem(operation), operands(case, operation)
+        assert xla.choose(problem) == name
+        run = jax.jit(functools.partial(xla.run, problem)).lower(lhs, rhs)
+        out = run.compile({"xla_backend_optimization_level": 0})(lhs, rhs)
+        check(out, operation, lhs, rhs, case.spec, out_dtype=problem.out_dtype)
+
+
 BLOCKED = ("depthwise_dilated", "multiplier", "stride_depthwise", "crop_depthwise",
            "input_dilation_depthwise", "long_depthwise_float16", "stride_grouped")  # fmt: skip
 
