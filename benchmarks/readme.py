@@ -24,7 +24,10 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 RESULT = ROOT / "benchmarks" / "results" / "cpu" / "layers.json"
 # CPUs beside that of the table, measured by the rules alone.
-OTHERS = {"a CPU without AVX512": RESULT.with_stem("layers-avx2")}
+OTHERS = {
+    "an Intel processor": RESULT.with_stem("layers-intel"),
+    "a CPU without AVX512": RESULT.with_stem("layers-avx2"),
+}
 COMMAND = "python -m benchmarks --tune --json benchmarks/results/cpu/layers.json"
 GPU_RESULTS = ROOT / "benchmarks" / "results" / "nvidia-h200"
 MARKS = "<!-- figures: written by benchmarks/readme.py -->", "<!-- end of figures -->"
