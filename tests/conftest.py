@@ -7,6 +7,8 @@ import sys
 import hypothesis
 import pytest
 
+from tests import sampling
+
 assert "jax" not in sys.modules, "XLA reads its flags once, when jax is imported"
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -28,7 +30,38 @@ hypothesis.settings.register_profile("thorough", deadline=None, max_examples=200
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
-def pytest_configure():
+def pytest_addoption(parser):
+    parser.addoption(
+        "--part",
+        choices=sampling.CHOICES,
+        help="of the rows of tests marked `sampled`, those to run. By default the commit chooses "
+        "where everything is run, and all run where files, names, -k or --lf are given.",
+    )
+
+
+def pytest_configure(config):
+    _choose_part(config)
+    _check_environment()
+
+
+def _choose_part(config):
+    """Once, here: processes that run tests side by side get the options as they are then."""
+    if config.option.part is None:
+        option = config.option
+        named = config.args_source is pytest.Config.ArgsSource.ARGS or option.keyword
+        again = getattr(option, "lf", False)  # what failed last, maybe of another commit's part
+        option.part = sampling.ALL if named or again else sampling.of_commit(config.rootpath)
+
+
+def pytest_report_header(config):
+    if config.option.part != sampling.ALL:
+        return (
+            f"part {config.option.part} of {sampling.PARTS} of what is marked `sampled`; "
+            f"--part {sampling.ALL} runs the rest too"
+        )
+
+
+def _check_environment():
     """An environment that was made for another checkout would test that one's kernels."""
     from conv_pallas import kernels
 
@@ -101,7 +134,8 @@ def hardly_optimized():
 LONG = ("test_triton_interpreter.py", "test_flax[", "test_demo.py::test_quick")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    sampling.deselect(config, items, config.option.part)
     items.sort(key=lambda item: not any(name in item.nodeid for name in LONG))
 
 

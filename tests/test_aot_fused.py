@@ -40,6 +40,7 @@ def passes(hlo: str, elements: int) -> dict[str, int]:
     }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])
 @pytest.mark.parametrize("case", [DENSE, NARROW, DEPTHWISE], ids=str)
 def test_bias_and_activation(case, activation):

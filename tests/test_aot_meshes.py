@@ -57,6 +57,7 @@ def _kernels(chip: str, f, mesh: Mesh) -> int:
     return hlo.count("tpu_custom_call") + hlo.count("triton_kernel_call")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("kinds", "kernels"), [(AUTO, 0), (MIXED, 0), (EXPLICIT, 3)], ids=str)
 def test_a_training_step_on_tpus(kinds, kernels):
     """Where no type says how to split, libtpu asks nobody, and Mosaic's kernels can't be split."""

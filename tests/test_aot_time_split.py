@@ -65,6 +65,7 @@ def _passes(case: Case, lines: list[str]) -> list[str]:
     return found
 
 
+@pytest.mark.sampled
 @each_mesh
 @each_case
 def test_a_kernel_runs_while_the_halo_travels_and_nothing_is_copied(case, kind):
@@ -75,6 +76,7 @@ def test_a_kernel_runs_while_the_halo_travels_and_nothing_is_copied(case, kind):
     assert where("collective-permute-start(") < kernel < where("collective-permute-done(")
 
 
+@pytest.mark.sampled
 @each_mesh
 @each_case
 def test_a_training_step_copies_nothing(case, kind):

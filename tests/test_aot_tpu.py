@@ -54,6 +54,7 @@ def _kernels(compiled) -> int:
     return compiled.as_text().count('custom_call_target="tpu_custom_call"')
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "chip, model",
     [("v5e", model) for model in LAST]
@@ -71,6 +72,7 @@ def test_depthwise_channels_that_end_within_lanes_compile(chip, channels):
     assert _kernels(aot.compile_for(chip, _all_three(layer), *_structs(layer))) == 3
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("precision", ["high", "highest"])
 @pytest.mark.parametrize("chip, model", [("v4", "tcn-music"), ("v6e", "tcn-music"),
                                          ("v5e", "tcn-adding"), ("v6e", "tcn-copy")])  # fmt: skip
@@ -81,6 +83,7 @@ def test_float32_products_compile(chip, model, precision):
     assert _kernels(compiled) == 3
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "chip, model, activation",
     [

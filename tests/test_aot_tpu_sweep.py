@@ -21,6 +21,7 @@ NATIVE = list(dict.fromkeys(layer for same in ALIKE.values() for layer in (same[
 EACH = list(zip(NATIVE, itertools.cycle(aot.TPUS), strict=False))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("layer", "chip"), EACH, ids=[f"{c}-{x.name}" for x, c in EACH])
 def test_all_three_operations_compile(layer, chip):
     ((_, wrong, _),) = compiled(chip, [layer])

@@ -84,6 +84,7 @@ def _structs(case: Case):
     return tuple(aot.struct(shape, case.dtype) for shape in shapes)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "chip, name",
     [(chip, case.name) for chip in ("a100", "h200", "b200") for case, _ in EVERYWHERE]
@@ -140,6 +141,7 @@ def test_machine_code_is_as_promised(chip, name):
         _check_that_many_taps_are_multiplied(made, wide, 15 if wide else 12.5)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "C, O, dtype, activation",
     [
@@ -231,6 +233,7 @@ def test_programs_stay_where_each_has_several_tiles(C):
     assert code.name == "conv_dense", code
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "C, K, tile, kernel, sums_stay",
     [
@@ -265,6 +268,7 @@ def test_programs_that_stay_fetch_once(C, K, tile, kernel, sums_stay):
     assert sums.opcodes["UTMALDG"] == (K + 1) * stages or not sums_stay
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "C, K, dtype, tile",
     [
@@ -331,6 +335,7 @@ def _arithmetic(activation: str | None) -> list[int]:
     return [len(re.findall(operation, code.texts["ttir"])) for code in made[-2:]]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "activation, forward, backward",
     [
@@ -410,6 +415,7 @@ def _instructions(hlo: str):
 
 
 # Backward of a depthwise layer is one kernel, and its forward pass stores no z for it.
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "name, kernels", [("dense", 3), ("tf32", 3), ("grouped", 3), ("strided", 3), ("depthwise", 2)]
 )
@@ -491,6 +497,7 @@ def test_the_largest_tiles_fit_where_shared_memory_is_scarce(capability, monkeyp
         assert code.spills == 0 and code.shared <= 99 * 1024, code
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("capability", [89, 103, 110, 120, 121])
 def test_no_chip_gets_a_ptx_that_is_older_than_it(capability, monkeypatch):
     """LLVM would end the process."""

@@ -83,6 +83,7 @@ def _each():
         chosen.add(how)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("layer, operation, dtype", list(_each()))
 def test_h200_keeps_the_dilation(layer, operation, dtype):
     problem = problem_of(layer, operation, "cuda", dtype)
@@ -203,6 +204,7 @@ def test_h200_value_and_gradients_of_a_layer(D):
 TPU_LAYERS = ("dense_dilated_64", "depthwise_dilated_64", "grouped", "strided")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("layer", "operation", "chip"),
     [(*case, chip) for case, chip in zip(

@@ -77,6 +77,7 @@ CASES = {
 }
 
 
+@pytest.mark.sampled
 @each_vma
 @pytest.mark.parametrize("name", CASES)
 def test_the_parts_are_those_of_the_whole(name, check_vma):
@@ -87,6 +88,7 @@ def test_the_parts_are_those_of_the_whole(name, check_vma):
     assert set(collectives(compiled)) <= {"collective-permute", "all-reduce"}
 
 
+@pytest.mark.sampled
 @each_vma
 @pytest.mark.parametrize("D", [2, 7])
 def test_packed_and_padded_sequences(D, check_vma):
@@ -147,6 +149,7 @@ NETWORKS = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("name", "check_vma"), [("causal", False), *((name, True) for name in NETWORKS)]
 )

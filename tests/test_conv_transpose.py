@@ -26,6 +26,7 @@ def _layer(*args, cls=ConvTranspose, **kwargs):
     return cls(*(args or (4, 6, 5, 3)), rngs=nnx.Rngs(0), **kwargs)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("K, S, D", [(5, 3, 1), (2, 4, 1), (3, 2, 4), (1, 3, 1), (4, 1, 2)])
 @pytest.mark.parametrize("padding", ["CAUSAL", "causal"])
 def test_causal(K, S, D, padding):

@@ -58,6 +58,7 @@ def _export(f, mesh):
     return export.export(f, platforms=("cpu",))(*_types(mesh))
 
 
+@pytest.mark.sampled
 @each_kind
 @each_activation
 def test_a_mesh_that_is_not_here(activation, kind):
@@ -91,6 +92,7 @@ def _on_two_meshes(f, kinds):
     return jax.jit(lambda one, two: (f(*one), f(*two)))(_put(first), _put(other))
 
 
+@pytest.mark.sampled
 @each_kind
 @each_activation
 def test_two_meshes(activation, kind):
@@ -106,6 +108,7 @@ def _from_disk(f, operands, devices: int = 8):
     return serialize_executable.deserialize_and_load(*saved, execution_devices=there)(*operands)
 
 
+@pytest.mark.sampled
 @each_kind
 @each_activation
 def test_an_executable_on_disk(activation, kind):

@@ -20,6 +20,7 @@ def _round_trip(f, *args, vjp_order=0, **kwargs):
     return export.deserialize(exported.serialize(vjp_order=vjp_order))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", ["stride_grouped", "depthwise_dilated", "two_batch_axes"])
 def test_value_and_second_derivative(name, implementation):
@@ -146,6 +147,7 @@ SYMBOLIC = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("symbolic", SYMBOLIC)
 def test_symbolic_sizes(symbolic):
     name, shape, *constraints = SYMBOLIC[symbolic]

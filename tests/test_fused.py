@@ -115,6 +115,7 @@ def _by_jax(activation, case=CASE):
     return f
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("how", ["as asked", "recomputes", "keeps"])
 @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
 def test_a_kernel_that_fuses_carries_a_training_step(activation, how, monkeypatch):
@@ -313,6 +314,7 @@ def test_strict_promotion():
     assert y.dtype == jnp.float32
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("activation", ["relu", "silu", "tanh"])
 def test_modes_and_orders(activation, monkeypatch):
     Toy(monkeypatch)
@@ -377,6 +379,7 @@ def test_on_a_mesh_each_device_fuses_its_share(axis_type, monkeypatch):
     assert not [c for c in toy.calls if isinstance(c, str)]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("T, recomputes", [(24, False), (192, False), (192, True)])
 @pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto], ids=str)
 def test_on_a_mesh_that_splits_time(axis_type, T, recomputes, monkeypatch):
@@ -429,6 +432,7 @@ def test_on_an_explicit_mesh_with_operands_that_lie_nowhere():
     np.testing.assert_allclose(grad, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("padding", ["CAUSAL", "SAME", [(3, 21)]], ids=str)
 @pytest.mark.parametrize("bias", [False, True])
 def test_no_kernel_is_given_a_tap_that_sees_padding_alone(bias, padding, monkeypatch):

@@ -30,6 +30,7 @@ def _check(f, arrays):
     check_grads(f, arrays, order=2, modes=("fwd", "rev"), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_every_geometry(case: Case):
     with jax.enable_x64(True):
@@ -41,6 +42,7 @@ def test_the_table_is_not_thinned_out():
     assert len(SMALL) > 0.75 * len(cases.GEOMETRY)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("name", ["stride_grouped", "input_dilation_stride", "multiplier"])
@@ -67,6 +69,7 @@ KNOBS = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", KNOBS)
 def test_every_knob(name):
     case = dataclasses.replace(cases.named("stride_grouped"), dtype="float64")

@@ -34,6 +34,7 @@ def unmappable(monkeypatch):
     return calls
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("nested", [False, True])
 def test_folding_kernels_into_groups(unmappable, groups, nested):

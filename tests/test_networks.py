@@ -64,6 +64,7 @@ def test_a_step_descends_in_place(network):
     assert second < value
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("which", [FORWARD, STEP])
 @pytest.mark.parametrize("network", [TCN, SEPARATOR], ids=lambda network: type(network).__name__)
 def test_stock_and_ours_are_timed(network, which):

@@ -228,6 +228,7 @@ def test_same_parameters(name):
         np.testing.assert_array_equal(left, right)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", KNOBS)
 def test_same_outputs_and_gradients(name):
     if name == "input_dilation" and jax.__version_info__ < (0, 12):
@@ -249,6 +250,7 @@ def test_same_outputs_and_gradients(name):
         _assert_close(grad, want, coarsest)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", KNOBS)
 def test_xla_native_compiles_to_what_flax_compiles_to(name):
     stock, ours, x = _pair(name, implementation="xla_native")

@@ -26,6 +26,7 @@ def _lines(file):
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("step", on_device.STEPS)
 def test_a_step_leaves_a_line_for_each_thing_it_learnt(step, tmp_path, monkeypatch):
     goals = device_checks.device_layers.goals(True)
@@ -139,6 +140,7 @@ def test_a_wrong_result_fails_the_step(tmp_path, monkeypatch):
     assert log.failures == len(_lines(log.path)) == 18
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "wrong, failures",
     [

@@ -38,6 +38,7 @@ def _but_for_stock_of_old(case: Case, implementation) -> None:
         pytest.xfail("XLA:CPU of jaxlib 0.11.2 can't crop one end and pad the other at once")
 
 
+@pytest.mark.sampled
 @each_implementation
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_case(case: Case, implementation):
@@ -214,6 +215,7 @@ def test_float64_with_an_epilogue_lowered_where_it_is_off(explicit):
     assert {a.dtype for a in got} == {np.dtype("float64")}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", ["dense", "depthwise", "stride_same"])
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
 def test_float8_into_a_wider_result(dtype, name):

@@ -79,6 +79,7 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_padding_reaches_no_real_step(options):
     """What a TCN computes of padded sequences is what it computes of each by itself."""
@@ -107,6 +108,7 @@ def test_padding_reaches_no_real_step(options):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("options", OPTIONS[:3], ids=str)
 def test_packed_in_a_tcn(options):
     model, x = model_of(**options), numbers(12, 3)

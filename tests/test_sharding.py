@@ -181,6 +181,7 @@ def _expected(name: str):
     return jax.jit(lambda *a: [transform(stock)(*a) for transform in ORDERS])(*layout.arrays())
 
 
+@pytest.mark.sampled
 @each_mesh
 @each_layout  # the outer one: both kinds of mesh have what is expected in common
 def test_nothing_is_gathered_and_all_is_right(layout, axis_type):
@@ -249,6 +250,7 @@ def test_a_training_step_of_a_network_on_split_time(axis_type):
     tree_close(out, jax.jit(jax.value_and_grad(loss))(params, x, mask), rtol=1e-4)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "layout",
     [
@@ -376,6 +378,7 @@ def test_manual_over_one_axis():
         tree_close(out, want, rtol=1e-4)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("spec", [P("a"), P(), P("b", None, "a"), P(None, "a"), P(("a", "b"))])
 @pytest.mark.parametrize("name", ["batch", "depthwise"])
 def test_out_sharding(name, spec):
@@ -393,6 +396,7 @@ def test_out_sharding(name, spec):
     tree_close(jax.tree.map(np.asarray, grads), jax.tree.map(np.asarray, want), rtol=1e-4)
 
 
+@pytest.mark.sampled
 @each_mesh
 @pytest.mark.parametrize("in_axes", [(0, None), (None, 0), (0, 0)], ids=str)
 def test_vmap_over_a_sharded_axis(in_axes, axis_type):
@@ -414,6 +418,7 @@ def test_vmap_over_a_sharded_axis(in_axes, axis_type):
         tree_close(out, want, rtol=1e-4)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize(
     "sharded", [(P(None, None, "a"), P()), (P(), P(None, None, "a")), (P(), P(None, "a"))]
@@ -471,6 +476,7 @@ def _expected_of_a_layer(name: str):
     return jax.jit(run)(*LAYOUTS[name].arrays(), b)
 
 
+@pytest.mark.sampled
 @each_mesh
 @each_layout
 def test_a_layer_with_bias_and_activation_on_a_mesh(layout, axis_type):
@@ -485,6 +491,7 @@ def test_a_layer_with_bias_and_activation_on_a_mesh(layout, axis_type):
     tree_close(out, expected, rtol=1e-4)
 
 
+@pytest.mark.sampled
 @each_mesh
 @pytest.mark.parametrize(
     "layout, bias_spec", [("batch", P()), ("batch", P("b")), ("batch", P("a")), ("time", P("a"))]
@@ -582,6 +589,7 @@ def test_a_stream_stays_on_the_devices_of_its_batch(kind):
     np.testing.assert_allclose(y, whole(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("split", ["x", "state"])
 @pytest.mark.parametrize("length", [1, 5])
 def test_what_a_step_is_given_may_lie_elsewhere(length, split):

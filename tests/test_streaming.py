@@ -39,6 +39,7 @@ MATRIX = [
 ]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("number", "norm", "activation", "dilations", "lookahead", "chunks", "batch"),
     [(number, *row) for number, row in enumerate(MATRIX)],
@@ -67,6 +68,7 @@ def test_conditions_segments_and_masks(mode, lookahead):
     check(model, hidden, chunks, condition=condition, segment_ids=ids, mask=mask)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("mode", ["add", "concat"])
 @pytest.mark.parametrize("lookahead", [0, 3])
 @pytest.mark.parametrize("kind", ["network", "block"])
@@ -366,6 +368,7 @@ def test_blocks_layers_and_dtypes(implementation):
         assert y.dtype == dtype
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("norm", ["weight", "layer", "batch"])
 @pytest.mark.parametrize("given", [jnp.bfloat16, jnp.float32])
 def test_each_part_has_its_own_dtype(norm, given):

@@ -46,6 +46,7 @@ def split_outputs(model, mesh) -> None:
                 layer.bias.set_value(split(layer.bias[...], mesh, "b"))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("spec", [P(None, "a"), P("a", None, "b")], ids=str)
 @pytest.mark.parametrize("name", LAYERS)
 def test_chunks_split_along_any_dimension(name, spec, mesh):
@@ -61,6 +62,7 @@ def split_inside(a, spec):
     return jax.sharding.reshard(a, spec)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("options", [
     {}, dict(lookahead=9, skip_connections=True), dict(dilations=(9, 2), norm="weight"),
 ], ids=str)  # fmt: skip

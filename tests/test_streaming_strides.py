@@ -28,6 +28,7 @@ def _call(layer):
     return jax.jit(whole), jax.jit(functools.partial(layer.step, activation="silu"))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("K, S, D", GEOMETRY)
 def test_down(K, S, D):
     layer = DOWN(4, 6, K, S, kernel_dilation=D, feature_group_count=1 + K % 2)
@@ -39,6 +40,7 @@ def test_down(K, S, D):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("K, S, D", GEOMETRY)
 def test_up(K, S, D):
     layer = UP(6, 6, K, S, kernel_dilation=D, transpose_kernel=K % 2 == 1)

@@ -240,6 +240,7 @@ def test_receptive_field(options, ahead):
     assert different == [False, True, True, False]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "options",
     [
@@ -457,6 +458,7 @@ def test_equal_models_have_equal_structures_and_can_be_pickled(norm, conv):
     np.testing.assert_array_equal(again(x), one(x))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("conv", [Conv, nnx.Conv])
 @pytest.mark.parametrize("norm", [None, "weight", "layer"])
 def test_a_norm_computes_in_the_dtype_of_the_parameters(norm, conv):

@@ -48,6 +48,7 @@ def _everything(f):
     return run
 
 
+@pytest.mark.sampled
 @each_mesh
 @pytest.mark.parametrize(
     ("w", "x_spec", "w_spec", "options"),
@@ -116,6 +117,7 @@ AROUND = [
 ]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("options, x_spec, kind", AROUND, ids=str)
 def test_a_sequence_that_goes_on_at_its_ends(options, x_spec, kind):
     """Time is gathered; the result is split again, for the layers that follow."""
@@ -130,6 +132,7 @@ def test_a_sequence_that_goes_on_at_its_ends(options, x_spec, kind):
         assert split[1] == (x_spec[1] if divides else None)
 
 
+@pytest.mark.sampled
 @each_mesh
 @pytest.mark.parametrize("options", [{}, dict(causal=False, norm="layer")], ids=str)
 def test_a_network_of_packed_sequences(options, kind):
@@ -155,6 +158,7 @@ def test_out_sharding_decides_also_where_x_is_padded():
     tree_close(np.asarray(y), np.asarray(conv1d(X, W, padding="CIRCULAR")), rtol=1e-4)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("time", [AxisType.Explicit, AxisType.Auto], ids=str)
 @pytest.mark.parametrize(
     "options",
@@ -174,6 +178,7 @@ def test_a_mesh_with_axes_of_both_kinds(options, time):
 
 
 # Every two of the three meet. On split time all of it is cut: at once, at the end, or row by row.
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("split", "norm", "masked"),
     [
@@ -203,6 +208,7 @@ def test_the_last_step_of_a_network(split, norm, masked):
     tree_close(out, jax.jit(run)(nnx.split(model, nnx.Param, ...)[1], x, mask), rtol=1e-4)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("x_spec, w_spec", [
     (P("a", None, "b"), P()), (P("a"), P(None, "b")), (P("a"), P(None, None, "b")),
 ], ids=str)  # fmt: skip

@@ -72,6 +72,7 @@ def test_one_has_tiles_of_channels():
     assert plan.BC < _SPLIT.C and plan.BO < _SPLIT.O
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("fused", FUSED, ids=lambda f: f.name)
 def test_kernels(fused):
     few = fused.case in (_FEW, _FEW_WHOLE)

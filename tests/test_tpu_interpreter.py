@@ -92,6 +92,7 @@ DEPTHWISE = (
 )
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("operation", ["conv1d", "conv1d_kernel_grad"])
 @pytest.mark.parametrize("case", DENSE, ids=str)
 def test_dense(case, operation):
@@ -99,6 +100,7 @@ def test_dense(case, operation):
 
 
 # The device code is the forward's; what differs is the geometry.
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "name", ["causal", "halo_longer_than_tile", "ragged", "crop", "pad_beyond_field", "dead_taps"]
 )
@@ -107,6 +109,7 @@ def test_dense_input_grad(name):
     check_kernel(tpu_dense, case, "conv1d_input_grad")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("operation", ["conv1d", "conv1d_kernel_grad"])
 @pytest.mark.parametrize("case", FEW, ids=str)
 def test_few_channels(case, operation):
@@ -114,6 +117,7 @@ def test_few_channels(case, operation):
 
 
 # As of `tpu_dense`; a causal one of one tile, and one that walks backwards.
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "name", ["causal", "halo_longer_than_tile", "one_tile", "several_samples", "crop"]
 )
@@ -176,6 +180,7 @@ IN_PLACE = (
 )
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("mxu", [128, 256])
 @pytest.mark.parametrize("case", IN_PLACE, ids=str)
 def test_in_place(case, mxu):
@@ -236,6 +241,7 @@ EACH = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.sampled
 @EACH
 def test_what_is_cropped_leaves_the_kernel_gradient_alone(module, G):
     case = Case("cropped", T=40, C=8, O=8, G=G, padding=[(2, -5)], precision="highest")
@@ -248,6 +254,7 @@ def test_what_is_cropped_leaves_the_kernel_gradient_alone(module, G):
     np.testing.assert_array_equal(gradient(x), expected)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("module, G, T", [
     (tpu_dense, 1, 200), (tpu_depthwise, 8, 200),
     (tpu_time_in_lanes, 1, 200), (tpu_time_in_lanes, 1, 300),
@@ -273,6 +280,7 @@ def test_int8_is_declined(module, G):
     assert module.decline(problem) == "takes bfloat16 and float32, not int8"
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("case", DEPTHWISE, ids=str)
 def test_depthwise(case, operation):

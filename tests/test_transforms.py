@@ -87,6 +87,7 @@ def _fourth(f):
     return run
 
 
+@pytest.mark.sampled
 @each_case
 @pytest.mark.parametrize("derivative", DERIVATIVES)
 def test_derivatives(derivative, name):
@@ -140,6 +141,7 @@ def test_scan_over_layers_and_its_gradient():
     _compare(run, "dense", rtol=1e-4)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "policy",
     [None, "nothing_saveable", "everything_saveable", "dots_saveable"],
@@ -283,6 +285,7 @@ def test_weak_types_do_not_widen():
 # --- The functional twin of jax.lax ---
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("numbers", [
     None, ("NWC", "WIO", "NWC"), ("NCW", "OIW", "NCW"), ("WNC", "IOW", "CNW"), ("CWN", "OWI", "NWC")
 ], ids=str)  # fmt: skip

@@ -12,6 +12,7 @@ pytestmark = pytest.mark.aot
 CHUNKS = 4  # so that several processors share the work
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 def test_every_operation_is_right_on_the_interpreter(chunk):
     pytest.importorskip("jax_triton")

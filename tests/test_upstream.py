@@ -162,6 +162,7 @@ def _compare(name: str, arguments: dict) -> bool:
 SHARES = 8
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("share", range(SHARES))
 def test_jax_harnesses(share):
     """What jax checks of conv_general_dilated on every platform, and all of that in 1-D."""

@@ -46,6 +46,7 @@ def _loop(f, in_axes, arrays):
 AXES = [(0, None), (None, 0), (0, 0), (2, None), (None, 3), (1, 2), (-1, -1)]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("in_axes", AXES, ids=str)
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("name", NAMES)
@@ -130,6 +131,7 @@ NESTED = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("nested", NESTED)
 @pytest.mark.parametrize("name", ["stride_grouped", "multiplier"])
 def test_nested_with_gradients(name, nested):

@@ -59,6 +59,7 @@ STRIDED = [dataclasses.replace(case, C=48 * case.G, O=48 * case.G) for case in S
 TESTS += [("depth_to_space_winograd", case, "conv1d_input_grad") for case in STRIDED]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("name", "case", "operation"), TESTS, ids=str)
 def test_arithmetic(name, case, operation):
     x, kernel, g = case.arrays()
@@ -80,6 +81,7 @@ def _flops(f, spec: ConvSpec, C: int = 64) -> float:
     return run.lower(x, w).compile().cost_analysis()["flops"]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("K", range(2, 9))
 @pytest.mark.parametrize(("T", "D"), [(64, 1), (64, 8), (60, 24)])
 def test_so_many_products(K, T, D):
@@ -126,6 +128,7 @@ ERRORS = [
 ]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name, operation, sizes", ERRORS, ids=str)
 def test_errors_are_little_more_than_the_definitions(name, operation, sizes):
     problem = _problem(operation, sizes)

@@ -94,6 +94,7 @@ def check_all(case: Case, operation) -> None:
             raise AssertionError(f"{name}: {e}") from None
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("case, operation", TESTS, ids=str)
 def test_formulations(case, operation):
     check_all(case, operation)
@@ -194,6 +195,7 @@ PARTS = (
 )
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("case", PARTS, ids=str)
 def test_in_parts(case, operation):
@@ -242,6 +244,7 @@ def test_cuts_of_a_causal_convolution_leave_no_padding(T, K, D):
     assert len(steps) == K and round(share * T * K) == seen
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("loop", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -279,6 +282,7 @@ def test_in_pieces(operation, dtype, loop, monkeypatch):
     assert xla_cpu_bounds.sequences_at_once(names[0], prime) in (1, 127)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("operation", "name"),
     [
@@ -329,6 +333,7 @@ WAYS = [
 ]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "case, operation, loop, pieces", WAYS, ids=lambda a: getattr(a, "__name__", str(a))
 )

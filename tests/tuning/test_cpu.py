@@ -374,6 +374,7 @@ def test_quick_takes_less_time(seconds, monkeypatch):
     assert _tuning_cpu.QUICK in asked and _tuning_cpu.ALL not in asked
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
 def test_other_dtypes(seconds, dtype):
     seconds["matmuls"] = 0.5
@@ -491,6 +492,7 @@ GEOMETRIES = (
 )
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("operation", OPERATIONS[:2])
 @pytest.mark.parametrize("case", GEOMETRIES, ids=str)
 def test_a_nan_goes_where_the_definition_has_it_go(case, operation):

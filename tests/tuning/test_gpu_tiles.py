@@ -63,6 +63,7 @@ def test_many_taps_are_tuned_one_kernel_after_the_other(h200, uncompiled, monkey
     assert all(triton_tuned.lookup(key) == tile for key in found)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("channels, groups, tried", [(32, 1, True), (64, 2, True), (33, 1, False)])
 def test_several_taps_in_a_program_are_tried_for_few_channels(
     channels, groups, tried, h200, uncompiled, monkeypatch
@@ -229,6 +230,7 @@ def test_what_is_tuned_lies_among_the_results(tmp_path, monkeypatch):
     assert triton_tuned.RECORDS.file_of("NVIDIA H200").parent == tmp_path / "results"
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("tile", [tile for tile in _tuning_gpu.DENSE_TILES if len(tile) == 6])
 @pytest.mark.parametrize("C", [512, 64])
 def test_a_processor_holds_the_programs_that_stay(C, tile):
