@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import baselines, device_layers, device_turns
+from benchmarks import baselines, device_layers, device_turns, harness
 from benchmarks.on_device import Log, kill, lines_of
+from benchmarks.truth import Truth, WrongResultError
 from conv_pallas import _measure, _trace, aot, inspection
 from conv_pallas._layers import Layer
+from conv_pallas.explanation import default_platform
 from conv_pallas.kernels import xla
 from conv_pallas.spec import OPERATIONS
 
@@ -237,7 +239,8 @@ def formulations(log: Log, dry: bool) -> None:
 def pytorch(log: Log, dry: bool) -> None:
     """PyTorch's convolution, with cudnn.benchmark, of the goals' layers, taking turns with ours.
 
-    A call runs each several times, on other x and g, as in `device_turns.timed`.
+    A call runs each several times, on other x and g, as in `device_turns.timed`. A baseline that
+    computes something else is no baseline: what is wrong is told instead of timed.
     """
     # The host makes these arrays: the largest last.
     chosen = sorted(device_layers.goals(dry), key=lambda layer: layer.N * layer.T * layer.C)
@@ -248,8 +251,12 @@ def pytorch(log: Log, dry: bool) -> None:
         each = [(np.roll(x, i, -2), w, b, np.roll(g, i, -2)) for i in range(runs)]
         try:
             torches = [baselines.torch_program(layer, which, arrays)[0] for arrays in each]
+            wrong = _wrong_torch(layer, which)
         except baselines.NotApplicableError as e:
             return log.write(skipped=str(e))
+        if wrong is not None:
+            log.write(ok=False, layer=layer.name, why=wrong)
+            continue
         # y as well as all gradients, as there: nothing may be left out because nobody asks for it.
         operation = "forward" if which == _measure.FORWARD else "step"
         f = device_layers.operation(operation, device_layers.forward("ours", layer, dry))
@@ -266,6 +273,17 @@ def pytorch(log: Log, dry: bool) -> None:
             speedup=spreads[baselines.TORCH].median / spreads["ours"].median,
             seconds={name: dataclasses.asdict(s) for name, s in spreads.items()},
         )  # fmt: skip
+
+
+def _wrong_torch(layer: Layer, which: str) -> str | None:
+    """What is wrong with PyTorch's result, at a size that float64 has time for."""
+    truth = harness.checkable(Truth(layer, default_platform()))
+    _, result = baselines.torch_program(truth.layer, which, truth.arguments)
+    try:
+        truth.check(result(), f"{truth.layer.name}, {which}, {baselines.TORCH}")
+    except WrongResultError as e:
+        return str(e)
+    return None
 
 
 def kernels(log: Log, dry: bool) -> None:

@@ -193,7 +193,7 @@ def measure(
             for name, implementation in variants.items()
         }
         arguments = truth.arguments[: 3 if which == FORWARD else 4]
-        known = _checkable(truth)
+        known = checkable(truth)
         verify, checked = _verifier_of_layer(truth, known, which)
     arguments = jax.device_put(arguments)
     result = Measurement(subject, which, {name: Variant(checked=checked) for name in variants})
@@ -283,7 +283,7 @@ def _function(name, layer, which, implementation):
     return make(name, layer, implementation)
 
 
-def _checkable(truth: Truth) -> Truth:
+def checkable(truth: Truth) -> Truth:
     """The truth of a smaller layer where that of a layer would take minutes."""
     layer = truth.layer
     if layer.products > MOST_TO_CHECK:

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import device_layers, device_timing, device_turns
 from benchmarks.on_device import Log, lines_of
+from benchmarks.truth import Truth
 
 pytestmark = pytest.mark.usefixtures("hardly_optimized")
 
@@ -220,6 +221,20 @@ def test_a_baseline_that_there_is_no_time_for_costs_ours_nothing(tmp_path):
     assert timed.errors == {"stock": "no time"} and timed.seconds.keys() == {"ours"}
 
 
+def _pytorch(monkeypatch, factor: float = 1.0) -> None:
+    """In PyTorch's place what takes some time, and whose result is right, or a factor too large."""
+
+    def program(layer, which, arrays):
+        def result():
+            truth = Truth(layer)
+            values = [truth.y] if which == "forward" else truth.gradients
+            return tuple((factor * value).astype(arrays[0].dtype) for value, _ in values)
+
+        return lambda: time.sleep(0.05), result
+
+    monkeypatch.setattr(device_timing.baselines, "torch_program", program)
+
+
 def test_pytorch_takes_turns_with_ours(tmp_path, monkeypatch):
     layers = device_layers.goals(True)
     monkeypatch.setattr(device_layers, "goals", lambda dry: layers[2:3])
@@ -228,9 +243,7 @@ def test_pytorch_takes_turns_with_ours(tmp_path, monkeypatch):
         device_layers, "operation",
         lambda name, f: asked.append(name) or operation(name, f),
     )  # fmt: skip
-    monkeypatch.setattr(
-        device_timing.baselines, "torch_program", lambda *args: (lambda: time.sleep(0.05), None)
-    )
+    _pytorch(monkeypatch)
     log = Log(tmp_path, "pytorch", 60)
     device_timing.pytorch(log, True)
     lines = lines_of(log.path)
@@ -239,6 +252,17 @@ def test_pytorch_takes_turns_with_ours(tmp_path, monkeypatch):
     for line in lines:
         assert line["seconds"].keys() == {"ours", "torch"}
         assert line["speedup"] == line["seconds"]["torch"]["median"] / line["ours"] > 1
+
+
+def test_a_pytorch_that_computes_something_else_is_no_baseline(tmp_path, monkeypatch):
+    layers = device_layers.goals(True)
+    monkeypatch.setattr(device_layers, "goals", lambda dry: layers[2:3])
+    _pytorch(monkeypatch, 1.1)
+    log = Log(tmp_path, "pytorch", 60)
+    device_timing.pytorch(log, True)
+    lines = lines_of(log.path)
+    assert [line["ok"] for line in lines] == [False] * 2 == ["seconds" in line for line in lines]
+    assert all("elements are off" in line["why"] for line in lines) and log.failures
 
 
 def test_a_step_gives_all_that_training_needs():
