@@ -1,6 +1,6 @@
 """Which rows of the widest tests a run of the whole suite takes: one part of them for each commit.
 
-All of them compile some nine thousand programs, for half an hour or more on two cores. So a test
+All of them compile some nine thousand programs, for 34 to 46 minutes on two cores. So a test
 whose rows differ in geometry alone has the marker `sampled`, and a run of everything takes a part
 of its rows: the commit tells which, so that it is the same on every machine and another for the
 next commit. Rows that are asked for, by file, name, `-k` or `--lf`, all run.
@@ -11,7 +11,7 @@ import pathlib
 import subprocess
 import zlib
 
-PARTS = 4
+PARTS = 6
 ALL = "all"
 CHOICES = (*map(str, range(1, PARTS + 1)), ALL)
 
@@ -29,7 +29,7 @@ def of_commit(folder: pathlib.Path) -> str:
 def left_out(rows: dict[str, list[str]], part: str) -> set[str]:
     """The node IDs that `part` leaves out.
 
-    Each row is in one part. By their checksums, because neighbours are alike: each fourth row in
+    Each row is in one part. By their checksums, because neighbours are alike: each sixth row in
     the order of a test's parameters might be of one dtype alone.
 
     Args:

@@ -96,6 +96,7 @@ def test_on_gpus_the_partitioner_asks():
     assert _kernels("h200", step, _mesh("h200", AUTO)) >= 3
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("by_name", [False, True], ids=["types", "axis_name"])
 def test_time_split_over_tpus(by_name):
     """Each has our kernels, and from its neighbours the steps around its own."""

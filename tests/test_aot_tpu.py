@@ -120,6 +120,7 @@ def test_what_a_kernel_declines_with_64_bits_goes_to_xla():
             aot.lower_for("v6e", ordered, *_structs(layer))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("chip", ["v4", "v6e"])
 def test_a_model_exported_on_a_cpu_compiles_on_a_tpu(chip):
     """The host that exports knows no chip; what it saves suits the least of them."""
@@ -176,6 +177,7 @@ def test_many_taps_that_lie_along_lanes_fit_in_memory():
         assert _kernels(aot.compile_for("v5p", step, x, w, bias)) > 0
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_lies_along_lanes_is_what_the_compiler_says(dtype):
     """Of arguments and results it is the axis that is written first in their layout."""

@@ -166,6 +166,7 @@ def test_addresses_and_an_activation_leave_the_sums_in_registers(C, O, dtype, ac
     assert code.meta["BO"] == (largest.get((dtype, activation), 128) if O > 30 else 32)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("C, activation", [(32, None), (30, "silu")])
 def test_small_tiles_spill_nothing_for_one_more_program(C, activation):
     """As ptxas would where copies are no engine's; of 30 channels beside a derivative as well."""
@@ -184,6 +185,7 @@ def test_small_tiles_spill_nothing_for_one_more_program(C, activation):
         assert code.spills == 0, code
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_processor_has_two_programs_where_they_compute_a_derivative(dtype):
     """One of four warps would have nobody who multiplies while it waits, or stores."""
@@ -210,6 +212,7 @@ def test_programs_go_on_to_the_next_tile_of_many_channels():
         assert code.opcodes["HGMMA"] == 4 > code.listing.count("WARPGROUP.DEPBAR.LE"), code
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("C", [64, 512])
 def test_programs_stay_where_each_has_several_tiles(C):
     case = _case("layer", C, T=2**14)
@@ -310,6 +313,7 @@ def test_the_same_source_compiles_for_amd(name):
         assert re.search(r"\.vgpr_spill_count: +0\n", assembly), kernel
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("D", [1, 1024])
 @pytest.mark.parametrize("activation", ["silu", None])
 def test_depthwise_loads_enough_ahead(D, activation):
@@ -451,6 +455,7 @@ def test_a_training_step_moves_no_activation(name, kernels):
     assert [i for i in _instructions(hlo) if i[0] in moved and i[1] >= size] == []
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "C, G, T, before",
     [
@@ -486,6 +491,7 @@ def test_a_kernel_knows_the_chip_it_is_compiled_for(chip, capability, monkeypatc
     assert seen == [capability]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("capability", [86, 120])
 def test_the_largest_tiles_fit_where_shared_memory_is_scarce(capability, monkeypatch):
     """99 KiB of a program, of which those of float32 take nearly all."""

@@ -30,6 +30,7 @@ def text(folder):
     return ["--text", str(folder / "text.txt"), "--time", "20", "--write", "5"]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("name", "more"),
     [

@@ -39,6 +39,7 @@ def cases(draw) -> Case:
     return case
 
 
+@pytest.mark.sampled
 @hypothesis.given(cases())
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_values_and_gradients(implementation, case: Case):

@@ -43,6 +43,7 @@ def test_it_is_cut_by_the_products_of_all_its_layers(network):
     assert layers.fit(network, "gpu") is network
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("network", [TCN, SEPARATOR], ids=lambda network: type(network).__name__)
 def test_a_step_descends_in_place(network):
     parameters, x, g, rate = descent.arguments_of(network, STEP)

@@ -76,6 +76,7 @@ TRANSFORMS = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_transforms(name):
     run = nnx.jit(TRANSFORMS[name])

@@ -30,12 +30,12 @@ def test_each_row_is_in_one_part():
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_a_part_is_a_quarter_with_something_of_everything(part):
+def test_a_part_has_its_share_of_everything(part):
     taken = _taken(part)
     many = [row for row in taken if row.startswith("test_many")]
-    assert len(many) == 20
-    assert 5 <= sum("bf16" in row for row in many) <= 15
-    assert 3 <= sum(row.startswith("test_alone") for row in taken) <= 20
+    assert len(many) in (13, 14)
+    assert 3 <= sum("bf16" in row for row in many) <= 10
+    assert 2 <= sum(row.startswith("test_alone") for row in taken) <= 13
 
 
 def _git(folder, *args):
@@ -61,7 +61,7 @@ SUITE = """
 import pytest
 
 @pytest.mark.sampled
-@pytest.mark.parametrize("n", range(8))
+@pytest.mark.parametrize("n", range(12))
 def test_sampled(n):
     pass
 
@@ -87,9 +87,9 @@ def pytest_configure(config):
         ((), 2 + 8),
         (("--part", "3"), 2 + 8),
         (("-n", "2"), 2 + 8),
-        (("--part", "all"), 8 + 8),
-        (("test_suite.py",), 8 + 8),  # what is named runs
-        (("-k", "sampled"), 8),
+        (("--part", "all"), 12 + 8),
+        (("test_suite.py",), 12 + 8),  # what is named runs
+        (("-k", "sampled"), 12),
     ],
 )
 def test_what_a_command_runs(tmp_path, args, count):

@@ -232,6 +232,7 @@ def test_time_is_gathered_where_y_has_another_number_of_steps(x_spec, axis_type)
         tree_close(out, want, rtol=1e-4)
 
 
+@pytest.mark.sampled
 @each_mesh
 def test_a_training_step_of_a_network_on_split_time(axis_type):
     mesh = _mesh(axis_type)
@@ -571,6 +572,7 @@ def test_explicit_axes_outside_a_context_of_their_mesh():
     tree_close(compiled(*arrays), jax.jit(everything)(x, w, b))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_a_stream_stays_on_the_devices_of_its_batch(kind):
     model = model_of(norm="weight", dilations=(3, 1))
@@ -645,6 +647,7 @@ def test_gradients_of_no_output_are_zeros_on_explicit_axes(activation):
     assert not any(np.asarray(g).any() for g in grads)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("spec", [P("data", "model"), P("data", None, "model"), P(None, "model")])
 def test_what_stands_beside_x_may_lie_elsewhere(spec):
     """A condition has no time, and a mask no channels."""

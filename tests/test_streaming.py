@@ -53,6 +53,7 @@ def test_equals_the_full_pass(number, norm, activation, dilations, lookahead, ch
     check(model, numbers(batch, 18, 3), chunks)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("mode", "lookahead"), [("add", 5), ("concat", 0)])
 def test_conditions_segments_and_masks(mode, lookahead):
     model = model_of(
@@ -92,6 +93,7 @@ def test_a_condition_of_one_chunk_meets_the_steps_of_that_chunk(kind, lookahead,
     np.testing.assert_allclose(got, expected[:, : 20 - lookahead], rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("lookahead", [0, 2])
 def test_a_chunk_gives_its_last_real_step(lookahead):
     """As a call does where sequences end at different steps."""
@@ -114,6 +116,7 @@ def test_a_member_that_pauses_forgets_nothing(length):
     check(model, numbers(2, 15, 3), (5, length, 10 - length), mask=mask)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("lookahead", [0, 3])
 def test_a_layer_of_padding_too(lookahead):
     """What a call of a layer gives where the mask is False, its stream gives in any chunks."""
@@ -341,6 +344,7 @@ def test_a_compiled_step_takes_what_the_step_takes():
     np.testing.assert_allclose(y, 2 * model.conv(x) + 1, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("implementation", ["xla", "xla_native"])
 def test_blocks_layers_and_dtypes(implementation):
     block = TemporalBlock(3, 4, 2, 5, 0.0, nnx.Rngs(0), implementation=implementation)
@@ -475,6 +479,7 @@ class OwnStep(OwnCall):
 CAUSAL = dict(padding="CAUSAL", rngs=nnx.Rngs(0))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("base", "arguments"),
     [

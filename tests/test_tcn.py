@@ -212,6 +212,7 @@ def test_options_without_parameters(options):
     assert_same_parameters(network(**options), network())
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("options", "ahead"),
     [
@@ -430,6 +431,7 @@ def test_no_last_step():
             model(jnp.ones((2, 0, 3)), **sequences)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("training", [False, True])
 def test_no_block_computes_those_before_it_anew(training):
     """The program grows as the network does, not as its square."""
@@ -445,6 +447,7 @@ def test_no_block_computes_those_before_it_anew(training):
     assert activations(6) <= 2 * activations(3)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("conv", [Conv, nnx.Conv])
 @pytest.mark.parametrize("norm", [None, "weight", "layer", "batch"])
 def test_equal_models_have_equal_structures_and_can_be_pickled(norm, conv):

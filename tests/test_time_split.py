@@ -87,6 +87,7 @@ def test_packed_sequences_on_split_time(w, x_spec, w_spec, options, kind):
         assert compiled.output_shardings[0].spec[:2] == x_spec[:2]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("where", ["ids", "x"])
 def test_packed_sequences_of_which_only_one_array_is_split(where):
     mesh = _mesh(AxisType.Explicit)

@@ -54,6 +54,7 @@ def _flax_tests() -> Path:
     return folder / "tests"
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("file", "select", "at_least"), [
     ("nnx/nn/conv_test.py", "nnx_linen_conv", {"Conv": 32, "ConvTranspose": 32}),
     ("linen/linen_linear_test.py", "conv and not transpose and not 2d_constant",

@@ -366,6 +366,7 @@ def test_in_steps_and_in_taps(case, operation, loop, pieces, monkeypatch):
         check(actual, operation, lhs, rhs, case.spec, out_dtype=problem.out_dtype)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "sizes, chosen",
     [
@@ -468,6 +469,7 @@ def test_bias_and_activation_cost_no_pass():
 
 
 # One tap in a loop; of many 16 loops of 8 steps each, however many taps there are.
+@pytest.mark.sampled
 @pytest.mark.parametrize("C, K, most", [(32, 9, 20), *((64, K, 24) for K in (9, 33, 75, 120))])
 def test_no_more_is_compiled_for_more_taps(C, K, most):
     x, w = jnp.zeros((2, 300, C)), jnp.zeros((K, 1, C))
@@ -602,6 +604,7 @@ def test_choice_on_a_cpu(sizes, dtype, forward, input_grad):
     assert xla.choose(dataclasses.replace(problem, operation="conv1d_input_grad")) == input_grad
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("padding", [(-3, 1), (-1, 3), (-9, 5)])
 def test_padding_that_crops_one_end_and_pads_the_other(padding, operation):

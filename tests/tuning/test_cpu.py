@@ -531,6 +531,7 @@ def test_a_nan_reaches_no_gradient_of_another_group(case):
         assert np.isnan(dw).any() and np.isfinite(dw[others]).all(), name
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("G", [1, 4])
 def test_no_kernel_gradient_is_slow_in_a_loop(G):
     """XLA:CPU puts a convolution's axes in order nowhere but in the entry computation."""
@@ -574,6 +575,7 @@ def test_minimal_filtering_is_for_who_promised_no_digits(operation):
 # --- in the benchmarks ----------------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", ["depthwise/D1", "tcn-mnist/stack"])
 def test_the_sweep_tunes_and_times_it_beside_the_rules(name, there, monkeypatch, capsys):
     """Of layers and of whole networks."""

@@ -142,6 +142,7 @@ def test_of_short_programs_it_counts_what_the_device_does(runs, monkeypatch):
     assert medians() == {None: 5e-4 / runs, "xla": 5e-4 / runs} and len(asked) == 1
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("by_clock, by_device, chosen", [
     (2.5e-5, 0.9e-5, "xla"), (4e-5, 0.9e-5, "triton"),
     (1.5e-5, 2e-5, "triton"), (1e-5, 2e-5, "xla"),
