@@ -157,7 +157,9 @@ def forward(problem: Problem) -> str:
         return _spread(problem, spec, c, o) or stock
     if spec.stride > 1:
         return _strided(problem, spec, c, o) or stock
-    products = 32 if c <= 8 and c * o <= 64 else 16 if c <= 3 and not bfloat16 else 0
+    # The convolution reads whole vectors of taps and channels well where many outputs share them.
+    most = 15 if o >= 128 else 16
+    products = 32 if c <= 8 and c * o <= 64 else most if c <= 3 and not bfloat16 else 0
     if K * c <= products and (c < 4 or problem.N * spec.time * K * c > 2**13):
         return "own_pads" if c == 1 and K <= 6 else "shifts"
     if _into_few(problem, c, o):
@@ -251,7 +253,8 @@ def _strided(problem: Problem, spec: ConvSpec, c: int, o: int) -> str | None:
         return "scatter"
     if not bfloat16_pays(problem, spec, c, o):
         few = "matmuls" if c == 1 else "shifts"
-        narrow = (c <= 2 and K * c <= 16) or (max(c, o) <= 12 and K * c <= 40)
+        most = 15 if o >= 64 else 16  # as in `forward`
+        narrow = (c <= 2 and K * c <= most) or (max(c, o) <= 12 and K * c <= 40)
         return few if narrow else None
     if c <= 2:
         return "shifts" if K * c <= 16 else None
