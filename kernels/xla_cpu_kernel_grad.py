@@ -119,10 +119,13 @@ def kernel_grad(problem: Problem) -> str:
     columns = steps * K * c  # what im2col holds
     if problem.C * problem.O <= 4 and K <= 4 and spec.stride == 1 and steps >= 2**13:
         return "tree"
-    few = c == 1 or (c <= 4 and problem.O >= 16 * c)
-    fewer = c <= 4 and problem.O >= 32 * c  # to so many outputs that a few taps more still pay
+    # From so many taps and channels on the convolution fills its vectors; of few outputs it is good.
+    fills = is_float32(problem) and K * c >= 16 and problem.O < 128
+    few = c == 1 or (c <= 4 and problem.O >= 16 * c and not fills)
+    # To so many outputs that a few taps more still pay.
+    longest = 24 if problem.O >= 128 * c else 12 if problem.O >= 32 * c and not fills else 0
     most = 2**16 if spec.stride == 1 else 2**17
-    if columns <= most or (K <= 8 and (steps <= 128 or few)) or (K <= 12 and fewer):
+    if columns <= most or (K <= 8 and (steps <= 128 or few)) or (c <= 4 and K <= longest):
         return "im2col"
     if spec.stride > 1:
         return _strided(problem)
