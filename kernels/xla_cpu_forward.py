@@ -97,7 +97,7 @@ def forward(problem: Problem) -> str:
     N16 T80 C600 O600 K3 D4              winograd 1.3  parts 1.2     winograd 1.3  parts 1.2
     ===================================  ==========================  ==========================
 
-    And of an Intel processor with as much (``formulations-intel.json`` and ``-few``):
+    And of an Intel processor with as much (``formulations-intel.json``, ``-few`` and ``-narrow``):
 
     ===================================  ==========================  ==========================
     N8 T1000 C32 O32 K16 bfloat16        blocks 1.8  scatter 1.1     blocks 1.8  scatter 1.0
@@ -245,7 +245,16 @@ def _strided(problem: Problem, spec: ConvSpec, c: int, o: int) -> str | None:
     N8 T1000 C8 O8 K4 S4 bfloat16          im2col 2.3  shifts 1.7
     =====================================  ====================================
 
-    The last two are of an Intel processor (``formulations-intel-few.json``).
+    The last two are of an Intel processor (``formulations-intel-few.json``), and so are these
+    (``-narrow``):
+
+    =====================================  ====================================
+    N4 T16384 C1 O512 K16 S8               padded 1.0  matmuls 0.9
+    N4 T4096 C1 O128 K16 S4                padded 1.0  matmuls 0.9
+    N8 T16384 C2 O64 K8 S4                 padded 1.0  shifts 1.0
+    N8 T16384 C1 O64 K12 S4                matmuls 2.4  padded 1.0
+    N8 T16384 C1 O16 K16 S4                matmuls 1.6  padded 1.0
+    =====================================  ====================================
     """
     K = spec.kernel_size
     few_taps = K <= (FEW if o > 2 else 2 * FEW)

@@ -94,12 +94,20 @@ def kernel_grad(problem: Problem) -> str:
     N8 T112 C384 O32 K3 S2         im2col 1.9  canonical 1.5  space_to_depth 1.0
     =============================  =============================================
 
-    On an Intel processor (``formulations-intel.json`` and ``-few``):
+    On an Intel processor (``formulations-intel.json``, ``-few`` and ``-narrow``):
 
     =============================  =========================
     N4 T2000 C4 O512 K9 D16        im2col 2.4  canonical 1.5
     N4 T2000 C4 O128 K12           im2col 1.2  canonical 1.0
     N4 T2000 C2 O64 K16            canonical 0.9  im2col 0.7
+    N4 T4096 C2 O64 K8             canonical 1.0  im2col 0.8
+    N4 T4096 C2 O128 K8            im2col 1.8  canonical 0.9
+    N4 T4096 C4 O64 K4             canonical 1.1  im2col 0.9
+    N4 T4096 C4 O64 K8             canonical 0.8  im2col 0.6
+    N4 T4096 C1 O64 K16            im2col 1.0  canonical 0.9
+    N16 T8192 C1 O128 K16          im2col 3.4  canonical 1.2
+    N4 T4096 C1 O256 K24           im2col 1.7  canonical 0.9
+    N4 T4096 C4 O512 K16           im2col 2.0  canonical 1.0
     =============================  =========================
 
     "native" is the same program as "canonical" outside of loops.
@@ -119,7 +127,7 @@ def kernel_grad(problem: Problem) -> str:
     columns = steps * K * c  # what im2col holds
     if problem.C * problem.O <= 4 and K <= 4 and spec.stride == 1 and steps >= 2**13:
         return "tree"
-    # From so many taps and channels on the convolution fills its vectors; of few outputs it is good.
+    # With so many taps and channels the convolution fills its vectors, which few outputs share.
     fills = is_float32(problem) and K * c >= 16 and problem.O < 128
     few = c == 1 or (c <= 4 and problem.O >= 16 * c and not fills)
     # To so many outputs that a few taps more still pay.

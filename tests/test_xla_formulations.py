@@ -535,6 +535,12 @@ def test_choice_exists(platform):
         ((4, 2000, 1, 128, 3), "float16", "own_pads", "scatter"),
         ((4, 2000, 2, 256, 7, 4), "bfloat16", "im2col", "scatter"),
         ((4, 2000, 3, 256, 7), "float32", "padded", "scatter"),
+        ((4, 4096, 2, 64, 8), "float32", "shifts", "scatter"),
+        ((4, 4096, 2, 128, 8), "float32", "padded", "scatter"),  # taps and channels fill a vector
+        ((4, 4096, 2, 128, 7), "float32", "shifts", "scatter"),
+        ((8, 16384, 1, 16, 16, 1, 4), "float32", "matmuls", "scatter"),
+        ((8, 16384, 1, 64, 16, 1, 4), "float32", "padded", "scatter"),
+        ((8, 16384, 1, 64, 12, 1, 4), "float32", "matmuls", "scatter"),
         ((4, 2000, 8, 32, 21), "bfloat16", "im2col", "blocks"),
         ((4, 2000, 8, 31, 21), "bfloat16", "blocks", "blocks"),
         # Padding.
@@ -636,7 +642,7 @@ def test_the_rules_show_what_was_measured():
     strided = ("formulations-strided", "formulations-strided-more")
     drawn = [f"formulations-drawn-{i}" for i in (1, 2, 3, 4)]
     avx2 = ("formulations-avx2", "formulations-avx2-more")
-    intel = ("formulations-intel", "formulations-intel-few")
+    intel = ("formulations-intel", "formulations-intel-few", "formulations-intel-narrow")
     for rule, operations, *names in (
         (xla_cpu_forward.forward, OPERATIONS[:2], *intel, "formulations"),
         (xla_cpu_groups.grouped, OPERATIONS[:2], *intel, *drawn),
@@ -777,6 +783,24 @@ def test_a_strided_kernel_gradient(sizes, expected):
 def test_a_strided_kernel_gradient_holds_no_more_than_a_few_windows(sizes, dtype, D, expected):
     """A matmul of all windows: K/S times x."""
     assert xla.choose(_causal("conv1d_kernel_grad", sizes, dtype, D)) == expected
+
+
+@pytest.mark.parametrize("sizes, dtype, expected", [
+    ((4, 4096, 2, 64, 8), "float32", "canonical"),
+    ((4, 4096, 2, 64, 8), "bfloat16", "im2col"),
+    ((4, 4096, 2, 128, 8), "float32", "im2col"),
+    ((4, 4096, 2, 64, 7), "float32", "im2col"),
+    ((4, 4096, 4, 64, 4), "float32", "canonical"),
+    ((4, 4096, 1, 64, 8), "float32", "im2col"),
+    ((4, 4096, 1, 64, 16), "float32", "canonical"),
+    ((4, 4096, 1, 128, 16), "float32", "im2col"),
+    ((4, 4096, 1, 256, 24), "float32", "im2col"),
+    ((4, 4096, 4, 256, 16), "float32", "canonical"),
+    ((4, 4096, 4, 512, 16), "float32", "im2col"),
+    ((4, 4096, 4, 128, 12), "float32", "im2col"),
+])  # fmt: skip
+def test_a_kernel_gradient_of_few_channels(sizes, dtype, expected):
+    assert xla.choose(_causal("conv1d_kernel_grad", (*sizes, 1), dtype)) == expected
 
 
 @pytest.mark.parametrize("sizes, expected", [
