@@ -4,7 +4,6 @@ Or they have some in tiles that are named, where it is shown that those without 
 """
 
 import dataclasses
-import itertools
 import json
 import os
 import subprocess
@@ -83,8 +82,12 @@ def _planted():
     return f, (struct((4 * 8 * LIVE, 128), "float32"),)
 
 
-def _main(folder: Path) -> dict:
-    """By program and chip what is estimated; in a process of its own, for libtpu's flags."""
+def _main(folder: Path, wanted: list[list[str]]) -> dict:
+    """By program and chip what is estimated; in a process of its own, for libtpu's flags.
+
+    Args:
+      wanted: chip, layer and operation of each row of the test of those.
+    """
     from conv_pallas.kernels import tpu_matmul, tpu_time_in_lanes
 
     found, chunks, code = {}, tpu_matmul.CHUNKS, tpu_time_in_lanes.CODE
@@ -100,8 +103,8 @@ def _main(folder: Path) -> dict:
         read("silu", static.chain(depthwise, False, False, static.OURS))
         text = "".join(f.read_text() for f in schedule.operations(list(folder.iterdir())).values())
         found[f"{chip} sigmoid"] = {op: f"= {op}." in text for op in SIGMOID}
-        for (name, layer), operation in itertools.product(LAYERS.items(), OPERATIONS):
-            key = f"{name} {operation}"
+        for name, operation in (row for its, *row in wanted if its == chip):
+            key, layer = f"{name} {operation}", LAYERS[name]
             read(key, static.single(layer, operation, static.OURS))
             for rows in SPILLING.get(key, {}).get(chip, ()):
                 tpu_matmul.CHUNKS = tuple(n for n in (*chunks, 128) if n <= rows)
@@ -112,13 +115,19 @@ def _main(folder: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found(request, tmp_path_factory):
+    """What `_main` says, of the rows that this run has."""
+    wanted = [
+        [item.callspec.params[name] for name in ("chip", "name", "operation")]
+        for item in request.session.items
+        if getattr(item, "function", None) is test_no_spill_in_the_main_loop_unless_it_pays
+    ]
     folder = tmp_path_factory.mktemp("bundles")
     environment = os.environ | dict(
         JAX_PLATFORMS="cpu", LIBTPU_INIT_ARGS=schedule.DUMP_FLAGS.format(folder=folder)
     )
     ran = subprocess.run(
-        [sys.executable, "-m", "tests.test_aot_static", str(folder)],
+        [sys.executable, "-m", "tests.test_aot_static", str(folder), json.dumps(wanted)],
         env=environment, cwd=Path(__file__).parent.parent, capture_output=True, text=True,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-4000:]
@@ -136,6 +145,7 @@ def test_a_sigmoid_is_one_instruction_of_the_slow_kind(found, chip, by):
     assert found[f"{chip} sigmoid"] == {op: op == by for op in SIGMOID}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
@@ -156,4 +166,4 @@ def test_no_spill_in_the_main_loop_unless_it_pays(found, chip, name, operation):
 
 
 if __name__ == "__main__":
-    print(json.dumps(_main(Path(sys.argv[1]))))
+    print(json.dumps(_main(Path(sys.argv[1]), json.loads(sys.argv[2]))))
