@@ -1,9 +1,9 @@
 """Which rows of the widest tests a run of the whole suite takes: one part of them for each commit.
 
-All of them compile some nine thousand programs, for 34 to 46 minutes on two cores. So a test
-whose rows differ in geometry alone has the marker `sampled`, and a run of everything takes a part
-of its rows: the commit tells which, so that it is the same on every machine and another for the
-next commit. Rows that are asked for, by file, name, `-k` or `--lf`, all run.
+All of them compile some nine thousand programs, for 34 to 46 minutes on two cores. So a test whose
+rows differ in geometry, dtype or mesh alone has the marker `sampled`, and a run of everything takes
+a part of its rows. The commit tells which, so that every machine runs the same; another commit may
+run another part. Rows that are asked for, by file, name, `-k` or `--lf`, all run.
 """
 
 import collections
