@@ -250,12 +250,12 @@ def pytorch(log: Log, dry: bool) -> None:
         runs = 2 if dry else device_turns.runs_of(layer)
         each = [(np.roll(x, i, -2), w, b, np.roll(g, i, -2)) for i in range(runs)]
         try:
+            harness.check_torch(harness.checkable(Truth(layer, default_platform())), which)
             torches = [baselines.torch_program(layer, which, arrays)[0] for arrays in each]
-            wrong = _wrong_torch(layer, which)
         except baselines.NotApplicableError as e:
             return log.write(skipped=str(e))
-        if wrong is not None:
-            log.write(ok=False, layer=layer.name, why=wrong)
+        except WrongResultError as e:
+            log.write(ok=False, layer=layer.name, why=str(e))
             continue
         # y as well as all gradients, as there: nothing may be left out because nobody asks for it.
         operation = "forward" if which == _measure.FORWARD else "step"
@@ -273,17 +273,6 @@ def pytorch(log: Log, dry: bool) -> None:
             speedup=spreads[baselines.TORCH].median / spreads["ours"].median,
             seconds={name: dataclasses.asdict(s) for name, s in spreads.items()},
         )  # fmt: skip
-
-
-def _wrong_torch(layer: Layer, which: str) -> str | None:
-    """What is wrong with PyTorch's result, at a size that float64 has time for."""
-    truth = harness.checkable(Truth(layer, default_platform()))
-    _, result = baselines.torch_program(truth.layer, which, truth.arguments)
-    try:
-        truth.check(result(), f"{truth.layer.name}, {which}, {baselines.TORCH}")
-    except WrongResultError as e:
-        return str(e)
-    return None
 
 
 def kernels(log: Log, dry: bool) -> None:

@@ -201,7 +201,9 @@ def measure(
     for name, variant in result.variants.items():
         try:
             if name == baselines.TORCH:
-                calls[name] = _checked_torch(which, truth, known)
+                call, _ = baselines.torch_program(subject, which, truth.arguments)
+                check_torch(known, which)
+                calls[name] = call
                 continue
             function = functions[name]()
             start = time.perf_counter()
@@ -310,12 +312,15 @@ def _verifier_of_layer(truth: Truth, known: Truth, which: str) -> tuple[Callable
     return verify, str(small)
 
 
-def _checked_torch(which: str, truth: Truth, known: Truth) -> Callable[[], None]:
-    call, result = baselines.torch_program(truth.layer, which, truth.arguments)
-    if known is not truth:
-        _, result = baselines.torch_program(known.layer, which, known.arguments)
-    known.check(result(), f"{truth.layer.name}, {which}, {baselines.TORCH}")
-    return call
+def check_torch(known: Truth, which: str) -> None:
+    """Compares PyTorch's result with the formula, of a layer from `checkable`.
+
+    Raises:
+      NotApplicableError: as `baselines.torch_program`.
+      WrongResultError: PyTorch computes something else.
+    """
+    _, result = baselines.torch_program(known.layer, which, known.arguments)
+    known.check(result(), f"{known.layer.name}, {which}, {baselines.TORCH}")
 
 
 def _memory(compiled) -> dict[str, int]:

@@ -46,8 +46,8 @@ def pytest_configure(config):
 
 def _choose_part(config):
     """Once, here: processes that run tests side by side get the options as they are then."""
-    if config.option.part is None:
-        option = config.option
+    option = config.option
+    if option.part is None:
         named = config.args_source is pytest.Config.ArgsSource.ARGS or option.keyword
         again = getattr(option, "lf", False)  # what failed last, maybe of another commit's part
         option.part = sampling.ALL if named or again else sampling.of_commit(config.rootpath)

@@ -1,8 +1,8 @@
 """Which rows of the widest tests a run of the whole suite takes: one part of them for each commit.
 
-All of them compile some nine thousand programs, for 34 to 46 minutes on two cores. So a test whose
-rows differ in geometry, dtype or mesh alone has the marker `sampled`, and a run of everything takes
-a part of its rows. The commit tells which, so that every machine runs the same; another commit may
+All of them take more than half an hour on two cores, most of it compiling. So a test whose rows
+differ in geometry, dtype or mesh alone has the marker `sampled`, and a run of everything takes a
+part of its rows. The commit tells which, so that every machine runs the same; another commit may
 run another part. Rows that are asked for, by file, name, `-k` or `--lf`, all run.
 """
 
