@@ -30,11 +30,13 @@ from benchmarks.truth import Truth
 from conv_pallas import _neighbours, dispatch
 from conv_pallas._layers import Layer, select
 from conv_pallas._measure import OURS, PASSES, STOCK, Settings
+from conv_pallas.dispatch import Implementation
 from conv_pallas.explanation import default_platform
 from conv_pallas.kernels import xla_tuned
 
 OUTPUT = Path("bench-output")
 DTYPES = ("float32", "bfloat16", "float16")
+PICKED = "default"  # in --implementation
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -96,7 +98,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--implementation",
         metavar="NAMES",
-        help=f"of ours, with commas: {', '.join(dispatch.names())} "
+        help=f"of ours, with commas: {', '.join(dispatch.names())}; {PICKED} for what is picked; "
+        "names with a plus between them are tried in that order, as onednn+xla "
         "(default: the one that is picked, and every other kernel that runs here)",
     )
     parser.add_argument(
@@ -134,8 +137,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         options.subjects = [layers.fit(s, jax.default_backend(), most) for s in subjects]
         options.implementations = None
         if options.implementation is not None:
-            options.implementations = [n.strip() for n in options.implementation.split(",")]
-            dispatch.canonicalize(options.implementations)
+            options.implementations = _orders(options.implementation)
         options.passes = _passes(options.passes)
         if options.json.suffix != ".json":
             raise ValueError(f"--json must be a file that ends in .json, got {options.json}")
@@ -147,6 +149,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     except OSError as e:
         parser.error(f"--json must be a file in a folder that can be written to: {e}")
     return options
+
+
+def _orders(names: str) -> list[tuple[str, ...] | None]:
+    """Those that ``--implementation`` tells of: None for what is picked, else names to try."""
+    orders = [n.strip() for n in names.split(",")]
+    known = dispatch.names()
+    return [
+        None if n == PICKED else dispatch.canonicalize([n] if n in known else n.split("+"))
+        for n in orders
+    ]
 
 
 def _check_writable(path: Path) -> None:
@@ -169,7 +181,7 @@ def _passes(name: str | None) -> tuple[str, ...]:
 def measure(
     subjects: Sequence[layers.Subject],
     passes: Sequence[str],
-    implementations: Sequence[str | None] | None,
+    implementations: Sequence[Implementation] | None,
     settings: Settings,
     console: Console,
     keep: Callable[[Measurement], Any],

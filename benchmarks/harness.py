@@ -27,6 +27,7 @@ from benchmarks.networks import Network
 from benchmarks.truth import Truth, WrongResultError
 from conv_pallas import _layers, _measure, _neighbours, kernels, tuning
 from conv_pallas._measure import FORWARD, OURS, STOCK, Settings, Spread
+from conv_pallas.dispatch import Implementation
 from conv_pallas.explanation import default_platform
 from conv_pallas.kernels import xla_tuned
 from conv_pallas.nn import Conv
@@ -132,13 +133,13 @@ def tune(subject: Subject) -> None:
 
 
 def variants_of(
-    subject: Subject, implementations: Sequence[str | None] | None = None, tuned: bool = False
-) -> dict[str, str | None]:
+    subject: Subject, implementations: Sequence[Implementation] | None = None, tuned: bool = False
+) -> dict[str, Implementation]:
     """What is measured of a layer: names, and for ours the implementation.
 
     Args:
-      implementations: of ours, None for the one that is picked; as a whole None for that and
-        each other one that runs on this machine, however it was added.
+      implementations: of ours, None for the one that is picked, or several to try in turn; as a
+        whole None for that and each other one that runs on this machine, however it was added.
       tuned: whether `TUNED` takes part as well.
     """
     if implementations is None:
@@ -147,7 +148,8 @@ def variants_of(
         here = sorted({k.implementation for k in found.values() if platform in k.platforms})
         # The first is stock's own convolution, the second what is picked where nothing else is.
         implementations = [None, *(n for n in here if n not in ("xla_native", "xla"))]
-    ours = {name or OURS: name for name in implementations}
+    named = lambda order: order if isinstance(order, str) else "+".join(order)  # noqa: E731
+    ours = {OURS if order is None else named(order): order for order in implementations}
     ours |= {TUNED: None} if tuned else {}
     if isinstance(subject, Network):
         return {STOCK: None, **ours}
@@ -165,7 +167,7 @@ def measure(
     subject: Subject,
     which: str,
     *,
-    variants: Mapping[str, str | None] | None = None,
+    variants: Mapping[str, Implementation] | None = None,
     settings: Settings = FULL,
     truth: Truth | None = None,
 ) -> Measurement:

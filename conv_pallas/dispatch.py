@@ -15,7 +15,7 @@ import jax._src.pallas.fuser.jaxpr_fusion  # noqa: F401
 
 from conv_pallas.spec import OPERATIONS, PLATFORMS, Epilogue, Problem
 
-IMPLEMENTATIONS = ("triton", "pallas_tpu", "xla", "xla_native")
+IMPLEMENTATIONS = ("triton", "pallas_tpu", "onednn", "xla", "xla_native")
 # Where an implementation runs that has no kernel to ask, for want of a package.
 HOMES = {"triton": "cuda", "pallas_tpu": "tpu"}
 ENVIRONMENT_VARIABLE = "CONV_PALLAS_IMPLEMENTATION"
@@ -48,7 +48,7 @@ class Candidate:
 
 
 def names() -> tuple[str, ...]:
-    """Every implementation that can be asked for: the four, and those of added kernels."""
+    """Every implementation that can be asked for: the five, and those of added kernels."""
     from conv_pallas import kernels
 
     found, _ = kernels.discover()

@@ -84,9 +84,9 @@ def conv1d(
       out_sharding: how the result is sharded on a mesh with explicit axes; as in
         `jax.lax.conv_general_dilated`.
       implementation: None picks the fastest known; a name of ``"triton"``,
-        ``"pallas_tpu"``, ``"xla"``, ``"xla_native"`` is an order; a sequence of names is
-        tried in order. The environment variable ``CONV_PALLAS_IMPLEMENTATION`` stands in
-        for None.
+        ``"pallas_tpu"``, ``"onednn"``, ``"xla"``, ``"xla_native"`` is an order; a sequence of
+        names is tried in order. The environment variable ``CONV_PALLAS_IMPLEMENTATION`` stands
+        in for None.
 
     Returns:
       ``(*batch, T', O)`` of `preferred_element_type`, or of the dtype that x, kernel and

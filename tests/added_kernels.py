@@ -190,10 +190,9 @@ def _check_operation(kernel: Kernel, problem: Problem, lhs, rhs, execute: Execut
     assert rank is None or isinstance(rank, int), f"the priority is {rank!r}"
     out = execute(functools.partial(kernel.run, problem), lhs, rhs)
     dispatch.check(kernel, "run", problem, out)
-    platform = problem.platform if problem.platform in tolerance.FACTORS else "cpu"
     tolerance.check(
         np.asarray(out), problem.operation, lhs, rhs, problem.spec, out_dtype=problem.out_dtype,
-        precision=problem.precision and problem.precision.name, platform=platform,
+        precision=problem.precision and problem.precision.name, platform=problem.platform,
     )  # fmt: skip
 
 

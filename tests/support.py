@@ -22,7 +22,7 @@ IMPLEMENTATIONS = tuple(
 SHIPPED = frozenset(
     {
         "triton_dense", "triton_depthwise", "tpu_dense", "tpu_depthwise", "tpu_time_in_lanes",
-        "xla", "xla_native",
+        "onednn", "xla", "xla_native",
     }
 )  # fmt: skip
 

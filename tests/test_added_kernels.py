@@ -1,5 +1,6 @@
 """Every added kernel by itself; and, of what is planted, that the harness sees what is wrong."""
 
+import dataclasses
 import functools
 import re
 import shutil
@@ -7,10 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from conv_pallas import kernels
-from conv_pallas.spec import OPERATIONS
+from conv_pallas.activations import activate
+from conv_pallas.fused import times_derivative
+from conv_pallas.kernels import Kernel, xla
+from conv_pallas.spec import OPERATIONS, Epilogue
 from tests import added_kernels
 from tests.support import SHIPPED, environment
 
@@ -203,3 +209,84 @@ def test_a_planted_tpu_kernel_is_tested_by_its_file(plant):
     # Found by the tests, by being there.
     found = _collected(folder, "-k", "tpu_planted and its_own or tpu_aaa and is_right and fused")
     assert "1 passed, 1 skipped" in found, found
+
+
+# --- What is around a convolution, and its gradients ---
+
+
+def _fused(problem, x, w, bias):
+    wide = dataclasses.replace(problem, epilogue=Epilogue(), out_dtype=np.dtype("float32"))
+    z = xla.run(wide, x, w) + (0 if bias is None else bias.astype(jnp.float32)[None, None])
+    y, z = (a.astype(problem.out_dtype) for a in (activate(z, problem.epilogue.activation), z))
+    return (y, z) if problem.epilogue.keep else y
+
+
+def _backward(problem, x, w, bias, saved, gy, wanted):
+    plain = dataclasses.replace(problem, epilogue=Epilogue())
+    gz = times_derivative(gy, saved, problem.epilogue.activation)
+    dx = xla.run(plain.gradient("conv1d_input_grad"), gz, w) if wanted[0] else None
+    dw = xla.run(plain.gradient("conv1d_kernel_grad"), x, gz) if wanted[1] else None
+    db = gz.astype(jnp.float32).sum((0, 1)) if wanted[2] and bias is not None else None
+    return dx, dw, db
+
+
+WHOLE = Kernel(
+    "whole", ("rocm",), xla.run, lambda problem: None, lambda problem: "a whole layer", None,
+    fused=_fused, backward=_backward, keeps=lambda problem: True,
+)  # fmt: skip
+
+
+def _without_derivative(problem, x, w, bias, saved, gy, wanted):
+    epilogue = dataclasses.replace(problem.epilogue, activation=None)
+    return _backward(dataclasses.replace(problem, epilogue=epilogue), x, w, bias, saved, gy, wanted)
+
+
+def _unasked(problem, *operands):
+    return _backward(problem, *operands[:-1], (True, True, True))
+
+
+def _bias_of_gy(problem, x, w, bias, saved, gy, wanted):
+    dx, dw, db = _backward(problem, x, w, bias, saved, gy, wanted)
+    return dx, dw, db if db is None else gy.astype(jnp.float32).sum((0, 1))
+
+
+def _half_a_layer(problem, *operands):
+    dx, _, db = _backward(problem, *operands)
+    return dx, None, db
+
+
+def _y_twice(problem, x, w, bias):
+    out = _fused(problem, x, w, bias)
+    return (out[0], out[0]) if problem.epilogue.keep else out
+
+
+def _without_bias(problem, x, w, bias):
+    return _fused(problem, x, w, None)
+
+
+WITH_DW, WITHOUT = "fused_dense_silu_bias_dxdwdb", "fused_dense_silu_bias_dx"
+
+
+@pytest.mark.usefixtures("hardly_optimized")
+@pytest.mark.parametrize(
+    "changes, wrong",
+    [
+        ({}, set()),
+        (dict(fused=_without_bias), {WITH_DW, WITHOUT}),
+        (dict(fused=_y_twice), {WITH_DW, WITHOUT}),
+        (dict(backward=_without_derivative), {WITH_DW, WITHOUT}),
+        (dict(backward=_bias_of_gy), {WITH_DW}),
+        (dict(backward=_half_a_layer), {WITH_DW}),
+        (dict(backward=_unasked), {WITHOUT}),
+    ],
+    ids=["right", "bias", "kept", "derivative", "db", "dw", "unasked"],
+)
+def test_what_a_kernel_fuses_is_checked(monkeypatch, changes, wrong):
+    """A mistake is told of in the cases that show it, and in no other."""
+    planted = {"whole": dataclasses.replace(WHOLE, **changes)}
+    monkeypatch.setattr(kernels, "discover", lambda: (planted, {}))
+    names, told = {WITH_DW, WITHOUT}, []
+    failed, own = added_kernels.failures("whole", names=sorted(names), tell=told.append)
+    assert own.taken[added_kernels.FUSED] == names
+    assert failed == len(wrong), told
+    assert {line.split()[1] for line in told if line.startswith("FAIL")} == wrong

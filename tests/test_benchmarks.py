@@ -193,7 +193,7 @@ def pytest_configure():  # once conftest.py has set what JAX reads
     assert told.chosen["conv1d"] == "toy_copy" and "a matmul for each tap" in str(told)
     told = explain(x, jnp.zeros((3, 1, 8)), feature_group_count=8)
     assert re.search("toy_copy +declines: takes one group only", str(told))
-    assert command._parse(["--implementation", "toy_copy"]).implementations == ["toy_copy"]
+    assert command._parse(["--implementation", "toy_copy"]).implementations == [("toy_copy",)]
 
 
 # --- timing --------------------------------------------------------------------------------------

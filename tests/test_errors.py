@@ -13,7 +13,7 @@ from conv_pallas import conv1d, conv_general_dilated, explain, kernels
 from conv_pallas.nn import TCN, Conv, replace_convs
 
 X = jax.ShapeDtypeStruct((2, 11, 4), jnp.float32)
-NAMES = "triton, pallas_tpu, xla, xla_native"
+NAMES = "triton, pallas_tpu, onednn, xla, xla_native"
 PADDINGS = "SAME, SAME_LOWER, VALID, CAUSAL, CIRCULAR, REFLECT, an int, [int] or [(low, high)]"
 
 # name: (arguments of the layer, the exception, words of the message in their order); `x` is

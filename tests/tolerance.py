@@ -38,6 +38,7 @@ FACTORS = {
     "cuda": {"default": "tf32", "high": "tf32x3", "highest": "float32"},
     "rocm": {"default": "float32", "high": "float32", "highest": "float32"},
     "tpu": {"default": "bfloat16", "high": "bf16x3", "highest": "float32"},
+    "other": {"default": "float32", "high": "float32", "highest": "float32"},
 }
 
 # Sums are in float32 at least, whatever the operands are.

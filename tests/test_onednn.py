@@ -1,0 +1,155 @@
+"""oneDNN's convolution in JAX programs: where it is called, where not, and why."""
+
+import dataclasses
+import platform
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from conv_pallas import _host, conv1d, dispatch, explain
+from conv_pallas.kernels import onednn
+from conv_pallas.nn import Conv
+from tests import onednn_random
+from tests.cases import Case
+
+HERE = pytest.mark.skipif(onednn.unavailable() is not None, reason=str(onednn.unavailable()))
+BOTH = ("onednn", "xla")
+CALL = "__onednn$convolution"
+DENSE = Case("dense", T=37, C=24, O=40, D=5)
+
+
+def _compiled(f, *arrays) -> str:
+    return jax.jit(f).lower(*arrays).compile().as_text()
+
+
+def _arrays(case: Case = DENSE):
+    return map(jnp.asarray, case.arrays()[:2])
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept():
+    """Whatever the environment says: where JAX keeps what it compiles oneDNN is not called."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.fixture
+def anywhere(monkeypatch):
+    """As on Linux on x86, with a jaxlib that was tried."""
+    monkeypatch.setattr(onednn, "unavailable", lambda: None)
+
+
+@HERE
+def test_forward_and_input_gradient_call_it_and_the_kernel_gradient_is_xlas():
+    x, w = _arrays()
+    f = lambda x, w: conv1d(x, w, kernel_dilation=5, implementation=BOTH)  # noqa: E731
+    text = _compiled(f, x, w)
+    assert text.count(f'custom_call_target="{CALL}"') == 1
+    for moved in (" pad(", " copy(", " transpose(", " concatenate("):
+        assert moved not in text, moved
+    g = f(x, w)
+    text = _compiled(lambda x, w, g: jax.vjp(f, x, w)[1](g), x, w, g)
+    assert text.count(f'custom_call_target="{CALL}"') == 1
+    dw = _compiled(lambda x, w, g: jax.vjp(f, x, w)[1](g)[1], x, w, g)
+    assert CALL not in dw
+
+
+@HERE
+def test_strides_and_dilated_inputs_become_a_call_of_a_strides_steps():
+    x, w = _arrays()
+    strided = lambda x, w: conv1d(x, w, strides=2, implementation=BOTH)  # noqa: E731
+    g = strided(x, w)
+    assert CALL in _compiled(strided, x, w)
+    assert CALL in _compiled(lambda x, w, g: jax.vjp(strided, x, w)[1](g)[0], x, w, g)
+
+
+@HERE
+@pytest.mark.usefixtures("hardly_optimized")
+def test_geometry_at_random_is_right(capsys):
+    assert onednn_random.main(["--seed", "200300", "--cases", "150"]) == 0
+    assert "'right': " in capsys.readouterr().out
+
+
+@HERE
+def test_it_splits_over_a_mesh_and_under_vmap():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    w = jnp.asarray(DENSE.arrays()[1])
+    x = jax.random.normal(jax.random.key(0), (8, 37, 24))
+    f = lambda x, w: conv1d(x, w, kernel_dilation=5, implementation=BOTH)  # noqa: E731
+    split = jax.device_put(x, NamedSharding(mesh, P("data")))
+    text = _compiled(f, split, w)
+    assert "f32[2,37,40]{2,1,0} custom-call" in text and "all-gather" not in text
+    np.testing.assert_allclose(jax.jit(f)(split, w), f(x, w), rtol=1e-5, atol=1e-4)
+    kernels = jnp.stack([w, 2 * w, 3 * w])
+    each = jax.jit(jax.vmap(f))(jnp.stack([x, x, x]), kernels)
+    np.testing.assert_allclose(each[2], 3 * each[0], rtol=1e-5, atol=1e-4)
+
+
+@HERE
+def test_nothing_is_kept_that_cant_be_serialized(tmp_path):
+    x, w = _arrays()
+    f = lambda x, w: conv1d(x, w, kernel_dilation=5, implementation=BOTH)  # noqa: E731
+    assert CALL in _compiled(f, x, w)
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))  # `nothing_kept` takes it back
+    assert CALL not in _compiled(lambda x, w: f(x, w), x, w)
+    with pytest.raises(NotImplementedError, match="serialized"):
+        jax.jit(lambda x, w: conv1d(x, w, implementation="onednn")).lower(x, w)
+
+
+def _reason(case: Case = DENSE, operation="conv1d", **changes) -> str | None:
+    return onednn.decline(dataclasses.replace(case.problem(operation), **changes))
+
+
+def test_it_says_why_not(anywhere, monkeypatch):
+    change = lambda **fields: dataclasses.replace(DENSE, **fields)  # noqa: E731
+    assert _reason() is None and _reason(operation="conv1d_input_grad") is None
+    assert "no kernel gradients" in _reason(operation="conv1d_kernel_grad")
+    assert "export" in _reason(exported=True)
+    assert "float32 only" in _reason(change(dtype="bfloat16"))
+    assert "float32 only" in _reason(out_dtype=np.dtype("float64"))
+    assert "depthwise" in _reason(change(C=24, O=24, G=24))
+    assert _reason(change(S=2, D=1), "conv1d_input_grad") is None
+    assert "both input and kernel" in _reason(change(S=2, D=3), "conv1d_input_grad")
+    assert "precisions" in _reason(precision=jax.lax.DotAlgorithmPreset.BF16_BF16_F32)
+    for name in onednn.MODES:
+        with monkeypatch.context() as context:
+            context.setenv(name, "BF16")
+            assert name in _reason()
+
+
+def test_it_says_where_there_is_none(monkeypatch):
+    machine = lambda **has: [monkeypatch.setattr(*at) for at in has.values()]  # noqa: E731
+    machine(
+        system=(sys, "platform", "linux"), kind=(platform, "machine", lambda: "x86_64"),
+        vectors=(_host, "vectors", lambda: "avx2"),
+        version=(onednn.jaxlib.version, "__version__", onednn.TRIED[-1]),
+    )  # fmt: skip
+    assert onednn.unavailable() is None
+    for change, word in (
+        ((onednn.jaxlib.version, "__version__", "9.9.9"), "not with 9.9.9"),
+        ((_host, "vectors", lambda: "avx"), "AVX2"),
+        ((platform, "machine", lambda: "aarch64"), "x86"),
+        ((sys, "platform", "darwin"), "Linux"),
+    ):
+        monkeypatch.setattr(*change)
+        assert word in onednn.unavailable() and word in _reason()
+
+
+def test_it_is_only_run_by_name(anywhere):
+    kernel = dispatch.select(DENSE.problem("conv1d"), None)
+    assert kernel.implementation != "onednn"
+    layer = Conv(24, 40, 3, padding="CAUSAL", rngs=nnx.Rngs(0))
+    told = str(explain(layer, jnp.ones((1, 37, 24))))
+    assert "only when asked for by name: its programs can't be serialized" in told
+    with pytest.raises(NotImplementedError, match="computes no kernel gradients"):
+        jax.grad(lambda w: conv1d(jnp.ones((1, 37, 24)), w, implementation="onednn").sum())(
+            jnp.ones((3, 24, 40))
+        )
