@@ -100,7 +100,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="NAMES",
         help=f"of ours, with commas: {', '.join(dispatch.names())}; {PICKED} for what is picked; "
         "names with a plus between them are tried in that order, as onednn+xla "
-        "(default: the one that is picked, and every other kernel that runs here)",
+        "(default: the one that is picked, and every other kernel that runs here but onednn)",
     )
     parser.add_argument(
         "--tune", action="store_true",

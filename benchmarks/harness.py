@@ -139,15 +139,18 @@ def variants_of(
 
     Args:
       implementations: of ours, None for the one that is picked, or several to try in turn; as a
-        whole None for that and each other one that runs on this machine, however it was added.
+        whole None for that and each other one that runs on this machine, however it was added,
+        but oneDNN's.
       tuned: whether `TUNED` takes part as well.
     """
     if implementations is None:
         platform = default_platform()
         found, _ = kernels.discover()
         here = sorted({k.implementation for k in found.values() if platform in k.platforms})
-        # The first is stock's own convolution, the second what is picked where nothing else is.
-        implementations = [None, *(n for n in here if n not in ("xla_native", "xla"))]
+        # The first is stock's own convolution, the second what is picked where nothing else is, and
+        # the third takes no training step by itself, nor most networks.
+        left = ("xla_native", "xla", "onednn")
+        implementations = [None, *(n for n in here if n not in left)]
     named = lambda order: order if isinstance(order, str) else "+".join(order)  # noqa: E731
     ours = {OURS if order is None else named(order): order for order in implementations}
     ours |= {TUNED: None} if tuned else {}

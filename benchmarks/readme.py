@@ -34,6 +34,9 @@ MARKS = "<!-- figures: written by benchmarks/readme.py -->", "<!-- end of figure
 GPU_MARKS = tuple(mark.replace("figures", "figures of a GPU") for mark in MARKS)
 MEAN_MARKS = tuple(mark.replace("figures", "means") for mark in MARKS)
 PAGED = (STOCK, OURS)
+ONEDNN = "onednn+xla"  # as --implementation has it
+FEW_CHANNELS, MANY_STEPS = 32, 4096  # of which oneDNN is ahead
+FEW = f"dense layers of up to {FEW_CHANNELS} channels and {MANY_STEPS} steps and more"
 BASELINES = (STOCK, BARRIER, SYMMETRIC, MATMULS)
 # Of a model, while others in that table are the far end of what a layer may be.
 _PUBLISHED = {layer.name for layer in PUBLISHED if not layer.source.startswith("no model")}
@@ -108,7 +111,42 @@ def other_processor(which: str, source: Path, result: dict[str, Any]) -> str:
         f"slower than {SLOWER:g} times the fastest baseline's speed, the slowest {least} "
         f"({_digits(ratios[least])})"
     )
-    return text + (f"; {left} more, which other programs disturbed, are left out." if left else ".")
+    text += f"; {left} more, which other programs disturbed, are left out." if left else "."
+    return text + "".join(
+        f" {told}" for told in [by_name(result | {"measurements": found})] if told
+    )
+
+
+def by_name(result: dict[str, Any]) -> str:
+    """What `ONEDNN` is beside what is picked; empty where they were not compared."""
+    ratios, _ = stored.over_ours(result, ONEDNN)
+    layers = {m["layer"]["name"]: m["layer"] for m in result["measurements"]}
+    groups: dict[str, dict[str, list[float]]] = {}
+    for (name, which), ratio in ratios.items():
+        if (of := _few_channels(layers[name])) is not None:
+            groups.setdefault(of, {}).setdefault(which, []).append(ratio)
+    if not groups:
+        return ""
+    told = []
+    for of, passes in sorted(groups.items()):
+        means = " and ".join(_mean(passes[p]) for p in PASSES if p in passes)
+        every = [ratio for ratios in passes.values() for ratio in ratios]
+        told.append(f"{of} {means} ({_digits(min(every))} to {_digits(max(every))})")
+    order = ", ".join(f'"{name}"' for name in ONEDNN.split("+"))
+    return (
+        f"How many times as fast as what is picked `implementation=({order})` is there, forward "
+        f"and in a training step: {'; '.join(told)}."
+    )
+
+
+def _few_channels(layer: dict[str, Any]) -> str | None:
+    """Of which layers it is, among those without strides that oneDNN takes; None of a network."""
+    if "S" not in layer or layer["S"] > 1 or layer["E"] > 1:
+        return None
+    if layer["G"] > 1:
+        return "grouped ones"
+    few = max(layer["C"], layer["O"]) <= FEW_CHANNELS and layer["N"] * layer["T"] >= MANY_STEPS
+    return FEW if few else "other dense ones"
 
 
 def figures(result: dict[str, Any]) -> str:

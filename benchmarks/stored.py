@@ -127,26 +127,37 @@ def of_cores(found: Mapping[str, Any]) -> str:
 
 def of_tuning(found: Mapping[str, Any]) -> str:
     """What `tune` brought over the rules; empty where they were not compared."""
-    both = (harness.TUNED, OURS)
-    compared = [
-        m for m in found["measurements"] if all("ms" in m["variants"].get(n, {}) for n in both)
-    ]
-    ratios = []
-    for m in compared:
-        rules, tuned = (program(m["variants"], name) for name in (OURS, harness.TUNED))
-        if rules != tuned:
-            seconds = (m["variants"][name]["seconds"] for name in (rules, tuned))
-            ratios.append(_measure.ratio(*seconds).median)
+    ratios, compared = over_ours(found, harness.TUNED)
     if not compared:
         return ""
-    text = f"tuning changed {len(ratios)} of {len(compared)} passes"
+    text = f"tuning changed {len(ratios)} of {compared} passes"
     if ratios:
-        mean = statistics.geometric_mean(ratios)
+        mean = statistics.geometric_mean(ratios.values())
         text += (
             f", which are {mean:.2f} times as fast as by the rules "
-            f"({min(ratios):.2f} to {max(ratios):.2f})"
+            f"({min(ratios.values()):.2f} to {max(ratios.values()):.2f})"
         )
     return text
+
+
+def over_ours(found: Mapping[str, Any], name: str) -> tuple[dict[tuple[str, str], float], int]:
+    """How many times faster than ours a variant is, where it is another program.
+
+    Returns:
+      The ratios by layer and pass, and how many passes were compared.
+    """
+    compared = [
+        m
+        for m in found["measurements"]
+        if all("ms" in m["variants"].get(n, {}) for n in (name, OURS))
+    ]
+    ratios = {}
+    for m in compared:
+        ours, other = (program(m["variants"], n) for n in (OURS, name))
+        if ours != other:
+            seconds = (m["variants"][n]["seconds"] for n in (ours, other))
+            ratios[m["layer"]["name"], m["pass"]] = _measure.ratio(*seconds).median
+    return ratios, len(compared)
 
 
 def _spread(m: Measurement, base: str) -> dict[str, Any]:

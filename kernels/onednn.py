@@ -4,8 +4,9 @@ Forward:       y[n, u, o]  = sum over k, c of  x[n, u*S + k*D - low, c] * w[k, c
 Input grad:    dx          = the same of g, with taps reversed and channels in and out exchanged
 
 Operations: ``2 N T' K (C / G) O``. Bytes: x, w and y once each at least. It knows padding, dilation
-and groups; of an input with zeros between its steps, as of a strided layer's input gradient, it is
-one into a stride's steps, as `xla_strided` has it. For its kernel gradient XLA has no call.
+and groups, and no zeros between the steps of its input, as a strided layer's input gradient has
+them. For its kernel gradient XLA has no call. It is ahead of XLA's formulations with few channels,
+and behind with many or few steps: ``benchmarks/results/cpu/layers-intel.json`` has both.
 
 XLA puts such calls into a whole program where ``--xla_cpu_experimental_onednn_custom_call=true``
 is among its flags (openxla/xla pull requests 30997 and 31511). A program that holds one already
@@ -36,12 +37,6 @@ from jax import lax
 from conv_pallas import _host
 from conv_pallas.kernels import Kernel
 from conv_pallas.kernels.xla_cpu_bounds import is_float32
-from conv_pallas.kernels.xla_formulations import (
-    Numbers,
-    depth_to_space,
-    grouped_matmul,
-    numbers_of,
-)
 from conv_pallas.spec import ConvSpec, Problem
 from conv_pallas.taps import flip
 
@@ -51,8 +46,8 @@ TRIED = ("0.11.2", "0.12.0", "0.12.0.1")
 MODES = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")
 
 
-def _convolution(x: jax.Array, w: jax.Array, spec: ConvSpec, numbers: Numbers) -> jax.Array:
-    """A formulation, as those of `xla_formulations`, of an input without dilation, in float32."""
+def _convolution(x: jax.Array, w: jax.Array, spec: ConvSpec) -> jax.Array:
+    """The call, of an input without dilation."""
     low, high = spec.padding
     if low < 0 or high < 0:  # the message has no negative numbers
         x = lax.slice_in_dim(x, max(0, -low), spec.time + min(0, high), axis=1)
@@ -75,15 +70,11 @@ def _convolution(x: jax.Array, w: jax.Array, spec: ConvSpec, numbers: Numbers) -
     return call(x, w)
 
 
-_into_steps = depth_to_space(_convolution, grouped_matmul, None)
-
-
 def run(problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
     spec, _, _ = problem.as_convolution
     if problem.operation == "conv1d_input_grad":
         rhs = flip(rhs, spec.groups)
-    convolve = _convolution if spec.input_dilation == 1 else _into_steps
-    return convolve(lhs, rhs, spec, numbers_of(problem)[1])
+    return _convolution(lhs, rhs, spec)
 
 
 def unavailable() -> str | None:
@@ -111,8 +102,8 @@ def decline(problem: Problem) -> str | None:
     spec, _, _ = problem.as_convolution
     if problem.depthwise:
         return "computes depthwise convolutions many times slower than XLA"
-    if spec.input_dilation > 1 and spec.kernel_dilation > 1:
-        return "takes no dilation of both input and kernel, nor a gradient to an input of both"
+    if spec.input_dilation > 1:
+        return "takes no dilated input, nor the input gradient of a stride"
     if not is_float32(problem):
         return "takes float32 only"
     asked = problem.precision if isinstance(problem.precision, tuple) else (problem.precision,)

@@ -1,5 +1,6 @@
 """oneDNN's convolution in JAX programs: where it is called, where not, and why."""
 
+import concurrent.futures
 import dataclasses
 import platform
 import sys
@@ -63,19 +64,28 @@ def test_forward_and_input_gradient_call_it_and_the_kernel_gradient_is_xlas():
 
 
 @HERE
-def test_strides_and_dilated_inputs_become_a_call_of_a_strides_steps():
-    x, w = _arrays()
-    strided = lambda x, w: conv1d(x, w, strides=2, implementation=BOTH)  # noqa: E731
-    g = strided(x, w)
-    assert CALL in _compiled(strided, x, w)
-    assert CALL in _compiled(lambda x, w, g: jax.vjp(strided, x, w)[1](g)[0], x, w, g)
-
-
-@HERE
 @pytest.mark.usefixtures("hardly_optimized")
 def test_geometry_at_random_is_right(capsys):
     assert onednn_random.main(["--seed", "200300", "--cases", "150"]) == 0
     assert "'right': " in capsys.readouterr().out
+
+
+@HERE
+def test_calls_that_nothing_orders_are_right():
+    """They may run at once, of one program and of several threads."""
+    x, (_, w) = jax.random.normal(jax.random.key(0), (4, 500, 24)), _arrays()
+    kernels = [w * (i + 1) for i in range(6)]
+    f = lambda order: jax.jit(  # noqa: E731
+        lambda x, ws: [
+            conv1d(x, w, kernel_dilation=i + 1, implementation=order) for i, w in enumerate(ws)
+        ]
+    )
+    expected, run = f("xla_native")(x, kernels), f("onednn")
+    assert _compiled(run, x, kernels).count(f'custom_call_target="{CALL}"') == 6
+    with concurrent.futures.ThreadPoolExecutor(3) as threads:
+        for came in threads.map(lambda _: run(x, kernels), range(60)):
+            for a, b in zip(came, expected, strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-3)
 
 
 @HERE
@@ -116,8 +126,9 @@ def test_it_says_why_not(anywhere, monkeypatch):
     assert "float32 only" in _reason(change(dtype="bfloat16"))
     assert "float32 only" in _reason(out_dtype=np.dtype("float64"))
     assert "depthwise" in _reason(change(C=24, O=24, G=24))
-    assert _reason(change(S=2, D=1), "conv1d_input_grad") is None
-    assert "both input and kernel" in _reason(change(S=2, D=3), "conv1d_input_grad")
+    assert _reason(change(S=2)) is None
+    assert "of a stride" in _reason(change(S=2), "conv1d_input_grad")
+    assert "dilated input" in _reason(change(E=2, padding=3))
     assert "precisions" in _reason(precision=jax.lax.DotAlgorithmPreset.BF16_BF16_F32)
     for name in onednn.MODES:
         with monkeypatch.context() as context:

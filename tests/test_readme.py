@@ -67,6 +67,7 @@ def test_what_others_disturbed_is_counted_and_left_out(monkeypatch):
         measured("dense/c", 0.5, 0.7), measured("dense/d", 0.6, None, same=True),
     ]  # fmt: skip
     host = {"cpu": "That CPU", "cores": 2, "vectors": "avx2", "jax": "0.9.7"}
+    monkeypatch.setattr(readme, "by_name", lambda result: "")
     monkeypatch.setattr(readme, "_by_kind", lambda of: " ".join(m["layer"]["name"] for m in of))
     source, result = readme.ROOT / "some.json", {"host": host, "measurements": found}
     text = readme.other_processor("a CPU", source, result)
@@ -77,6 +78,31 @@ def test_what_others_disturbed_is_counted_and_left_out(monkeypatch):
     assert "the slowest dense/a, forward (0.93)" in text
     undisturbed = {"host": host, "measurements": found[:2]}
     assert readme.other_processor("a CPU", source, undisturbed).endswith("forward (0.93).")
+
+
+def test_what_runs_by_name_is_compared_with_what_is_picked():
+    def measured(name, which, seconds, same_as=None, **sizes):
+        ours = {"ms": 8.0, "seconds": [8.0, 8.0]}
+        other = {"ms": 1.0, "same_as": same_as} if same_as else {"ms": 1.0, "seconds": seconds}
+        layer = dict(name=name, N=4, T=1024, C=25, O=25, S=1, E=1, G=1) | sizes
+        return {"layer": layer, "pass": which, "variants": {readme.OURS: ours, ONEDNN: other}}
+
+    ONEDNN, result = readme.ONEDNN, {"measurements": []}
+    assert readme.by_name(result) == ""
+    result["measurements"] = [
+        measured("a", "forward", [2.0, 2.0]),
+        measured("b", "forward", [8.0, 8.0]),
+        measured("a", "training step", [16.0, 16.0]),
+        measured("wide", "forward", [20.0, 20.0], C=64),
+        measured("short", "forward", [80.0, 80.0], T=1023),
+        measured("stride", "forward", [1.0, 1.0], S=2),
+        measured("grouped", "training step", [4.0, 4.0], G=5),
+        measured("depthwise", "forward", None, same_as=readme.OURS, G=25),
+    ]
+    few = "dense layers of up to 32 channels and 4096 steps and more 2.0 and 0.50 (0.50 to 4.0)"
+    rest = "grouped ones 2.0 (2.0 to 2.0); other dense ones 0.20 (0.10 to 0.40)."
+    text = readme.by_name(result)
+    assert text.endswith(f": {few}; {rest}") and '`implementation=("onednn", "xla")`' in text
 
 
 def test_means_take_the_clock_where_there_is_no_trace():
