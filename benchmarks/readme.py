@@ -119,12 +119,10 @@ def other_processor(which: str, source: Path, result: dict[str, Any]) -> str:
 
 def by_name(result: dict[str, Any]) -> str:
     """What `ONEDNN` is beside what is picked; empty where they were not compared."""
-    ratios, _ = stored.over_ours(result, ONEDNN)
-    layers = {m["layer"]["name"]: m["layer"] for m in result["measurements"]}
     groups: dict[str, dict[str, list[float]]] = {}
-    for (name, which), ratio in ratios.items():
-        if (of := _few_channels(layers[name])) is not None:
-            groups.setdefault(of, {}).setdefault(which, []).append(ratio)
+    for m, ratio in stored.over_ours(result, ONEDNN)[0]:
+        if (of := _few_channels(m["layer"])) is not None:
+            groups.setdefault(of, {}).setdefault(m["pass"], []).append(ratio)
     if not groups:
         return ""
     told = []

@@ -127,36 +127,38 @@ def of_cores(found: Mapping[str, Any]) -> str:
 
 def of_tuning(found: Mapping[str, Any]) -> str:
     """What `tune` brought over the rules; empty where they were not compared."""
-    ratios, compared = over_ours(found, harness.TUNED)
+    changed, compared = over_ours(found, harness.TUNED)
     if not compared:
         return ""
-    text = f"tuning changed {len(ratios)} of {compared} passes"
-    if ratios:
-        mean = statistics.geometric_mean(ratios.values())
+    text = f"tuning changed {len(changed)} of {compared} passes"
+    if changed:
+        ratios = [ratio for _, ratio in changed]
+        mean = statistics.geometric_mean(ratios)
         text += (
             f", which are {mean:.2f} times as fast as by the rules "
-            f"({min(ratios.values()):.2f} to {max(ratios.values()):.2f})"
+            f"({min(ratios):.2f} to {max(ratios):.2f})"
         )
     return text
 
 
-def over_ours(found: Mapping[str, Any], name: str) -> tuple[dict[tuple[str, str], float], int]:
+def over_ours(
+    found: Mapping[str, Any], name: str
+) -> tuple[list[tuple[Mapping[str, Any], float]], int]:
     """How many times faster than ours a variant is, where it is another program.
 
     Returns:
-      The ratios by layer and pass, and how many passes were compared.
+      Those measurements with their ratios, and how many were compared.
     """
+    both = (name, OURS)
     compared = [
-        m
-        for m in found["measurements"]
-        if all("ms" in m["variants"].get(n, {}) for n in (name, OURS))
+        m for m in found["measurements"] if all("ms" in m["variants"].get(n, {}) for n in both)
     ]
-    ratios = {}
+    ratios = []
     for m in compared:
         ours, other = (program(m["variants"], n) for n in (OURS, name))
         if ours != other:
             seconds = (m["variants"][n]["seconds"] for n in (ours, other))
-            ratios[m["layer"]["name"], m["pass"]] = _measure.ratio(*seconds).median
+            ratios.append((m, _measure.ratio(*seconds).median))
     return ratios, len(compared)
 
 

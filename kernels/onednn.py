@@ -20,7 +20,7 @@ needs no flag. But they were not made for others to call:
   where JAX is told to keep what it compiles.
 - Of layers drawn at random it had float32 right. Of bfloat16, on a processor with AMX, some results
   were wrong (12 channels to 1, 8 taps; 16 to 16, 4 taps, a stride of 4), and some ended the process
-  (of a single step, 128 channels to 25), as did an activation after one tap of two groups. So this
+  (of a single step, 136 channels to 25), as did an activation after one tap of two groups. So this
   takes float32, and leaves bias and activation to XLA.
 """
 
