@@ -100,7 +100,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="NAMES",
         help=f"of ours, with commas: {', '.join(dispatch.names())}; {PICKED} for what is picked; "
         "names with a plus between them are tried in that order, as onednn+xla "
-        "(default: the one that is picked, and every other kernel that runs here but onednn)",
+        "(default: the one that is picked, and every other kernel that runs here but onednn, xla "
+        "and xla_native)",
     )
     parser.add_argument(
         "--tune", action="store_true",
@@ -154,11 +155,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def _orders(names: str) -> list[tuple[str, ...] | None]:
     """Those that ``--implementation`` tells of: None for what is picked, else names to try."""
     orders = [n.strip() for n in names.split(",")]
-    known = dispatch.names()
-    return [
-        None if n == PICKED else dispatch.canonicalize([n] if n in known else n.split("+"))
-        for n in orders
-    ]
+    parts = lambda n: [n] if n in dispatch.names() else [part.strip() for part in n.split("+")]  # noqa: E731
+    return [None if n == PICKED else dispatch.canonicalize(parts(n)) for n in orders]
 
 
 def _check_writable(path: Path) -> None:

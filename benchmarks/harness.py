@@ -148,7 +148,7 @@ def variants_of(
         found, _ = kernels.discover()
         here = sorted({k.implementation for k in found.values() if platform in k.platforms})
         # The first is stock's own convolution, the second what is picked where nothing else is, and
-        # the third takes no training step by itself, nor most networks.
+        # the third takes no training step by itself.
         left = ("xla_native", "xla", "onednn")
         implementations = [None, *(n for n in here if n not in left)]
     named = lambda order: order if isinstance(order, str) else "+".join(order)  # noqa: E731

@@ -35,8 +35,8 @@ GPU_MARKS = tuple(mark.replace("figures", "figures of a GPU") for mark in MARKS)
 MEAN_MARKS = tuple(mark.replace("figures", "means") for mark in MARKS)
 PAGED = (STOCK, OURS)
 ONEDNN = "onednn+xla"  # as --implementation has it
-FEW_CHANNELS, MANY_STEPS = 32, 4096  # of which oneDNN is ahead
-FEW = f"dense layers of up to {FEW_CHANNELS} channels and {MANY_STEPS} steps and more"
+FEW_CHANNELS, MANY_STEPS = 32, 4096  # fewer channels, and as many steps, of which oneDNN is ahead
+FEW = f"dense layers of fewer than {FEW_CHANNELS} channels, and {MANY_STEPS} steps of all samples"
 BASELINES = (STOCK, BARRIER, SYMMETRIC, MATMULS)
 # Of a model, while others in that table are the far end of what a layer may be.
 _PUBLISHED = {layer.name for layer in PUBLISHED if not layer.source.startswith("no model")}
@@ -131,19 +131,24 @@ def by_name(result: dict[str, Any]) -> str:
         every = [ratio for ratios in passes.values() for ratio in ratios]
         told.append(f"{of} {means} ({_digits(min(every))} to {_digits(max(every))})")
     order = ", ".join(f'"{name}"' for name in ONEDNN.split("+"))
+    variants = [m["variants"].get(ONEDNN, {}) for m in result["measurements"]]
+    refused = sum(bool(of.get("refused")) for of in variants)
+    left = f"; {refused} that differed too much from stock's are left out" if refused else ""
     return (
-        f"How many times as fast as what is picked `implementation=({order})` is there, forward "
-        f"and in a training step: {'; '.join(told)}."
+        f"How many times as fast as what is picked `implementation=({order})` is there, of layers "
+        f"without strides, forward and in a training step: {'; '.join(told)}{left}."
     )
 
 
 def _few_channels(layer: dict[str, Any]) -> str | None:
-    """Of which layers it is, among those without strides that oneDNN takes; None of a network."""
-    if "S" not in layer or layer["S"] > 1 or layer["E"] > 1:
+    """Of which layers it is; None where there is a stride, whose gradient it leaves to XLA."""
+    if "S" not in layer:
+        return "whole networks"
+    if layer["S"] > 1 or layer["E"] > 1:
         return None
     if layer["G"] > 1:
         return "grouped ones"
-    few = max(layer["C"], layer["O"]) <= FEW_CHANNELS and layer["N"] * layer["T"] >= MANY_STEPS
+    few = max(layer["C"], layer["O"]) < FEW_CHANNELS and layer["N"] * layer["T"] >= MANY_STEPS
     return FEW if few else "other dense ones"
 
 

@@ -17,7 +17,8 @@ needs no flag. But they were not made for others to call:
   has not, it ends the process. So what was not tried is declined: see `TRIED`.
 - A program with one can't be serialized: XLA takes the call for one of another kind there, and
   reads what is not there. So this never runs unless it is asked for by name, nor in an export, nor
-  where JAX is told to keep what it compiles.
+  where JAX is told to keep what it compiles. It can't know of what is told later, nor of
+  `jax.experimental.serialize_executable`.
 - Of layers drawn at random it had float32 right. Of bfloat16, on a processor with AMX, some results
   were wrong (12 channels to 1, 8 taps; 16 to 16, 4 taps, a stride of 4), and some ended the process
   (of a single step, 136 channels to 25), as did an activation after one tap of two groups. So this
@@ -33,6 +34,7 @@ import jax
 import jaxlib.version
 import numpy as np
 from jax import lax
+from jax._src import compilation_cache
 
 from conv_pallas import _host
 from conv_pallas.kernels import Kernel
@@ -42,8 +44,9 @@ from conv_pallas.taps import flip
 
 # Releases of jaxlib with which `python -m tests.onednn_random` found nothing wrong.
 TRIED = ("0.11.2", "0.12.0", "0.12.0.1")
-# How oneDNN is told to be less exact than float32.
+# How oneDNN is told to be less exact than float32, and XLA to call it by itself.
 MODES = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")
+FLAG = "--xla_cpu_experimental_onednn_custom_call"
 
 
 def _convolution(x: jax.Array, w: jax.Array, spec: ConvSpec) -> jax.Array:
@@ -88,13 +91,22 @@ def unavailable() -> str | None:
     return None
 
 
+def _serialized() -> bool:
+    """Whether JAX is to serialize what it compiles, or already has where to: it asks only once."""
+    config = jax.config
+    shared = config.jax_share_binary_between_hosts and jax.process_count() > 1
+    return bool(config.jax_compilation_cache_dir or compilation_cache._cache is not None or shared)
+
+
 def decline(problem: Problem) -> str | None:
     if reason := unavailable():
         return reason
     if problem.exported:
         return "is a call of this jaxlib's, which an export would outlive"
-    if jax.config.jax_compilation_cache_dir and jax.config.jax_enable_compilation_cache:
+    if _serialized():
         return "can't be serialized, and jax_compilation_cache_dir says to keep what is compiled"
+    if FLAG in os.environ.get("XLA_FLAGS", ""):
+        return f"is called by XLA itself where XLA_FLAGS has {FLAG}"
     if problem.operation == "conv1d_kernel_grad":
         return "computes no kernel gradients"
     if not problem.known:
@@ -109,7 +121,7 @@ def decline(problem: Problem) -> str | None:
     asked = problem.precision if isinstance(problem.precision, tuple) else (problem.precision,)
     if not all(isinstance(p, lax.Precision | None) for p in asked):
         return f"knows the precisions DEFAULT, HIGH and HIGHEST, not {problem.precision}"
-    if told := next((name for name in MODES if name in os.environ), None):
+    if told := next((n for n in MODES if os.environ.get(n, "STRICT").upper() != "STRICT"), None):
         return f"may be less exact than it has to be, as the environment variable {told} is set"
     return None
 

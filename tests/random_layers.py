@@ -1,4 +1,4 @@
-"""Layers at random, seed by seed: what `tests.triton_random` and `tests.tpu_random` share."""
+"""Layers at random, seed by seed: what `tests.triton_random` and its like share."""
 
 import argparse
 import collections

@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import platform
+import re
 import sys
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax._src import compilation_cache
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -34,8 +36,11 @@ def _arrays(case: Case = DENSE):
 
 
 @pytest.fixture(autouse=True)
-def nothing_kept():
+def nothing_kept(monkeypatch):
     """Whatever the environment says: where JAX keeps what it compiles oneDNN is not called."""
+    for name in onednn.MODES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(compilation_cache, "_cache", None)
     before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", None)
     yield
@@ -67,7 +72,7 @@ def test_forward_and_input_gradient_call_it_and_the_kernel_gradient_is_xlas():
 @pytest.mark.usefixtures("hardly_optimized")
 def test_geometry_at_random_is_right(capsys):
     assert onednn_random.main(["--seed", "200300", "--cases", "150"]) == 0
-    assert "'right': " in capsys.readouterr().out
+    assert int(re.search(r"(\d+) right$", capsys.readouterr().out)[1]) >= 40
 
 
 @HERE
@@ -97,21 +102,30 @@ def test_it_splits_over_a_mesh_and_under_vmap():
     split = jax.device_put(x, NamedSharding(mesh, P("data")))
     text = _compiled(f, split, w)
     assert "f32[2,37,40]{2,1,0} custom-call" in text and "all-gather" not in text
-    np.testing.assert_allclose(jax.jit(f)(split, w), f(x, w), rtol=1e-5, atol=1e-4)
-    kernels = jnp.stack([w, 2 * w, 3 * w])
-    each = jax.jit(jax.vmap(f))(jnp.stack([x, x, x]), kernels)
-    np.testing.assert_allclose(each[2], 3 * each[0], rtol=1e-5, atol=1e-4)
+    stock = conv1d(x, w, kernel_dilation=5, implementation="xla_native")
+    np.testing.assert_allclose(jax.jit(f)(split, w), stock, rtol=1e-5, atol=1e-4)
+    xs, kernels = jnp.stack([x, x, x]), jnp.stack([w, 2 * w, 3 * w])
+    assert _compiled(jax.vmap(f), xs, kernels).count(f'custom_call_target="{CALL}"') == 1
+    each = jax.jit(jax.vmap(f))(xs, kernels)
+    np.testing.assert_allclose(each[2], 3 * stock, rtol=1e-5, atol=1e-4)
 
 
 @HERE
-def test_nothing_is_kept_that_cant_be_serialized(tmp_path):
+def test_nothing_is_kept_that_cant_be_serialized(tmp_path, monkeypatch):
     x, w = _arrays()
     f = lambda x, w: conv1d(x, w, kernel_dilation=5, implementation=BOTH)  # noqa: E731
     assert CALL in _compiled(f, x, w)
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))  # `nothing_kept` takes it back
     assert CALL not in _compiled(lambda x, w: f(x, w), x, w)
+    order = lambda: jax.jit(lambda x, w: conv1d(x, w, implementation="onednn"))  # noqa: E731
     with pytest.raises(NotImplementedError, match="serialized"):
-        jax.jit(lambda x, w: conv1d(x, w, implementation="onednn")).lower(x, w)
+        order().lower(x, w)
+    # Once JAX has a cache it uses that, whatever is said later.
+    jax.config.update("jax_compilation_cache_dir", None)
+    with pytest.raises(NotImplementedError, match="serialized"):
+        order().lower(x, w)
+    monkeypatch.setattr(compilation_cache, "_cache", None)
+    order().lower(x, w)
 
 
 def _reason(case: Case = DENSE, operation="conv1d", **changes) -> str | None:
@@ -134,6 +148,10 @@ def test_it_says_why_not(anywhere, monkeypatch):
         with monkeypatch.context() as context:
             context.setenv(name, "BF16")
             assert name in _reason()
+            context.setenv(name, "strict")
+            assert _reason() is None
+    monkeypatch.setenv("XLA_FLAGS", f"{onednn.FLAG}=true")
+    assert "XLA itself" in _reason()
 
 
 def test_it_says_where_there_is_none(monkeypatch):
@@ -160,7 +178,6 @@ def test_it_is_only_run_by_name(anywhere):
     layer = Conv(24, 40, 3, padding="CAUSAL", rngs=nnx.Rngs(0))
     told = str(explain(layer, jnp.ones((1, 37, 24))))
     assert "only when asked for by name: its programs can't be serialized" in told
+    loss = lambda w: conv1d(jnp.ones((1, 37, 24)), w, implementation="onednn").sum()  # noqa: E731
     with pytest.raises(NotImplementedError, match="computes no kernel gradients"):
-        jax.grad(lambda w: conv1d(jnp.ones((1, 37, 24)), w, implementation="onednn").sum())(
-            jnp.ones((3, 24, 40))
-        )
+        jax.jit(jax.grad(loss)).lower(jnp.ones((3, 24, 40)))

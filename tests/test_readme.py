@@ -93,16 +93,19 @@ def test_what_runs_by_name_is_compared_with_what_is_picked():
         measured("a", "forward", [2.0, 2.0]),
         measured("b", "forward", [8.0, 8.0]),
         measured("a", "training step", [16.0, 16.0]),
-        measured("wide", "forward", [20.0, 20.0], C=64),
+        measured("wide", "forward", [20.0, 20.0], C=32),
         measured("short", "forward", [80.0, 80.0], T=1023),
         measured("stride", "forward", [1.0, 1.0], S=2),
         measured("grouped", "training step", [4.0, 4.0], G=5),
         measured("depthwise", "forward", None, same_as=readme.OURS, G=25),
     ]
-    few = "dense layers of up to 32 channels and 4096 steps and more 2.0 and 0.50 (0.50 to 4.0)"
+    few = "dense layers of fewer than 32 channels, and 4096 steps of all samples 2.0 and 0.50"
     rest = "grouped ones 2.0 (2.0 to 2.0); other dense ones 0.20 (0.10 to 0.40)."
     text = readme.by_name(result)
-    assert text.endswith(f": {few}; {rest}") and '`implementation=("onednn", "xla")`' in text
+    assert (
+        text.endswith(f": {few} (0.50 to 4.0); {rest}")
+        and '`implementation=("onednn", "xla")`' in text
+    )
 
 
 def test_means_take_the_clock_where_there_is_no_trace():
