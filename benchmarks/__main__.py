@@ -138,7 +138,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         options.subjects = [layers.fit(s, jax.default_backend(), most) for s in subjects]
         options.implementations = None
         if options.implementation is not None:
-            options.implementations = _orders(options.implementation)
+            options.implementations = [_order(n) for n in options.implementation.split(",")]
         options.passes = _passes(options.passes)
         if options.json.suffix != ".json":
             raise ValueError(f"--json must be a file that ends in .json, got {options.json}")
@@ -152,11 +152,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _orders(names: str) -> list[tuple[str, ...] | None]:
-    """Those that ``--implementation`` tells of: None for what is picked, else names to try."""
-    orders = [n.strip() for n in names.split(",")]
-    parts = lambda n: [n] if n in dispatch.names() else [part.strip() for part in n.split("+")]  # noqa: E731
-    return [None if n == PICKED else dispatch.canonicalize(parts(n)) for n in orders]
+def _order(name: str) -> tuple[str, ...] | None:
+    """One that ``--implementation`` tells of: None for what is picked, else names to try."""
+    name = name.strip()
+    if name == PICKED:
+        return None
+    names = [name] if name in dispatch.names() else [part.strip() for part in name.split("+")]
+    return dispatch.canonicalize(names)
 
 
 def _check_writable(path: Path) -> None:

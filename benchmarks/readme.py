@@ -112,9 +112,7 @@ def other_processor(which: str, source: Path, result: dict[str, Any]) -> str:
         f"({_digits(ratios[least])})"
     )
     text += f"; {left} more, which other programs disturbed, are left out." if left else "."
-    return text + "".join(
-        f" {told}" for told in [by_name(result | {"measurements": found})] if told
-    )
+    return f"{text} {by_name(result | {'measurements': found})}".rstrip()
 
 
 def by_name(result: dict[str, Any]) -> str:

@@ -39,6 +39,7 @@ from jax._src import compilation_cache
 from conv_pallas import _host
 from conv_pallas.kernels import Kernel
 from conv_pallas.kernels.xla_cpu_bounds import is_float32
+from conv_pallas.kernels.xla_padding import pad_along
 from conv_pallas.spec import ConvSpec, Problem
 from conv_pallas.taps import flip
 
@@ -53,7 +54,7 @@ def _convolution(x: jax.Array, w: jax.Array, spec: ConvSpec) -> jax.Array:
     """The call, of an input without dilation."""
     low, high = spec.padding
     if low < 0 or high < 0:  # the message has no negative numbers
-        x = lax.slice_in_dim(x, max(0, -low), spec.time + min(0, high), axis=1)
+        x = pad_along(x, 1, min(0, low), min(0, high))
     count = lambda *values: [str(int(value)) for value in values]  # noqa: E731
     data = dict(data=dict(batch_dim="0", feature_dim="2", spatial_dims=["1"]))
     kernel = dict(input_feature_dim="1", output_feature_dim="2", spatial_dims=["0"])
@@ -111,15 +112,13 @@ def decline(problem: Problem) -> str | None:
         return "computes no kernel gradients"
     if not problem.known:
         return "needs every size to be known when it is compiled"
-    spec, _, _ = problem.as_convolution
     if problem.depthwise:
         return "computes depthwise convolutions many times slower than XLA"
-    if spec.input_dilation > 1:
+    if problem.as_convolution[0].input_dilation > 1:
         return "takes no dilated input, nor the input gradient of a stride"
     if not is_float32(problem):
         return "takes float32 only"
-    asked = problem.precision if isinstance(problem.precision, tuple) else (problem.precision,)
-    if not all(isinstance(p, lax.Precision | None) for p in asked):
+    if not isinstance(problem.precision, tuple | lax.Precision | None):
         return f"knows the precisions DEFAULT, HIGH and HIGHEST, not {problem.precision}"
     if told := next((n for n in MODES if os.environ.get(n, "STRICT").upper() != "STRICT"), None):
         return f"may be less exact than it has to be, as the environment variable {told} is set"

@@ -31,8 +31,8 @@ def _compiled(f, *arrays) -> str:
     return jax.jit(f).lower(*arrays).compile().as_text()
 
 
-def _arrays(case: Case = DENSE):
-    return map(jnp.asarray, case.arrays()[:2])
+def _arrays():
+    return map(jnp.asarray, DENSE.arrays()[:2])
 
 
 @pytest.fixture(autouse=True)
@@ -155,12 +155,10 @@ def test_it_says_why_not(anywhere, monkeypatch):
 
 
 def test_it_says_where_there_is_none(monkeypatch):
-    machine = lambda **has: [monkeypatch.setattr(*at) for at in has.values()]  # noqa: E731
-    machine(
-        system=(sys, "platform", "linux"), kind=(platform, "machine", lambda: "x86_64"),
-        vectors=(_host, "vectors", lambda: "avx2"),
-        version=(onednn.jaxlib.version, "__version__", onednn.TRIED[-1]),
-    )  # fmt: skip
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(_host, "vectors", lambda: "avx2")
+    monkeypatch.setattr(onednn.jaxlib.version, "__version__", onednn.TRIED[-1])
     assert onednn.unavailable() is None
     for change, word in (
         ((onednn.jaxlib.version, "__version__", "9.9.9"), "not with 9.9.9"),
