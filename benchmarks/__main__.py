@@ -158,6 +158,8 @@ def _order(name: str) -> tuple[str, ...] | None:
     if name == PICKED:
         return None
     names = [name] if name in dispatch.names() else [part.strip() for part in name.split("+")]
+    if PICKED in names:
+        raise ValueError(f"--implementation has {PICKED} by itself, not in an order as {name!r}")
     return dispatch.canonicalize(names)
 
 

@@ -112,7 +112,7 @@ def other_processor(which: str, source: Path, result: dict[str, Any]) -> str:
         f"({_digits(ratios[least])})"
     )
     text += f"; {left} more, which other programs disturbed, are left out." if left else "."
-    return f"{text} {by_name(result | {'measurements': found})}".rstrip()
+    return f"{text}\n\n{by_name(result | {'measurements': found})}".rstrip()
 
 
 def by_name(result: dict[str, Any]) -> str:
@@ -133,7 +133,7 @@ def by_name(result: dict[str, Any]) -> str:
     refused = sum(bool(of.get("refused")) for of in variants)
     left = f"; {refused} that differed too much from stock's are left out" if refused else ""
     return (
-        f"How many times as fast as what is picked `implementation=({order})` is there, of layers "
+        f"How many times as fast as what is picked `implementation=({order})` is on it, of layers "
         f"without strides, forward and in a training step: {'; '.join(told)}{left}."
     )
 
@@ -181,13 +181,13 @@ def figures(result: dict[str, Any]) -> str:
     notes = [
         "A training step is the loss and its gradients, and of a whole network one of gradient "
         "descent, its parameters donated. Batch and length are a CPU's: what would "
-        "take too long is cut down. To compile all of them takes "
-        f"{compiling[0]:.0f} s, and stock's {compiling[1]:.0f} s. [{page}]({page}) draws it."
+        "take too long is cut down.",
+        f"To compile all of them takes {compiling[0]:.0f} s, and stock's {compiling[1]:.0f} s.",
     ]
     if depthwise:
         ours, stock = _compiling(depthwise)
-        notes.append(
-            f"Depthwise layers alone take {ours:.1f} s to compile, and stock's {stock:.1f} s: of a "
+        notes[-1] += (
+            f" Depthwise layers alone take {ours:.1f} s, and stock's {stock:.1f} s: of a "
             "network of many let JAX keep what it compiled, in its `jax_compilation_cache_dir`."
         )
     if upsampling:
@@ -200,8 +200,8 @@ def figures(result: dict[str, Any]) -> str:
         notes.append(f"{tuning.replace('tuning', '[Tuning](#tune)', 1)}.")
     if apart := stored.of_cores(result):
         notes.append(
-            f"Meanwhile {apart}. They are apart while one takes more than {handoff.APART:g} times "
-            "as long for what the other wrote; of a virtual machine its host decides."
+            f"{apart.capitalize()}. They are apart while one takes more than {handoff.APART:g} "
+            "times as long for what the other wrote; of a virtual machine its host decides."
         )
     return "\n".join(
         [
@@ -210,14 +210,14 @@ def figures(result: dict[str, Any]) -> str:
             "padding behind a barrier, symmetric padding and a slice, shifted matmuls; of a whole "
             'network stock alone). The smallest and the largest of a model\'s layers; "same" where '
             "both compile to the same program; below 1 ours is slower. From "
-            f"[{source}]({source}), measured by `{COMMAND}`.",
+            f"[{source}]({source}), which [{page.name}]({page}) draws, measured by `{COMMAND}`.",
             "",
             "| model | kind | forward, over stock | over fastest "
             "| step, over stock | over fastest |",
             "|---|---|---|---|---|---|",
             *rows,
             "",
-            " ".join(notes),
+            *(f"- {note}" for note in notes),
         ]
     )
 
@@ -296,15 +296,17 @@ def gpu_figures(folder: Path) -> str:
                 for layer in sorted({name for name, _ in beside}, key=_by_D)
             ),
             "",
-            "Of published layers, and of some that stand for a kind (`depthwise`, `stride`, "
-            "`grouped`, `bfloat16`, `wide-and-long`, `very-long`), what runs by default, in "
+            "What runs by default of published layers, and of some that stand for a kind "
+            "(`depthwise`, `stride`, `grouped`, `bfloat16`, `wide-and-long`, `very-long`): "
             "microseconds, and how many times faster that is than stock `nnx.Conv` and than the "
-            "fastest of all baselines, which took turns with it; and than the fastest by how long "
-            "the GPU was at work, for of what takes less than some 50 us the host's part is the "
-            "longer one. There is no such time of a baseline that takes more than four times as "
-            "long, and the means have the clock's; blank is what was not measured, and no mean has "
-            "it. "
-            f"{_means(list(passes.values()))}",
+            "fastest of all baselines, which took turns with it.",
+            "",
+            '- "On the GPU" compares with the fastest by how long the GPU was at work, for of what '
+            "takes less than some 50 us the host's part is the longer one. There is no such time "
+            "of a baseline that takes more than four times as long, and the means have the "
+            "clock's.",
+            "- Blank is what was not measured, and no mean has it.",
+            f"- {_means(list(passes.values()))}",
             "",
             "| layer | forward, us | over stock | over fastest | on the GPU "
             "| step, us | over stock | over fastest | on the GPU |",

@@ -520,6 +520,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
     [
         (["--layers", "nothing"], "models tcn-adding"),
         (["--implementation", "unheard_of"], "must be None, one of triton"),
+        (["--implementation", "xla,default+xla"], "not in an order as 'default+xla'"),
         (["--dtype", "int8"], "--dtype must be one of float32, bfloat16, float16, got int8"),
         (["--pass", "back"], "--pass must be forward or training, got 'back'"),
         (["--layers", ""], "models tcn-adding"),

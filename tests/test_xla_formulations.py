@@ -662,9 +662,9 @@ def test_the_rules_show_what_was_measured():
             found |= _measured(folder / f"{name}.json")
         columns = []
         for line in rule.__doc__.splitlines():
-            if re.fullmatch(r"\s+=+(  =+)+", line):
+            if re.fullmatch(r"\s*=+(  =+)+", line):
                 columns = [slice(*m.span()) for m in re.finditer("=+", line)]
-            if not re.match(r"\s+N\d+ T\d+ C", line):
+            if not re.match(r"\s*N\d+ T\d+ C", line):
                 continue
             name, *cells = (line[column].strip() for column in columns)
             transposed = " E" in name  # of which the forward pass is told
