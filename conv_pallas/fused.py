@@ -314,6 +314,10 @@ def _forward_jvp(primals, tangents, *, keep, **params):
     residual = {"y": [y], "z": z, None: []}[saved]
     wanted = tuple(type(t) is not ad.Zero for t in tangents) + (False,) * (3 - len(tangents))
     live = [t for t in tangents if type(t) is not ad.Zero]
+    if params["activation"] is None and len(live) == 1:
+        # One of the three operations, or a sum, and no kernel has more to carry. Each of them keeps
+        # what it reads alone: with a kernel that is not trained no x.
+        return [y], _tangent(*primals, *live, wanted=wanted, **params)
     (dy,) = _bind("conv1d_fused_tangent", *primals, *residual, *live, wanted=wanted, **params)
     return [y], [dy]
 

@@ -67,12 +67,16 @@ def lower(ctx, *operands, platform: str, local: Callable, split: Callable, **par
 
 
 def lower_function(ctx, call: Callable, operands):
-    """Lowers ``call(*operands)``, a list, whatever dtypes a user allows where it is compiled."""
-    # What was traced with 64 bits may be lowered where they are off.
+    """Lowers ``call(*operands)``, a list, whatever is configured where it is compiled.
+
+    What a user configured where it was traced is in the parameters. So here dtypes promote as
+    usual, 64 bits are on wherever an array has them, and no precision is the default one.
+    """
     wide = any(a.dtype.itemsize == 8 for a in (*ctx.avals_in, *ctx.avals_out))
     with (
         jax.numpy_dtype_promotion("standard"),  # what a user forbids himself, kernels may do
         jax.enable_x64(jax.config.jax_enable_x64 or wide),
+        jax.default_matmul_precision(None),
     ):
         return mlir.lower_fun(call, multiple_results=True)(ctx, *operands)
 

@@ -373,6 +373,8 @@ def lax_reason(dtype, spatial_rank: int) -> str | None:
         return f"{spatial_rank}-D convolutions are left to jax.lax.conv_general_dilated"
     if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
         return f"{np.dtype(dtype).name} is left to jax.lax.conv_general_dilated"
+    if dtype == jnp.float8_e8m0fnu:
+        return "float8_e8m0fnu, which has no zero to pad with, is left to jax.lax"
     return None
 
 

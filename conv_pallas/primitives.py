@@ -29,10 +29,10 @@ import numpy as np
 from jax._src import checkify
 from jax._src import core as jax_core
 from jax._src import dispatch as jax_dispatch
-from jax._src.interpreters import batching
+from jax._src.interpreters.batching import get_sharding_for_vmap
 from jax._src.lax import utils as lax_utils
 from jax.experimental import jet
-from jax.interpreters import ad
+from jax.interpreters import ad, batching
 from jax.sharding import NamedSharding
 
 from conv_pallas import dispatch, lowering, sharding, taps
@@ -192,7 +192,7 @@ def _batching_rule(axis_data, args, dims, *, kernel_batch, out_sharding, operati
         rhs = batching.bdim_at_front(rhs, rhs_dim, axis_data.size, mesh_axis)
         V, dim = V + 1, 0
     if out_sharding is not None:
-        out_sharding = batching.get_sharding_for_vmap(axis_data, out_sharding, dim)
+        out_sharding = get_sharding_for_vmap(axis_data, out_sharding, dim)
     return bind(lhs, rhs, kernel_batch=V, out_sharding=out_sharding), dim
 
 

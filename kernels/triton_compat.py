@@ -26,8 +26,8 @@ import jax
 import triton
 import triton.backends.nvidia.compiler as _compiler
 import triton.backends.nvidia.driver as _nvidia
-from jax._src.interpreters import partial_eval as _partial_eval
 from jax._src.pallas.triton import gpu_info as _gpu_info
+from jax.interpreters import partial_eval as _partial_eval
 
 if not hasattr(_nvidia, "TMA_TF32"):
     # For triton 3.6: jax-triton 0.4.1 imports this name, which came with 3.7, and takes a

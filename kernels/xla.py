@@ -71,7 +71,8 @@ DESCRIPTIONS = {
 def choose(problem: Problem) -> str:
     """The formulation to take: of `FORWARD` or `KERNEL_GRAD`, or "parts" or "transposed"."""
     if problem.platform == "tpu":
-        few = problem.spec.kernel_size <= UNROLLED
+        K = problem.spec.kernel_size
+        few = isinstance(K, int) and K <= UNROLLED
         return "shifts" if problem.depthwise and few else "native"
     return xla_tuned.lookup(problem) or xla_tuned.rule(problem)
 

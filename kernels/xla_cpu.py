@@ -18,7 +18,8 @@ from conv_pallas.spec import Problem
 def choose(problem: Problem) -> str:
     """The name of the formulation to take, of `FORWARD` or `KERNEL_GRAD`, or "parts"."""
     spec, gradient_of_kernel = problem.spec, problem.operation == "conv1d_kernel_grad"
-    if not all(isinstance(channels, int) for channels in (problem.C, problem.O, spec.groups)):
+    kernel = problem.C, problem.O, spec.groups, spec.kernel_size
+    if not all(isinstance(size, int) for size in kernel):
         return "native"
     if not all(isinstance(size, int) for size in (problem.N, spec.time)):
         # An export whose batch or time is a symbol: nothing may depend on how much there is.

@@ -248,8 +248,8 @@ PADS, CHANNEL_BLOCKS = 48, 256
 def taps_at_once(name: str, problem: Problem) -> int:
     """How many of K."""
     K = problem.spec.kernel_size
-    if problem.spec.groups == 1:
+    if problem.spec.groups == 1 or name in ("native", "padded", "channel_blocks"):
         return K
     if name == "tree" or (name in ("own_pads", "shifts") and problem.depthwise):
         return TAPS[name] if K > AT_ONCE else K
-    return K if K <= UNROLLED or name in ("native", "padded", "channel_blocks") else AT_ONCE
+    return K if K <= UNROLLED else AT_ONCE

@@ -14,6 +14,8 @@ TAPS = 8  # that are written out: matmuls hold a copy of x for each, reductions 
 
 def choose(problem: Problem) -> str:
     """The formulation to take, of those of `candidates`."""
+    if not isinstance(problem.spec.kernel_size, int):
+        return "native"  # an export whose taps are a symbol
     gradient_of_kernel = problem.operation == "conv1d_kernel_grad"
     return _kernel_grad(problem) if gradient_of_kernel else _forward(problem)
 

@@ -100,6 +100,22 @@ def test_symbolic_taps(padding):
         tree_close(loaded.call(x, w), f(x, w))
 
 
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_symbolic_taps_of_any_number(groups, platform):
+    """Also of very many: none is written out. The gradient to x is one that stock lacks as well."""
+    (k,) = export.symbolic_shape("k")
+    f = lambda x, w: conv1d(x, w, feature_group_count=groups, kernel_dilation=2)  # noqa: E731
+    train = lambda x, w: (f(x, w), jax.grad(lambda w: jnp.sum(f(x, w) ** 2))(w))  # noqa: E731
+    x = np.random.default_rng(0).standard_normal((2, 20, 4)).astype(np.float32)
+    w = jax.ShapeDtypeStruct((k, 4 // groups, 4), jnp.float32)
+    loaded = _round_trip(train, x, w, platforms=(platform,))
+    assert loaded.platforms == (platform,)
+    for K in (1, 3, 70) if platform == "cpu" else ():
+        w = np.random.default_rng(K).standard_normal((K, 4 // groups, 4)).astype(np.float32)
+        tree_close(loaded.call(x, w), train(x, w), rtol=1e-4)
+
+
 @pytest.mark.parametrize("groups", [1, 4])
 def test_packed_sequences_of_symbolic_time(groups):
     w = np.random.default_rng(0).standard_normal((3, 4 // groups, 4)).astype(np.float32)

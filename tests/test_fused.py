@@ -288,6 +288,15 @@ def test_what_nobody_reads_is_not_computed(monkeypatch):
     assert [c[1] for c in toy.calls if c[0] == "backward"] == [(True, False, False)]
 
 
+@pytest.mark.parametrize("of, reads", [("x", "w"), ("w", "x"), ("b", "")])
+def test_what_one_gradient_does_not_read_is_not_kept(of, reads):
+    """Of a layer of which one operand alone is trained: of a frozen kernel's, no x."""
+    operands = dict(zip("xwb", _arrays()[:3], strict=True))
+    f = lambda a: conv1d(*(operands | {of: a}).values(), **CASE.geometry)  # noqa: E731
+    kept = [a.shape for a in jax.tree.leaves(jax.vjp(f, operands[of])[1])]
+    assert kept == [operands[name].shape for name in reads]
+
+
 def test_a_policy_that_saves_convolutions():
     x, w, b, _ = _arrays()
     fuses = lambda x, w, b: jnp.sin(conv1d(x, w, b, activation="silu"))  # noqa: E731

@@ -97,7 +97,7 @@ def test_rounds_are_told_apart(monkeypatch):
     )
     assert stored.of_cores(found) == text
     assert text in command.summary(found)
-    assert f" Meanwhile {text}. They are apart while" in figures.figures(found)
+    assert f"\n- T{text[1:]}. They are apart while" in figures.figures(found)
     line["handoffs"] = [1.2, 1.1, 1.1, None, 8.0, 1.1, 8.0]  # one or two may be a hiccup's
     assert stored.of_cores(found) == "the cores lay apart in 33% of the rounds"
     line["handoffs"] = ratios

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from conv_pallas import conv1d, dispatch
+from conv_pallas import conv1d, conv_general_dilated, dispatch
 from conv_pallas.spec import OPERATIONS, lhs_rhs_out
 from tests import cases, tolerance
 from tests.cases import CASES, Case
@@ -234,6 +235,30 @@ def test_float8_into_a_wider_result(dtype, name):
     for got, want in zip(run(None), run("xla_native"), strict=True):
         assert got.dtype == want.dtype
         np.testing.assert_allclose(*(a.astype(np.float32) for a in (got, want)), rtol=0.13)
+
+
+def test_a_float_without_zero():
+    """Nothing can be padded with it but inside of XLA's convolution."""
+    x, w = jnp.ones((1, 3, 1), jnp.float8_e8m0fnu), jnp.ones((2, 1, 1), jnp.float8_e8m0fnu)
+    how = dict(window_strides=(1,), padding=[(1, 0)], dimension_numbers=("NWC", "WIO", "NWC"))
+    y = conv_general_dilated(x, w, **how)
+    np.testing.assert_array_equal(y, lax.conv_general_dilated(x, w, **how))
+    np.testing.assert_array_equal(y.astype(np.float32), [[[1], [2], [2]]])
+
+
+def test_a_precision_is_that_of_the_trace():
+    """What is configured when a program is lowered is for other programs."""
+    x, w = np.ones((2, 8, 4), np.float32), np.ones((3, 4, 4), np.float32)
+    train = lambda *a: jax.vjp(lambda x, w: conv1d(x, w, implementation="xla"), *a)[1](a[0])  # noqa: E731
+
+    def lowered(traced_with, lowered_with):
+        with jax.default_matmul_precision(traced_with):
+            traced = jax.jit(train).trace(x, w)
+        with jax.default_matmul_precision(lowered_with):
+            return traced.lower(lowering_platforms=("cuda",)).as_text().count("HIGHEST")
+
+    assert lowered(None, "highest") == lowered(None, None) == 0
+    assert lowered("highest", None) == lowered("highest", "highest") >= 2
 
 
 def test_the_tolerance_tells_a_wrong_kernel():
