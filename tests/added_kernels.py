@@ -72,7 +72,7 @@ class Own:
         self.taken[check.operation].add(check.case)
 
     def __bool__(self) -> bool:
-        return any(map(self.taken.get, OPERATIONS))
+        return any(self.taken.values())
 
     def __str__(self) -> str:
         if not self:

@@ -44,7 +44,11 @@ def draw(r: random.Random) -> Case:
         O = G if kind == "depthwise" else G * r.choice((2, 3, 4))
     K, D = r.choice(TAPS), r.choice(DILATIONS)
     S, E = r.choice((1, 1, 1, 2, 3, 4)), r.choice((1, 1, 1, 1, 2, 3, 4))
-    T = r.choice((1, 2, r.randint(1, 40), r.randint(20, 200), r.randint(100, 350)))
+    short, long = (
+        (r.randint(1, 40), r.randint(20, 200)),
+        (r.randint(100, 350), r.randint(300, 2500)),
+    )
+    T = r.choice((1, 2, *short, *long))
     reach = (K - 1) * D
     pads = ((reach, r.randint(0, 9)), (r.randint(-4, reach + 20), r.randint(-4, reach + 20)))
     padding = r.choice(("CAUSAL", "CAUSAL", "SAME", "VALID", "SAME_LOWER", *([p] for p in pads)))

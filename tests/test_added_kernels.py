@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -85,12 +86,26 @@ if COMPILED:
             checks = [c for c in added_kernels.checks_of(file, platform) if c.declined is None]
         assert checks
         # Of each operation a few, as far from each other as the table has them.
-        for operation in OPERATIONS:
+        for operation in (*OPERATIONS, added_kernels.FUSED):
             own = [c for c in checks if c.operation == operation]
             for check in own[:: -(-len(own) // 4) or 1]:
-                kernel, problem, lhs, rhs = check.run.args
-                structs = (aot.struct(a.shape, a.dtype) for a in (lhs, rhs))
-                aot.compile_for(chip, functools.partial(kernel.run, problem), *structs)
+                for f, arrays in _programs(check):
+                    structs = jax.tree.map(lambda a: aot.struct(a.shape, a.dtype), arrays)
+                    aot.compile_for(chip, f, *structs)
+
+    def _programs(check):
+        """The functions of the kernel that a check calls, each with its operands."""
+        if check.operation != added_kernels.FUSED:
+            kernel, problem, *operands = check.run.args
+            yield functools.partial(kernel.run, problem), operands
+            return
+        kernel, fused, wanted, forward, backward = check.run.args
+        problem, (x, w, bias, gy, saved) = fused.problem(), fused.arrays()
+        if forward:
+            yield functools.partial(kernel.fused, problem), (x, w, bias)
+        if backward:
+            gradients = lambda *operands: kernel.backward(problem, *operands, wanted)  # noqa: E731
+            yield gradients, (x, w, bias, saved, gy)
 
 
 def test_what_is_shipped_is_here():
@@ -150,11 +165,22 @@ def test_a_planted_triton_kernel_is_tested_by_its_file(plant):
     right = _examples()["triton"]
     shared = ('implementation="small"', 'implementation="triton"')
     early = ("k * D - LOW", "k * D - LOW + 1")
+    fuses = (  # what no compiler takes, where a layer is fused
+        ("import jax\n", "import functools\n\nimport jax\n"),
+        ("BC: tl.constexpr,", "BC: tl.constexpr, ACT: tl.constexpr,"),
+        ("    there = (u < U)", "    if ACT:\n        acc *= SCALE\n    there = (u < U)"),
+        ("def run(problem, x, w):", "SCALE = 1.0\n\n\ndef run(problem, x, w, bias=0, ACT=False):"),
+        ("BC=BC,", "BC=BC, ACT=ACT,"),
+        ("opaque=True,", "opaque=True, fused=functools.partial(run, ACT=True),"),
+    )
     folder = plant(
         triton_planted=right,
         triton_aaa=_changed(right, shared),  # before the others, and after them
         triton_zzz=_changed(right, shared, early),
-        triton_beyond=_changed(right, ("there = (u < U)", "there = (u <= U)")),
+        triton_beyond=_changed(right, ("there = (u < U)", "there = (u < U + BU)")),
+        triton_halo=_changed(right, ("BU, BO, BC = 64", "BU, BO, BC = 1024"),
+                             ("seen = ((t >= 0)", "seen = ((t >= u // BU * BU * S)")),
+        triton_fuses=_changed(right, *fuses),
         triton_idle=_changed(right, ('return "computes no gradients"', 'return "nothing"'),
                              ('problem.operation != "conv1d"', "True")),
     )  # fmt: skip
@@ -171,8 +197,14 @@ def test_a_planted_triton_kernel_is_tested_by_its_file(plant):
     assert done.returncode == 1, done.stdout
     assert "PASS" not in done.stdout and "elements are off" in done.stdout
     assert "FAIL ragged conv1d sm_90 (triton_zzz)" in done.stdout
-    assert "written outside of the array" in done.stdout
+    assert "written outside of an array: " in done.stdout
+    assert " bytes behind the end of float32[" in done.stdout and "in conv_small" in done.stdout
     assert "FAIL triton_idle declines every case" in done.stdout
+    # Where a tile of many steps meets the next; what is named may be a fused case alone.
+    done = run("--kernel", "triton_halo", "--capability", "90", "summed", "tiles_of_time")
+    assert "PASS summed conv1d sm_90 (triton_halo)" in done.stdout, done.stdout
+    assert "FAIL tiles_of_time conv1d sm_90 (triton_halo)" in done.stdout
+    assert "along each axis they are 0 to 1 of 2, 1024 to 2051 of 2100" in done.stdout
     # What is shipped runs beside them as it does alone.
     done = run("dense", "rounding")
     assert done.returncode == 0 and "PASS dense conv1d sm_80 (triton_dense)" in done.stdout
@@ -180,6 +212,8 @@ def test_a_planted_triton_kernel_is_tested_by_its_file(plant):
     these = "triton_aaa and compiles and h200 or triton_zzz and interpreter and 90"
     found = _collected(folder, "-m", "aot", "-k", these)
     assert "1 failed, 1 passed" in found and "off" in found, found
+    found = _collected(folder, "-m", "aot", "-k", "triton_fuses and compiles and h200")
+    assert "1 failed" in found and "Cannot access global variable SCALE" in found, found
 
 
 @pytest.mark.aot

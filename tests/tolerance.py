@@ -116,7 +116,11 @@ def assert_within(actual, value, allowed, out_dtype, what: str) -> None:
     bad = ~(error <= allowed)  # NaN is bad
     if bad.any():
         worst = np.unravel_index(np.argmax(np.where(bad, error, -1)), error.shape)
+        spans = ", ".join(
+            f"{min(i)} to {max(i)} of {n}" for i, n in zip(bad.nonzero(), bad.shape, strict=True)
+        )
         raise AssertionError(
             f"{what}: {bad.sum()} of {bad.size} elements are off; at {tuple(map(int, worst))} "
-            f"{np.asarray(actual)[worst]} is not {value[worst]} within {allowed[worst]:.3g}"
+            f"{np.asarray(actual)[worst]} is not {value[worst]} within {allowed[worst]:.3g}; "
+            f"along each axis they are {spans}"
         )

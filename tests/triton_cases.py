@@ -21,9 +21,13 @@ EXTRA = (
     Case("edges_many", T=33, C=16, O=16, K=17, D=2, padding=[(63, 0)]),
     # Tiles that see padding alone, before x and after it.
     Case("edges_beyond", T=9, C=12, O=20, D=2, padding=[(300, 150)], dtype="bfloat16"),
+    # Long tiles, too, have neighbours: of up to a thousand steps.
+    Case("tiles_of_time", T=2100, C=8, O=8, D=2, batch=(2,)),
+    Case("tiles_of_time_depthwise", T=2100, C=8, O=8, G=8, K=4, D=3, batch=(2,)),
     Case("tiles_depthwise", T=300, C=200, O=200, G=200, K=4, D=3, batch=(2,), dtype="bfloat16"),
     Case("walked_two", T=45, C=20, O=20, G=20, K=2, D=3, padding="SAME", dtype="bfloat16"),
     Case("tiles_multiplier", T=70, C=40, O=120, G=40, K=7, D=2, batch=(2,)),
+    Case("tiles_multiplier_few_taps", T=70, C=40, O=120, G=40, K=4, D=2, batch=(2,)),
     # Many taps: 16 outputs at a time, and up to 17 taps of the kernel gradient.
     Case("taps_same", T=40, C=72, O=72, G=72, K=33, padding="SAME", batch=(3,), dtype="bfloat16"),
     Case("taps_dilated", T=61, C=10, O=10, G=10, K=19, D=3, batch=(3,)),

@@ -144,16 +144,36 @@ def _last_first(self, x, y, z):
 
 
 _create_masked_load = interpreter.InterpreterBuilder.create_masked_load
+_create_masked_store = interpreter.InterpreterBuilder.create_masked_store
 _arrays: list["Tensor"] = []  # of the launch
 
 
+def _check_inside(ptrs, mask, did: str) -> None:
+    """Raises at the line of the kernel that reads, though in vain, or writes outside of an array.
+
+    A write far beyond the guards would end the process before anybody looks at them.
+    """
+    if not (live := ptrs.data[mask.data]).size:
+        return
+    first, last = int(live.min()), int(live.max())
+    beyond = {}
+    for a in _arrays:
+        before, after = a.data_ptr() - first, last + 1 - a.data_ptr() - a.array.nbytes
+        if before <= 0 and after <= 0:
+            return
+        where = f"{before} bytes before" if before > 0 else f"{after} bytes behind the end of"
+        beyond[max(before, after)] = f"{where} {a.dtype}{list(a.shape)}"
+    raise AssertionError(f"{did} outside of an array: {beyond[min(beyond)]}")
+
+
 def _load(self, ptrs, mask, *rest, **kwargs):
-    """Guards catch what is written outside of an array, and this what is read, though in vain."""
-    if (live := ptrs.data[mask.data]).size:
-        first, last = int(live.min()), int(live.max())
-        spans = [(a.data_ptr(), a.data_ptr() + a.array.nbytes) for a in _arrays]
-        assert any(at <= first <= last < end for at, end in spans), "read outside of an array"
+    _check_inside(ptrs, mask, "read")
     return _create_masked_load(self, ptrs, mask, *rest, **kwargs)
+
+
+def _store(self, ptrs, value, mask, *rest, **kwargs):
+    _check_inside(ptrs, mask, "written")
+    return _create_masked_store(self, ptrs, value, mask, *rest, **kwargs)
 
 
 _numpy_dtype, _numpy_dtypes = interpreter._get_np_dtype, {}
@@ -176,6 +196,7 @@ interpreter.InterpreterBuilder.create_dot = _dot
 interpreter.InterpreterBuilder.cast_impl = _round_to_bfloat16
 interpreter.InterpreterBuilder.set_grid_idx = _last_first
 interpreter.InterpreterBuilder.create_masked_load = _load
+interpreter.InterpreterBuilder.create_masked_store = _store
 
 
 ran: list[str] = []  # names of device functions, in order
