@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -241,36 +241,48 @@ def refused(m: Measurement) -> list[str]:
 
 def table(result: dict[str, Any]) -> Table:
     """One line for each measurement, the losing ones in red."""
-    rows = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left", caption=(
+    rows = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, caption_justify="left",
+                 caption=(
         "ms: the median call. ×: ours against stock nnx.Conv, and against the fastest of all "
         "baselines, turn by turn;\nthe median and its quartiles; =: both compiled to the same "
         "program. of limit: the time at the measured\nceilings (a large copy in place, a large "
         "matmul) over ours, above 100 % where a cache\nholds what a copy of much does not, or "
-        "where ours takes fewer products than the\ndefinition; *: N or T cut down for a CPU"
+        "where ours takes fewer products than the\ndefinition; *: N or T cut down for a CPU; "
+        "× picked: what was asked for by name against\nwhat is picked"
     ))  # fmt: skip
     for column in ("layer", "pass"):
         rows.add_column(column, no_wrap=True)
+    named = any({OURS} < {*_ours(m)} for m in result["measurements"])
     for column in ("stock ms", "fastest ms", "", "ours ms", "× stock", "× fastest", "quartiles",
-                   "of limit"):  # fmt: skip
-        rows.add_column(column, justify="left" if not column else "right", no_wrap=True)
+                   "of limit", *["× picked"] * named):  # fmt: skip
+        header, justify = column.replace(" ", "\n"), "right" if column else "left"
+        rows.add_column(header, justify=justify, no_wrap=True)
     for m in result["measurements"]:
-        layer, ours = m["layer"], m["ours"]
-        cells = [layer["name"] + (" *" if m["cut_down"] else ""), m["pass"]]
-        for name in (STOCK, m["fastest_baseline"]):
-            cells.append(_ms(m["variants"].get(name, {})))
-        cells.append(m["fastest_baseline"] or "")
-        if ours and "speedup" in m:
-            best = m["speedup_over_fastest"]
-            which = "" if ours == OURS else f" {ours}"  # of several that were asked for
-            cells += [_ms(m["variants"][ours]) + which, _colored(m["speedup"]), _colored(best)]
-            cells += [f"{best['low']:.2f}-{best['high']:.2f}"]
-            cells += [f"{m['variants'][ours]['roofline']:.0%}"]
-        else:
-            reasons = [v["reason"] for n, v in m["variants"].items()
-                       if harness.is_ours(n) and "reason" in v]  # fmt: skip
-            cells += [(reasons or ["-"])[0][:40], "", "", "", ""]
-        rows.add_row(*cells)
+        variants, fastest = m["variants"], m["fastest_baseline"]
+        name = m["layer"]["name"] + (" *" if m["cut_down"] else "")
+        head = [name, "forward" if m["pass"] == harness.FORWARD else "step"]
+        head += [_ms(variants.get(name, {})) for name in (STOCK, fastest)] + [fastest or ""]
+        for name in _ours(m):
+            which = f" {name}" if head[0] and name != OURS else ""
+            head[0] = head[0] or f"  {'picked' if name == OURS else name}"
+            if "ms" in variants[name] and "speedup" in m:
+                stock, best = (stored.over(m, base, name) for base in (STOCK, fastest))
+                cells = [_ms(variants[name]) + which, _colored(stock), _colored(best)]
+                cells += [f"{best['low']:.2f}-{best['high']:.2f}"]
+                cells += [f"{variants[name]['roofline']:.0%}"]
+                if named and name != OURS and "ms" in variants.get(OURS, {}):
+                    cells.append(_colored(stored.over(m, OURS, name)))
+            else:
+                cells = ["-" + which]
+            rows.add_row(*head, *cells)
+            head = [""] * len(head)
     return rows
+
+
+def _ours(m: Mapping[str, Any]) -> list[str]:
+    """Of a stored line the variants that are ours, first the one that it calls so."""
+    found = [name for name in m["variants"] if harness.is_ours(name) and name != harness.TUNED]
+    return sorted(found, key=lambda name: name != m["ours"])
 
 
 def _ms(variant: dict[str, Any]) -> str:
@@ -306,6 +318,16 @@ def summary(result: dict[str, Any]) -> str:
             f"{len(beside)} were timed beside other programs, which took up to "
             f"{most['others']:.1f} cores ({most['layer']['name']}, {most['pass']}): time them again"
         )
+    left = {
+        (name, m["variants"][name]["reason"]): m
+        for m in reversed(result["measurements"])
+        for name in _ours(m)
+        if "reason" in m["variants"][name]
+    }
+    lines += [
+        f"{name} is left out, as of {m['layer']['name']}, {m['pass']}: {reason}"
+        for (name, reason), m in reversed(left.items())
+    ]
     lines += filter(None, (stored.of_tuning(result), stored.of_cores(result)))
     compiling = [
         (ours["compile_s"], stock["compile_s"], m)

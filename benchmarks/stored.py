@@ -153,13 +153,15 @@ def over_ours(
     compared = [
         m for m in found["measurements"] if all("ms" in m["variants"].get(n, {}) for n in both)
     ]
-    ratios = []
-    for m in compared:
-        ours, other = (program(m["variants"], n) for n in (OURS, name))
-        if ours != other:
-            seconds = (m["variants"][n]["seconds"] for n in (ours, other))
-            ratios.append((m, _measure.ratio(*seconds).median))
-    return ratios, len(compared)
+    ratios = [(m, over(m, OURS, name)) for m in compared]
+    return [(m, r["median"]) for m, r in ratios if not r["same_program"]], len(compared)
+
+
+def over(m: Mapping[str, Any], base: str, name: str) -> dict[str, Any]:
+    """How many times faster than ``base`` a variant is, as ``speedup`` has it of ours and stock."""
+    programs = [program(m["variants"], n) for n in (base, name)]
+    ratio = _measure.ratio(*(m["variants"][n]["seconds"] for n in programs))
+    return dataclasses.asdict(ratio) | {"same_program": programs[0] == programs[1]}
 
 
 def _spread(m: Measurement, base: str) -> dict[str, Any]:

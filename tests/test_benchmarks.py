@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 from benchmarks import __main__ as command
 from benchmarks import baselines, harness, layers, on_device, ranking, report, stored, streaming
@@ -227,6 +228,31 @@ def test_equal_programs_are_timed_once():
     assert found["measurements"][0]["variants"][STOCK]["compile_s"] > 0
     found["measurements"][0]["ours"] = "xla_native"
     assert "\ncompiling took " in command.summary(found)
+
+
+def test_what_is_asked_for_by_name_stands_beside_what_is_picked():
+    def lines_of(result):
+        console = Console(width=140, record=True)
+        console.print(command.table(result))
+        return console.export_text().splitlines()
+
+    variants = {STOCK: None, "xla_native": "xla_native", harness.OURS: None, "fast": ("xla",)}
+    m = harness.measure(SMALL, FORWARD, settings=BRIEF, variants=variants)
+    picked = m.variants[harness.OURS].seconds
+    m.variants["fast"] = harness.Variant(seconds=[s / 4 for s in picked])
+    m.variants["late"] = harness.Variant(reason="late declines: computes nothing")
+    result = stored.result(harness.host(), BRIEF, {"bytes": 1e9, "float32": 1e10}, [m])
+    head, *lines = lines_of(result)[2:]
+    rows = {line.split()[0]: line.split() for line in lines if line.strip()}
+    assert head.endswith("picked ") and "xla_native" in rows[SMALL.name]
+    assert rows["fast"][-1] == "4.00" and rows["late"] == ["late", "-"]
+    assert rows["picked"][-1].endswith("%")
+    left = f"late is left out, as of {SMALL.name}, forward: late declines: computes nothing"
+    assert left in command.summary(result).splitlines()
+    (found,) = result["measurements"]
+    found["variants"] = {name: found["variants"][name] for name in (STOCK, harness.OURS)}
+    found["ours"] = harness.OURS
+    assert "picked" not in lines_of(result)[2] and "limit" in lines_of(result)[2]
 
 
 def test_costs_of_a_layer():
