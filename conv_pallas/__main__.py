@@ -91,7 +91,8 @@ def _add_inspect(commands) -> None:
         help="what a layer becomes on a chip that need not be here",
         description="Which kernel and tile, and why; operations, bytes and the bound; registers, "
         "shared memory, spills, occupancy and instructions from the machine code, or bundles, "
-        "matrix unit and VMEM from the schedule; beside what XLA makes of the stock layer. "
+        "matrix unit and VMEM from the schedule; beside what XLA makes of its formulation and "
+        "of the stock layer. "
         "Nothing runs: no figure is a measured speed. Needs the extra aot (make venv-aot).",
     )
     inspect.set_defaults(run=_inspect)

@@ -1,8 +1,9 @@
 """``python -m conv_pallas inspect``: what a layer becomes on a chip that need not be here.
 
 Which kernel, and why; what arithmetic and bytes allow; what the compiler made of it, beside what
-XLA makes of the stock layer. All of it is read from compilers' output or computed: nothing runs,
-and no figure here is a measured speed. Needs the extra ``aot``.
+XLA makes of the formulation that ``"xla"`` takes and of the stock layer. All of it is read from
+compilers' output or computed: nothing runs, and no figure here is a measured speed. Needs the extra
+``aot``.
 """
 
 import dataclasses
@@ -180,19 +181,23 @@ def inspect(
         tell(f"{layer.name}: {layer}, padding {layer.padding}, {follows}, {layer.dtype}, on {chip}")
         chain = implementation or KERNELS[platform]
         with aot.as_on(chip):  # what is the default is by the chip
-            _tell_choice(layer, platform, chain, tell)
-        for which, ours, stock, arguments in (
-            ("forward", layer.ours(chain), layer.stock(), structs(layer)[:3]),
-            ("gradients", _gradients(layer.ours(chain)), _gradients(layer.stock()), structs(layer)),
+            by_xla = _tell_choice(layer, platform, chain, tell)
+        programs = {"ours": layer.ours(chain)}
+        if not by_xla:
+            programs["xla"] = layer.ours("xla")  # which a kernel has to beat, rather than stock
+        programs["stock nnx.Conv"] = layer.stock()
+        for which, of, arguments in (
+            ("forward", lambda f: f, structs(layer)[:3]),
+            ("gradients", _gradients, structs(layer)),
         ):
             tell(f"\n{which}")
             costs = layer.costs(training=True)
             for line in _bound(costs[:1] if which == "forward" else costs[1:], most):
                 tell(f"  {line}")
-            for name, f in (("ours", ours), ("stock nnx.Conv", stock)):
+            for name, f in programs.items():
                 label = f"{which}-{name.split()[0]}"
                 try:
-                    lines = _compiled(chip, f, arguments, folder, dump, label)
+                    lines = _compiled(chip, of(f), arguments, folder, dump, label)
                 except NotImplementedError as e:  # of a kernel that has no gradients
                     if which == "forward":
                         raise
@@ -204,7 +209,8 @@ def inspect(
         tell(f"\n{len(list(dump.iterdir()))} files in {dump}")
 
 
-def _tell_choice(layer: Layer, platform: str, chain: Implementation, tell) -> None:
+def _tell_choice(layer: Layer, platform: str, chain: Implementation, tell) -> bool:
+    """Returns whether all of it is done by ``"xla"``."""
     x, kernel, bias, _ = structs(layer)
     geometry = layer.geometry | dict(activation=layer.activation)
     asked = explain(x, kernel, bias, platform=platform, implementation=chain, **geometry)
@@ -220,6 +226,7 @@ def _tell_choice(layer: Layer, platform: str, chain: Implementation, tell) -> No
                 tell(f"    {c.implementation} declines: {c.reason}")
     if asked.epilogue:
         tell(f"  {asked.epilogue}")
+    return set(asked.chosen.values()) == {"xla"}
 
 
 def _compiled(chip, f, arguments, folder: Path, dump: Path | None, label: str) -> list[str]:
@@ -303,10 +310,11 @@ def _reader():
 def _machine_code(code) -> list[str]:
     tile = " ".join(f"{k}={v}" for k, v in code.meta.items())
     mix = ", ".join(f"{count} {kind}" for kind, count in code.mix.items())
+    in_memory = f" ({code.stack + code.local} bytes of a thread)" if code.spills else ""
     return [
         f"{code.name}: {tile} ({'tuned' if code.tuned else 'not tuned'})",
         f"  {code.registers} registers, {code.shared / 1024:.4g} KiB shared, {code.threads} "
-        f"threads, {code.spills} spills, {code.blocks} blocks on a multiprocessor "
+        f"threads, {code.spilling} spills{in_memory}, {code.blocks} blocks on a multiprocessor "
         f"({code.occupancy:.0%} occupancy)",
         f"  instructions in the listing: {mix}",
     ]
@@ -333,13 +341,14 @@ def _schedules(files: Sequence[Path]) -> list[str]:
         if file.name.endswith("-original.txt"):
             kernel = re.search(r"mosaic-dump-(.*)-original", file.name)[1]
             vmem[kernel] = _vmem(file.read_text())
-    lines = []
+    lines, bundles = [], 0
     for name, file in schedule.operations(llo).items():
         try:
             s = schedule.read_file(file)
         except ValueError as e:
             lines.append(f"{name}: its bundles can't be counted: {e}")
             continue
+        bundles += s.bundles
         line = (
             f"{name}: {s.bundles} bundles, in {s.matmuls / max(1, s.bundles):.0%} of them the "
             f"matrix unit, {s.registers} vector registers wanted of 64, {s.spills} spills in loops"
@@ -348,7 +357,8 @@ def _schedules(files: Sequence[Path]) -> list[str]:
         if kernel:
             line += f", {vmem[kernel] / 1024:.0f} KiB of VMEM in windows and scratch"
         lines.append(line)
-    return [*lines, "bundles: of one core, without what it waits for; no measured speed"]
+    told = "of one core, without what it waits for; no measured speed"
+    return [*lines, f"together {bundles} bundles: {told}"]
 
 
 _BITS = {"bf16": 16, "f16": 16, "f32": 32, "i32": 32, "i16": 16, "i8": 8, "i1": 8}

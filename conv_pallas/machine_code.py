@@ -76,8 +76,14 @@ class Code:
         return sum(self.opcodes[op] for op in KINDS["tensor cores"])
 
     @property
+    def spilling(self) -> int:
+        """How many instructions of the listing load or store what a thread keeps in memory."""
+        return sum(self.opcodes[op] for op in KINDS["spills"])
+
+    @property
     def spills(self) -> int:
-        return self.stack + self.local + self.opcodes["LDL"] + self.opcodes["STL"]
+        """These and the bytes that they are about: 0 where there is none of either."""
+        return self.stack + self.local + self.spilling
 
     @property
     def blocks(self) -> int:

@@ -123,7 +123,9 @@ def test_inspect_a_gpu(tmp_path):
     assert re.search(r"BT=\d+ BO=\d+ BC=\d+ warps=\d stages=\d", told)
     assert re.search(r"\d+ registers, \S+ KiB shared, \d+ threads, 0 spills, \d+ blocks", told)
     assert re.search(r"instructions in the listing: .*\d+ tensor cores", told)
-    assert "cuDNN: size=9" in told  # stock: three taps, filled up with zeros
+    assert told.count("\n  xla: ") == told.count("\n  stock nnx.Conv: ") == 2
+    for part in told.split("\n  stock nnx.Conv: ")[1:]:
+        assert "cuDNN: size=9" in part.split("\n\n")[0]  # three taps, filled up with zeros
     kinds = collections.Counter(p.suffix for p in (tmp_path / "dump").iterdir())
     assert kinds.keys() == {".hlo", ".stablehlo", ".ttir", ".ttgir", ".ptx", ".sass"}
     assert kinds[".sass"] == 4  # the forward pass, and each operation of the step
@@ -142,7 +144,7 @@ def test_inspect_a_kernel_that_has_no_gradients(capsys, monkeypatch):
     assert "conv1d_input_grad: nothing that was asked for; without an order " in told
     assert "mine declines: computes no gradients" in told
     assert "  ours: implementation='mine' can't run conv1d_" in told
-    assert told.count("  stock nnx.Conv: ") == 2
+    assert told.count("\n  stock nnx.Conv: ") == told.count("\n  xla: ") == 2
 
 
 @pytest.mark.aot
@@ -165,6 +167,7 @@ def test_inspect_a_tpu(tmp_path):
     assert "conv1d: pallas_tpu" in told
     assert re.search(r"conv1d_time_in_lanes\S*: \d+ bundles, in \d+% of them the matrix unit", told)
     assert re.search(r"\d+ KiB of VMEM", told) and "no measured speed" in told
+    assert len(re.findall(r"together \d+ bundles: of one core", told)) == 6  # ours, xla and stock
     names = [p.name for p in (tmp_path / "dump").iterdir()]
     for part in ("dump-conv1d_time_in_lanes-original", "final_bundles", ".stablehlo", ".hlo"):
         assert any(part in name for name in names), part

@@ -307,6 +307,16 @@ def test_mutated_attributes_take_effect():
     assert ours.explain(x).epilogue is None
 
 
+@pytest.mark.parametrize("implementation", [None, "xla_native"])
+def test_a_kernel_may_be_pruned(implementation):
+    """Then the layer's own record of its shape is no longer true."""
+    stock, ours, x = _pair("padding_CAUSAL", implementation=implementation)
+    for layer in (stock, ours):
+        layer.kernel = nnx.Param(layer.kernel[...][:, :2, :5])
+        layer.bias = nnx.Param(layer.bias[...][:5])
+    _assert_close(ours(x[..., :2]), stock(x[..., :2]), x.dtype)
+
+
 @pytest.mark.parametrize(
     ("dtype", "preferred"), [(jnp.float16, jnp.bfloat16), (jnp.bfloat16, jnp.float16)]
 )

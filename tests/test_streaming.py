@@ -325,6 +325,23 @@ def test_a_state_that_was_used_up_is_told():
         step(x, model.init_state(1), nonsense=1)
 
 
+def test_a_step_that_has_its_state_elsewhere_is_told():
+    """Before anything is donated that is no state."""
+
+    class Late(nnx.Module):
+        def __init__(self):
+            self.conv = Conv(3, 3, 2, padding="CAUSAL", rngs=nnx.Rngs(0))
+
+        def step(self, x, by, state):
+            y, state = self.conv.step(x, state)
+            return y * by, state
+
+    model, x, by = Late(), numbers(1, 4, 3), jnp.ones((1, 4, 3))
+    with pytest.raises(ValueError, match=r"step must take \(x, state, ...\) .* Late's was given"):
+        compiled_step(model)(x, by, model.conv.init_state(1))
+    assert not by.is_deleted()
+
+
 def test_a_compiled_step_takes_what_the_step_takes():
     class Scaled(nnx.Module):
         """As a model of one's own, whose inputs are not all sequences."""

@@ -143,7 +143,7 @@ class Conv(nnx.Conv):
                     "conv_general_dilated of its own"
                 )
             if not left_to_flax:  # for its complaints
-                make_spec(inputs.shape, self.kernel_shape, **self._geometry())
+                make_spec(inputs.shape, self.kernel.shape, **self._geometry())
             out = {} if out_sharding is None else {"out_sharding": out_sharding}
             y = super().__call__(inputs, **out)
             return y if act is None else act(y)

@@ -179,8 +179,9 @@ def compiled_step(model: nnx.Module) -> Callable[..., tuple[jax.Array, dict[str,
 
     Returns:
       A function ``(x, state, *others, **keywords) -> (y, state)``; it raises ValueError of a state
-      that a step has used up. It compiles once for each `activation` too, where the model is a
-      `Conv` or `ConvTranspose`.
+      that a step has used up, and of a ``step`` that has its state elsewhere or returns one of
+      another structure. It compiles once for each `activation` too, where the model is a `Conv` or
+      `ConvTranspose`.
 
     Raises:
       ValueError: the model has dropout that is on, or can't stream at all.
@@ -199,7 +200,14 @@ def compiled_step(model: nnx.Module) -> Callable[..., tuple[jax.Array, dict[str,
 
     def advance(leaves, x, state, others, arrays, static):
         model = nnx.merge(graph, jax.tree.unflatten(tree, leaves))
-        return model.step(x, state, *others, **arrays, **dict(static))
+        y, after = model.step(x, state, *others, **arrays, **dict(static))
+        given, returned = map(jax.tree.structure, (state, after))
+        if given != returned:  # before what is no state is donated
+            raise ValueError(
+                f"step must take (x, state, ...) and return (y, state), states of one structure; "
+                f"{type(model).__name__}'s was given {given} and returned {returned}"
+            )
+        return y, after
 
     compiled = jax.jit(advance, donate_argnums=2, static_argnums=5)
 
