@@ -25,7 +25,6 @@ import numpy as np
 from jax import lax
 from jax._src import checkify
 from jax._src import core as jax_core
-from jax._src import dispatch as jax_dispatch
 from jax._src.lax import utils as lax_utils
 from jax.experimental import jet
 from jax.extend.core import Primitive
@@ -437,8 +436,7 @@ def _make(name, *, results, places, composed, shared, lower, asks):
       places: of these and the operands' types the results' shardings on explicit axes.
       composed: what it means.
       shared: of the number of operands, which of them all members of a batch have in common.
-      lower: the lowering rule; see `lowering.register`.
-      asks: whether XLA's partitioner may have to be told how to split it.
+      lower, asks: the lowering rule, and as in `lowering.register`.
     """
     p = Primitive(name)
     p.multiple_results = True
@@ -461,9 +459,7 @@ def _make(name, *, results, places, composed, shared, lower, asks):
     ad.primitive_transposes[p] = _transpose_of_composition(composed)
     jet.jet_rules[p] = _series_of_composition(composed)
     batching.fancy_primitive_batchers[p] = functools.partial(_batching, name, composed, shared)
-    lowering.register(p, lower)
-    if asks:
-        jax_dispatch.prim_requires_devices_during_lowering.add(p)
+    lowering.register(p, lower, asks=asks)
     checkify.error_checks[p] = functools.partial(checkify.nan_error_check, p)
     return p
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import jax
 from jax._src import config
+from jax._src import dispatch as jax_dispatch
 from jax._src import mesh as mesh_lib
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.interpreters import mlir
@@ -22,11 +23,17 @@ from conv_pallas import sharding
 from conv_pallas.spec import OTHER, PLATFORMS
 
 
-def register(p, rule: Callable) -> None:
-    """Registers ``rule(ctx, *operands, platform=..., **params)`` for each platform's name."""
+def register(p, rule: Callable, *, asks: bool) -> None:
+    """Registers ``rule(ctx, *operands, platform=..., **params)`` for each platform's name.
+
+    Args:
+      asks: whether XLA's partitioner may have to be told how to split it.
+    """
     for platform in PLATFORMS:
         name = None if platform == OTHER else platform
         mlir.register_lowering(p, functools.partial(rule, platform=platform), platform=name)
+    if asks:
+        jax_dispatch.prim_requires_devices_during_lowering.add(p)
 
 
 def split_by_types(operands) -> bool:

@@ -16,7 +16,7 @@ Batch axes stay apart up to the lowering, so that no rule reshapes a sharded axi
 structure follows jax's own cuDNN attention (jax/_src/cudnn).
 
 What comes from ``jax._src`` here and in `fused` has no public name in jax 0.12: what
-`jax.lax`'s own primitives are made with, and the tables of checkify and of the devices.
+`jax.lax`'s own primitives are made with, and the table of checkify.
 """
 
 import functools
@@ -28,7 +28,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax._src import checkify
 from jax._src import core as jax_core
-from jax._src import dispatch as jax_dispatch
 from jax._src.interpreters.batching import get_sharding_for_vmap
 from jax._src.lax import utils as lax_utils
 from jax.experimental import jet
@@ -267,7 +266,7 @@ _TRANSPOSES = {
 
 
 def _make(operation: Operation, *, asks: bool):
-    """A primitive; ``asks`` says whether XLA's partitioner may have to be told how to split it."""
+    """A primitive; ``asks`` as in `lowering.register`."""
     rule = functools.partial(functools.partial, operation=operation)
     p = lax_utils.standard_primitive(
         rule(_shape_rule),
@@ -279,9 +278,7 @@ def _make(operation: Operation, *, asks: bool):
     ad.defbilinear(p, *_TRANSPOSES[operation])
     jet.jet_rules[p] = functools.partial(jet._bilinear_taylor_rule, p)
     batching.fancy_primitive_batchers[p] = rule(_batching_rule)
-    lowering.register(p, rule(_lowering))
-    if asks:
-        jax_dispatch.prim_requires_devices_during_lowering.add(p)
+    lowering.register(p, rule(_lowering), asks=asks)
     checkify.error_checks[p] = functools.partial(checkify.nan_error_check, p)
     return p
 

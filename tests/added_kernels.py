@@ -151,6 +151,16 @@ def chosen(names: Sequence[str]) -> list[Case | Fused]:
     return [TABLE[name] for name in names or TABLE]
 
 
+def layer_of(name: str) -> str:
+    """The layer that a case of that name is about, to be read beside a failure."""
+    case = TABLE.get(name.split()[0])
+    case = case.case if isinstance(case, Fused) else case
+    if case is None:
+        return ""
+    told = {f.name: getattr(case, f.name) for f in dataclasses.fields(case) if f.name != "name"}
+    return ", ".join(f"{name}={value}" for name, value in told.items() if value is not None)
+
+
 def as_given(case: Case) -> Case | None:
     """As the library would hand it to a kernel; None where it asks none.
 
@@ -302,7 +312,8 @@ def failures(file: str, operation: str | None = None, names: Sequence[str] = (),
             tell(f"PASS {check.name} ({file})")
         except Exception:
             failed += 1
-            tell(f"FAIL {check.name} ({file})\n{traceback.format_exc()}")
+            layer = layer_of(check.name)
+            tell(f"FAIL {check.name} ({file})\nof {layer}\n{traceback.format_exc()}")
     return failed, own
 
 

@@ -196,7 +196,7 @@ def test_a_planted_triton_kernel_is_tested_by_its_file(plant):
     done = run(*of("triton_zzz", "triton_beyond", "triton_idle"), *brief)
     assert done.returncode == 1, done.stdout
     assert "PASS" not in done.stdout and "elements are off" in done.stdout
-    assert "FAIL ragged conv1d sm_90 (triton_zzz)" in done.stdout
+    assert "FAIL ragged conv1d sm_90 (triton_zzz)\nof batch=(" in done.stdout
     assert "written outside of an array: " in done.stdout
     assert " bytes behind the end of float32[" in done.stdout and "in conv_small" in done.stdout
     assert "FAIL triton_idle declines every case" in done.stdout
@@ -240,6 +240,7 @@ def test_a_planted_tpu_kernel_is_tested_by_its_file(plant):
     assert "tpu_planted: its own cases were 2 of conv1d, 0 of" in done.stdout
     done = _run("tests.added_kernels", "tpu_aaa", "dense", folder=folder)
     assert done.returncode == 1 and "elements are off" in done.stdout
+    assert "FAIL dense conv1d (tpu_aaa)\nof batch=(2,), T=13, C=3, O=4, K=3, D=1" in done.stdout
     # Found by the tests, by being there.
     found = _collected(folder, "-k", "tpu_planted and its_own or tpu_aaa and is_right and fused")
     assert "1 passed, 1 skipped" in found, found

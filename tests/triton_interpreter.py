@@ -32,7 +32,8 @@ def _tell(what: str, run: Callable[[], None], files: list[str]) -> int:
     try:
         run()
     except Exception:
-        print(f"FAIL {what} ({', '.join(files)})\n{traceback.format_exc()}", flush=True)
+        print(f"FAIL {what} ({', '.join(files)})", flush=True)
+        print(f"of {added_kernels.layer_of(what)}\n{traceback.format_exc()}", flush=True)
         return 1
     print(f"PASS {what} ({', '.join(files)})", flush=True)
     return 0
