@@ -37,7 +37,7 @@ from conv_pallas.kernels.xla_formulations import (
     numbers_of,
     some_steps,
 )
-from conv_pallas.kernels.xla_pieces import UNROLLED, in_turn
+from conv_pallas.kernels.xla_pieces import UNROLLED, in_taps, in_turn
 from conv_pallas.spec import Problem
 
 DESCRIPTIONS = {
@@ -73,8 +73,30 @@ def choose(problem: Problem) -> str:
     if problem.platform == "tpu":
         K = problem.spec.kernel_size
         few = isinstance(K, int) and K <= UNROLLED
-        return "shifts" if problem.depthwise and few else "native"
-    return xla_tuned.lookup(problem) or xla_tuned.rule(problem)
+        name = "shifts" if problem.depthwise and few else "native"
+    else:
+        name = xla_tuned.lookup(problem) or xla_tuned.rule(problem)
+    return _as_partitioned(name, problem)
+
+
+# Kernel gradients whose sums over batch and time are matmuls or reductions.
+SPLITTABLE = ("shifts", "tree", "matmuls", "im2col")
+
+
+def _as_partitioned(name: str, problem: Problem) -> str:
+    """Where XLA's partitioner splits a kernel gradient, one that is no convolution.
+
+    It multiplies what a convolution gives by the number of devices that hold the same part: of
+    groups where the batch is split along one axis of a mesh and not along another, of any where
+    time is. So with jaxlib 0.11.2 and 0.12.0.1 on CPUs, and in what libtpu 0.0.50 compiles, but for
+    groups of several channels. A matmul for each tap takes no more bundles there, by the compiler's
+    schedules for v5e.
+    """
+    if not (problem.partitioned and problem.operation == "conv1d_kernel_grad"):
+        return name
+    if name in SPLITTABLE or not isinstance(problem.spec.kernel_size, int):
+        return name
+    return "shifts" if problem.depthwise else "matmuls"
 
 
 # --- Running it ---
@@ -98,6 +120,9 @@ def run_as(name: str, problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.A
         lhs, spec = cropped(lhs, spec)
     elif problem.platform != "tpu":
         formulation = xla_gpu.in_parts(formulation, name, problem)
+    elif name in ("shifts", "matmuls") and problem.spec.kernel_size > UNROLLED:
+        # Of a kernel gradient that may not be "native".
+        formulation = in_taps(formulation, UNROLLED, sums=True)
     return formulation(lhs, rhs, spec, numbers).astype(problem.out_dtype)
 
 

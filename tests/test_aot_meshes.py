@@ -1,6 +1,7 @@
 """Several TPUs or GPUs that are not here: where our kernels run, and where XLA's own must."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -145,3 +146,30 @@ def test_a_network_on_tpus_that_share_a_batch():
     hlo = aot.compile_for("v6e", step, params, x).as_text()
     assert hlo.count("tpu_custom_call") >= 3 * 4 - 1  # nobody asks for x's gradient
     assert "all-gather" not in hlo
+
+
+@pytest.mark.parametrize(
+    "kernel, place",
+    [((3, 128, 128), P(None, "d")), ((3, 1, 128), P("d")), ((80, 1, 128), P("d"))],
+    ids=["dense-time", "depthwise-batch", "depthwise-many-taps-batch"],
+)
+def test_on_tpus_kernel_gradients_are_summed_over_what_is_split(kernel, place):
+    """And not over the devices that hold the same part, as stock's are: see the README."""
+    mesh = _mesh("v5e", AUTO)
+    operands = [
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+        for shape, spec in (((8, 256, 128), place), (kernel, P()))
+    ]
+
+    def over_all_devices(implementation):
+        f = functools.partial(
+            conv1d, feature_group_count=128 // kernel[1], implementation=implementation
+        )
+        kernel_grad = jax.grad(lambda x, w: jnp.sum(jnp.sin(f(x, w))), 1)
+        hlo = aot.compile_for("v5e", kernel_grad, *operands).as_text()
+        sums = [line for line in hlo.splitlines() if re.search(r" all-reduce(-start)?\(", line)]
+        assert sums
+        return ["{{0,1,2,3}}" in line for line in sums]
+
+    assert all(over_all_devices("xla_native"))
+    assert not any(over_all_devices(None))

@@ -1,0 +1,83 @@
+"""Where XLA's partitioner splits what it is given: on TPUs, in exports, beside explicit axes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from conv_pallas import conv1d, lowering
+from conv_pallas.kernels import xla_tuned
+from tests.support import tree_close
+
+pytestmark = pytest.mark.usefixtures("hardly_optimized")
+
+LAYERS = {
+    "dense": dict(C=6, O=6, K=3, D=2),
+    "dense_many_taps": dict(C=4, O=4, K=80),
+    "stride": dict(C=8, O=8, K=4, S=2),
+    "grouped": dict(C=8, O=12, K=3, G=4),
+    "grouped_many_taps": dict(C=4, O=4, K=70, G=2),
+    "depthwise": dict(C=8, O=8, K=3, D=2, G=8),
+    "depthwise_many_taps": dict(C=4, O=4, K=70, G=4),
+    "multiplier": dict(C=4, O=8, K=4, G=4),
+}
+BATCH, TIME = P("a"), P(None, "a")
+# A strided layer's time it may not split: see the README.
+RIGHT = [(name, p) for name in LAYERS for p in (BATCH, TIME) if (name, p) != ("stride", TIME)]
+
+
+def _layer(name: str, implementation="xla"):
+    """Value and gradients, and their operands."""
+    sizes = dict(D=1, S=1, G=1) | LAYERS[name]
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((4, 40, sizes["C"])).astype(np.float32)
+    w = rng.standard_normal((sizes["K"], sizes["C"] // sizes["G"], sizes["O"])).astype(np.float32)
+    f = functools.partial(
+        conv1d, strides=sizes["S"], kernel_dilation=sizes["D"], feature_group_count=sizes["G"],
+        implementation=implementation,
+    )  # fmt: skip
+    return jax.value_and_grad(lambda x, w: jnp.sum(jnp.sin(f(x, w))), (0, 1)), x, w
+
+
+def _placed(x, w, place: P):
+    """On a mesh that has an axis along which nothing is split."""
+    mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    return [jax.device_put(a, NamedSharding(mesh, p)) for a, p in ((x, place), (w, P()))]
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize("rule", ["measured", "native"])
+@pytest.mark.parametrize("name, place", RIGHT, ids=str)
+def test_gradients_are_right_where_it_asks_nobody(name, rule, place, monkeypatch):
+    """Also where the rules would take JAX's own transposes, as they do for TPUs."""
+    f, x, w = _layer(name)
+    want = jax.jit(f)(x, w)
+    monkeypatch.setattr(lowering, "_partitioner_asks", lambda ctx, platform: False)
+    if rule == "native":
+        monkeypatch.setattr(xla_tuned, "rule", lambda problem: "native")
+    got = jax.jit(lambda *a: f(*a))(*_placed(x, w, place))  # compiled anew
+    tree_close(jax.device_get(got), want, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["dense", "grouped", "depthwise_many_taps"])
+def test_gradients_of_an_export_are_right(name):
+    f, x, w = _layer(name)
+    operands = _placed(x, w, TIME if name == "dense" else BATCH)
+    exported = export.export(jax.jit(f))(*operands)
+    tree_close(jax.device_get(exported.call(*operands)), jax.jit(f)(x, w), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name, place", [("dense", TIME), ("grouped", BATCH), ("depthwise", BATCH), ("depthwise", TIME)]
+)
+def test_those_of_stock_are_multiplied(name, place):
+    """As the README says: where this falls, a sentence there does too, and a rule of ours."""
+    f, x, w = _layer(name, "xla_native")
+    value, (dx, dw) = jax.jit(f)(x, w)
+    got = jax.jit(lambda *a: f(*a))(*_placed(x, w, place))
+    tree_close(jax.device_get(got), (value, (dx, 2 * dw)), rtol=1e-4)
