@@ -246,6 +246,13 @@ def test_a_planted_tpu_kernel_is_tested_by_its_file(plant):
     assert "1 passed, 1 skipped" in found, found
 
 
+def test_a_case_that_is_fused_is_a_kernels_own_too():
+    own = added_kernels.Own("tpu_planted")
+    assert not own and str(own) == "FAIL tpu_planted declines every case"
+    own.count(added_kernels.Check("fused_dense_silu", added_kernels.FUSED, None, print))
+    assert own and str(own).endswith("0 of conv1d_kernel_grad, 1 of fused")
+
+
 # --- What is around a convolution, and its gradients ---
 
 
