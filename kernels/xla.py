@@ -89,8 +89,9 @@ def _as_partitioned(name: str, problem: Problem) -> str:
     It multiplies what a convolution gives by the number of devices that hold the same part: of
     groups where the batch is split along one axis of a mesh and not along another, of any where
     time is. So with jaxlib 0.11.2 and 0.12.0.1 on CPUs, and in what libtpu 0.0.50 compiles, but for
-    groups of several channels. A matmul for each tap takes no more bundles there, by the compiler's
-    schedules for v5e.
+    groups of several channels. A matmul for each tap costs: of four dense layers on v5e, of 64 to
+    512 channels, 0.3 to 0.9 of the bundles by the compiler's schedules, but 1.4 to 3.3 times the
+    bytes by XLA's count.
     """
     if not (problem.partitioned and problem.operation == "conv1d_kernel_grad"):
         return name
