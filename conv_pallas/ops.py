@@ -229,8 +229,8 @@ def conv_general_dilated(
     """`jax.lax.conv_general_dilated`, with ours in its place where there is one dimension.
 
     Takes the same arguments, means the same, raises the same types. Two and more spatial
-    dimensions, batch groups, booleans and complex numbers go to `jax.lax`. Layouts other
-    than ``("NWC", "WIO", "NWC")`` are transposed in memory before and after.
+    dimensions, batch groups, booleans, complex numbers and float8_e8m0fnu go to `jax.lax`. Layouts
+    other than ``("NWC", "WIO", "NWC")`` are transposed in memory before and after.
 
     Use it with layers that take the convolution as an argument, flax's
     ``linen.Conv(conv_general_dilated=...)`` among them; `conv_pallas.nn.Conv` does more,

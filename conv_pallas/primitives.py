@@ -345,5 +345,11 @@ def convs_saveable(prim: Any, *_: Any, **__: Any) -> bool:
     `jax.checkpoint_policies.dots_saveable` and the like know `jax.lax`'s own primitives, not
     these. To keep what both are for, give `jax.checkpoint_policies.save_from_both_policies`
     the two of them.
+
+    Args:
+      prim: the primitive that JAX asks about; what else it tells of it counts for nothing.
+
+    Returns:
+      Whether its results are kept.
     """
     return prim.name in ("conv1d", "conv1d_fused", "conv_general_dilated")
