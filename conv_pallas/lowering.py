@@ -17,7 +17,7 @@ from jax._src import dispatch as jax_dispatch
 from jax._src import mesh as mesh_lib
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.interpreters import mlir
-from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from conv_pallas import sharding
 from conv_pallas.spec import OTHER, PLATFORMS
@@ -68,8 +68,12 @@ def lower(ctx, *operands, platform: str, local: Callable, split: Callable, **par
         return lower_function(ctx, call, operands)
     if _partitioner_asks(ctx, platform):
         call = _by_xla(here(), split(ctx.avals_in, **params), params)
+    elif _is_partitioned(ctx):
+        labels = split(ctx.avals_in, **params)
+        call = functools.partial(here(partitioned=True), **params)
+        call = sharding.with_time_whole(call, _mesh(ctx), labels, params["spec"])
     else:
-        call = functools.partial(here(_is_partitioned(ctx)), **params)
+        call = functools.partial(here(), **params)
     return _lower_locally(ctx, call, operands)
 
 
@@ -134,6 +138,15 @@ def _is_partitioned(ctx) -> bool:
     return isinstance(context, mlir.ShardingContext) and context.num_devices > 1
 
 
+def _mesh(ctx) -> AbstractMesh:
+    """The one that XLA's partitioner splits over, or one without axes where nothing tells of it."""
+    context = ctx.module_context.axis_context
+    if isinstance(context, mlir.SPMDAxisContext):
+        manual = dict.fromkeys(context.manual_axes, AxisType.Manual)
+        return context.mesh.abstract_mesh.update_axis_types(manual)
+    return context.abstract_mesh or mesh_lib.thread_resources.env.physical_mesh.abstract_mesh
+
+
 def _by_types(local: Callable, split: sharding.Split, avals_in, avals_out, params) -> Callable:
     """A function of arrays on explicit axes."""
     mesh = avals_out[0].sharding.mesh
@@ -144,7 +157,7 @@ def _by_types(local: Callable, split: sharding.Split, avals_in, avals_out, param
     ins, outs = split.specs(placed)
     share = split.share(local, mesh, placed, **params)
     wanted = [a.sharding.spec for a in avals_out]
-    return sharding.shard_by_types(share, mesh, ins, outs, wanted, split.operands, params["spec"])
+    return sharding.shard_by_types(share, mesh, ins, outs, wanted, split, params["spec"])
 
 
 def _by_xla(local: Callable, split: sharding.Split, params) -> Callable:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from jax._src.sharding_impls import parse_flatten_op_sharding
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from conv_pallas import halo
@@ -187,7 +187,7 @@ class Split:
         raise NotImplementedError
 
 
-def shard_by_types(share: Callable, mesh, operands, results, wanted, labels, spec) -> Callable:
+def shard_by_types(share: Callable, mesh, operands, results, wanted, split, spec) -> Callable:
     """``share``, which computes one device's part, as a function of arrays on explicit axes.
 
     Args:
@@ -195,14 +195,12 @@ def shard_by_types(share: Callable, mesh, operands, results, wanted, labels, spe
       operands: for each, the `PartitionSpec` that ``share`` needs.
       results: the one that it leaves each of its list of results in.
       wanted: the one that each result's type says.
-      labels: of each operand's dimensions.
+      split: what the dimensions of operands and results are.
       spec: the geometry.
     """
 
     def here(*shares):
-        if mesh.auto_axes and (spec.stride, spec.input_dilation) != (1, 1):
-            shares = map(_gather_time, shares, labels)
-        return share(*shares)
+        return with_time_whole(share, jax.sharding.get_abstract_mesh(), split, spec)(*shares)
 
     def call(*arrays):
         # The types have a mesh also where the caller is in no context of one.
@@ -219,18 +217,34 @@ def shard_by_types(share: Callable, mesh, operands, results, wanted, labels, spe
     return call
 
 
-def _gather_time(a: jax.Array, labels: tuple[str, ...]) -> jax.Array:
-    """``a``, whose time no automatic axis splits where there are explicit ones beside it.
+def with_time_whole(f: Callable, mesh: AbstractMesh, split: Split, spec: ConvSpec) -> Callable:
+    """``f``, where it might come out wrong with no automatic axis splitting time.
 
-    There XLA's partitioner is left with the convolution itself, and ends the process over some
-    with a stride or an input dilation: "get_first_valid_element_offset_on_dilated_shard" (jax
-    0.12.0.1).
+    So of what it reads and what it computes. XLA's partitioner, left with a convolution itself,
+    sums over all devices where it should over those along one of several axes, if that splits time;
+    and with a stride or an input dilation it gets some wrong along one axis, too, and ends the
+    process over others (Check failed in spmd_partitioner.cc; jaxlib 0.11.2 and 0.12.0.1). All else
+    it splits as it likes.
     """
-    if "time" not in map(_same, labels):
-        return a
-    free = P.UNCONSTRAINED
-    spec = P(*(None if _same(label) == "time" else free for label in labels))
-    return jax.lax.with_sharding_constraint(a, spec)
+    axes = [name for name in mesh.auto_axes if mesh.shape[name] > 1]
+    right = 1 if (spec.stride, spec.input_dilation) == (1, 1) else 0
+    if len(axes) <= right:
+        return f
+
+    def whole(a, labels):
+        labels = [_same(label) for label in labels]
+        if "time" not in labels:
+            return a
+        place = P(*(None if label == "time" else P.UNCONSTRAINED for label in labels))
+        return jax.lax.with_sharding_constraint(a, NamedSharding(mesh, place))
+
+    def each(arrays, labels):
+        return [whole(a, of) for a, of in zip(arrays, labels, strict=True)]
+
+    def call(*operands):
+        return each(f(*each(operands, split.operands)), split.results)
+
+    return call
 
 
 def summed(mesh, placed: Placement, labels: Sequence[str]) -> tuple[str, ...]:

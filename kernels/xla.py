@@ -79,23 +79,22 @@ def choose(problem: Problem) -> str:
     return _as_partitioned(name, problem)
 
 
-# Kernel gradients whose sums over batch and time are matmuls or reductions.
+# Formulations without a convolution in them, of which XLA's partitioner gets all right.
 SPLITTABLE = ("shifts", "tree", "matmuls", "im2col")
 
 
 def _as_partitioned(name: str, problem: Problem) -> str:
-    """Where XLA's partitioner splits a kernel gradient, one that is no convolution.
+    """Where XLA's partitioner would get a convolution of groups wrong, a formulation of another.
 
-    It multiplies what a convolution gives by the number of devices that hold the same part: of
-    groups where the batch is split along one axis of a mesh and not along another, of any where
-    time is. So with jaxlib 0.11.2 and 0.12.0.1 on CPUs, and in what libtpu 0.0.50 compiles, but for
-    groups of several channels. A matmul for each tap costs: of four dense layers on v5e, of 64 to
-    512 channels, 0.3 to 0.9 of the bundles by the compiler's schedules, but 1.4 to 3.3 times the
-    bytes by XLA's count.
+    Of their kernel gradients, where the batch is split along one axis of a mesh and not along
+    another, it multiplies each sum by the number of devices along that (by values with jaxlib
+    0.11.2 and 0.12.0.1 on CPUs; of depthwise layers in what libtpu 0.0.50 compiles, too). And where
+    it splits channels into more parts than there are groups, it ends the process over some, and
+    gets all of one tap wrong (jaxlib 0.12.0.1 on CPUs).
     """
-    if not (problem.partitioned and problem.operation == "conv1d_kernel_grad"):
-        return name
-    if name in SPLITTABLE or not isinstance(problem.spec.kernel_size, int):
+    K, groups = problem.spec.kernel_size, problem.spec.groups
+    wrong = groups > 1 and (problem.operation == "conv1d_kernel_grad" or K == 1)
+    if not (problem.partitioned and wrong) or name in SPLITTABLE or not isinstance(K, int):
         return name
     return "shifts" if problem.depthwise else "matmuls"
 

@@ -148,28 +148,44 @@ def test_a_network_on_tpus_that_share_a_batch():
     assert "all-gather" not in hlo
 
 
-@pytest.mark.parametrize(
-    "kernel, place",
-    [((3, 128, 128), P(None, "d")), ((3, 1, 128), P("d")), ((80, 1, 128), P("d"))],
-    ids=["dense-time", "depthwise-batch", "depthwise-many-taps-batch"],
-)
-def test_on_tpus_kernel_gradients_are_summed_over_what_is_split(kernel, place):
-    """And not over the devices that hold the same part, as stock's are: see the README."""
-    mesh = _mesh("v5e", AUTO)
+def _kernel_grad(kernel, place, implementation=None, mesh=None) -> str:
+    """What libtpu compiles the kernel gradient of a layer to whose x is placed so."""
+    mesh = mesh or _mesh("v5e", AUTO)
     operands = [
         jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
         for shape, spec in (((8, 256, 128), place), (kernel, P()))
     ]
+    f = functools.partial(
+        conv1d, feature_group_count=128 // kernel[1], implementation=implementation
+    )
+    grad = jax.grad(lambda x, w: jnp.sum(jnp.sin(f(x, w))), 1)
+    return aot.compile_for("v5e", grad, *operands).as_text()
 
-    def over_all_devices(implementation):
-        f = functools.partial(
-            conv1d, feature_group_count=128 // kernel[1], implementation=implementation
-        )
-        kernel_grad = jax.grad(lambda x, w: jnp.sum(jnp.sin(f(x, w))), 1)
-        hlo = aot.compile_for("v5e", kernel_grad, *operands).as_text()
-        sums = [line for line in hlo.splitlines() if re.search(r" all-reduce(-start)?\(", line)]
-        assert sums
-        return ["{{0,1,2,3}}" in line for line in sums]
 
-    assert all(over_all_devices("xla_native"))
-    assert not any(over_all_devices(None))
+def _over_all_devices(hlo: str) -> set[bool]:
+    """Whether its sums are over all four, for each that it has."""
+    sums = [line for line in hlo.splitlines() if re.search(r" all-reduce(-start)?\(", line)]
+    return {"{{0,1,2,3}}" in line for line in sums}
+
+
+DENSE, SPLIT_TIME = (3, 128, 128), P(None, "d")
+
+
+@pytest.mark.parametrize("taps", [3, 80])
+def test_on_tpus_kernel_gradients_are_summed_over_what_is_split(taps):
+    """And not over the devices that hold the same part, as stock's are: see the README."""
+    layer = (taps, 1, 128), P("d")
+    assert _over_all_devices(_kernel_grad(*layer, "xla_native")) == {True}
+    assert _over_all_devices(_kernel_grad(*layer)) == {False}
+
+
+def test_on_tpus_time_is_gathered_where_its_sums_would_be_wrong():
+    stock, ours = (_kernel_grad(DENSE, SPLIT_TIME, name) for name in ("xla_native", None))
+    assert _over_all_devices(stock) == {True} and "all-gather" not in stock
+    assert True not in _over_all_devices(ours) and "all-gather" in ours
+
+
+def test_on_tpus_time_is_not_gathered_along_the_only_axis():
+    mesh = Mesh(np.array(aot.devices("v5e", 4)).reshape(4, 1), ("d", "m"), axis_types=AUTO)
+    ours = _kernel_grad(DENSE, SPLIT_TIME, mesh=mesh)
+    assert "all-gather" not in ours and "collective-permute" in ours

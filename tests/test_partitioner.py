@@ -24,11 +24,17 @@ LAYERS = {
     "grouped_many_taps": dict(C=4, O=4, K=70, G=2),
     "depthwise": dict(C=8, O=8, K=3, D=2, G=8),
     "depthwise_many_taps": dict(C=4, O=4, K=70, G=4),
+    "grouped_one_tap": dict(C=8, O=16, K=1, G=4),
     "multiplier": dict(C=4, O=8, K=4, G=4),
 }
-BATCH, TIME = P("a"), P(None, "a")
-# A strided layer's time it may not split: see the README.
-RIGHT = [(name, p) for name in LAYERS for p in (BATCH, TIME) if (name, p) != ("stride", TIME)]
+BATCH, TIME, CHANNELS = P("a"), P(None, "a"), P(None, None, "a")
+# Of x and of w.
+PLACES = {
+    "batch": (BATCH, P()),
+    "time": (TIME, P()),
+    "channels": (CHANNELS, P()),
+    "time_and_outputs": (TIME, P(None, None, "b")),
+}
 
 
 def _layer(name: str, implementation="xla"):
@@ -44,15 +50,17 @@ def _layer(name: str, implementation="xla"):
     return jax.value_and_grad(lambda x, w: jnp.sum(jnp.sin(f(x, w))), (0, 1)), x, w
 
 
-def _placed(x, w, place: P):
-    """On a mesh that has an axis along which nothing is split."""
+def _placed(x, w, place: str):
+    """On a mesh of two axes, most often with one along which nothing is split."""
     mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
-    return [jax.device_put(a, NamedSharding(mesh, p)) for a, p in ((x, place), (w, P()))]
+    pairs = zip((x, w), PLACES[place], strict=True)
+    return [jax.device_put(a, NamedSharding(mesh, p)) for a, p in pairs]
 
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("rule", ["measured", "native"])
-@pytest.mark.parametrize("name, place", RIGHT, ids=str)
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", LAYERS)
 def test_gradients_are_right_where_it_asks_nobody(name, rule, place, monkeypatch):
     """Also where the rules would take JAX's own transposes, as they do for TPUs."""
     f, x, w = _layer(name)
@@ -64,20 +72,48 @@ def test_gradients_are_right_where_it_asks_nobody(name, rule, place, monkeypatch
     tree_close(jax.device_get(got), want, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["dense", "grouped", "depthwise_many_taps"])
+@pytest.mark.parametrize("name", ["dense", "stride", "grouped", "depthwise_many_taps"])
 def test_gradients_of_an_export_are_right(name):
     f, x, w = _layer(name)
-    operands = _placed(x, w, TIME if name == "dense" else BATCH)
+    operands = _placed(x, w, "time" if name in ("dense", "stride") else "batch")
     exported = export.export(jax.jit(f))(*operands)
     tree_close(jax.device_get(exported.call(*operands)), jax.jit(f)(x, w), rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["dense", "stride"])
+def test_gradients_in_a_shard_map_over_another_axis_are_right(name):
+    """Where the axis that splits time is left to the partitioner, which may ask nobody there."""
+    f, x, w = _layer(name)
+    mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    place = NamedSharding(mesh, TIME)
+
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(P("b"), P()), out_specs=(P(), (P("b"), P())),
+        axis_names={"b"},
+    )  # fmt: skip
+    def step(x, w):
+        value, (dx, dw) = f(x, jax.lax.pcast(w, "b", to="varying"))
+        return jax.lax.psum(value, "b"), (dx, jax.lax.psum(dw, "b"))
+
+    got = jax.jit(step)(jax.device_put(x, place), w)
+    tree_close(jax.device_get(got), jax.jit(f)(x, w), rtol=1e-4)
+
+
 @pytest.mark.parametrize(
-    "name, place", [("dense", TIME), ("grouped", BATCH), ("depthwise", BATCH), ("depthwise", TIME)]
+    "name, place",
+    [("dense", "time"), ("grouped", "batch"), ("depthwise", "batch"), ("depthwise", "time")],
 )
-def test_those_of_stock_are_multiplied(name, place):
+def test_kernel_gradients_of_stock_are_multiplied(name, place):
     """As the README says: where this falls, a sentence there does too, and a rule of ours."""
     f, x, w = _layer(name, "xla_native")
     value, (dx, dw) = jax.jit(f)(x, w)
     got = jax.jit(lambda *a: f(*a))(*_placed(x, w, place))
     tree_close(jax.device_get(got), (value, (dx, 2 * dw)), rtol=1e-4)
+
+
+def test_what_stock_computes_is_multiplied():
+    """Where one axis splits time and the other the kernel, as the README says."""
+    _, x, w = _layer("dense")
+    f = functools.partial(conv1d, implementation="xla_native")
+    got = jax.jit(lambda *a: f(*a))(*_placed(x, w, "time_and_outputs"))
+    tree_close(jax.device_get(got), 2 * jax.jit(f)(x, w), rtol=1e-4)
