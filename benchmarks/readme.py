@@ -62,25 +62,31 @@ def means(result: dict[str, Any], folder: Path) -> str:
         [
             "How many times as fast as stock `nnx.Conv`, forward and in a training step, by the "
             "geometric mean over single layers that somebody published (layer by layer, those that "
-            "gain nothing or lose a little among them, under [Measure](#measure)):",
+            "are as fast or slower among them, under [Measure](#measure)):",
             "",
-            f"- on a CPU ({stored.processor(result['host'])}): {_by_kind(result['measurements'])};",
+            f"- on a CPU ({stored.processor(result['host'])}): {_by_kind(result['measurements'])}; "
+            "and over the fastest of what a user could do by hand "
+            f"{_by_kind(result['measurements'], 'speedup_over_fastest')};",
             f"- on an {device}: {' and '.join(over_stock)}; and {' and '.join(over_fastest)} times "
             "as fast as the fastest of what a user could do by hand.",
         ]
     )
 
 
-def _by_kind(measurements: list[dict]) -> str:
-    """Of each kind of published layer the geometric means over stock, of both passes."""
+def _by_kind(measurements: list[dict], over: str = "speedup") -> str:
+    """Of each kind of published layer the geometric means over stock, say, of both passes."""
     kinds = {"dense": {}, "depthwise": {}, "transposed": {}}
     for m in measurements:
         layer = m["layer"]
-        if layer["name"] in _PUBLISHED:
+        if layer["name"] in _PUBLISHED and over in m:
             kind = "transposed" if "transposed" in layer["kind"] else layer["kind"].split(",")[0]
-            kinds[kind].setdefault(m["pass"], []).append(_of_programs(m["speedup"]))
+            kinds[kind].setdefault(m["pass"], []).append(_of_programs(m[over]))
     told = ((kind, " and ".join(_mean(of[p]) for p in PASSES)) for kind, of in kinds.items())
     return ", ".join(f"{kind} {means}" for kind, means in told)
+
+
+def _commit(host: dict[str, Any]) -> str:
+    return f"commit {host['commit'][:7]} of {host['date'][:10]}"
 
 
 def _of_programs(speedup: dict[str, Any]) -> float:
@@ -105,7 +111,7 @@ def other_processor(which: str, source: Path, result: dict[str, Any]) -> str:
     host, left = result["host"], len(everything) - len(found)
     source = source.relative_to(ROOT)
     text = (
-        f"On {which} ({stored.processor(host)}, JAX {host['jax']}; untuned; "
+        f"On {which} ({stored.processor(host)}, JAX {host['jax']}; untuned; {_commit(host)}; "
         f"[{source}]({source})), by the geometric mean over published layers, forward and in a "
         f"training step over stock: {_by_kind(found)}. Of {len(found)} passes {len(slower)} are "
         f"slower than {SLOWER:g} times the fastest baseline's speed, the slowest {least} "
@@ -210,7 +216,8 @@ def figures(result: dict[str, Any]) -> str:
             "padding behind a barrier, symmetric padding and a slice, shifted matmuls; of a whole "
             'network stock alone). The smallest and the largest of a model\'s layers; "same" where '
             "both compile to the same program; below 1 ours is slower. From "
-            f"[{source}]({source}), which [{page.name}]({page}) draws, measured by `{COMMAND}`.",
+            f"[{source}]({source}), which [{page.name}]({page}) draws, measured by `{COMMAND}` "
+            f"at {_commit(host)}: what the rules choose, which is not tuned.",
             "",
             "| model | kind | forward, over stock | over fastest "
             "| step, over stock | over fastest |",
@@ -250,8 +257,8 @@ def pages_figures(found: dict[str, Any]) -> str:
         f"above are {huge[OURS]} times as fast with it, and with "
         f"stock layers {huge[STOCK]} times; without it ours are "
         f"{between([stock / ours for stock, ours in as_it_is])} times as fast "
-        "as stock's. Measured by `python -m benchmarks.pages` on that machine "
-        f"([{source}]({source}))."
+        "as stock's. Measured by `python -m benchmarks.pages`, in other processes than the table's "
+        f"([{source}]({source}), of {_commit(found['host'])})."
     )
 
 
@@ -268,9 +275,10 @@ def gpu_figures(folder: Path) -> str:
     return "\n".join(
         [
             f"On an {device}, of the layers that the kernels were made for (`dense-512`: N=8, "
-            "T=4096, C=O=512, K=3; `dense-64`: T=65536, C=O=64; `depthwise`: N=1, T=16384, C=12288,"
-            " K=4 and SiLU; all of them in bfloat16). A copy is one of x, by the driver, in turns "
-            f"with ours. From [{source}]({source}), which says what was measured when; with "
+            "T=4096, C=O=512, K=3; `dense-64`: N=8, T=65536, C=O=64, K=3; `depthwise`: N=1, "
+            "T=16384, C=12288, K=4 and SiLU; all of them in bfloat16). A copy is one of x, by the "
+            f"driver, in turns with ours. From [{source}]({source}), which says what was measured "
+            "when; with "
             f"{_versions(folder)}.",
             "",
             "| the slowest, of all operations and dilations | goal | reached |",
@@ -452,8 +460,9 @@ def _cell(speedups: list[dict]) -> str:
 
 def _digits(ratio: float) -> str:
     """Two significant digits: more would be noise."""
-    places = 1 - math.floor(math.log10(ratio))
-    return f"{round(ratio, places):.{max(0, places)}f}"
+    rounded = round(ratio, 1 - math.floor(math.log10(ratio)))
+    places = 1 - math.floor(math.log10(rounded))  # of 9.96, which is 10, none
+    return f"{rounded:.{max(0, places)}f}"
 
 
 def with_figures(readme: str, table: str, marks: tuple[str, str] = MARKS) -> str:

@@ -138,7 +138,10 @@ def compile_for(chip: str, f: Callable, *structs: Any) -> jax.stages.Compiled:
 
 
 def lower_for(chip: str, f: Callable, *structs: Any) -> jax.stages.Lowered:
-    """The first half of `compile_for`: StableHLO, with custom calls still to be compiled."""
+    """The first half of `compile_for`: StableHLO, with custom calls still to be compiled.
+
+    Arguments and errors are those of `compile_for`.
+    """
     (device,) = devices(chip, 1)
     alone = SingleDeviceSharding(device)
 

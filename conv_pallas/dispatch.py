@@ -62,12 +62,13 @@ def canonicalize(implementation: Implementation) -> tuple[str, ...] | None:
     Raises:
       ValueError: a name is unknown, or there is none.
     """
-    source = "implementation"
+    source, absent, several = "implementation", "None", "a sequence of those"
     if implementation is None:
         implementation = os.environ.get(ENVIRONMENT_VARIABLE) or None
         if implementation is None:
             return None
         source = f"the environment variable {ENVIRONMENT_VARIABLE}"
+        absent, several = "unset", "several of those with commas"
         wanted = tuple(name.strip() for name in implementation.split(","))
     elif isinstance(implementation, str):
         wanted = (implementation,)
@@ -77,7 +78,7 @@ def canonicalize(implementation: Implementation) -> tuple[str, ...] | None:
         wanted = (implementation,)
     if not wanted or not all(isinstance(n, str) and n in names() for n in wanted):
         raise ValueError(
-            f"{source} must be None, one of {', '.join(names())}, or a sequence of those, "
+            f"{source} must be {absent}, one of {', '.join(names())}, or {several}, "
             f"got {implementation!r}"
         )
     return wanted

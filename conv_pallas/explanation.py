@@ -148,6 +148,10 @@ def explain(
         of any name: geometry, precision and implementation are its own. To ask about time that is
         split inside of `jax.shard_map` takes a function.
 
+    Returns:
+      An `Explanation` of arrays and of a single layer, a `ModelExplanation` of a model or function;
+      printed, either is a report.
+
     Raises:
       ValueError, TypeError, NotImplementedError: as `conv1d`, or what is called, with these
         arguments; TypeError also of geometry, precision or implementation beside a model.

@@ -46,6 +46,9 @@ def parse_layer(words: Sequence[str]) -> Layer:
     Of a shape N is 1, O is C, D, S, E (the input's dilation) and G are 1 where they are not given;
     ``padding``, a word or a number, ``activation`` and ``dtype`` may follow.
 
+    Args:
+      words: of a command line, ``["wavenet/D512"]`` or ``["N=8", "T=4096", ...]``.
+
     Raises:
       ValueError: there is no such layer, or the shape is none.
     """
@@ -84,7 +87,7 @@ def parse_layer(words: Sequence[str]) -> Layer:
 
 
 def structs(layer: Layer) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """x, kernel, bias and g without values."""
+    """x, kernel, bias and g of a layer, without values."""
     shapes = (layer.x_shape, layer.kernel_shape, (layer.O,), layer.y_shape)
     return tuple(aot.struct(shape, layer.dtype) for shape in shapes)
 
@@ -112,7 +115,7 @@ class Limits:
 
 
 def limits(chip: str, dtype: str) -> Limits:
-    """The chip's ceilings."""
+    """The ceilings of one of `aot.CHIPS`, for operands of a dtype, by its name."""
     if chip in aot.GPUS:
         bytes_, operations = _GPU_LIMITS[chip]
         return Limits(bytes_, operations[dtype], "data sheet")
@@ -126,10 +129,11 @@ def _bound(costs: Sequence[tuple[int, int]], most: Limits) -> list[str]:
     operations, bytes_ = (sum(cost[i] for cost in costs) for i in (0, 1))
     times = operations / most.operations, bytes_ / most.bytes_
     which = "memory-bound" if times[1] > times[0] else "compute-bound"
+    apart = f"in {len(costs)} passes " if len(costs) > 1 else ""  # which read the same g, say
     return [
         f"{_short(operations).rstrip()} operations, {_short(bytes_)}B, {operations / bytes_:.3g} "
         f"operations a byte (the chip turns at {most.operations / most.bytes_:.3g}): {which}",
-        f"not below {1e6 * max(times):.4g} µs: {1e6 * times[0]:.4g} at "
+        f"{apart}not below {1e6 * max(times):.4g} µs: {1e6 * times[0]:.4g} at "
         f"{most.operations / 1e12:.4g} TFLOP/s, {1e6 * times[1]:.4g} at "
         f"{most.bytes_ / 1e12:.3g} TB/s ({most.source})",
     ]

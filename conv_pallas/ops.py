@@ -94,9 +94,9 @@ def conv1d(
       float16, or the other way round, gives float32, as in `flax.nnx.Conv`.
 
     Raises:
-      ValueError: a shape, stride, group count, padding, activation, implementation or
-        axis_name is not as above.
-      TypeError: a dilation is not positive, a number is none, or
+      ValueError: a shape, stride, group count, padding, activation, mask, segment_ids,
+        precision, implementation or axis_name is not as above.
+      TypeError: a dilation is not positive, a number is none, x or kernel is None, or
         `preferred_element_type` does not fit.
       NotImplementedError: `implementation` was ordered and can't do this; says why.
     """
@@ -243,8 +243,8 @@ def conv_general_dilated(
       As `jax.lax.conv_general_dilated`.
 
     Raises:
-      ValueError, TypeError: as `jax.lax.conv_general_dilated`; `implementation` as in
-        `conv1d`.
+      ValueError, TypeError: as `jax.lax.conv_general_dilated`.
+      ValueError, NotImplementedError: of `implementation`, as in `conv1d`.
     """
     chain = dispatch.canonicalize(implementation)
     lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)

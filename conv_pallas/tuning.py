@@ -38,7 +38,7 @@ def tune(
     x: Any,
     kernel: Any,
     *,
-    file: Path | None = None,
+    file: str | Path | None = None,
     seconds: float = math.inf,
     report: Callable[[str], None] = print,
     quick: bool = False,
@@ -77,10 +77,12 @@ def tune(
         first is told once all others are measured, or at once where it takes the device along.
       ModuleNotFoundError: triton or jax-triton is not installed, on a GPU.
       NotImplementedError: the Triton kernels can't run this layer; says why.
-      TypeError: there is geometry, precision or implementation beside a model.
+      TypeError: there is geometry, precision or implementation beside a model, or implementation
+        beside arrays.
       ValueError: the file holds something else; or there are several processes on a CPU.
       OSError: the file can't be written.
     """
+    file = None if file is None else Path(file)
     platform = explanation.default_platform()
     if platform == "cpu":
         if processes != 1:
@@ -98,6 +100,8 @@ def tune(
 def _convolutions(x, kernel, arguments, report, platform: str) -> list[Convolution]:
     """Those that are to be tuned, each once."""
     implementation = {"cpu": "xla", "cuda": "triton"}[platform]
+    if "implementation" in arguments and not callable(x):
+        raise TypeError("implementation is not for tune, which finds out what is fastest")
     if callable(x):
         tracing.refuse(arguments)
         found, left = tracing.convolutions(x, kernel, **arguments)

@@ -159,7 +159,7 @@ def _like_those_ahead(problem: Problem) -> bool:
       4.8 times. So are taken up to 1024 channels, of which 600 were measured, of 16 samples of 80
       steps alone: 0.9;
     - dense, of 10 to 30 channels, 4 to 8 taps and 16384 steps and more: forward pass and input
-      gradient, 1.9 to 4.3 times. So are taken 2 taps and 3; the kernel gradient is not always.
+      gradient, 1.9 to 4.4 times. So are taken 2 taps and 3; the kernel gradient is not always.
     """
     spec, dtypes = problem.spec, {problem.lhs_dtype, problem.rhs_dtype, problem.out_dtype}
     if not _spoken_for() or not problem.known or len(dtypes) > 1:

@@ -339,7 +339,7 @@ def test_environment_variable(monkeypatch):
             call()
         _assert_message(
             error.value,
-            ["environment variable CONV_PALLAS_IMPLEMENTATION must be", NAMES, "got 'cudnn'"],
+            ["variable CONV_PALLAS_IMPLEMENTATION must be unset", NAMES, "commas, got 'cudnn'"],
         )
     monkeypatch.setenv("CONV_PALLAS_IMPLEMENTATION", "triton")
     with pytest.raises(NotImplementedError, match="'triton'"):

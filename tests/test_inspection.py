@@ -89,6 +89,8 @@ def test_bound():
     memory, times = inspection._bound([(1_000_000, 100_000)], most)
     assert "10 operations a byte (the chip turns at 100): memory-bound" in memory
     assert "not below 0.1 µs: 0.01 at 100 TFLOP/s, 0.1 at 1 TB/s (a sheet)" in times
+    twice = inspection._bound([(1_000_000, 100_000)] * 2, most)[1]
+    assert twice.startswith("in 2 passes not below 0.2 µs")
     assert "compute-bound" in inspection._bound([(1_000_000_000, 100_000)], most)[0]
 
 

@@ -50,7 +50,7 @@ def test_its_programs_run(capsys, monkeypatch, tuned):
 
 @pytest.mark.parametrize(
     ("ratio", "text"),
-    [(0.957, "0.96"), (1.04, "1.0"), (12.4, "12"), (204.2, "200"), (9.96, "10.0")],
+    [(0.957, "0.96"), (1.04, "1.0"), (12.4, "12"), (204.2, "200"), (9.96, "10"), (0.996, "1.0")],
 )
 def test_two_significant_digits(ratio, text):
     assert readme._digits(ratio) == text
@@ -67,11 +67,13 @@ def test_what_others_disturbed_is_counted_and_left_out(monkeypatch):
         measured("dense/c", 0.5, 0.7), measured("dense/d", 0.6, None, same=True),
     ]  # fmt: skip
     host = {"cpu": "That CPU", "cores": 2, "vectors": "avx2", "jax": "0.9.7"}
+    host |= {"commit": "0123456789", "date": "2026-11-29T15:52:46+00:00"}
     monkeypatch.setattr(readme, "by_name", lambda result: "")
     monkeypatch.setattr(readme, "_by_kind", lambda of: " ".join(m["layer"]["name"] for m in of))
     source, result = readme.ROOT / "some.json", {"host": host, "measurements": found}
     text = readme.other_processor("a CPU", source, result)
-    assert text.startswith("On a CPU (That CPU, 2 cores with avx2, JAX 0.9.7; untuned; [some.json")
+    assert text.startswith("On a CPU (That CPU, 2 cores with avx2, JAX 0.9.7; untuned; commit 01")
+    assert "commit 0123456 of 2026-11-29; [some.json](some.json))" in text
     assert "over stock: dense/a dense/b dense/d. " in text
     assert "Of 3 passes 1 are slower than 0.95 times the fastest baseline's speed" in text
     assert text.endswith("(0.93); 1 more, which other programs disturbed, are left out.")

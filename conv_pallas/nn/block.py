@@ -24,6 +24,8 @@ MODES = ("add", "concat")
 class TemporalBlock(nnx.Module):
     """(Dilated causal convolution, ReLU, dropout) twice, plus the residual, then ReLU.
 
+    That of Bai, Kolter & Koltun (2018), arXiv:1803.01271, as `TCN` has it in a stack.
+
     The residual is x itself, or a 1x1 convolution of it where the widths differ. Dropout is on
     after ``model.train()``, as it is at first, and off after ``model.eval()``. With a norm the
     order is convolution, norm, condition, activation, dropout.
@@ -142,6 +144,9 @@ class TemporalBlock(nnx.Module):
           axis_name: inside `jax.shard_map` the mesh axis, or axes, over which time is split: as in
             `conv_pallas.conv1d`. A batch norm has to be in eval mode.
 
+        Returns:
+          ``(*batch, T, O)``, of the dtype that the convolutions compute in.
+
         Raises:
           ValueError: an argument does not fit x or the block.
         """
@@ -150,7 +155,15 @@ class TemporalBlock(nnx.Module):
         return y
 
     def init_state(self, batch_size: int | Sequence[int], dtype: Any = None) -> dict[str, Any]:
-        """The state of a stream that has not begun; see `Conv.init_state`."""
+        """The state of a stream that has not begun: a dict of arrays.
+
+        Args:
+          batch_size: of every chunk, or a tuple of all its batch axes.
+          dtype: of the chunks; None: the block's own.
+
+        Raises:
+          ValueError: the block can't stream, or ``batch_size`` is none.
+        """
         batch = streaming.batch_axes(batch_size)
         streaming.check_step(self)
         self.check_streams()
@@ -166,7 +179,10 @@ class TemporalBlock(nnx.Module):
         mask: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, Any]]:
-        """The next chunk of a stream; see `TCN.step`."""
+        """The next chunk of a stream: ``(*batch, T, O)``, and the state for the one after it.
+
+        Arguments and errors are those of `TCN.step`.
+        """
         streaming.check_step(self)
         self.check_streams()
         x, chunk, clock = begin(x, self.in_channels, state, mask, segment_ids, self.lookahead)
@@ -281,8 +297,8 @@ class TemporalBlock(nnx.Module):
         for layer in (self.conv1, self.conv2):
             if not is_ours(layer):
                 raise ValueError(
-                    f"only layers of conv_pallas.nn.Conv can stream, got {type(layer).__name__}; "
-                    f"see replace_convs"
+                    f"only layers of conv_pallas.nn.Conv can stream, got "
+                    f"{type(layer).__module__}.{type(layer).__name__}; see replace_convs"
                 )
         if self._trains_batch_norm():
             raise ValueError("batch norm streams in eval mode alone: call model.eval() first")

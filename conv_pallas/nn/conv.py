@@ -278,7 +278,15 @@ class Conv(nnx.Conv):
         segment_ids: Any = None,
         out_sharding: Any = None,
     ) -> explanation.Explanation:
-        """What would run for these arguments of a call; see `conv_pallas.explain`."""
+        """What would run for these arguments of a call.
+
+        Args:
+          inputs: x, or a `jax.ShapeDtypeStruct` of its shape and dtype.
+          platform: as in `conv_pallas.explain`; others as in a call.
+
+        Raises:
+          ValueError, TypeError, NotImplementedError: as the call would.
+        """
         if self.conv_general_dilated is not lax.conv_general_dilated:
             note = f"the layer brings its own convolution, {self.conv_general_dilated!r}"
             return explanation.Explanation(platform or explanation.default_platform(), {}, {}, note)

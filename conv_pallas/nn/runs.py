@@ -184,7 +184,8 @@ def compiled_step(model: nnx.Module) -> Callable[..., tuple[jax.Array, dict[str,
       `ConvTranspose`.
 
     Raises:
-      ValueError: the model has dropout that is on, or can't stream at all.
+      ValueError: the model has no `step`, or dropout that is on. What else keeps it from streaming
+        its `init_state` and its first step say.
     """
     if not hasattr(model, "step"):
         raise ValueError(

@@ -187,6 +187,10 @@ class TCN(nnx.Module):
             `conv_pallas.conv1d`. It takes ``return_sequences=True``, and a batch norm in eval
             mode; dropout draws the same for each part, unless its rngs differ.
 
+        Returns:
+          ``(*batch, T, out_features)``, or with ``return_sequences=False`` the last step's
+          ``(*batch, out_features)``.
+
         Raises:
           ValueError: an argument does not fit x or the model.
         """
@@ -324,6 +328,9 @@ class TCN(nnx.Module):
         Args:
           state: of a stream.
           members: ``(*batch,)`` bool, True for those to restart; or a bool for all.
+
+        Returns:
+          A state of the same structure; the one that was given stays as it is.
 
         Raises:
           ValueError: ``members`` is not bool of the shape of the batch.

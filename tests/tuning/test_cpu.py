@@ -459,6 +459,17 @@ def test_several_processes_are_for_gpus(seconds):
         _tune(processes=2)
 
 
+def test_an_implementation_is_not_for_tune(seconds):
+    with pytest.raises(TypeError, match="implementation is not for tune"):
+        _tune(implementation="xla")
+
+
+def test_a_file_by_its_name(seconds, tmp_path):
+    seconds["matmuls"] = 0.5
+    _tune(file=str(tmp_path / "own.json"))
+    assert '"matmuls"' in (tmp_path / "own.json").read_text(encoding="utf-8")
+
+
 def test_the_command(seconds, tmp_path, capsys, monkeypatch):
     seconds["matmuls"] = 0.5
     layers, in_layer = [], _tuning_cpu._in_layer
