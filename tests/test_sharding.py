@@ -653,9 +653,9 @@ def test_what_stands_beside_x_may_lie_elsewhere(spec):
     """A condition has no time, and a mask no channels."""
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
     model = TCN(
-        8, [8], 4, 3, 0.0, rngs=nnx.Rngs(0), conditioning=4, conditioning_mode="concat",
+        8, [8], 4, 3, 0.0, rngs=nnx.Rngs(0), conditioning=3, conditioning_mode="concat",
     )  # fmt: skip
-    x, condition = numbers(4, 8, 8), numbers(4, 4, seed=1)
+    x, condition = numbers(4, 8, 8), numbers(4, 3, seed=1)  # 3 can't be split as 8 are
     mask = np.arange(8) < np.array([8, 3, 5, 1])[:, None]
     run = jax.jit(lambda x, c, mask: model(x, condition=c, mask=mask))
     want = run(x, condition, mask)
