@@ -222,6 +222,10 @@ def test_members_restart_one_by_one_without_a_trace():
     fresh, _ = step(x[:, 9:], model.init_state(2), mask=mask)
     np.testing.assert_array_equal(y[0], fresh[0])
     assert not np.array_equal(y[1], fresh[1])
+    for members, want in ((True, fresh), (False, y)):  # all or none
+        np.testing.assert_array_equal(
+            step(x[:, 9:], model.reset(state, members), mask=mask)[0], want
+        )
 
 
 def test_the_state_under_transforms():
@@ -424,6 +428,14 @@ def test_a_narrower_block_is_as_narrow_in_a_stream(lookahead):
     assert got.dtype == expected.dtype == jnp.bfloat16
     got, expected = (np.asarray(a, float) for a in (got[:, lookahead:], expected))
     np.testing.assert_allclose(got, expected, rtol=0.01)
+
+
+def test_a_wide_condition_waits_in_a_narrow_state():
+    model = model_of(dtype=jnp.bfloat16, conditioning=2, lookahead=3)
+    state, x, condition = model.init_state(2), numbers(2, 5, 3), numbers(2, 5, 2)
+    y, after = jax.eval_shape(lambda c: model.step(x, state, condition=c), condition)
+    assert y.dtype == model(x, condition=condition).dtype == jnp.bfloat16
+    assert jax.tree.map(jnp.result_type, after) == jax.tree.map(jnp.result_type, state)
 
 
 def layer(taps):
