@@ -73,8 +73,8 @@ def test_explain_follows_the_order():
 ], ids=["2d", "3d", "complex", "own", "stock"])  # fmt: skip
 def test_explain_says_what_is_left_to_lax(layer, shape, words):
     made, x = layer(), jax.ShapeDtypeStruct(shape, jnp.float32)
-    for told in (explain(made, x), made.explain(x)):
-        assert told.chosen == {}
+    for told, platform in ((explain(made, x), "cpu"), (made.explain(x, platform="tpu"), "tpu")):
+        assert told.chosen == {} and told.platform == platform
         assert all(word in told.note and word in str(told) for word in words)
 
 

@@ -69,10 +69,11 @@ def test_defaults():
     assert_same_parameters(model, same)
 
 
-def test_the_formula():
+@pytest.mark.parametrize("norm, conditioning", [(None, None), ("layer", 2)])
+def test_the_formula(norm, conditioning):
     """What the docstring says, written with the layers' own parameters."""
-    block = TemporalBlock(3, 4, 2, 2, 0.0, nnx.Rngs(0))
-    x = np.asarray(inputs(2, 9, 3))
+    block = TemporalBlock(3, 4, 2, 2, 0.0, nnx.Rngs(0), norm=norm, conditioning=conditioning)
+    x, c = np.asarray(inputs(2, 9, 3)), np.asarray(inputs(2, 2))
 
     def conv(layer, x, dilation):
         w, b = np.asarray(layer.kernel[...]), np.asarray(layer.bias[...])
@@ -80,10 +81,16 @@ def test_the_formula():
         taps = [past[:, k * dilation : k * dilation + x.shape[1]] @ w[k] for k in range(len(w))]
         return np.sum(taps, 0) + b
 
-    h = np.maximum(conv(block.conv1, x, 2), 0)
-    h = np.maximum(conv(block.conv2, h, 2), 0)
+    def normed(y):
+        y = y - y.mean(-1, keepdims=True) if norm else y
+        return y / np.sqrt(y.var(-1, keepdims=True) + 1e-6) if norm else y
+
+    added = (c @ np.asarray(block.condition.kernel[0]))[:, None] if conditioning else 0
+    h = np.maximum(normed(conv(block.conv1, x, 2)) + added, 0)
+    h = np.maximum(normed(conv(block.conv2, h, 2)), 0)
     expected = np.maximum(h + conv(block.shortcut, x, 1), 0)
-    np.testing.assert_allclose(apply(block, jnp.asarray(x)), expected, rtol=1e-5, atol=1e-6)
+    y = nnx.jit(block)(jnp.asarray(x), condition=c if conditioning else None)
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_causal_and_sees_what_it_should():
@@ -260,7 +267,7 @@ def test_last_step_alone(options):
     last.eval()
     x, more = inputs(2, 30, 3), {}
     if "conditioning" in options:
-        more["condition"] = inputs(2, 30, 2)
+        more = dict(condition=inputs(2, 30, 2), segment_ids=jnp.arange(60).reshape(2, 30) // 9)
     y, z = nnx.jit(lambda a, b, x, more: (a(x, **more)[:, -1], b(x, **more)))(whole, last, x, more)
     np.testing.assert_allclose(z, y, rtol=1e-5, atol=1e-6)
     if "norm" not in options or options["norm"] != "batch":
