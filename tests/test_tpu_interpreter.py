@@ -41,6 +41,7 @@ DENSE = (
     Case("valid", T=50, C=3, O=5, D=11, padding="VALID"),
     Case("crop", T=70, C=3, O=5, D=2, padding=[(-20, -3)]),
     Case("pad_beyond_field", T=20, C=3, O=5, K=2, padding=[(40, 25)]),
+    Case("one_tile_late", T=32, C=3, O=5, K=2, padding=[(17, 0)]),
     Case("dead_taps", T=10, C=3, O=5, K=5, D=8, padding="SAME"),
     Case("pointwise", T=20, C=3, O=5, K=1),
     Case("anticausal", T=37, C=3, O=5, D=6, padding=[(0, 12)]),
