@@ -247,6 +247,14 @@ def test_what_this_version_has_not_goes_by_the_rules(seconds, tmp_path):
     assert len(found) == 3 and _chosen() == rules
 
 
+@pytest.mark.parametrize("name, whose", [("scatter", OPERATIONS[:2]), ("tree", OPERATIONS[2:])])
+def test_what_an_operation_has_not_goes_by_the_rules(name, whose, there):
+    for operation in OPERATIONS:
+        problem = _problem(operation)
+        with xla_tuned.trial({xla_tuned.key(problem): name}):
+            assert (xla.choose(problem) == name) == (operation in whose)
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"formulations": {"a": {}}}', '{"formulations": 1}'])
 def test_a_file_that_is_none_of_ours_is_named(seconds, tmp_path, text):
     file = RECORDS.file_of(KIND)
@@ -652,6 +660,7 @@ def test_two_that_tune_side_by_side_lose_nothing(tmp_path):
         list(both.map(add, "ab"))
     assert len(RECORDS.read(file)["formulations"]) == 20
     assert [found.name for found in tmp_path.iterdir()] == [file.name]
+    assert file.stat().st_mode & 0o777 == 0o644  # for others to read
 
 
 def test_a_folder_that_is_named_later_counts(there, tmp_path, monkeypatch):
