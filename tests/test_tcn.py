@@ -69,10 +69,14 @@ def test_defaults():
     assert_same_parameters(model, same)
 
 
-@pytest.mark.parametrize("norm, conditioning", [(None, None), ("layer", 2)])
-def test_the_formula(norm, conditioning):
+@pytest.mark.parametrize(
+    "norm, conditioning, activation",
+    [(None, None, "relu"), ("layer", 2, "relu"), (None, None, "glu")],
+)
+def test_the_formula(norm, conditioning, activation):
     """What the docstring says, written with the layers' own parameters."""
-    block = TemporalBlock(3, 4, 2, 2, 0.0, nnx.Rngs(0), norm=norm, conditioning=conditioning)
+    options = dict(norm=norm, conditioning=conditioning, activation=activation)
+    block = TemporalBlock(3, 4, 2, 2, 0.0, nnx.Rngs(0), **options)
     x, c = np.asarray(inputs(2, 9, 3)), np.asarray(inputs(2, 2))
 
     def conv(layer, x, dilation):
@@ -86,11 +90,39 @@ def test_the_formula(norm, conditioning):
         return y / np.sqrt(y.var(-1, keepdims=True) + 1e-6) if norm else y
 
     added = (c @ np.asarray(block.condition.kernel[0]))[:, None] if conditioning else 0
-    h = np.maximum(normed(conv(block.conv1, x, 2)) + added, 0)
-    h = np.maximum(normed(conv(block.conv2, h, 2)), 0)
-    expected = np.maximum(h + conv(block.shortcut, x, 1), 0)
+    gated = lambda y: y[..., :4] / (1 + np.exp(-y[..., 4:]))  # noqa: E731
+    act = gated if activation == "glu" else lambda y: np.maximum(y, 0)
+    h = act(normed(conv(block.conv1, x, 2)) + added)
+    h = act(normed(conv(block.conv2, h, 2)))
+    total = h + conv(block.shortcut, x, 1)
+    expected = total if activation == "glu" else act(total)
     y = nnx.jit(block)(jnp.asarray(x), condition=c if conditioning else None)
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_formula_of_skip_connections():
+    model = network(skip_connections=True)
+
+    @nnx.jit
+    def expected(model, x):
+        total = 0
+        for block, skip in zip(model.blocks, model.skips, strict=True):
+            added = nnx.relu(block.conv2(nnx.relu(block.conv1(x))))
+            total += added if skip is None else skip(added)
+            x = block(x)
+        return model.readout(nnx.relu(total))
+
+    x = inputs(2, 9, 3)
+    np.testing.assert_allclose(apply(model, x), expected(model, x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_block_is_zero_where_the_mask_is_false():
+    block, x = TemporalBlock(3, 3, 2, 2, 0.0, nnx.Rngs(0), activation="sigmoid"), inputs(2, 9, 3)
+    mask = np.arange(9) < [[9], [5]]
+    y = nnx.jit(block)(x, mask=mask)
+    np.testing.assert_array_equal(np.any(y, -1), mask)
+    streamed, _ = jax.jit(block.step)(x, block.init_state(2), mask=mask)
+    np.testing.assert_allclose(streamed, y, rtol=1e-5, atol=1e-6)
 
 
 def test_causal_and_sees_what_it_should():
