@@ -318,6 +318,17 @@ def test_an_order_that_can_not_be_met_is_refused(implementation):
     assert {"xla", "xla_native"} <= set(able)
 
 
+def test_what_no_platform_can_do_is_refused_where_it_is_traced():
+    """For the reasons of those that the kernel is for."""
+    trace = lambda *operands: jax.eval_shape(  # noqa: E731
+        functools.partial(conv1d, implementation="pallas_tpu"), *operands
+    )
+    assert trace(X, W).dtype == jnp.float32
+    told = r"'pallas_tpu' can't run conv1d on tpu \(pallas_tpu: takes bfloat16 and float32"
+    with pytest.raises(NotImplementedError, match=told):
+        trace(*(jax.ShapeDtypeStruct(a.shape, jnp.float16) for a in (X, W)))
+
+
 # --- Kernels that are added ---
 
 TOY = """
