@@ -585,6 +585,17 @@ def test_a_replaced_weight_norm_takes_what_flaxs_takes():
     np.testing.assert_allclose(block.conv1(x, None), before, rtol=1e-5)
 
 
+def test_a_scale_that_is_wider_than_its_kernel_widens_the_state():
+    block = TemporalBlock(4, 4, 3, 1, 0.0, nnx.Rngs(0), norm="weight", param_dtype=jnp.bfloat16)
+    for layer in (block.conv1, block.conv2):
+        (scale,) = layer.scales.values()
+        scale.set_value(jnp.ones(4))
+    x = jnp.ones((2, 9, 4), jnp.bfloat16)
+    for dtype in (None, jnp.bfloat16):
+        y, _ = jax.eval_shape(block.step, x, block.init_state(2, dtype))
+        assert y.dtype == jax.eval_shape(block, x).dtype == jnp.float32
+
+
 def test_chunks_under_strict_promotion():
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
         layer = Conv(4, 4, 3, padding="CAUSAL", kernel_dilation=4, rngs=nnx.Rngs(0))
