@@ -228,6 +228,18 @@ def test_members_restart_one_by_one_without_a_trace():
         )
 
 
+@pytest.mark.parametrize("batch", [(), (2, 3)], ids=str)
+def test_any_batch_axes(batch):
+    layer = Conv(3, 4, 3, kernel_dilation=2, padding=((3, 1),), rngs=nnx.Rngs(0))
+    x, state, step, out = numbers(*batch, 9, 3), layer.init_state(batch), jax.jit(layer.step), []
+    for part in (slice(4), slice(4, 9)):
+        y, state = step(x[..., part, :], state)
+        out.append(y)
+    got = np.concatenate(out, -2)[..., 1:, :]
+    np.testing.assert_allclose(got, layer(x)[..., :-1, :], rtol=1e-5, atol=1e-6)
+    assert not layer.reset(state, np.ones(batch, bool))["age"].any()
+
+
 def test_the_state_under_transforms():
     """jit, scan, vmap, and gradients through it: truncated backpropagation through time."""
     model = model_of(norm="weight", dilations=(3, 1))
