@@ -188,3 +188,12 @@ def test_of_size_zero_and_one():
             assert out.shape == (size, *case.out_shape)
             for entry in out:
                 tree_close(entry, f(x, w))
+
+
+def test_taps_that_see_nothing_of_a_batch_of_kernels():
+    rng = np.random.default_rng(0)
+    x, w = (rng.standard_normal(shape, np.float32) for shape in ((2, 1, 4, 3), (2, 3, 3, 2)))
+    grad = jax.grad(lambda w, x: jnp.sum(jnp.sin(conv1d(x, w, kernel_dilation=4))))
+    dw = jax.vmap(grad)(w, x)
+    assert not dw[:, :2].any()
+    np.testing.assert_allclose(dw, [grad(*each) for each in zip(w, x, strict=True)], rtol=1e-5)
