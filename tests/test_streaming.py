@@ -336,6 +336,8 @@ def test_a_state_that_was_used_up_is_told():
     _, later = step(x, state)
     with pytest.raises(ValueError, match=r"^this state was used up by a step before: take the one"):
         step(x, state)
+    with pytest.raises(ValueError, match="used up"):  # of a part of it too
+        step(x, later | {"block0": state["block0"]})
     step(x, later)
     with pytest.raises(TypeError):  # which is no such error
         step(x, model.init_state(1), nonsense=1)

@@ -97,7 +97,7 @@ def test_the_formula(norm, conditioning, activation):
     total = h + conv(block.shortcut, x, 1)
     expected = total if activation == "glu" else act(total)
     y = nnx.jit(block)(jnp.asarray(x), condition=c if conditioning else None)
-    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_formula_of_skip_connections():
