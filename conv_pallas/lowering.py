@@ -71,7 +71,7 @@ def lower(ctx, *operands, platform: str, local: Callable, split: Callable, **par
     elif _is_partitioned(ctx):
         labels = split(ctx.avals_in, **params)
         call = functools.partial(here(partitioned=True), **params)
-        call = sharding.with_time_whole(call, _mesh(ctx), labels, params["spec"])
+        call = sharding.with_steps_whole(call, _mesh(ctx), labels, params["spec"])
     else:
         call = functools.partial(here(), **params)
     return _lower_locally(ctx, call, operands)
@@ -144,7 +144,12 @@ def _mesh(ctx) -> AbstractMesh:
     if isinstance(context, mlir.SPMDAxisContext):
         manual = dict.fromkeys(context.manual_axes, AxisType.Manual)
         return context.mesh.abstract_mesh.update_axis_types(manual)
-    return context.abstract_mesh or mesh_lib.thread_resources.env.physical_mesh.abstract_mesh
+    known = (
+        context.abstract_mesh,
+        mesh_lib.thread_resources.env.physical_mesh.abstract_mesh,
+        jax.sharding.get_abstract_mesh(),  # of `jax.set_mesh`, where no argument names it
+    )
+    return next((m for m in known if m is not None and not m.empty), AbstractMesh((), ()))
 
 
 def _by_types(local: Callable, split: sharding.Split, avals_in, avals_out, params) -> Callable:

@@ -200,7 +200,7 @@ def shard_by_types(share: Callable, mesh, operands, results, wanted, split, spec
     """
 
     def here(*shares):
-        return with_time_whole(share, jax.sharding.get_abstract_mesh(), split, spec)(*shares)
+        return with_steps_whole(share, jax.sharding.get_abstract_mesh(), split, spec)(*shares)
 
     def call(*arrays):
         # The types have a mesh also where the caller is in no context of one.
@@ -217,14 +217,14 @@ def shard_by_types(share: Callable, mesh, operands, results, wanted, split, spec
     return call
 
 
-def with_time_whole(f: Callable, mesh: AbstractMesh, split: Split, spec: ConvSpec) -> Callable:
-    """``f``, where it might come out wrong with no automatic axis splitting time.
+def with_steps_whole(f: Callable, mesh: AbstractMesh, split: Split, spec: ConvSpec) -> Callable:
+    """``f``; time and taps kept whole where XLA's partitioner might get it wrong.
 
-    So of what it reads and what it computes. XLA's partitioner, left with a convolution itself,
-    sums over all devices where it should over those along one of several axes, if that splits time;
-    and with a stride or an input dilation it gets some wrong along one axis, too, and ends the
-    process over others (Check failed in spmd_partitioner.cc; jaxlib 0.11.2 and 0.12.0.1). All else
-    it splits as it likes.
+    Along automatic axes, that is, of what f reads and computes; all else is split as XLA likes.
+    Left with a convolution itself the partitioner sums over all devices where it should over those
+    along one of several axes, if that splits time or taps. And where time is split of one with a
+    stride or an input dilation, it gets some wrong along a single axis, too, and ends the process
+    over others (Check failed in spmd_partitioner.cc; jaxlib 0.11.2 and 0.12.0.1).
     """
     axes = [name for name in mesh.auto_axes if mesh.shape[name] > 1]
     right = 1 if (spec.stride, spec.input_dilation) == (1, 1) else 0
@@ -232,10 +232,10 @@ def with_time_whole(f: Callable, mesh: AbstractMesh, split: Split, spec: ConvSpe
         return f
 
     def whole(a, labels):
-        labels = [_same(label) for label in labels]
-        if "time" not in labels:
+        here = [_same(label) in ("time", "tap") for label in labels]
+        if not any(here):
             return a
-        place = P(*(None if label == "time" else P.UNCONSTRAINED for label in labels))
+        place = P(*(None if one else P.UNCONSTRAINED for one in here))
         return jax.lax.with_sharding_constraint(a, NamedSharding(mesh, place))
 
     def each(arrays, labels):

@@ -100,7 +100,7 @@ def tune(
 def _convolutions(x, kernel, arguments, report, platform: str) -> list[Convolution]:
     """Those that are to be tuned, each once."""
     implementation = {"cpu": "xla", "cuda": "triton"}[platform]
-    if "implementation" in arguments and not callable(x):
+    if arguments.get("implementation") is not None and not callable(x):
         raise TypeError("implementation is not for tune, which finds out what is fastest")
     if callable(x):
         tracing.refuse(arguments)
@@ -109,7 +109,7 @@ def _convolutions(x, kernel, arguments, report, platform: str) -> list[Convoluti
             report(f"{left} left to jax.lax.conv_general_dilated, as stock layers are")
     else:
         options = dict(arguments)
-        bias = options.pop("bias", None)
+        bias, _ = options.pop("bias", None), options.pop("implementation", None)
         arrays = (x, kernel) if bias is None else (x, kernel, bias)
         layer = functools.partial(conv1d, **options, implementation=implementation)
         found, _ = tracing.convolutions(layer, *map(_struct, arrays))

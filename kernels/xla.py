@@ -79,22 +79,26 @@ def choose(problem: Problem) -> str:
     return _as_partitioned(name, problem)
 
 
-# Formulations without a convolution in them, of which XLA's partitioner gets all right.
+# Formulations without a convolution in them, which XLA's partitioner gets right.
 SPLITTABLE = ("shifts", "tree", "matmuls", "im2col")
 
 
 def _as_partitioned(name: str, problem: Problem) -> str:
-    """Where XLA's partitioner would get a convolution of groups wrong, a formulation of another.
+    """Where XLA's partitioner would get a convolution of groups wrong, another formulation.
 
-    Of their kernel gradients, where the batch is split along one axis of a mesh and not along
-    another, it multiplies each sum by the number of devices along that (by values with jaxlib
-    0.11.2 and 0.12.0.1 on CPUs; of depthwise layers in what libtpu 0.0.50 compiles, too). And where
-    it splits channels into more parts than there are groups, it ends the process over some, and
-    gets all of one tap wrong (jaxlib 0.12.0.1 on CPUs).
+    Of their kernel gradients, where the batch is split along some axes of a mesh and not along
+    others, it multiplies each sum by the number of devices along those (by values with jaxlib
+    0.11.2 and 0.12.0.1 on CPUs; of depthwise layers in what libtpu 0.0.50 compiles, too). Those of
+    one tap it gets wrong, or does not compile, where their channels are split, and those with a
+    channel multiplier where the outputs are into more parts than there are groups (jaxlib 0.12.0.1
+    on CPUs).
     """
     K, groups = problem.spec.kernel_size, problem.spec.groups
-    wrong = groups > 1 and (problem.operation == "conv1d_kernel_grad" or K == 1)
-    if not (problem.partitioned and wrong) or name in SPLITTABLE or not isinstance(K, int):
+    multiplier = problem.depthwise and problem.O > problem.C
+    wrong = problem.operation == "conv1d_kernel_grad" or K == 1 or multiplier
+    if not (problem.partitioned and groups > 1 and wrong):
+        return name
+    if name in SPLITTABLE or not isinstance(K, int):
         return name
     return "shifts" if problem.depthwise else "matmuls"
 
@@ -121,8 +125,9 @@ def run_as(name: str, problem: Problem, lhs: jax.Array, rhs: jax.Array) -> jax.A
     elif problem.platform != "tpu":
         formulation = xla_gpu.in_parts(formulation, name, problem)
     elif name in ("shifts", "matmuls") and problem.spec.kernel_size > UNROLLED:
-        # Of a kernel gradient that may not be "native".
-        formulation = in_taps(formulation, UNROLLED, sums=True)
+        # Of what may not be "native".
+        sums = problem.operation == "conv1d_kernel_grad"
+        formulation = in_taps(formulation, UNROLLED, sums)
     return formulation(lhs, rhs, spec, numbers).astype(problem.out_dtype)
 
 
