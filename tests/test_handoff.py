@@ -86,7 +86,8 @@ def test_rounds_are_told_apart(monkeypatch):
     assert m.handoffs == tuple(ratios)
     assert m.ratio_where(False, STOCK, OURS).median == 2.0
     assert m.ratio_where(True, STOCK, OURS).median == 0.5
-    found = stored.result(harness.host(), brief, {"bytes": 1e9, "float32": 1e10}, [m])
+    host = harness.host() | {"commit": "0123456789"}
+    found = stored.result(host, brief, {"bytes": 1e9, "float32": 1e10}, [m])
     (line,) = found["measurements"]
     assert line["handoffs"] == ratios
     assert (line[stored.TOGETHER], line[stored.APART]) == (2.0, 0.5)
