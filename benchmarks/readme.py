@@ -278,8 +278,7 @@ def gpu_figures(folder: Path) -> str:
             "T=4096, C=O=512, K=3; `dense-64`: N=8, T=65536, C=O=64, K=3; `depthwise`: N=1, "
             "T=16384, C=12288, K=4 and SiLU; all of them in bfloat16). A copy is one of x, by the "
             f"driver, in turns with ours. From [{source}]({source}), which says what was measured "
-            "when; with "
-            f"{_versions(folder)}.",
+            f"when; with {_versions(folder)}.",
             "",
             "| the slowest, of all operations and dilations | goal | reached |",
             "|---|---|---|",

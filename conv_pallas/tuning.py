@@ -109,9 +109,9 @@ def _convolutions(x, kernel, arguments, report, platform: str) -> list[Convoluti
             report(f"{left} left to jax.lax.conv_general_dilated, as stock layers are")
     else:
         options = dict(arguments)
-        bias, _ = options.pop("bias", None), options.pop("implementation", None)
+        bias = options.pop("bias", None)
         arrays = (x, kernel) if bias is None else (x, kernel, bias)
-        layer = functools.partial(conv1d, **options, implementation=implementation)
+        layer = functools.partial(conv1d, **options | dict(implementation=implementation))
         found, _ = tracing.convolutions(layer, *map(_struct, arrays))
     chosen = {}
     for convolution, _ in found:
