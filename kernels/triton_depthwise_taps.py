@@ -13,10 +13,10 @@ register has no index that is known only at run time. As in `triton_depthwise_wa
 a residue class of time, D apart, so any dilation is the same; and different pieces, or blocks of
 taps, are the rows of a tile.
 
-``2 N T' K C`` operations each over ``2 N T' C`` elements, and so many taps that they count: K = 87
-takes an H200's float32 pipes three times as long as its memory takes to move the elements of
-bfloat16. So what matters is how many instructions an FMA brings with it. By the machine code for
-sm_90a a loop has for one of them, itself counted,
+``2 N T' K C`` operations each over ``2 N T' C`` elements, of 2 or 4 bytes, and so many taps that
+they count: K = 87 takes an H200's float32 pipes three times as long as its memory takes to move the
+elements of bfloat16. So what matters is how many instructions an FMA brings with it. By the machine
+code for sm_90a a loop has for one of them, itself counted,
 
 | | here | `triton_depthwise` |
 |---|---|---|
