@@ -210,20 +210,29 @@ def explain(
         note = "xla_native: jax.lax.conv_general_dilated as nnx.Conv calls it"
     if note:
         return Explanation(platform, {}, {}, note)
-    spec, mode = make_spec(x.shape, kernel.shape, **geometry)
+    spec, _ = make_spec(x.shape, kernel.shape, **geometry)
     x, w = (jax.ShapeDtypeStruct(a.shape, dtype) for a in (x, kernel))
+    apart = None
     if segment_ids is not None:
-        separate = functools.partial(segments.separate, spec=spec, mode=mode)
-        x, w = jax.eval_shape(separate, x, segment_ids), jax.eval_shape(segments.pointwise, w)
+        x, w, apart = _one_of_packed(x, w, spec)
         spec, _ = make_spec(x.shape, w.shape, padding="VALID", feature_group_count=spec.groups)
     out_dtype = result_dtype(dtype, preferred_element_type)
     precision = lax_internal.canonicalize_precision(precision)
     named = activation if isinstance(activation, str) else None
     promoted = bias if bias is None else jax.ShapeDtypeStruct(bias.shape, dtype)
-    outside = unfused_reason(dtype, out_dtype, promoted, out_sharding)
+    outside = apart or unfused_reason(dtype, out_dtype, promoted, out_sharding)
     given = dict(x=x, w=w, spec=spec, precision=precision, out_dtype=out_dtype)
     ask = functools.partial(problem_of, **given, platform=platform)
     return _explain_problem(ask, chain, Epilogue(bias is not None, named), outside)
+
+
+def _one_of_packed(x, w, spec):
+    """The first of the convolutions that packed sequences take, and, if there are several, why."""
+    if segments.apart(w, spec.groups):
+        one = jax.ShapeDtypeStruct((1, *w.shape[1:]), w.dtype)
+        return x, one, "each tap of packed sequences is a convolution"
+    join = functools.partial(segments.side_by_side, groups=spec.groups)
+    return *jax.eval_shape(join, [x] * spec.kernel_size, w), None
 
 
 def _explains_its_call(x: Any) -> bool:

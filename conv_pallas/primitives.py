@@ -340,7 +340,8 @@ def conv1d_kernel_grad(
 def convs_saveable(prim: Any, *_: Any, **__: Any) -> bool:
     """A policy for `jax.checkpoint`: keep what convolutions compute, recompute the rest.
 
-    Those of `jax.lax` among them, which run what is of another rank or ordered as `"xla_native"`.
+    Those of `jax.lax` among them, which run what is of another rank or ordered as `"xla_native"`;
+    but not those that a depthwise layer makes of packed sequences, which are products.
 
     `jax.checkpoint_policies.dots_saveable` and the like know `jax.lax`'s own primitives, not
     these. To keep what both are for, give `jax.checkpoint_policies.save_from_both_policies`

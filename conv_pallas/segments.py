@@ -9,15 +9,18 @@ sequence, that is where
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from conv_pallas import halo
 from conv_pallas.sharding import entries, like, shard_by_xla
 from conv_pallas.spec import ConvSpec, resolve_padding, scalar
+from conv_pallas.taps import some
 
 # Ages stop here: far beyond any kernel, and far from the end of an int32.
 OLDEST = 2**30
@@ -75,7 +78,7 @@ def numbered(shape: tuple[int, ...]) -> jax.Array:
 
     Of that shape, and not ``(T,)``: a user may forbid `jax.numpy_rank_promotion`.
     """
-    return jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
+    return lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
 
 
 def ages(segment_ids: jax.Array, age: jax.Array, before: jax.Array) -> jax.Array:
@@ -90,7 +93,7 @@ def ages(segment_ids: jax.Array, age: jax.Array, before: jax.Array) -> jax.Array
     t = numbered(segment_ids.shape)
     earlier = jnp.concatenate([before[..., None], segment_ids[..., :-1]], -1)
     starts = jnp.where(segment_ids != earlier, t, -1)
-    start = jax.lax.cummax(starts, axis=starts.ndim - 1)
+    start = lax.cummax(starts, axis=starts.ndim - 1)
     return jnp.where(start >= 0, t - start, jnp.minimum(age[..., None] + t, OLDEST))
 
 
@@ -99,23 +102,43 @@ def visible(offset: int, age_here, age_there):
     return age_here >= -offset if offset <= 0 else age_there >= offset
 
 
-def columns(taps: list[jax.Array], groups: int) -> jax.Array:
-    """K arrays ``(*batch, T, C)`` as one ``(*batch, T, K * C)``, the taps within the groups."""
-    if groups == 1:
-        return jnp.concatenate(taps, -1)
-    *before, C = taps[0].shape  # numbers, not -1: of no elements at all JAX can't tell it
-    x = jnp.stack([tap.reshape(*before, groups, C // groups) for tap in taps], -2)
-    return x.reshape(*before, len(taps) * C)
-
-
-def pointwise(kernel: jax.Array) -> jax.Array:
-    """The kernel ``(1, K * C // G, O)`` that takes `columns` to what ``kernel`` computes."""
-    flat = lambda w: w.reshape(1, -1, w.shape[-1])  # noqa: E731
-    return shard_by_xla(flat, lambda spec: P(None, *spec[1:]), kernel)
-
-
-# What a convolution over `columns` is told of its geometry.
+# What a convolution of one tap is told of its geometry.
 POINTWISE = dict(strides=1, padding="VALID", input_dilation=1, kernel_dilation=1)
+
+
+def apart(kernel, groups: int) -> bool:
+    """Whether each tap is best a convolution of its own: several, of a depthwise layer."""
+    K, per_group, _ = kernel.shape
+    return K > 1 and groups > 1 and per_group == 1
+
+
+def side_by_side(
+    seen: list[jax.Array], kernel: jax.Array, groups: int
+) -> tuple[jax.Array, jax.Array]:
+    """The pointwise convolution that is that of K taps, of which each sees an x of its own.
+
+    Args:
+      seen: of each tap ``(*batch, T, C)``.
+      kernel: ``(K, C // groups, O)``.
+
+    Returns:
+      x ``(*batch, T, K * C)``, a copy, the taps within the groups; and the kernel
+      ``(1, K * C // groups, O)``.
+    """
+    if groups == 1:
+        x = jnp.concatenate(seen, -1)
+    else:
+        *before, C = seen[0].shape  # numbers, not -1: of no elements at all JAX can't tell it
+        x = jnp.stack([tap.reshape(*before, groups, C // groups) for tap in seen], -2)
+        x = x.reshape(*before, len(seen) * C)
+    flat = lambda w: w.reshape(1, -1, w.shape[-1])  # noqa: E731
+    return x, shard_by_xla(flat, lambda spec: P(None, *spec[1:]), kernel)
+
+
+def one_by_one(kernel: jax.Array) -> list[jax.Array]:
+    """The kernel ``(K, C // G, O)`` as K kernels of one tap."""
+    each = [functools.partial(some, taps=range(k, k + 1)) for k in range(len(kernel))]
+    return [shard_by_xla(f, lambda spec: P(None, *spec[1:]), kernel) for f in each]
 
 
 def separate(
@@ -124,15 +147,17 @@ def separate(
     spec: ConvSpec,
     mode: str | None = None,
     time: halo.TimeSplit = halo.UNSPLIT,
-) -> jax.Array:
-    """The `columns` of x ``(*batch, T, C)`` in which no tap reaches into another sequence.
+) -> list[Callable[[], jax.Array]]:
+    """What each tap sees, of its output's own sequence alone.
 
-    They take ``K`` times the memory of x: every output has its own zeros, so that the one padded
-    x of a plain convolution won't do.
+    Every output has its own zeros, so that the one padded x of a plain convolution won't do.
 
     Args:
       spec: of the whole.
       time: how time is split where x and the ids are one device's parts.
+
+    Returns:
+      K functions without arguments, each of which computes an array ``(*batch, T, C)``.
 
     Raises:
       ValueError: the ids do not fit x, or the convolution does not give one output for each step.
@@ -148,19 +173,26 @@ def separate(
     L = x.shape[-2]
     before, after = halo.share("conv1d", spec, time.shards)[:2] if time.shards > 1 else (0, 0)
     x, ids = (time.surround(a, before, after) for a in (x, ids[..., None]))
-    f = functools.partial(_separate, spec=spec)
-    taps = shard_by_xla(f, lambda spec: spec, x, ids[..., 0])
-    return jax.lax.slice_in_dim(taps, before, before + L, axis=taps.ndim - 2)
+    same = lambda spec: spec  # noqa: E731
+    age = shard_by_xla(_ages, same, ids[..., 0])
+
+    def see(offset: int) -> jax.Array:
+        seen = shard_by_xla(functools.partial(_seen, offset=offset), same, x, age)
+        return lax.slice_in_dim(seen, before, before + L, axis=x.ndim - 2)
+
+    offsets = np.arange(spec.kernel_size) * spec.kernel_dilation - low
+    return [functools.partial(see, int(offset)) for offset in offsets]
 
 
-def _separate(x: jax.Array, ids: jax.Array, spec: ConvSpec) -> jax.Array:
+def _ages(ids: jax.Array) -> jax.Array:
     none = jnp.zeros(ids.shape[:-1], jnp.int32)
-    age = ages(ids, none, none)
-    taps = []
-    for offset in np.arange(spec.kernel_size) * spec.kernel_dilation - spec.padding[0]:
-        seen = visible(int(offset), age, _shift(age[..., None], int(offset))[..., 0])
-        taps.append(jnp.where(seen[..., None], _shift(x, int(offset)), jnp.zeros((), x.dtype)))
-    return columns(taps, spec.groups)
+    return ages(ids, none, none)
+
+
+def _seen(x: jax.Array, age: jax.Array, offset: int) -> jax.Array:
+    """x as the tap sees it that looks ``offset`` steps ahead."""
+    seen = visible(offset, age, _shift(age[..., None], offset)[..., 0])
+    return jnp.where(seen[..., None], _shift(x, offset), jnp.zeros((), x.dtype))
 
 
 def _shift(x: jax.Array, offset: int) -> jax.Array:
@@ -171,7 +203,7 @@ def _shift(x: jax.Array, offset: int) -> jax.Array:
         before, after = min(before, T), min(after, T)
     pads = [(0, 0)] * x.ndim
     pads[-2] = (before, after)
-    return jax.lax.slice_in_dim(jnp.pad(x, pads), after, after + T, axis=x.ndim - 2)
+    return lax.slice_in_dim(jnp.pad(x, pads), after, after + T, axis=x.ndim - 2)
 
 
 def check_stream_geometry(

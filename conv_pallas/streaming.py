@@ -186,6 +186,7 @@ def _read_first(read, write):
 
 def convolve_chunk(
     convolve: Callable[..., jax.Array],
+    convolve_taps: Callable[..., jax.Array],
     x: jax.Array,
     age: jax.Array,
     kernel: jax.Array,
@@ -201,6 +202,7 @@ def convolve_chunk(
 
     Args:
       convolve: ``(x, kernel, **geometry) -> y``, which adds bias and activation as well.
+      convolve_taps: ``(seen, kernel) -> y``, the same as in `conv_pallas.ops.convolve_taps`.
       x: ``(*batch, T, C)``, zeros where the age is -1; T is whole strides.
       age: ``(*batch, T)``, from `tick` or from the layer before.
       kernel: ``(K, C // groups, O)``.
@@ -237,10 +239,15 @@ def convolve_chunk(
         )
         for tap, offset, a in zip(taps, backs, there, strict=True)
     ]
-    joined, x = _read_first(segments.columns(taps, groups), x)
+    if segments.apart(kernel, groups):
+        taps, x = _read_first(taps, x)
+        y = convolve_taps([lambda tap=tap: tap for tap in taps], kernel)
+    else:  # side by side as they are read
+        joined, pointwise = segments.side_by_side(taps, kernel, groups)
+        joined, x = _read_first(joined, x)
+        y = convolve(joined, pointwise, **segments.POINTWISE)
     if lookahead:
         here, age = _read_first(here, age)
-    y = convolve(joined, segments.pointwise(kernel), **segments.POINTWISE)
     return y, here, push(state, x, age)
 
 

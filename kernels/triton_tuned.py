@@ -153,7 +153,7 @@ def _like_those_ahead(problem: Problem) -> bool:
     Those are (benchmarks/results/nvidia-h200/tuning.jsonl), without strides and at
     XLA's own precision:
 
-    - depthwise, of 30 MB and more that are moved: each operation, 1.1 to 30 times;
+    - depthwise, of several taps and 30 MB and more that are moved: each operation, 1.1 to 30 times;
     - dense, of 32 to 512 channels in rows that the copy engine can fetch, several taps, and 4096
       steps and more of all samples together, `SHORTEST` and more of each: each operation, 1.1 to
       4.8 times. So are taken up to 1024 channels, of which 600 were measured, of 16 samples of 80
@@ -171,7 +171,8 @@ def _like_those_ahead(problem: Problem) -> bool:
     size = problem.lhs_dtype.itemsize
     if problem.depthwise:
         moved = size * problem.N * (spec.time * problem.C + spec.out_time * problem.O)
-        return problem.C == problem.O and moved >= 3e7
+        several = spec.kernel_size > 1  # else it is a product, which XLA fuses with its neighbours
+        return several and problem.C == problem.O and moved >= 3e7
     channels, steps = (problem.C, problem.O), problem.N * spec.out_time
     if spec.groups > 1 or spec.kernel_size == 1 or spec.out_time < SHORTEST:
         return False

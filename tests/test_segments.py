@@ -1,12 +1,15 @@
 """Padding and packed sequences: real steps depend on nothing that is not their own."""
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from conv_pallas import conv1d, explain
+from conv_pallas import conv1d, explain, ops
 from conv_pallas.nn import Conv
 from tests.streams import model_of, numbers
 
@@ -60,14 +63,68 @@ def test_packed_rows_under_every_transform():
     np.testing.assert_allclose(mapped, y, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("dtype", "bias"), [("float32", "float32"), ("bfloat16", "bfloat16"),
+                                             ("bfloat16", "float32")])  # fmt: skip
+@pytest.mark.parametrize("multiplier", [1, 2])
+def test_depthwise_packed_to_the_second_order(multiplier, dtype, bias):
+    """Each tap is a convolution there; value, gradients and a gradient of gradients."""
+    x, w = numbers(12, 4).astype(dtype), numbers(3, 1, 4 * multiplier, seed=1).astype(dtype)
+    b = numbers(4 * multiplier, seed=2).astype(bias)
+    convolve = functools.partial(
+        convolve_operands, kernel_dilation=2, padding="SAME", activation="tanh"
+    )
+
+    def whole(x, w, b):
+        return convolve(x, w, b, segment_ids=IDS)
+
+    def parts(x, w, b):
+        return jnp.concatenate([convolve(x[piece], w, b) for piece in PIECES])
+
+    def loss(f):
+        return lambda x, w, b: jnp.sum(jnp.sin(f(x, w, b).astype(jnp.float32)))
+
+    def first(f):
+        return jax.grad(loss(f), (0, 1, 2))
+
+    def second(f):  # a gradient along a direction: forward over reverse
+        return lambda x, w, b: jax.jvp(first(f), (x, w, b), (x[::-1], w[::-1], b))[1]
+
+    run = lambda f: jax.jit(lambda *a: (f(*a), first(f)(*a), second(f)(*a)))  # noqa: E731
+    got, exact = run(whole)(x, w, b), run(parts)(*(a.astype(jnp.float32) for a in (x, w, b)))
+    assert got[0].dtype == jnp.promote_types(dtype, bias)
+    eps = float(jnp.finfo(dtype).eps)
+    for a, e in zip(jax.tree.leaves(got), jax.tree.leaves(exact), strict=True):
+        np.testing.assert_allclose(a.astype(jnp.float32), e, atol=4 * eps * jnp.abs(e).max())
+    if bias == dtype == "bfloat16":  # rounded once, after taps, bias and activation
+        np.testing.assert_allclose(got[0].astype(jnp.float32), exact[0], rtol=0.51 * eps)
+
+
+def convolve_operands(x, w, b, **options):
+    """`conv1d` of a depthwise layer, whose operands keep their dtypes."""
+    how = dict(precision=None, preferred_element_type=None, out_sharding=None, implementation="xla")
+    return ops.convolve(x, w, b, feature_group_count=x.shape[-1], **how, **options)
+
+
+def test_depthwise_packed_is_one_pass():
+    """XLA fuses all taps, and computes them once where what comes of them is summed."""
+    x, w, ids = numbers(64, 16), numbers(5, 1, 16), jnp.arange(64) // 9
+    f = lambda x, w: conv1d(x, w, segment_ids=ids, feature_group_count=16)  # noqa: E731
+    compiled = jax.jit(f).lower(x, w).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < x.nbytes
+    assert "optimization_barrier" in str(jax.make_jaxpr(f)(x, w))
+    _, residuals = jax.eval_shape(lambda x, w: jax.vjp(f, x, w), x, w)
+    kept = sum(math.prod(a.shape) for a in jax.tree.leaves(residuals))
+    assert kept < 3 * x.size
+
+
 @pytest.mark.parametrize("shape", [(2, 0), (0, 5), (0, 0)], ids=str)
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("groups", [1, 2, 4])
 def test_no_steps_and_no_sequences(shape, groups):
     """As without ids, nothing comes out, and the kernel's gradient is zero."""
-    x, w, ids = jnp.zeros((*shape, 4)), numbers(3, 4 // groups, 6), jnp.zeros(shape, jnp.int32)
+    x, w, ids = jnp.zeros((*shape, 4)), numbers(3, 4 // groups, 8), jnp.zeros(shape, jnp.int32)
     f = lambda w: conv1d(x, w, segment_ids=ids, feature_group_count=groups)  # noqa: E731
     y, vjp = jax.vjp(f, w)
-    assert y.shape == (*shape, 6)
+    assert y.shape == (*shape, 8)
     assert not vjp(y)[0].any()
 
 
@@ -152,11 +209,19 @@ def test_ids_and_masks_are_checked_before_they_are_cut():
 
 
 def test_explained():
-    """What runs is a pointwise convolution of all taps."""
+    """What runs is a pointwise convolution of all taps, and depthwise one for each tap."""
     x, w = numbers(12, 4), numbers(3, 4, 4)
     expected = explain(numbers(12, 12), numbers(1, 12, 4))
     assert str(explain(x, w, segment_ids=IDS, mask=IDS > 0)) == str(expected)
     assert str(explain(x, w)) != str(expected)
+    x, ids, depthwise = numbers(800, 64), jnp.arange(800) // 9, dict(feature_group_count=64)
+    w, b = numbers(40, 1, 64), numbers(64)
+    packed = explain(x, w, segment_ids=ids, **depthwise)
+    assert str(packed) == str(explain(x, w[:1], **depthwise)) != str(explain(x, w, **depthwise))
+    fused = str(explain(x, w, b, activation="relu", segment_ids=ids, **depthwise))
+    assert "bias and relu: by XLA" in fused and "each tap of packed sequences" in fused
+    model = explain(lambda *a: conv1d(*a, segment_ids=ids, **depthwise), x, w)
+    assert list(model.times.values()) == [40]
 
 
 @pytest.mark.parametrize(

@@ -226,14 +226,17 @@ class Conv(nnx.Conv):
         x, kernel, bias = operands(self, x, kernel)
         rows = (self.kernel_size[0] - 1) * D
         ring = streaming.ring_of(state, rows, self.in_features, x, ages=lookahead > 0)
-        arguments = self._arguments()
+        arguments = self._arguments() | dict(activation=act, out_sharding=None)
 
         def convolve(x, kernel, **geometry):
-            more = arguments | geometry | dict(activation=act, out_sharding=None)
-            return ops.convolve(x, kernel, bias, **more)
+            return ops.convolve(x, kernel, bias, **(arguments | geometry))
+
+        def convolve_taps(seen, kernel):
+            return ops.convolve_taps(seen, kernel, bias, **arguments)
 
         return streaming.convolve_chunk(
             convolve,
+            convolve_taps,
             x,
             age,
             kernel,

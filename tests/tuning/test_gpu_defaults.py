@@ -122,6 +122,7 @@ def _operations_in_triton(dtype="bfloat16", precision=None, out_dtype=None, **si
     (dict(C=25, O=25, T=255, batch=(128,)), ""),
     (dict(C=2048, O=2048, G=2048), "fik"),
     (dict(C=2048, O=2048, G=2048, dtype="float32", K=31), "fik"),
+    (dict(C=2048, O=2048, G=2048, K=1), ""),
     (dict(C=2048, O=4096, G=2048), ""),
     (dict(C=512, O=512, G=512), "fik"),
     (dict(C=512, O=512, G=512, T=1024), ""),
