@@ -337,20 +337,24 @@ def conv1d_kernel_grad(
     )
 
 
-def convs_saveable(prim: Any, *_: Any, **__: Any) -> bool:
+def convs_saveable(prim: Any, *operands: Any, **params: Any) -> bool:
     """A policy for `jax.checkpoint`: keep what convolutions compute, recompute the rest.
 
     Those of `jax.lax` among them, which run what is of another rank or ordered as `"xla_native"`;
-    but not those that a depthwise layer makes of packed sequences, which are products.
+    but not a depthwise layer's of one tap, which is a product, nor what it makes of packed
+    sequences, which is a product for each tap.
 
     `jax.checkpoint_policies.dots_saveable` and the like know `jax.lax`'s own primitives, not
     these. To keep what both are for, give `jax.checkpoint_policies.save_from_both_policies`
     the two of them.
 
     Args:
-      prim: the primitive that JAX asks about; what else it tells of it counts for nothing.
+      prim, operands, params: the primitive that JAX asks about, types and parameters.
 
     Returns:
       Whether its results are kept.
     """
-    return prim.name in ("conv1d", "conv1d_fused", "conv_general_dilated")
+    if prim.name == "conv1d":
+        K, per_group, _ = operands[1].shape[-3:]
+        return not (K == per_group == 1 < params["spec"].groups)
+    return prim.name in ("conv1d_fused", "conv_general_dilated")
