@@ -138,14 +138,12 @@ def _plan(
     c, o = C // G, O // G
     dtype = np.dtype(jnp.promote_types(x.dtype, w.dtype))
     tma = triton_compat.has_tma(triton_compat.compute_capability())
-    tma_x = (
-        tma and phases.row_step == 1 and not derivative and _tileable(x, c if G > 1 else 0)
-    )  # fmt: skip
+    tma_x = tma and phases.row_step == 1 and not derivative and _tileable(x, c)
     # In a transposed kernel, ``(K, o, G * c)``, it is. Else w is ``(K, c, G * o)``; but for float32
     # the tensor cores of Hopper take nothing else.
     turn = not transposed and tma and dtype.itemsize == 4 and precision != "ieee"
     turned = jax.ShapeDtypeStruct((len(w), G * o, c), w.dtype)
-    fetched = lambda w, col: tma and _tileable(w, col if G > 1 else 0)  # noqa: E731
+    fetched = lambda w, col: tma and _tileable(w, col)  # noqa: E731
     tma_w = fetched(turned, 0) if turn else fetched(w, c if transposed else o)
     y = jax.ShapeDtypeStruct((N, spec.out_time, O), out_dtype)
     addresses = not (tma_w and _tileable(y, 0) and (tma_x or derivative))
@@ -273,8 +271,8 @@ def kernel_grad(
     dtype = np.dtype(jnp.promote_types(x.dtype, gy.dtype))
     tma = triton_compat.has_tma(triton_compat.compute_capability())
     whole = tma and phases.phases == 1
-    tma_x = whole and phases.row_step == 1 and _tileable(x, c if G > 1 else 0)
-    tma_g = whole and activation is None and _tileable(gy, o if G > 1 else 0)
+    tma_x = whole and phases.row_step == 1 and _tileable(x, c)
+    tma_g = whole and activation is None and _tileable(gy, o)
     # The sum is split, so that there are always tiles enough.
     config = configure(
         KERNEL_GRAD, c, o, J, taps=K, phases=phases, count=triton_compat.processors() * K * G,

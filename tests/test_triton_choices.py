@@ -24,6 +24,19 @@ WALKED, SLID, TILED = "steps in registers", "taps and steps in registers", "a ti
 DX, DW, BOTH = (True, False, False), (False, True, True), (True, True, True)
 
 
+@pytest.fixture
+def launches(monkeypatch):
+    """Name, programs and result of all that is launched; nothing runs."""
+    seen = []
+
+    def call(kernel, *args, out, programs, **meta):
+        seen.append((kernel.__name__, programs, out))
+        return jax.tree.map(lambda o: np.zeros(o.shape, o.dtype), out)
+
+    monkeypatch.setattr(triton_dense.triton_compat, "call", call)
+    return seen
+
+
 def _problem(case: Case, activation: str | None = None):
     epilogue = Epilogue(True, activation)
     return dataclasses.replace(case.problem("conv1d", "cuda"), epilogue=epilogue)
@@ -103,6 +116,47 @@ def test_programs_that_stay_on_their_processor_have_full_tiles(N, T, rows):
     plan = triton_dense._plan(x, w, case.spec, 64, out_dtype=np.dtype("bfloat16"), precision="tf32")
     assert plan.config.rows == rows
     assert (plan.config == triton_dense.FEW) is (T in (96, 65536))
+
+
+@pytest.mark.parametrize(
+    "C, O, K, tile, out_dtype, kernel, sums_stay",
+    [
+        (64, 64, 3, (64, 64, 64, 4, 3, 2), "bfloat16", "conv_resident", True),
+        (64, 64, 3, (64, 64, 64, 4, 3, 2), "float32", "conv_resident", True),
+        (64, 64, 4, (64, 64, 64, 4, 3, 2), "bfloat16", "conv_onward", False),
+        (64, 64, 4, (64, 64, 64, 4, 3, 1), "bfloat16", "conv_resident", True),
+        # in the next tile's way
+        (64, 64, 4, (64, 64, 64, 4, 3, 2), "float32", "conv_dense", False),
+        # With the sum for the bias there are more sums than registers,
+        (64, 64, 3, (128, 64, 64, 4, 3, 1), "bfloat16", "conv_resident", False),
+        (64, 64, 3, (128, 64, 64, 8, 3, 1), "bfloat16", "conv_resident", True),
+        # and here of tiles more than fit.
+        (64, 64, 3, (64, 64, 128, 4, 3, 1), "bfloat16", "conv_resident", True),
+        (64, 64, 3, (64, 64, 128, 4, 4, 1), "bfloat16", "conv_onward", False),
+        (64, 64, 3, (64, 64, 128, 4, 3, 2), "bfloat16", "conv_onward", False),
+        (64, 64, 2, (128, 64, 128, 8, 3, 2), "bfloat16", "conv_dense", False),
+        (64, 64, 9, (128, 256, 64, 8, 3, 1), "bfloat16", "conv_onward", False),
+        # Nor is there room for what is under way to memory.
+        (64, 64, 3, (64, 128, 64, 4, 2, 2), "float32", "conv_dense", False),
+        (64, 64, 2, (128, 128, 64, 8, 3, 2), "bfloat16", "conv_dense", False),
+        # Nor is a tile for all channels one that has some of them.
+        (128, 64, 2, (64, 64, 128, 4, 2, 1), "bfloat16", "conv_resident", False),
+        (64, 128, 3, (64, 64, 64, 4, 3, 1), "bfloat16", "conv_onward", False),
+        (128, 64, 3, (128, 64, 64, 8, 2, 1), "bfloat16", "conv_onward", True),
+    ],
+)
+def test_programs_stay_where_what_they_keep_has_room(
+    C, O, K, tile, out_dtype, kernel, sums_stay, launches
+):
+    case = Case("layer", (8,), T=4096, C=C, O=O, K=K, dtype="bfloat16", out_dtype=out_dtype)
+    shapes = (case.x_shape, case.kernel_shape, case.out_shape)
+    x, w, g = (jax.ShapeDtypeStruct(shape, case.dtype) for shape in shapes)
+    with triton_tuned.trial(tile):
+        triton_dense.run(case.problem("conv1d", "cuda"), x, w)
+        common = dict(out_dtype=x.dtype, precision="tf32")
+        triton_dense.kernel_grad(x, g, case.spec, bias=True, **common)
+    stay, dense = "conv_resident_kernel_grad", "conv_dense_kernel_grad"
+    assert [name for name, *_ in launches] == [kernel, stay if sums_stay else dense]
 
 
 def test_a_short_sequence_has_more_programs_and_fewer_rounds():
@@ -258,12 +312,33 @@ def test_a_grid_holds_all_programs():
         assert triton_dense.decline(problem) == "has more tiles than a grid has programs"
 
 
-@pytest.mark.parametrize("C, K", [(16384, 4), (12288, 8), (32768, 1), (4096, 64), (1024, 1024)])
-def test_a_depthwise_layer_may_be_wide(C, K):
-    """Its kernel has K rows of C, and a program for some of each."""
+@pytest.mark.parametrize(
+    "C, K", [(16384, 4), (12288, 8), (32768, 1), (4096, 64), (32768, 64), (1024, 1024)]
+)
+def test_a_depthwise_layer_may_be_wide(C, K, launches):
+    """Its kernel has K rows of C, and a program for some of each, be they more than a chip has."""
     case = Case("wide", batch=(1,), T=8192, C=C, O=C, G=C, K=K, dtype="bfloat16")
+    shapes = (case.x_shape, case.kernel_shape, case.out_shape)
+    x, w, g = (jax.ShapeDtypeStruct(shape, case.dtype) for shape in shapes)
     for operation in OPERATIONS:
-        assert triton_depthwise.decline(case.problem(operation, "cuda")) is None
+        problem = case.problem(operation, "cuda")
+        assert triton_depthwise.decline(problem) is None
+        triton_depthwise.run(problem, *lhs_rhs_out(operation, x, w, g)[:2])
+    assert all(programs > 0 for _, programs, _ in launches) and len(launches) == 3
+
+
+@pytest.mark.parametrize(
+    "kernel, C, O, G", [(triton_dense, 512, 512, 1), (triton_depthwise, 16, 32, 16)]
+)
+@pytest.mark.parametrize("N", [1, 2, 3])
+def test_what_is_left_to_add_is_float32(kernel, C, O, G, N, launches, monkeypatch):
+    """Of a kernel gradient in 16 bits; and of one program's sum there is nothing to add."""
+    monkeypatch.setattr(triton_dense, "choose_splits", lambda tiles, blocks, *rest: blocks)
+    case = Case("layer", batch=(N,), T=8, C=C, O=O, K=4, G=G, dtype="bfloat16")
+    x, _, g = (jax.ShapeDtypeStruct(s, case.dtype) for s in (case.x_shape, (1,), case.out_shape))
+    kernel.run(case.problem("conv1d_kernel_grad", "cuda"), x, g)
+    ((_, _, out),) = launches
+    assert out.shape[0] == N and out.dtype == ("bfloat16" if N == 1 else "float32")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from tests.triton_epilogue import FUSED
 EXTRA = (
     Case("tiles_ragged", T=150, C=72, O=136, D=7, batch=(2,), dtype="bfloat16"),
     Case("tiles_grouped", T=140, C=64, O=96, G=2, K=2, D=33, batch=(1,), dtype="float16"),
+    # Of groups that end where a tile of channels does, the engine fetches both factors' tiles.
+    Case("tiles_grouped_whole", T=70, C=32, O=64, G=2, K=2, D=3, dtype="float16"),
     Case("tiles_strided", T=141, C=40, O=20, S=2, D=3, batch=(1,), dtype="bfloat16"),
     Case("tiles_same", T=131, C=33, O=70, D=5, padding="SAME", batch=(1,)),
     # Tiles that end at the first step of x under a tap, or begin at its last.
@@ -52,9 +54,14 @@ EXTRA = (
     Case("resident_ragged", T=150, C=64, O=64, K=2, D=33, batch=(2,), dtype="float16"),
     Case("resident_end", T=150, C=24, O=40, D=5, padding=[(0, 10)], batch=(2,), dtype="bfloat16"),
     Case("resident_wide", T=150, C=72, O=136, D=7, batch=(3,), dtype="bfloat16"),
+    # Rows of one factor that the engine can't fetch.
+    Case("resident_addressed", T=128, C=24, O=20, D=7, dtype="bfloat16"),
+    Case("resident_addressed_in", T=128, C=20, O=24, D=7, dtype="bfloat16"),
     Case("resident_strided", T=64, C=16, O=16, S=2, E=2, padding=[(2, 0)], dtype="bfloat16"),
     # What stride, dilation and input dilation have in common, and a hop.
     Case("phases_common", T=19, C=12, O=20, K=7, S=4, D=9, E=6, padding=[(7, 30)], batch=(2,)),
+    # A tap is found by a product beyond 32 bits, forward and backward.
+    Case("phases_far", T=5, C=12, O=20, S=65537, E=65537, D=40503, padding=[(40503, 40503)]),
     Case("phases_hop", T=110, C=5, O=6, K=50, S=40, padding=[(11, 30)]),
     Case("resident_long", T=4096, C=16, O=24, D=64, batch=(8,), dtype="bfloat16"),
 )
@@ -68,8 +75,9 @@ OWN = {
 
 NAMES = (
     *(fused.name for fused in FUSED),
-    "unmet_dense", "unmet_dense_several", "unmet_depthwise", "unmet_taps", "unread", "padding",
-    "rounding", "extremes", "slopes", "far_dense", "far_strided", "far_walked", "far_taps",
+    "unmet_dense", "unmet_dense_several", "unmet_depthwise", "unmet_taps", "unmet_groups", "unread",
+    "padding", "rounding", "extremes", "slopes", "far_dense", "far_resident", "far_strided",
+    "far_walked", "far_taps", "far_wide", "far_hop",
     *(case.name for case in EXTRA if case.name != "resident_long"),
     "dense", "wide", "ragged", "grouped", "grouped_narrowing", "depthwise", "depthwise_dilated",
     "multiplier", "depthwise_of_one", "pointwise_dilated", "many_taps",

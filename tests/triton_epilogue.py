@@ -135,6 +135,13 @@ FUSED = (
     Fused(dataclasses.replace(_WALKED, name="walked_over", T=9, D=64), "tanh"),
     # A piece is a series, after whose last output there is more of dx.
     Fused(dataclasses.replace(_WALKED, name="walked_whole", T=250, D=64), "silu"),
+    # Or much more, of steps that no output reads.
+    Fused(
+        dataclasses.replace(
+            _WALKED, name="walked_whole_crop", T=250, D=32, K=2, padding=[(0, -130)]
+        ),
+        "silu",
+    ),
     # Each program has several tiles, of pieces and of whole series, and of several samples.
     Fused(dataclasses.replace(_WALKED, name="walked_onward", T=61, batch=(3,)), "silu"),
     Fused(
@@ -154,6 +161,7 @@ FUSED = (
     Fused(Case("taps", T=45, C=20, O=20, G=20, K=11), None, bias=False),
     # Depthwise that can't be walked.
     Fused(Case("strided", T=45, C=20, O=20, G=20, K=4, S=2, D=3), "silu"),
+    Fused(Case("strided", T=45, C=20, O=20, G=20, K=4, S=2, D=3), "silu", bias=False),
     Fused(Case("multiplier", T=45, C=20, O=40, G=20, K=7, D=2, **_BFLOAT16), "gelu_exact"),
     Fused(
         Case("multiplier", T=45, C=20, O=40, G=20, K=7), "tanh", wanted=(False, True, True)
@@ -167,8 +175,12 @@ FUSED = (
     Fused(_DENSE, "silu", wanted=(True, False, False)),
     Fused(_DENSE, "sigmoid", wanted=(True, False, True)),
     Fused(_DENSE, None, wanted=(False, True, True)),
+    Fused(_DENSE, "relu", bias=False),
     Fused(Case("strided_dense", T=41, C=24, O=20, S=2, D=3), "relu"),
     Fused(Case("upsampled", T=21, C=24, O=20, E=2, padding=3), "relu"),
+    Fused(
+        Case("upsampled", T=21, C=24, O=20, E=2, padding=3), "relu", wanted=(True, False, False)
+    ),
     Fused(Case("upsampled_groups", T=21, C=24, O=12, G=2, E=3, S=2, padding=3), None),
     # With a tile of its own: see `tests.triton_cases.own_tile`.
     Fused(Case("resident", T=192, C=40, O=24, D=7, batch=(3,), **_BFLOAT16), "gelu"),

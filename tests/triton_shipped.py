@@ -71,6 +71,8 @@ def run_case(case: Case, operation: str, capability: int) -> None:
     stays = "resident" in case.name and capability >= 90 and case.S == 1
     wide = case.name == "resident_wide"  # not all of its channels are in one tile
     stays &= operation != "conv1d_kernel_grad" or not (wide or case.name == "resident_ragged")
+    sizes = {"conv1d": (case.C,), "conv1d_input_grad": (case.O,)}
+    stays &= all(n % 8 == 0 for n in sizes.get(operation, (case.C, case.O)))
     assert ran[0].startswith("conv_onward" if wide else "conv_resident") == stays, ran
     assert ran[0].startswith("conv_taps") == case.name.startswith("taps_"), ran
 
@@ -169,6 +171,20 @@ def _run_unmet(name: str) -> None:
     assert np.isfinite(np.asarray(dw, float)).all()
 
 
+def run_unmet_groups(capability: int) -> None:
+    """Nor do channels of another group, in a tile that ends beyond the last of a group's own."""
+    triton_compat.compute_capability = lambda: capability
+    case = Case("unmet_groups", T=37, C=48, O=48, G=2, dtype="bfloat16")
+    for operation, i in itertools.product(REFERENCES, (0, 1)):
+        factors = lhs_rhs_out(operation, *case.arrays())[:2]
+        factors[i][..., 24:] = np.nan
+        problem = case.problem(operation, "cuda")
+        out = np.asarray(_kernel(problem).run(problem, *factors), float)
+        expected = REFERENCES[operation](*factors, case.spec)
+        np.testing.assert_array_equal(np.isnan(out), np.isnan(expected))
+        assert np.isfinite(out[..., :24]).all()
+
+
 UNREAD = (  # time, taps, dilation and padding: steps that no output reads, cropped or in between
     (10, 2, 9, (0, 0)), (40, 4, 12, (0, 0)), (20, 3, 30, (45, 0)), (41, 4, 3, (-5, -3)),
 )  # fmt: skip
@@ -232,9 +248,11 @@ def run_padding(K: int, D: int, capability: int) -> None:
 
 def run_far(name: str, batch: int, T: int) -> None:
     """Offsets beyond 2**31 elements, in a program at the far end of arrays that large."""
-    triton_compat.compute_capability = lambda: 80
+    stays = name == "far_resident"
+    triton_compat.compute_capability = lambda: 90 if stays else 80
     geometry = {
         "far_dense": {},
+        "far_resident": {},
         "far_strided": dict(G=8, S=2),
         "far_walked": dict(G=8),
         "far_taps": dict(G=8, K=9),
@@ -247,12 +265,18 @@ def run_far(name: str, batch: int, T: int) -> None:
     far = np.zeros(case.x_shape, x.dtype)
     far[-1, -tail:] = x[0]
     problem = case.problem("conv1d", "cuda")
-    # Of a grid of so many programs the last one alone.
-    interpreter.range = lambda *a: range(a[0] - 1, a[0]) if a[0] > 10_000 else range(*a)
+    # Of a grid of so many programs the last one alone, which is Hopper's first.
+    interpreter.range = lambda n, *more: (
+        range(n, *more) if more or n <= 10_000 else range(1) if stays else range(n - 1, n)
+    )
+    # And of those that stay so many that each has one tile.
+    processors = 2**30 if stays else triton_compat.processors()
     try:
-        y = _kernel(problem).run(problem, far, w)[:, -8:]
+        with own_tile(name), mock.patch.object(triton_compat, "processors", lambda: processors):
+            y = _kernel(problem).run(problem, far, w)[:, -8:]
     finally:
         del interpreter.range
+    assert ran[-1].startswith("conv_resident") == stays, ran
     expected = REFERENCES["conv1d"](x, w, short.spec)[:, -8:]
     np.testing.assert_allclose(np.asarray(y[-1:], float), expected, rtol=1e-2, atol=1e-2)
 
@@ -266,6 +290,62 @@ def run_far(name: str, batch: int, T: int) -> None:
     dw = _kernel(problem).run(problem, far, gy)
     expected = REFERENCES["conv1d_kernel_grad"](x, g, short.spec)
     np.testing.assert_allclose(np.asarray(dw, float), expected, rtol=1e-2, atol=0.1)
+
+
+def run_far_wide(geometry: dict) -> None:
+    """Steps beyond 2**31 elements in one tile of time, for there are that many channels."""
+    triton_compat.compute_capability = lambda: 80
+    short = Case("far_wide", batch=(1,), dtype="bfloat16", **geometry)
+    x, w, g = short.arrays()
+    widen, dense = 2**19, short.G == 1  # C of a dense one are summed over, which takes time
+    case = dataclasses.replace(
+        short, O=short.O * widen, **({} if dense else dict(C=short.C * widen, G=short.G * widen))
+    )  # fmt: skip
+    far = [np.zeros(shape, x.dtype) for shape in (case.x_shape, case.kernel_shape, case.out_shape)]
+    for wide, narrow in zip(far, (x, w, g), strict=True):
+        wide[..., -narrow.shape[-1] :] = narrow
+    in_registers = not dense and triton_depthwise.KERNEL.recomputes(case.problem("conv1d"))
+    for operation in ("conv1d", "conv1d_kernel_grad") if dense else REFERENCES:
+        last = short.C if operation == "conv1d_input_grad" else short.O
+        # Programs of the last channels alone: their tiles are the fastest index.
+        walked = in_registers and operation != "conv1d_kernel_grad"
+        tiles = last * widen // (512 if walked else 128)
+        interpreter.range = lambda n, *more, step=tiles: (
+            range(n, *more) if more or n < step else range(step - 1, n, step)
+        )
+        lhs, rhs, _ = lhs_rhs_out(operation, *far)
+        problem = case.problem(operation, "cuda")
+        try:
+            with mock.patch.object(triton_depthwise, "L2_BYTES", math.inf):
+                out = np.asarray(_kernel(problem).run(problem, lhs, rhs)[..., -last:])
+        finally:
+            del interpreter.range
+        lhs, rhs, _ = lhs_rhs_out(operation, x, w, g)
+        check(out, operation, lhs, rhs, short.spec, out_dtype=problem.out_dtype, platform="cuda")
+
+
+FAR_WIDE = {
+    "walked": dict(T=330, C=16, O=16, G=16, K=2),
+    "strided": dict(T=300, C=16, O=16, G=16, K=2, D=3, S=2, padding=[(3, 0)]),
+    "upsampled": dict(T=150, C=16, O=16, G=16, K=2, D=3, E=2, padding=[(3, 0)]),
+    "multiplier": dict(T=300, C=8, O=16, G=8, K=2, D=3),
+    "dense": dict(T=300, C=16, O=16, K=1),
+}
+
+
+def run_far_hop(capability: int) -> None:
+    """Rows of one tile that are 2**31 elements apart."""
+    triton_compat.compute_capability = lambda: capability
+    hop = 6_000_000
+    short = Case("far_hop", batch=(1,), T=160, C=8, O=8, K=2, S=2, padding=0, dtype="bfloat16")
+    x, w, g = short.arrays()
+    case = dataclasses.replace(short, T=hop * 79 + 2, S=hop)
+    far = np.zeros(case.x_shape, x.dtype)
+    far[:, ::hop], far[:, 1::hop] = x[:, ::2], x[:, 1::2]
+    for operation, rhs in (("conv1d", w), ("conv1d_kernel_grad", g)):
+        problem = case.problem(operation, "cuda")
+        out = np.asarray(_kernel(problem).run(problem, far, rhs))
+        check(out, operation, x, rhs, short.spec, out_dtype=problem.out_dtype, platform="cuda")
 
 
 def run_rounding() -> None:
@@ -353,6 +433,13 @@ def runs_of(name: str) -> dict[str, Callable[[], None]]:
             f"{name} sm_{c}": functools.partial(run_fused, name, c)
             for c in _capabilities(triton_epilogue.named(name).case)
         }
+    if name == "far_wide":
+        return {
+            f"{name} {what}": functools.partial(run_far_wide, geometry)
+            for what, geometry in FAR_WIDE.items()
+        }
+    if name == "far_hop":
+        return {f"{name} sm_{c}": functools.partial(run_far_hop, c) for c in (80, 90)}
     if name.startswith("far_"):
         # The last of three samples begins at 2**31, or the middle of the only one is there.
         return {
@@ -367,6 +454,8 @@ def runs_of(name: str) -> dict[str, Callable[[], None]]:
         }
     if name == "unread":
         return {name: functools.partial(run_unread, 90)}
+    if name == "unmet_groups":
+        return {f"{name} sm_{c}": functools.partial(run_unmet_groups, c) for c in (80, 90)}
     if name.startswith("unmet_"):
         return {f"{name} sm_{c}": functools.partial(run_unmet, name, c) for c in (80, 90)}
     case = named(name)
