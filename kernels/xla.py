@@ -183,7 +183,7 @@ def _sums_taps(problem: Problem) -> bool:
 
     Fused into a reduction, such as a loss, it is done element by element, which takes several
     times as long: there has to be a barrier between them. One tap of a depthwise layer is a
-    product, and fused it is for nothing.
+    product, and fused it costs nothing.
     """
     product = problem.depthwise and problem.spec.kernel_size == 1
     return problem.platform == "cpu" and not product and choose(problem) in SUMS_OF_TAPS
