@@ -119,6 +119,22 @@ def test_programs_that_stay_on_their_processor_have_full_tiles(N, T, rows):
 
 
 @pytest.mark.parametrize(
+    "C, O, G, fetched",
+    [
+        (64, 40, 1, (True, True)),
+        (20, 40, 1, (False, True)),
+        (64, 64, 2, (True, True)),
+        (64, 40, 2, (True, False)),  # the second group's columns of w start between 16 bytes
+    ],
+)
+def test_the_engine_fetches_rows_and_groups_of_whole_16_bytes(C, O, G, fetched):
+    case = Case("layer", batch=(2,), T=64, C=C, O=O, G=G)
+    x, w = (jax.ShapeDtypeStruct(s, "bfloat16") for s in (case.x_shape, case.kernel_shape))
+    plan = triton_dense._plan(x, w, case.spec, O, out_dtype=np.dtype("bfloat16"), precision="tf32")
+    assert (plan.tma_x, plan.tma_w) == fetched
+
+
+@pytest.mark.parametrize(
     "C, O, K, tile, out_dtype, kernel, sums_stay",
     [
         (64, 64, 3, (64, 64, 64, 4, 3, 2), "bfloat16", "conv_resident", True),
