@@ -3,37 +3,27 @@
     z = conv1d(x, w) + bias      y = activation(z)
 
 is bound by memory more often than not, and whatever XLA does to the result of a custom call is
-one more pass over it. So three more primitives stand one level above those of `primitives`:
+one more pass over it. So three more primitives stand one level above those of `primitives`, a
+family of `composed`:
 
     conv1d_fused           x, w, bias -> y                 (and z, where its derivative needs it)
     conv1d_fused_tangent   dx, dw, dbias -> dy             linear; no kernel fuses it
     conv1d_fused_backward  dy -> dx, dw, dbias             its transpose
 
-Each is *defined* by the composition of the three operations and of what stands here as JAX code.
-The composition is what runs where no kernel fuses, what `jax.vmap` and meshes fall back on, and
-what is differentiated: the derivative of any of the three is that of its composition, but for the
-first derivative of the first. So forward mode and every order are right as soon as the three
-compositions are.
+Their compositions are of the three operations and of what stands here as JAX code.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax._src import checkify
-from jax._src import core as jax_core
-from jax._src.lax import utils as lax_utils
-from jax.experimental import jet
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, xla
-from jax.interpreters import partial_eval as pe
 from jax.sharding import PartitionSpec as P
 
 from conv_pallas import dispatch, fused_sharding, halo, lowering, primitives, sharding, taps
 from conv_pallas.activations import FUNCTIONS, activate
+from conv_pallas.composed import Family, Member, derivative, live_tangents, rows
 from conv_pallas.spec import ConvSpec, Epilogue, problem_of
 
 
@@ -158,11 +148,6 @@ def _type_of(a):
 # --- Lowering: a kernel that fuses, or the composition ---
 
 
-def _rows(a):
-    """All batch axes as one."""
-    return a.reshape(math.prod(a.shape[:-2]), *a.shape[-2:])
-
-
 def _forward_local(x, w, bias=None, *, on, spec, time=halo.UNSPLIT, psum=(), **params):
     """A device's share where time is split as ``time`` says.
 
@@ -196,7 +181,7 @@ def _forward_alone(x, w, bias, on, *, activation, has_bias, keep, **conv):
         if this is None or (keep and not kernel.keeps(this)):
             return None
         shape = (*x.shape[:-2], *problem.y_shape[1:])
-        out = kernel.fused(this, _rows(x), live, bias)
+        out = kernel.fused(this, rows(x), live, bias)
         for a in out if keep else [out]:
             dispatch.check(kernel, "fused", this, a)
         return jax.tree.map(lambda a: a.reshape(shape), out)
@@ -233,9 +218,9 @@ def _backward_local(
         these = dict(activation=activation, has_bias=has_bias, wanted=wanted, time=time)
         return _backward(*operands, spec=spec, **these, **conv)
     kernel, problem = found
-    live, saved_rows = own.live_taps, None if saved is None else _rows(saved)
+    live, saved_rows = own.live_taps, None if saved is None else rows(saved)
     dx, dw, db = kernel.backward(
-        problem, _rows(x), taps.some(w, live), bias, saved_rows, _rows(gy), wanted
+        problem, rows(x), taps.some(w, live), bias, saved_rows, rows(gy), wanted
     )
     grads = []
     derivative = functools.partial(times_derivative, activation=activation)
@@ -256,92 +241,25 @@ def _backward_local(
     return grads
 
 
-def _lower_composed(ctx, *operands, platform, composed, **params):
-    # The three operations split themselves where there are several devices, and XLA the rest.
-    return lowering.lower_function(ctx, functools.partial(composed, **params), operands)
-
-
 # --- Differentiation ---
-
-
-def _derivative_of_composition(composed):
-    def rule(primals, tangents, **params):
-        live = [i for i, t in enumerate(tangents) if type(t) is not ad.Zero]
-
-        def f(*values):
-            operands = list(primals)
-            for i, value in zip(live, values, strict=True):
-                operands[i] = value
-            return composed(*operands, **params)
-
-        return jax.jvp(f, [primals[i] for i in live], [tangents[i] for i in live])
-
-    return rule
-
-
-def _series_of_composition(composed):
-    def rule(primals, series, **params):
-        f = functools.partial(composed, **params)
-        return jet.jet(f, primals, series, factorial_scaled=False)
-
-    return rule
-
-
-def _transpose_of_composition(composed):
-    def rule(cts, *operands, **params):
-        asked = [i for i, a in enumerate(operands) if ad.is_undefined_primal(a)]
-
-        def f(*values):
-            given = list(operands)
-            for i, value in zip(asked, values, strict=True):
-                given[i] = value
-            return composed(*given, **params)
-
-        types = [operands[i].aval for i in asked]
-        cts = [ad.instantiate_zeros(ct) for ct in cts]
-        grads = dict(zip(asked, jax.linear_transpose(f, *types)(cts), strict=True))
-        return [grads.get(i) for i in range(len(operands))]
-
-    return rule
 
 
 def _forward_jvp(primals, tangents, *, keep, **params):
     if keep:  # the derivative of a derivative
-        return _derivative_of_composition(_forward)(primals, tangents, keep=keep, **params)
+        return derivative(_forward)(primals, tangents, keep=keep, **params)
     saved = Epilogue(params["has_bias"], params["activation"]).saved
-    y, *z = _bind("conv1d_fused", *primals, keep=saved == "z", **params)
+    y, *z = FAMILY.bind("", *primals, keep=saved == "z", **params)
     residual = {"y": [y], "z": z, None: []}[saved]
-    wanted = tuple(type(t) is not ad.Zero for t in tangents) + (False,) * (3 - len(tangents))
-    live = [t for t in tangents if type(t) is not ad.Zero]
+    wanted, live = live_tangents(tangents)
     if params["activation"] is None and len(live) == 1:
         # One of the three operations, or a sum, and no kernel has more to carry. Each of them keeps
         # what it reads alone: with a kernel that is not trained no x.
         return [y], _tangent(*primals, *live, wanted=wanted, **params)
-    (dy,) = _bind("conv1d_fused_tangent", *primals, *residual, *live, wanted=wanted, **params)
-    return [y], [dy]
-
-
-def _tangent_transpose(cts, *operands, wanted, **params):
-    first = len(operands) - sum(wanted)
-    constants, tangents = operands[:first], operands[first:]
-    if any(map(ad.is_undefined_primal, constants)):  # it is linear in x and in w as well
-        compose = _transpose_of_composition(_tangent)
-        return compose(cts, *operands, wanted=wanted, **params)
-    asked = iter([ad.is_undefined_primal(t) for t in tangents])
-    still = tuple(there and next(asked) for there in wanted)
-    (ct,) = map(ad.instantiate_zeros, cts)
-    if 0 in ct.shape:
-        return [None] * len(operands)  # zeros; XLA compiles no `jax.shard_map` that reads nothing
-    grads = iter(_bind("conv1d_fused_backward", *constants, ct, wanted=still, **params))
-    return [next(grads) if ad.is_undefined_primal(a) else None for a in operands]
-
-
-# --- Dead code ---
-# A kernel call is all or nothing to XLA, so that what nobody reads has to go before.
+    return [y], FAMILY.bind("_tangent", *primals, *residual, *live, wanted=wanted, **params)
 
 
 def _forward_dce(used, *rest):
-    eqn = rest[-1]  # jax 0.12 and newer say before it which operands are alive
+    eqn = rest[-1]  # as in `composed`
     if not any(used):
         return [False] * len(eqn.invars), None
     if eqn.params["keep"] and not all(used):
@@ -354,39 +272,7 @@ def _forward_dce(used, *rest):
     return [True] * len(eqn.invars), eqn
 
 
-def _backward_dce(used, *rest):
-    eqn = rest[-1]
-    if not any(used):
-        return [False] * len(eqn.invars), None
-    read = iter(used)
-    wanted = tuple(there and next(read) for there in eqn.params["wanted"])
-    outvars = [v for v, u in zip(eqn.outvars, used, strict=True) if u]
-    eqn = eqn.replace(params=eqn.params | dict(wanted=wanted), outvars=outvars)
-    return [True] * len(eqn.invars), eqn
-
-
-# --- Batching ---
-
-
-def _batching(name, composed, shared, axis_data, args, dims, **params):
-    """What is shared by the whole batch stays; an axis of anything else is one more batch axis."""
-    if all(d is None for d in dims):
-        outs = _bind(name, *args, **params)
-        return outs, [None] * len(outs)
-    once = shared(len(args), **params)
-    if all(dims[i] is None for i in once) and axis_data.explicit_mesh_axis is None:
-        args = [
-            a if i in once else batching.bdim_at_front(a, d, axis_data.size)
-            for i, (a, d) in enumerate(zip(args, dims, strict=True))
-        ]
-        outs = _bind(name, *args, **params)
-    else:
-        mapped = jax.vmap(
-            functools.partial(composed, **params), in_axes=tuple(dims), axis_size=axis_data.size,
-            spmd_axis_name=axis_data.spmd_name,
-        )  # fmt: skip
-        outs = mapped(*args)
-    return outs, [0] * len(outs)
+# --- What is shared by a batch ---
 
 
 def _shared_forward(count, **_):
@@ -405,100 +291,19 @@ def _shared_backward(count, *, has_bias, wanted, **_):
 
 # --- The primitives ---
 
-
-def _results_forward(x, w, *_, spec, out_dtype, keep, **__):
-    y = jax.ShapeDtypeStruct((*x.shape[:-2], spec.out_time, w.shape[-1]), out_dtype)
-    return [y, y] if keep else [y]
-
-
-def _results_tangent(x, w, *_, **params):
-    return _results_forward(x, w, keep=False, **params)
-
-
-def _results_backward(x, w, *rest, wanted, **_):
-    like = (x, w, rest[0])  # rest[0] is the bias wherever its gradient is wanted
-    return [a for a, there in zip(like, wanted, strict=True) if there]
-
-
-def _like_y(results, *avals, spec, has_bias, **_):
-    return [fused_sharding.of_y(*avals[: 2 + has_bias], spec=spec)] * len(results)
-
-
-def _like_operands(results, *_, **__):
-    return [r.sharding for r in results]
-
-
-def _make(name, *, results, places, composed, shared, lower, asks):
-    """A primitive.
-
-    Args:
-      results: of the operands' types the results', or what has their shapes and dtypes.
-      places: of these and the operands' types the results' shardings on explicit axes.
-      composed: what it means.
-      shared: of the number of operands, which of them all members of a batch have in common.
-      lower, asks: the lowering rule, and as in `lowering.register`.
-    """
-    p = Primitive(name)
-    p.multiple_results = True
-    p.def_impl(functools.partial(xla.apply_primitive, p))
-
-    def each(field):
-        return lambda *avals, **params: [getattr(r, field) for r in results(*avals, **params)]
-
-    def shardings(*avals, **params):
-        return places(results(*avals, **params), *avals, **params)
-
-    def vma(*avals, **params):
-        return [jax_core.standard_vma_rule(name, *avals)] * len(results(*avals, **params))
-
-    weak = lambda *_, **__: False  # noqa: E731
-    # None, None: no rule of unreduced axes, nor of layouts.
-    rules = each("shape"), each("dtype"), weak, shardings, vma, None, None
-    p.def_abstract_eval(functools.partial(lax_utils.standard_multi_result_abstract_eval, p, *rules))
-    ad.primitive_jvps[p] = _derivative_of_composition(composed)
-    ad.primitive_transposes[p] = _transpose_of_composition(composed)
-    jet.jet_rules[p] = _series_of_composition(composed)
-    batching.fancy_primitive_batchers[p] = functools.partial(_batching, name, composed, shared)
-    lowering.register(p, lower, asks=asks)
-    checkify.error_checks[p] = functools.partial(checkify.nan_error_check, p)
-    return p
-
-
-def _family(*, asks: bool):
-    """The three primitives by name."""
-    forward = _make(
-        "conv1d_fused", results=_results_forward, places=_like_y, composed=_forward,
-        shared=_shared_forward, asks=asks,
-        lower=functools.partial(
-            lowering.lower, local=_forward_local, split=fused_sharding.Forward.of
-        ),
-    )  # fmt: skip
-    tangent = _make(
-        "conv1d_fused_tangent", results=_results_tangent, places=_like_y, composed=_tangent,
-        shared=_shared_tangent, asks=asks,
-        lower=functools.partial(_lower_composed, composed=_tangent),
-    )  # fmt: skip
-    backward = _make(
-        "conv1d_fused_backward", results=_results_backward, places=_like_operands,
-        composed=_backward, shared=_shared_backward, asks=asks,
-        lower=functools.partial(
-            lowering.lower, local=_backward_local, split=fused_sharding.Backward.of
-        ),
-    )  # fmt: skip
-    ad.primitive_jvps[forward] = _forward_jvp
-    ad.primitive_transposes[tangent] = _tangent_transpose
-    pe.dce_rules[forward] = _forward_dce
-    pe.dce_rules[backward] = _backward_dce
-    return {p.name: p for p in (forward, tangent, backward)}
-
-
-PRIMITIVES, BY_TYPES = _family(asks=True), _family(asks=False)  # as those of `primitives`
-
-
-def _bind(name, *operands, **params):
-    operands = jax_core.auto_insert_reshard(*operands)
-    family = BY_TYPES if lowering.split_by_types(operands) else PRIMITIVES
-    return family[name].bind(*operands, **params)
+_lower = functools.partial(functools.partial, lowering.lower)
+FAMILY = Family(
+    "conv1d_fused",
+    Member(
+        _forward, _shared_forward, _lower(local=_forward_local, split=fused_sharding.Forward.of)
+    ),
+    Member(_tangent, _shared_tangent),
+    Member(
+        _backward, _shared_backward, _lower(local=_backward_local, split=fused_sharding.Backward.of)
+    ),
+    jvp=_forward_jvp,
+    dce=_forward_dce,
+)
 
 
 def conv1d(
@@ -517,8 +322,8 @@ def conv1d(
         spec=spec, precision=precision, out_dtype=np.dtype(out_dtype), implementation=implementation
     )
     operands = (x, w) if bias is None else (x, w, bias)
-    (y,) = _bind(
-        "conv1d_fused",
+    (y,) = FAMILY.bind(
+        "",
         *operands,
         activation=activation,
         has_bias=bias is not None,
