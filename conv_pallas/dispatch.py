@@ -13,7 +13,7 @@ from collections.abc import Sequence
 # each function compiled twice. It can go when that module no longer adds to it (jax 0.12 does).
 import jax._src.pallas.fuser.jaxpr_fusion  # noqa: F401
 
-from conv_pallas.spec import OPERATIONS, PLATFORMS, Epilogue, Problem
+from conv_pallas.spec import OPERATIONS, PLATFORMS, Epilogue, Operation, Problem
 
 IMPLEMENTATIONS = ("triton", "pallas_tpu", "onednn", "xla", "xla_native")
 # Where an implementation runs that has no kernel to ask, for want of a package.
@@ -202,19 +202,40 @@ def backward(
 
     It has to be the one that would compute each of the wanted gradients by itself.
     """
-    kernels = []
-    for operation, needed in zip(OPERATIONS[1:], wanted[:2], strict=True):
-        if needed:
-            try:
-                kernels.append(select(problem.gradient(operation), implementation))
-            except NotImplementedError:
-                return None  # raised once that gradient is lowered by itself
-    if not kernels or any(kernel is not kernels[0] for kernel in kernels):
-        return None
+    gradients = [name for name, there in zip(OPERATIONS[1:], wanted[:2], strict=True) if there]
+    kernel = _of_all(problem, gradients, implementation)
     problem = dataclasses.replace(problem, epilogue=epilogue)
-    if kernels[0].backward is None or kernels[0].decline_backward(problem, wanted) is not None:
+    if kernel is None or kernel.backward is None:
         return None
-    return kernels[0], problem
+    return None if kernel.decline_backward(problem, wanted) is not None else (kernel, problem)
+
+
+def packed(
+    problem: Problem,
+    epilogue: Epilogue,
+    implementation: tuple[str, ...] | None,
+    operations: Sequence[Operation],
+):
+    """The kernel that takes a forward problem of packed sequences, and its problem; or None.
+
+    It has to be the one that would compute each of these operations of a single sequence.
+    """
+    kernel = _of_all(problem, operations, implementation)
+    problem = dataclasses.replace(problem, epilogue=epilogue)
+    if kernel is None or kernel.packed is None:
+        return None
+    return None if kernel.decline_packed(problem) is not None else (kernel, problem)
+
+
+def _of_all(problem: Problem, operations, implementation: tuple[str, ...] | None):
+    """The one kernel that is selected for each of these operations; None: several, or none."""
+    kernels = []
+    for operation in operations:
+        try:
+            kernels.append(select(problem.gradient(operation), implementation))
+        except NotImplementedError:
+            return None  # raised once that operation is lowered by itself
+    return kernels[0] if kernels and all(k is kernels[0] for k in kernels) else None
 
 
 def check_anywhere(problem: Problem, implementation: tuple[str, ...] | None) -> None:

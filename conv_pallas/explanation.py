@@ -21,6 +21,7 @@ from conv_pallas.ops import (
     unfused_reason,
 )
 from conv_pallas.spec import OPERATIONS, OTHER, PLATFORMS, Epilogue, Problem, make_spec
+from conv_pallas.tracing import Convolution
 
 NOTHING = "nothing that was asked for"
 
@@ -212,27 +213,24 @@ def explain(
         return Explanation(platform, {}, {}, note)
     spec, _ = make_spec(x.shape, kernel.shape, **geometry)
     x, w = (jax.ShapeDtypeStruct(a.shape, dtype) for a in (x, kernel))
-    apart = None
-    if segment_ids is not None:
-        x, w, apart = _one_of_packed(x, w, spec)
-        spec, _ = make_spec(x.shape, w.shape, padding="VALID", feature_group_count=spec.groups)
     out_dtype = result_dtype(dtype, preferred_element_type)
     precision = lax_internal.canonicalize_precision(precision)
     named = activation if isinstance(activation, str) else None
+    apart, epilogue = None, Epilogue(bias is not None, named)
+    if segment_ids is not None and segments.apart(w, spec.groups):
+        whole = Convolution(x, w, spec, precision, out_dtype, chain, epilogue, packed=True)
+        one, times = whole.on(platform)
+        w, spec = one.w, one.spec
+        apart = "each tap of packed sequences is a convolution" if times > 1 else None
+    elif segment_ids is not None:
+        join = functools.partial(segments.side_by_side, groups=spec.groups)
+        x, w = jax.eval_shape(join, [x] * spec.kernel_size, w)
+        spec, _ = make_spec(x.shape, w.shape, padding="VALID", feature_group_count=spec.groups)
     promoted = bias if bias is None else jax.ShapeDtypeStruct(bias.shape, dtype)
     outside = apart or unfused_reason(dtype, out_dtype, promoted, out_sharding)
     given = dict(x=x, w=w, spec=spec, precision=precision, out_dtype=out_dtype)
     ask = functools.partial(problem_of, **given, platform=platform)
-    return _explain_problem(ask, chain, Epilogue(bias is not None, named), outside)
-
-
-def _one_of_packed(x, w, spec):
-    """The first of the convolutions that packed sequences take, and, if there are several, why."""
-    if segments.apart(w, spec.groups):
-        one = jax.ShapeDtypeStruct((1, *w.shape[1:]), w.dtype)
-        return x, one, "each tap of packed sequences is a convolution"
-    join = functools.partial(segments.side_by_side, groups=spec.groups)
-    return *jax.eval_shape(join, [x] * spec.kernel_size, w), None
+    return _explain_problem(ask, chain, epilogue, outside)
 
 
 def _explains_its_call(x: Any) -> bool:
@@ -268,9 +266,10 @@ def _explain_problem(
 def _explain_model(model: Callable, *args, platform: str, **kwargs) -> ModelExplanation:
     found, left = tracing.convolutions(model, *args, **kwargs)
     told, times = {}, {}
-    for convolution, count in found:
+    for traced, count in found:
+        convolution, each = traced.on(platform)
         words = str(convolution)
-        times[words] = times.get(words, 0) + count
+        times[words] = times.get(words, 0) + count * each
         if words not in told:
             ask = functools.partial(convolution.problem, platform=platform)
             told[words] = _explain_problem(ask, convolution.implementation, convolution.epilogue)

@@ -20,9 +20,13 @@ class Forward(sharding.Split):
     """As `sharding.Split`, of x, w and bias to y, and z."""
 
     @classmethod
-    def of(cls, avals, *, spec: ConvSpec, has_bias, keep, **_) -> "Forward":
-        """Of the operands' types and the parameters of the primitive."""
-        axes, operands, channels = _of_conv(avals, spec, has_bias)
+    def of(cls, avals, *, spec: ConvSpec, has_bias, keep=False, packed=False, **_) -> "Forward":
+        """Of the operands' types and the parameters of the primitive.
+
+        Args:
+          packed: whether the ids of packed sequences come after bias.
+        """
+        axes, operands, channels = _of_conv(avals, spec, has_bias, packed)
         y = axes.arrays[2]
         return cls(axes, operands, [y, y] if keep else [y], *channels)
 
@@ -43,11 +47,18 @@ class Backward(sharding.Split):
     over: Sequence[tuple[str, ...]]
 
     @classmethod
-    def of(cls, avals, *, spec: ConvSpec, has_bias, activation, wanted, **_) -> "Backward":
-        """Of the operands' types and the parameters of the primitive."""
-        axes, operands, channels = _of_conv(avals, spec, has_bias)
+    def of(
+        cls, avals, *, spec: ConvSpec, has_bias, activation, wanted, packed=False, **_
+    ) -> "Backward":
+        """Of the operands' types and the parameters of the primitive.
+
+        Args:
+          packed: as in `Forward.of`; then nothing is saved.
+        """
+        axes, operands, channels = _of_conv(avals, spec, has_bias, packed)
         x, w, y = axes.arrays
-        operands += [y, y] if Epilogue(has_bias, activation).saved else [y]
+        saved = not packed and Epilogue(has_bias, activation).saved
+        operands += [y, y] if saved else [y]
         over_steps = x[:-1]
         each = ((x, ("out",)), (w, over_steps), (y[-1:], over_steps))
         there = [result for result, asked in zip(each, wanted, strict=True) if asked]
@@ -71,12 +82,13 @@ class Backward(sharding.Split):
         return share
 
 
-def _of_conv(avals, spec: ConvSpec, has_bias: bool):
-    """The axes, the labels of x, w and bias, and how many channels a group has in and out."""
+def _of_conv(avals, spec: ConvSpec, has_bias: bool, packed: bool):
+    """The axes, the labels of x, w, bias and ids, and how many channels a group has in and out."""
     axes = Axes.of("conv1d", spec, avals[0].ndim, 0)
     x, w, y = axes.arrays
+    operands = [x, w, *([y[-1:]] if has_bias else []), *([x[:-1]] if packed else [])]
     channels = avals[1].shape[-2], avals[1].shape[-1] // spec.groups
-    return axes, [x, w, *([y[-1:]] if has_bias else [])], channels
+    return axes, operands, channels
 
 
 def of_y(x, w, bias=None, *, spec: ConvSpec) -> NamedSharding:

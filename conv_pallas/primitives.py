@@ -341,8 +341,7 @@ def convs_saveable(prim: Any, *operands: Any, **params: Any) -> bool:
     """A policy for `jax.checkpoint`: keep what convolutions compute, recompute the rest.
 
     Those of `jax.lax` among them, which run what is of another rank or ordered as `"xla_native"`;
-    but not a depthwise layer's of one tap, which is a product, nor what it makes of packed
-    sequences, which is a product for each tap.
+    but not a depthwise layer's of one tap, which is a product.
 
     `jax.checkpoint_policies.dots_saveable` and the like know `jax.lax`'s own primitives, not
     these. To keep what both are for, give `jax.checkpoint_policies.save_from_both_policies`
@@ -357,4 +356,4 @@ def convs_saveable(prim: Any, *operands: Any, **params: Any) -> bool:
     if prim.name == "conv1d":
         K, per_group, _ = operands[1].shape[-3:]
         return not (K == per_group == 1 < params["spec"].groups)
-    return prim.name in ("conv1d_fused", "conv_general_dilated")
+    return prim.name in ("conv1d_fused", "conv1d_packed", "conv_general_dilated")

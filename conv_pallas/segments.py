@@ -141,23 +141,11 @@ def one_by_one(kernel: jax.Array) -> list[jax.Array]:
     return [shard_by_xla(f, lambda spec: P(None, *spec[1:]), kernel) for f in each]
 
 
-def separate(
-    x: jax.Array,
-    segment_ids,
-    spec: ConvSpec,
-    mode: str | None = None,
-    time: halo.TimeSplit = halo.UNSPLIT,
-) -> list[Callable[[], jax.Array]]:
-    """What each tap sees, of its output's own sequence alone.
-
-    Every output has its own zeros, so that the one padded x of a plain convolution won't do.
+def check_packed(x, segment_ids, spec: ConvSpec, mode: str | None = None) -> jax.Array:
+    """``segment_ids`` as an array of int32.
 
     Args:
-      spec: of the whole.
-      time: how time is split where x and the ids are one device's parts.
-
-    Returns:
-      K functions without arguments, each of which computes an array ``(*batch, T, C)``.
+      mode: the name of a padding that is not zeros, if it is one.
 
     Raises:
       ValueError: the ids do not fit x, or the convolution does not give one output for each step.
@@ -170,6 +158,29 @@ def separate(
             f"CAUSAL, SAME or that many zeros; got strides={spec.stride}, "
             f"input_dilation={spec.input_dilation}, padding={mode or spec.padding}"
         )
+    return ids
+
+
+def _offsets(spec: ConvSpec) -> list[int]:
+    """How many steps ahead each tap looks."""
+    return [k * spec.kernel_dilation - spec.padding[0] for k in range(spec.kernel_size)]
+
+
+def separate(
+    x: jax.Array, ids: jax.Array, spec: ConvSpec, time: halo.TimeSplit = halo.UNSPLIT
+) -> list[Callable[[], jax.Array]]:
+    """What each tap sees, of its output's own sequence alone.
+
+    Every output has its own zeros, so that the one padded x of a plain convolution won't do.
+
+    Args:
+      ids: from `check_packed`.
+      spec: of the whole.
+      time: how time is split where x and the ids are one device's parts.
+
+    Returns:
+      K functions without arguments, each of which computes an array ``(*batch, T, C)``.
+    """
     L = x.shape[-2]
     before, after = halo.share("conv1d", spec, time.shards)[:2] if time.shards > 1 else (0, 0)
     x, ids = (time.surround(a, before, after) for a in (x, ids[..., None]))
@@ -180,8 +191,19 @@ def separate(
         seen = shard_by_xla(functools.partial(_seen, offset=offset), same, x, age)
         return lax.slice_in_dim(seen, before, before + L, axis=x.ndim - 2)
 
-    offsets = np.arange(spec.kernel_size) * spec.kernel_dilation - low
-    return [functools.partial(see, int(offset)) for offset in offsets]
+    return [functools.partial(see, offset) for offset in _offsets(spec)]
+
+
+def bits(ids: jax.Array, spec: ConvSpec) -> jax.Array:
+    """Which taps each output sees, ``(*batch, T)`` int32: bit k is 1 where it sees tap k.
+
+    Args:
+      ids: from `check_packed`.
+      spec: of 31 taps at most. Steps that there are not count as of any sequence, or none.
+    """
+    age = _ages(ids)
+    seen = [visible(i, age, _shift(age[..., None], i)[..., 0]) for i in _offsets(spec)]
+    return functools.reduce(jnp.add, (s.astype(jnp.int32) << k for k, s in enumerate(seen)))
 
 
 def _ages(ids: jax.Array) -> jax.Array:

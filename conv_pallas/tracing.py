@@ -12,7 +12,7 @@ import numpy as np
 
 from conv_pallas import dispatch
 from conv_pallas.ops import conv1d
-from conv_pallas.spec import ConvSpec, Epilogue, Operation, Problem, problem_of
+from conv_pallas.spec import OPERATIONS, ConvSpec, Epilogue, Operation, Problem, problem_of
 
 # What a ConvSpec's fields are called where people set them.
 ARGUMENTS = dict(
@@ -34,6 +34,7 @@ class Convolution:
       implementation: the names to try in order, or None.
       kernels: how many of these there are at once, each with a kernel of its own, as `jax.vmap`
         makes them; else 1.
+      packed: whether it is a depthwise one of packed sequences; see `on`.
     """
 
     x: jax.ShapeDtypeStruct
@@ -44,6 +45,19 @@ class Convolution:
     implementation: tuple[str, ...] | None
     epilogue: Epilogue
     kernels: int = 1
+    packed: bool = False
+
+    def on(self, platform: str) -> tuple["Convolution", int]:
+        """What runs there, and how often: of packed sequences it may be a product for each tap."""
+        problem = self.problem("conv1d", platform)
+        if not self.packed or problem.empty:
+            return self, 1
+        if dispatch.packed(problem, self.epilogue, self.implementation, OPERATIONS) is not None:
+            return dataclasses.replace(self, packed=False), 1
+        K, *channels = self.w.shape
+        tap = ConvSpec(self.spec.time, 1, groups=self.spec.groups)
+        w = jax.ShapeDtypeStruct((1, *channels), self.w.dtype)
+        return dataclasses.replace(self, w=w, spec=tap, epilogue=Epilogue(), packed=False), K
 
     def problem(self, operation: Operation, platform: str) -> Problem:
         """The problem of one of its operations, without the epilogue."""
@@ -138,7 +152,7 @@ def convolutions(
     for eqn, count in _equations(closed.jaxpr):
         if eqn.primitive.name == "conv_general_dilated":
             left += count
-        elif eqn.primitive.name in ("conv1d", "conv1d_fused"):
+        elif eqn.primitive.name in ("conv1d", "conv1d_fused", "conv1d_packed"):
             found.append((_convolution(eqn), count))
     return found, left
 
@@ -165,4 +179,5 @@ def _convolution(eqn) -> Convolution:
         x, w, params["spec"], params["precision"], np.dtype(params["out_dtype"]),
         params["implementation"],
         Epilogue(params.get("has_bias", False), params.get("activation")), kernels,
+        packed=eqn.primitive.name == "conv1d_packed",
     )  # fmt: skip

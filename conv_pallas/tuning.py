@@ -114,7 +114,8 @@ def _convolutions(x, kernel, arguments, report, platform: str) -> list[Convoluti
         layer = functools.partial(conv1d, **options | dict(implementation=implementation))
         found, _ = tracing.convolutions(layer, *map(_struct, arrays))
     chosen = {}
-    for convolution, _ in found:
+    for traced, _ in found:
+        convolution, _ = traced.on(platform)
         # How the batch is shaped makes it no other, and on a GPU bias and activation don't.
         one = convolution.in_groups() if platform == "cuda" else convolution
         one = dataclasses.replace(one.of_one_batch_axis(), implementation=None)

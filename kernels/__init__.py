@@ -50,6 +50,13 @@ class Kernel:
         ``gz = gy * activation'(z)`` and db, and `run` the other two from gz.
       decline_backward: as `decline`, for `backward`; it is also given ``wanted``.
       recomputes: ``recomputes(problem)``, whether `backward` computes z anew.
+      packed: ``packed(problem, x, w, bias, sees) -> y``, as `fused`, of a depthwise convolution of
+        packed sequences: ``sees (N, T)`` int32 has for each output a bit for each tap, 1 where the
+        output sees it; what it does not see counts as zero, NaN too. ``problem.spec`` has one
+        output for each step. None: XLA multiplies for each tap.
+      packed_backward: ``packed_backward(problem, x, w, bias, sees, gy, wanted) -> (dx, dw, db)``,
+        its gradients, as of `backward`, but that it makes z anew. Goes with `packed`.
+      decline_packed: as `decline`, for both of these.
       opaque: whether XLA can't look into what these return, as it can't into a custom call. Then it
         is not asked where XLA's partitioner would have to split that.
       keeps: ``keeps(problem)``, whether `fused` returns ``(y, z)``, both of ``problem.out_shape``
@@ -77,6 +84,9 @@ class Kernel:
         lambda problem, wanted: None
     )
     recomputes: Callable[[Problem], bool] = lambda problem: False
+    packed: Callable[..., jax.Array] | None = None
+    packed_backward: Callable[..., tuple[jax.Array | None, ...]] | None = None
+    decline_packed: Callable[[Problem], str | None] = lambda problem: None
     keeps: Callable[[Problem], bool] = lambda problem: False
     opaque: bool = False
 
@@ -104,6 +114,8 @@ class Kernel:
                 continue
             if not callable(hook):
                 raise TypeError(f"{field.name} {what} must be a function, got {hook!r}")
+        if (self.packed is None) != (self.packed_backward is None):
+            raise TypeError(f"packed and packed_backward {what} go together, and only one is there")
 
     def rank(self, problem: Problem) -> int | None:
         """The priority for one problem that it does not decline."""

@@ -343,6 +343,20 @@ def backward(problem: Problem, x, w, bias, saved, gy, wanted):
     return dx, dw, db
 
 
+def packed(problem: Problem, x, w, bias, sees) -> jax.Array:
+    return walk.forward(
+        x, w, problem.spec, out_dtype=problem.out_dtype, bias=bias,
+        activation=problem.epilogue.activation, sees=sees,
+    )  # fmt: skip
+
+
+def packed_backward(problem: Problem, x, w, bias, sees, gy, wanted):
+    return walk.backward(
+        x, w, bias, gy, problem.spec, activation=problem.epilogue.activation, wanted=wanted,
+        dx_dtype=x.dtype, dw_dtype=w.dtype, sees=sees,
+    )  # fmt: skip
+
+
 # --- What it declines ---
 
 
@@ -350,6 +364,10 @@ def decline(problem: Problem) -> str | None:
     if not problem.depthwise:
         return "more than one channel in a group is for triton_dense"
     return decline_any(problem)
+
+
+def decline_packed(problem: Problem) -> str | None:
+    return decline(problem) or walk.decline(problem.spec, problem.C, problem.O)
 
 
 def describe(problem: Problem) -> str:
@@ -377,6 +395,9 @@ KERNEL = Kernel(
     decline_backward=lambda problem, wanted: decline(problem),
     keeps=lambda problem: not _walked(problem),
     recomputes=_walked,
+    packed=packed,
+    packed_backward=packed_backward,
+    decline_packed=decline_packed,
     priority=triton_tuned.priority,
     by_name=triton_tuned.by_name,
     opaque=True,

@@ -1,0 +1,228 @@
+"""A depthwise convolution of packed sequences, with its bias and activation, as one operation.
+
+    z[t] = bias + sum over the taps k that output t sees of  x[t + k*D - low] * w[k]
+    y = activation(z)
+
+An output sees the taps that lie in its own sequence (see `segments`). A kernel is given that as one
+number for each output, with a bit for each tap, and reads and writes no more than without ids.
+Where there is none each tap is a product, and XLA fuses them into one pass; their gradients compute
+them again.
+
+The primitives are a family of `composed`: conv1d_packed, conv1d_packed_tangent and
+conv1d_packed_backward. Beside x, w and bias they take the ids ``(*batch, T)`` int32.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from conv_pallas import dispatch, fused, fused_sharding, halo, lowering, primitives, segments, taps
+from conv_pallas.activations import activate
+from conv_pallas.composed import Family, Member, live_tangents, rows
+from conv_pallas.spec import OPERATIONS, ConvSpec, Epilogue, problem_of
+
+# --- The compositions ---
+
+
+def sum_of_taps(
+    seen: Sequence[Callable[[], jax.Array]], kernel, bias, *, convolve, activation, out_dtype
+) -> jax.Array:
+    """``activation(the sum of what each tap gives, + bias)``, rounded once to ``out_dtype``.
+
+    Args:
+      seen: of each tap a function without arguments, of what it sees: ``(*batch, T, C)``.
+      kernel: ``(K, 1, O)``.
+      bias: ``(O,)`` or None.
+      convolve: ``convolve(x, w, dtype) -> y``, of one tap.
+      activation: a name, or None.
+    """
+    short = jnp.issubdtype(out_dtype, jnp.floating) and out_dtype.itemsize < 4
+    wide = np.dtype(np.float32) if short else out_dtype
+    each = zip(seen, segments.one_by_one(kernel), strict=True)
+    y = functools.reduce(jnp.add, (convolve(see(), w, wide) for see, w in each))
+    y = fused.add_bias(y, None if bias is None else bias.astype(wide))
+    return activate(y, activation).astype(out_dtype)
+
+
+def _split(operands, has_bias: bool):
+    """x, w, bias or None, the ids, and what else there is."""
+    x, w, *rest = operands
+    bias = rest.pop(0) if has_bias else None
+    return x, w, bias, rest[0], rest[1:]
+
+
+def _forward(*operands, spec: ConvSpec, activation, has_bias, out_dtype, time=halo.UNSPLIT, **conv):
+    x, w, bias, ids, _ = _split(operands, has_bias)
+    T = x.shape[-2]
+    pointwise = ConvSpec(T, 1, groups=spec.groups)
+
+    def convolve(x, w, dtype):
+        return primitives.conv1d(x, w, spec=pointwise, out_dtype=dtype, **conv)
+
+    seen = segments.separate(x, ids, spec, time)
+    given = dict(convolve=convolve, activation=activation, out_dtype=out_dtype)
+    return [sum_of_taps(seen, w, bias, **given)]
+
+
+def _of_wanted(operands, wanted, *, has_bias, **params):
+    """The forward pass as a function of those of x, w and bias, their values, and the rest."""
+    primals, rest = operands[: 3 + has_bias], operands[3 + has_bias :]
+    at = [i for i, there in enumerate(wanted) if there]
+
+    def f(*values):
+        given = list(primals)
+        for i, value in zip(at, values, strict=True):
+            given[i] = value
+        return _forward(*given, has_bias=has_bias, **params)
+
+    return f, [primals[i] for i in at], rest
+
+
+def _tangent(*operands, wanted, **params):
+    f, values, tangents = _of_wanted(operands, wanted, **params)
+    return jax.jvp(f, values, list(tangents))[1]
+
+
+def _backward(*operands, wanted, **params):
+    f, values, gy = _of_wanted(operands, wanted, **params)
+    return [*jax.vjp(f, *values)[1](list(gy))]
+
+
+# --- Lowering: a kernel that takes bits, or the composition ---
+# A depthwise layer's channels in are its groups, so that nothing is a sum over devices but the
+# gradients of w and bias: ``psum`` and ``whole`` of `fused` are as where channels are not split.
+
+
+def _forward_local(*operands, on, time=halo.UNSPLIT, psum=(), **params):
+    """``on`` is that of `lowering.lower`; ``time`` says how a device's share is split."""
+    found = _kernel(operands, on, time, ("conv1d",), **params)
+    if found is None:
+        (y,) = _forward(*operands, time=time, **params)
+        # Else XLA:CPU computes all taps anew, number by number, where y is summed.
+        return [lax.optimization_barrier(y)]
+    kernel, problem = found
+    x, w, bias, ids, _ = _split(operands, params["has_bias"])
+    live = taps.some(w, params["spec"].live_taps)  # as the problem has it
+    y = kernel.packed(problem, rows(x), live, bias, _bits(ids, problem))
+    dispatch.check(kernel, "packed", problem, y)
+    return [y.reshape(*x.shape[:-1], -1)]
+
+
+def _backward_local(*operands, on, wanted, time=halo.UNSPLIT, whole=True, **params):
+    asked = [name for name, there in zip(OPERATIONS[1:], wanted[:2], strict=True) if there]
+    found = _kernel(operands, on, time, asked, **params)
+    if found is None:
+        # Not to be shared with the forward pass, which would then have to keep it.
+        operands = lax.optimization_barrier(operands)
+        return _backward(*operands, wanted=wanted, time=time, **params)
+    kernel, problem = found
+    x, w, bias, ids, (gy,) = _split(operands, params["has_bias"])
+    live = params["spec"].live_taps
+    dx, dw, db = kernel.packed_backward(
+        problem, rows(x), taps.some(w, live), bias, _bits(ids, problem), rows(gy), wanted
+    )
+    grads = []
+    if wanted[0]:
+        dispatch.check(kernel, "packed_backward", problem.gradient("conv1d_input_grad"), dx)
+        grads.append(dx.reshape(x.shape))
+    if wanted[1]:
+        dispatch.check(kernel, "packed_backward", problem.gradient("conv1d_kernel_grad"), dw)
+        grads.append(taps.among(dw, live, w.shape[0]))
+    if wanted[2]:
+        dispatch.check(kernel, "packed_backward", problem, db, bias.shape, db.dtype)
+        grads.append(db.astype(bias.dtype))
+    return grads
+
+
+def _kernel(
+    operands, on, time, operations, *, spec, activation, has_bias, precision, out_dtype,
+    implementation,
+):  # fmt: skip
+    """The kernel and its problem; None: the composition, as where time is split over devices."""
+    x, w = operands[:2]
+    problem = problem_of("conv1d", x, w, spec, precision, out_dtype, **on)
+    if time.shards > 1 or problem.empty:
+        return None
+    epilogue = Epilogue(has_bias, activation)
+    return dispatch.packed(problem, epilogue, implementation, operations)
+
+
+def _bits(ids, problem) -> jax.Array:
+    return segments.bits(ids, problem.spec).reshape(problem.N, problem.spec.time)
+
+
+# --- Differentiation ---
+
+
+def _forward_jvp(primals, tangents, **params):
+    y = FAMILY.bind("", *primals, **params)
+    wanted, live = live_tangents(tangents)
+    return y, FAMILY.bind("_tangent", *primals, *live, wanted=wanted, **params)
+
+
+# --- What is shared by a batch ---
+
+
+def _shared_forward(count, *, has_bias, **_):
+    return range(1, 2 + has_bias)  # w and bias
+
+
+def _shared_tangent(count, *, has_bias, wanted, **_):
+    return (*range(1, 2 + has_bias), *range(3 + has_bias + wanted[0], count))
+
+
+def _shared_backward(count, *, has_bias, wanted, **_):
+    # The gradients of w and bias of each member of the batch are not one sum over all.
+    return range(1, 2 + has_bias) if not (wanted[1] or wanted[2]) else range(count)
+
+
+# --- The primitives ---
+
+
+def _lower(local: Callable, split: Callable) -> Callable:
+    return functools.partial(
+        lowering.lower, local=local, split=functools.partial(split, packed=True)
+    )
+
+
+FAMILY = Family(
+    "conv1d_packed",
+    Member(_forward, _shared_forward, _lower(_forward_local, fused_sharding.Forward.of)),
+    Member(_tangent, _shared_tangent),
+    Member(_backward, _shared_backward, _lower(_backward_local, fused_sharding.Backward.of)),
+    jvp=_forward_jvp,
+)
+
+
+def conv1d(
+    x, w, bias, ids, spec: ConvSpec, *, activation: str | None, precision, out_dtype, implementation
+):
+    """``activation(conv1d(x, w) + bias)`` of packed sequences.
+
+    Args:
+      x: ``(*batch, T, C)``.
+      w: ``(K, 1, O)``.
+      bias: ``(O,)``, or None.
+      ids: ``(*batch, T)`` int32.
+      spec: with one output for each step, and several groups; see `segments.check_packed`.
+      activation: a name of `FUNCTIONS`, or None.
+
+    Returns:
+      y ``(*batch, T, O)`` of ``out_dtype``.
+    """
+    operands = (x, w, ids) if bias is None else (x, w, bias, ids)
+    (y,) = FAMILY.bind(
+        "",
+        *operands,
+        spec=spec,
+        activation=activation,
+        has_bias=bias is not None,
+        precision=precision,
+        out_dtype=np.dtype(out_dtype),
+        implementation=implementation,
+    )
+    return y
