@@ -93,8 +93,44 @@ def _among(t, T):
 
 
 @triton.jit
+def _masks_ahead(sees, n, u, U, D, COUNT: tl.constexpr):
+    """COUNT tiles of one column, the steps u, u + D, ...; what is not there sees nothing."""
+    masks = ()
+    if sees is not None:
+        masks = _steps_ahead(sees + n * U, u[:, None], u, U, (u < U)[:, None], D, D, COUNT)
+    return masks
+
+
+@triton.jit
+def _has(masks, i: tl.constexpr, k: tl.constexpr):
+    """Whether the outputs of step i see tap k; None: all of them do."""
+    seen = None
+    if len(masks) > 0:
+        seen = (masks[i] & (1 << k)) != 0
+    return seen
+
+
+@triton.jit
+def _plus(total, a, b, seen):
+    """``total + a * b`` where it is ``seen``, and else total; None: zero, and everywhere."""
+    added = a * b if total is None else total + a * b
+    if seen is not None:
+        added = tl.where(seen, added, 0.0 if total is None else total)
+    return added
+
+
+@triton.jit
+def _z(xs, taps, b, masks, i: tl.constexpr, K: tl.constexpr):
+    """z of step i, of x the K steps that it may see."""
+    z = b
+    for k in tl.static_range(K):
+        z = _plus(z, xs[k], taps[k], _has(masks, i, k))
+    return z
+
+
+@triton.jit
 def conv_walk(
-    x, w, bias, T, U, D, LOW, SERIES, GROUPS, y,
+    x, w, bias, sees, T, U, D, LOW, SERIES, GROUPS, y,
     C: tl.constexpr, K: tl.constexpr, REVERSE: tl.constexpr, HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr, AHEAD: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
@@ -116,6 +152,7 @@ def conv_walk(
     t = u - LOW
     real = (u < U)[:, None] & (c < C)[None, :]
     taps = _kernel_taps(w, c, C, K, REVERSE)
+    b = None
     if HAS_BIAS:
         b = tl.load(bias + c, c < C, 0.0).to(tl.float32)[None, :]
 
@@ -129,18 +166,18 @@ def conv_walk(
     t += (K - 1) * D
     px += (K - 1) * step
     ahead = _steps_ahead(x, px, t, T, real, D, step, AHEAD)
+    masks_ahead = _masks_ahead(sees, n, u, U, D, AHEAD)
     for group in tl.range(0, GROUPS):
-        now = ahead
+        now, masks = ahead, masks_ahead
         t += AHEAD * D
         px += AHEAD * step
         end = tl.where(group + 1 < GROUPS, T, 0)
         ahead = _steps_ahead(x, px, t, end, real, D, step, AHEAD)
+        end = tl.where(group + 1 < GROUPS, U, 0)
+        masks_ahead = _masks_ahead(sees, n, u + AHEAD * D, end, D, AHEAD)
         for i in tl.static_range(AHEAD):
             xs = xs + (to_float32(now[i]),)
-            z = xs[0] * taps[0] + b if HAS_BIAS else xs[0] * taps[0]
-            for k in tl.static_range(1, K):
-                z += xs[k] * taps[k]
-            z = activate(z, ACTIVATION)
+            z = activate(_z(xs, taps, b, masks, i, K), ACTIVATION)
             inside = real & (u + i * D < U)[:, None]
             tl.store(py + i * step, z.to(y.dtype.element_ty), inside)
             xs = xs[1:]
@@ -153,7 +190,7 @@ def _begin(
     tile, last, PIECES, SERIES, STRIDE, FIRST, LOW, T, U, c,
     C: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Where a tile's pieces begin: the step of u, and the offsets in x and gy. STRIDE: of pieces.
+    """Where a tile's pieces begin: sample and u, and the offsets in x and gy. STRIDE: of pieces.
 
     What is not there begins beyond the end of everything.
     """
@@ -163,17 +200,17 @@ def _begin(
     u = FIRST + piece // SERIES * STRIDE + piece % SERIES
     px = (n * T + (u - LOW))[:, None] * C + c[None, :]
     pg = (n * U + u)[:, None] * C + c[None, :]
-    return tl.where(piece < tl.where(tile < last, PIECES, 0), u, NOWHERE), px, pg
+    return n, tl.where(piece < tl.where(tile < last, PIECES, 0), u, NOWHERE), px, pg
 
 
 @triton.jit
-def _gradient(xs, g, taps, b, here, U, K: tl.constexpr, ACTIVATION: tl.constexpr):
-    """gz of the steps ``here``, of x the K steps that they see; zero where there are none."""
+def _gradient(
+    xs, g, taps, b, masks, i: tl.constexpr, here, U, K: tl.constexpr, ACTIVATION: tl.constexpr
+):  # fmt: skip
+    """gz of step i, which is ``here``, of x the K steps that it may see; zero where none is."""
     g = to_float32(g)
     if ACTIVATION is not None:
-        z = xs[0] * taps[0] if b is None else xs[0] * taps[0] + b
-        for k in tl.static_range(1, K):
-            z += xs[k] * taps[k]
+        z = _z(xs, taps, b, masks, i, K)
         # Steps of x that no output has may be NaN, times which no zero is zero.
         g = tl.where(_among(here, U)[:, None], activate_grad_of_z(g, z, ACTIVATION), 0.0)
     return g
@@ -181,7 +218,7 @@ def _gradient(xs, g, taps, b, here, U, K: tl.constexpr, ACTIVATION: tl.constexpr
 
 @triton.jit
 def conv_walk_backward(
-    x, w, bias, gy, T, U, N, D, LOW, SERIES, GROUPS, FIRST, PIECES, TILES, dx, sums,
+    x, w, bias, sees, gy, T, U, N, D, LOW, SERIES, GROUPS, FIRST, PIECES, TILES, dx, sums,
     C: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
     INPUT: tl.constexpr, KERNEL: tl.constexpr, WHOLE: tl.constexpr, AHEAD: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr,
@@ -214,31 +251,36 @@ def conv_walk_backward(
         dw = dw + (tl.zeros((BR, BC), tl.float32),)
     db = tl.zeros((BR, BC), tl.float32)
     last = tl.minimum((split + 1) * TILES, N * tl.cdiv(PIECES, BR))
-    u, px, pg = _begin(split * TILES, last, PIECES, SERIES, STRIDE, FIRST, LOW, T, U, c, C, BR)
+    n, u, px, pg = _begin(split * TILES, last, PIECES, SERIES, STRIDE, FIRST, LOW, T, U, c, C, BR)
     x_ahead = _steps_ahead(x, px + (K - 1) * step, u - LOW + (K - 1) * D, T, real, D, step, AHEAD)
     g_ahead = _steps_ahead(gy, pg, u, U, real, D, step, AHEAD)
+    masks_ahead = _masks_ahead(sees, n, u, U, D, AHEAD)
     for tile in tl.range(split * TILES, last):
-        u_next, px_next, pg_next = _begin(
+        n_next, u_next, px_next, pg_next = _begin(
             tile + 1, last, PIECES, SERIES, STRIDE, FIRST, LOW, T, U, c, C, BR
         )
         pd = dx + px
         t = u - LOW
         before = _steps_ahead(x, px - HALO * step, t - HALO * D, T, real, D, step, HALO + K - 1)
         g_before = _steps_ahead(gy, pg - HALO * step, u - HALO * D, U, real, D, step, HALO)
-        xs, gs = (), ()
+        masks_before = _masks_ahead(sees, n, u - HALO * D, U, D, HALO)
+        xs, gs, seen = (), (), masks_before  # the K-1 steps before, from where they are
         for k in tl.static_range(K - 1):
             xs = xs + (to_float32(before[k]),)
             if HALO == 0:
                 gs = gs + (tl.zeros((BR, BC), tl.float32),)
+                if sees is not None:
+                    seen = seen + (tl.zeros((BR, 1), tl.int32),)
         for i in tl.static_range(HALO):
             xs = xs + (to_float32(before[K - 1 + i]),)
             here = u + (i - HALO) * D
-            gs = gs + (_gradient(xs, g_before[i], taps, b, here, U, K, ACTIVATION),)
+            g = _gradient(xs, g_before[i], taps, b, seen, i, here, U, K, ACTIVATION)
+            gs = gs + (g,)
             xs = xs[1:]
         px += (K - 1) * step
         t += (K - 1) * D
         for group in tl.range(0, GROUPS):
-            x_now, g_now = x_ahead, g_ahead
+            x_now, g_now, masks = x_ahead, g_ahead, masks_ahead
             px += AHEAD * step
             pg += AHEAD * step
             t += AHEAD * D
@@ -252,23 +294,31 @@ def conv_walk_backward(
                 gy, tl.where(more, pg, pg_next), tl.where(more, u + AHEAD * D, u_next), U, real,
                 D, step, AHEAD,
             )  # fmt: skip
+            masks_ahead = _masks_ahead(
+                sees, tl.where(more, n, n_next), tl.where(more, u + AHEAD * D, u_next), U, D, AHEAD
+            )
             for i in tl.static_range(AHEAD):
                 here = u + i * D
                 xs = xs + (to_float32(x_now[i]),)
-                g = _gradient(xs, g_now[i], taps, b, here, U, K, ACTIVATION)
+                g = _gradient(xs, g_now[i], taps, b, masks, i, here, U, K, ACTIVATION)
                 if INPUT:
                     gs = gs + (g,)
-                    d = gs[K - 1] * taps[0]
-                    for k in tl.static_range(1, K):
-                        d += gs[K - 1 - k] * taps[k]
+                    if sees is not None:
+                        seen = seen + (masks[i],)
+                    d = None
+                    for k in tl.static_range(K):
+                        d = _plus(d, gs[K - 1 - k], taps[k], _has(seen, K - 1 - k, k))
                     inside = _among(here - LOW, T)[:, None] & real
                     tl.store(pd + i * step, d.to(dx.dtype.element_ty), inside)
                     gs = gs[1:]
+                    seen = seen[1:]
                 if KERNEL:
-                    met = _among(here, U)[:, None]  # else g is zero, and x may be infinite
                     added = ()
                     for k in tl.static_range(K):
-                        added = added + (tl.where(met, dw[k] + g * xs[k], dw[k]),)
+                        met = _has(masks, i, k)
+                        if sees is None:
+                            met = _among(here, U)[:, None]  # else g is zero, and x may be infinite
+                        added = added + (_plus(dw[k], g, xs[k], met),)
                     dw = added
                     if HAS_BIAS:
                         db += g
@@ -277,12 +327,12 @@ def conv_walk_backward(
             pd += AHEAD * step
         if WHOLE and INPUT:
             for i in tl.static_range(K - 1):
-                d = gs[i] * taps[K - 1]
+                d = _plus(None, gs[i], taps[K - 1], _has(seen, i, K - 1))
                 for k in tl.static_range(i + 1, K - 1):
-                    d += gs[K - 1 + i - k] * taps[k]
+                    d = _plus(d, gs[K - 1 + i - k], taps[k], _has(seen, K - 1 + i - k, k))
                 inside = _among(u + i * D - LOW, T)[:, None] & real
                 tl.store(pd + i * step, d.to(dx.dtype.element_ty), inside)
-        u, px, pg = u_next, px_next, pg_next
+        n, u, px, pg = n_next, u_next, px_next, pg_next
     if KERNEL:
         out = sums + split.to(tl.int64) * (ROWS * C) + c
         for k in tl.static_range(K):
@@ -340,9 +390,15 @@ def _ahead(steps: int) -> int:
 
 def forward(
     x: jax.Array, w: jax.Array, spec: ConvSpec, *, out_dtype, transposed: bool = False,
-    bias: jax.Array | None = None, activation: str | None = None,
+    bias: jax.Array | None = None, activation: str | None = None, sees: jax.Array | None = None,
 ) -> jax.Array:  # fmt: skip
-    """``activation(conv(x, w) + bias)``; arguments as of `triton_depthwise.forward`."""
+    """``activation(conv(x, w) + bias)``; arguments as of `triton_depthwise.forward`.
+
+    Args:
+      sees: ``(N, U)`` int32: bit k says whether that output sees tap k; None: all see all. What
+        one does not see is no part of it, whatever is there. Not if ``transposed``.
+    """
+    assert sees is None or not transposed
     N, T, C = x.shape
     K, D, U = spec.kernel_size, spec.kernel_dilation, spec.out_time
     BR, BC, steps, warps = _tile("conv_walk", N, U, spec, C, x.dtype, 4, columns=512, steps=64)
@@ -353,7 +409,7 @@ def forward(
     return compat.call(
         conv_walk, x, w,
         x if bias is None else bias,  # a pointer that is not read
-        T, U, D, spec.padding[0], series, groups,
+        sees, T, U, D, spec.padding[0], series, groups,
         out=jax.ShapeDtypeStruct((N, U, C), out_dtype),
         programs=N * triton.cdiv(pieces, BR) * triton.cdiv(C, BC), warps=warps, stages=1,
         C=C, K=K, REVERSE=transposed, HAS_BIAS=bias is not None, ACTIVATION=activation,
@@ -364,8 +420,9 @@ def forward(
 def backward(
     x: jax.Array, w: jax.Array, bias: jax.Array | None, gy: jax.Array, spec: ConvSpec, *,
     activation: str | None, wanted: tuple[bool, bool, bool], dx_dtype, dw_dtype,
+    sees: jax.Array | None = None,
 ) -> tuple[jax.Array | None, jax.Array | None, jax.Array | None]:  # fmt: skip
-    """``(dx, dw, db)``, None for what is not wanted, db in float32."""
+    """``(dx, dw, db)``, None for what is not wanted, db in float32; ``sees`` as of `forward`."""
     (N, T, C), (_, U, _) = x.shape, gy.shape
     K, D, low = spec.kernel_size, spec.kernel_dilation, spec.padding[0]
     want_dx, want_dw, want_db = wanted
@@ -393,7 +450,7 @@ def backward(
     nothing = jax.ShapeDtypeStruct((1,), np.dtype(np.float32))  # a pointer that is not written
     rows = K + (bias is not None)
     dx, partial = compat.call(
-        conv_walk_backward, x, w, x if bias is None else bias, gy,
+        conv_walk_backward, x, w, x if bias is None else bias, sees, gy,
         T, U, N, D, low, series, groups, first, pieces, per_split,
         out=(
             jax.ShapeDtypeStruct((N, T, C), dx_dtype) if want_dx else nothing,
