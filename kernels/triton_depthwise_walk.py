@@ -57,6 +57,8 @@ from conv_pallas.spec import ConvSpec
 
 AHEAD = 8  # steps that are loaded at a time
 BACKWARD_AHEAD = 4  # of x and of gy: 8 take 176 registers, and leave room for half the programs
+# Beside masks ptxas spills some for one more program, if it may. Of 32 bits x and gy take more.
+MASKED_REGISTERS = (168, 255)
 TAPS = 8  # as many tiles as registers hold
 STEPS = 2**28  # positions are counted with 32 bits, and may go some way past the ends
 NOWHERE = tl.constexpr(2**30)  # a position beyond all of them
@@ -457,6 +459,7 @@ def backward(
             jax.ShapeDtypeStruct((splits, rows, C), np.dtype(np.float32)) if sums else nothing,
         ),
         programs=splits * tiles_c, warps=warps, stages=1,
+        registers=None if sees is None else MASKED_REGISTERS[x.dtype.itemsize > 2],
         C=C, K=K, HAS_BIAS=bias is not None, ACTIVATION=activation, INPUT=want_dx, KERNEL=sums,
         WHOLE=whole, AHEAD=BACKWARD_AHEAD, BR=BR, BC=BC,
     )  # fmt: skip

@@ -12,7 +12,7 @@ import numpy as np
 from conv_pallas.spec import ConvSpec
 
 
-def _steps(spec: ConvSpec, k: int) -> tuple[np.ndarray, np.ndarray]:
+def steps(spec: ConvSpec, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The outputs u that see a step of x through tap k, and the step t that each sees."""
     u = np.arange(spec.out_time)
     position = u * spec.stride + k * spec.kernel_dilation - spec.padding[0]  # in xE
@@ -31,7 +31,7 @@ def conv1d_reference(x: np.ndarray, w: np.ndarray, spec: ConvSpec) -> np.ndarray
     N, O, G = x.shape[0], w.shape[2], spec.groups
     y = np.zeros((N, spec.out_time, G, O // G))
     for k in range(spec.kernel_size):
-        u, t = _steps(spec, k)
+        u, t = steps(spec, k)
         y[:, u] += np.einsum("ntgc,cgo->ntgo", _grouped(x, G)[:, t], _grouped(w[k], G))
     return y.reshape(N, spec.out_time, O)
 
@@ -41,7 +41,7 @@ def input_grad_reference(g: np.ndarray, w: np.ndarray, spec: ConvSpec) -> np.nda
     N, G, c = g.shape[0], spec.groups, w.shape[1]
     dx = np.zeros((N, spec.time, G, c))
     for k in range(spec.kernel_size):
-        u, t = _steps(spec, k)
+        u, t = steps(spec, k)
         dx[:, t] += np.einsum("nugo,cgo->nugc", _grouped(g, G)[:, u], _grouped(w[k], G))
     return dx.reshape(N, spec.time, G * c)
 
@@ -51,7 +51,7 @@ def kernel_grad_reference(x: np.ndarray, g: np.ndarray, spec: ConvSpec) -> np.nd
     G, C, O = spec.groups, x.shape[2], g.shape[2]
     dw = np.zeros((spec.kernel_size, C // G, G, O // G))
     for k in range(spec.kernel_size):
-        u, t = _steps(spec, k)
+        u, t = steps(spec, k)
         dw[k] = np.einsum("nugc,nugo->cgo", _grouped(x, G)[:, t], _grouped(g, G)[:, u])
     return dw.reshape(spec.kernel_size, C // G, O)
 

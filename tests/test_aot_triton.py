@@ -20,6 +20,7 @@ from conv_pallas.kernels import (
     triton_compat,
     triton_config,
     triton_dense,
+    triton_depthwise_walk,
     triton_tuned,
 )  # fmt: skip
 from conv_pallas.kernels.triton_config import Config
@@ -77,6 +78,21 @@ def _layer(case: Case, activation: str | None, x, w, bias):
     kwargs = dict(case.kwargs, activation=activation, implementation="triton")
     y, vjp = jax.vjp(lambda *args: conv1d(*args, **kwargs), x, w, bias)
     return y, *vjp(y)
+
+
+def _packed(case: Case, activation: str | None, sees: bool, x, w, bias, gy, masks):
+    """y and all gradients of a walk that is told which taps each output sees, or of a plain one."""
+    how = dict(activation=activation, sees=masks if sees else None)
+    y = triton_depthwise_walk.forward(x, w, case.spec, out_dtype=x.dtype, bias=bias, **how)
+    return y, triton_depthwise_walk.backward(
+        x, w, bias, gy, case.spec, wanted=(True, True, True), dx_dtype=x.dtype, dw_dtype=w.dtype,
+        **how,
+    )  # fmt: skip
+
+
+def _packed_structs(case: Case):
+    outputs = aot.struct(case.out_shape, case.dtype)
+    return *_structs(case), outputs, aot.struct(case.out_shape[:2], "int32")
 
 
 def _structs(case: Case):
@@ -139,6 +155,40 @@ def test_machine_code_is_as_promised(chip, name):
     if name in ("taps", "taps_float32"):
         wide = name == "taps_float32"
         _check_that_many_taps_are_multiplied(made, wide, 15 if wide else 12.5)
+
+
+PACKED = (
+    (_case("packed", 512, G=512, K=4), "silu"),
+    (_case("packed_series", 2048, G=2048, K=4, D=1024, T=2**14, batch=(1,)), "silu"),
+    (_case("packed_taps", 512, G=512, K=8, D=1), "tanh"),
+    (_case("packed_float32", 512, G=512, K=4, dtype="float32"), "gelu_exact"),
+    (_case("packed_taps_float32", 512, G=512, K=8, dtype="float32"), "gelu_exact"),
+)
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize("chip", ["a100", "h200", "b200"])
+@pytest.mark.parametrize("case, activation", PACKED, ids=lambda value: getattr(value, "name", None))
+def test_masks_of_packed_sequences_stay_in_registers(chip, case, activation):
+    structs = _packed_structs(case)
+    made = codes(chip, functools.partial(_packed, case, activation, True), *structs)
+    assert [code.name for code in made] == ["conv_walk", "conv_walk_backward"]
+    for code in made:
+        assert code.spills == 0, code
+        assert code.shared <= SHARED_BYTES[chip], code
+    if case.name == "packed":
+        # Of which a plain walk is told nothing.
+        plain = codes(chip, functools.partial(_packed, case, activation, False), *structs)
+        parameters = lambda code: code.texts["ptx"].count(".param .")  # noqa: E731
+        for code, other in zip(made, plain, strict=True):
+            assert parameters(code) == parameters(other) + 1
+
+
+def test_masks_compile_for_amd():
+    case, activation = PACKED[0]
+    f = functools.partial(_packed, case, activation, True)
+    for kernel, assembly, _ in amd_codes(f, *_packed_structs(case)):
+        assert re.search(r"\.vgpr_spill_count: +0\n", assembly), kernel
 
 
 @pytest.mark.sampled

@@ -7,7 +7,7 @@ import contextlib
 
 from tests import cases
 from tests.cases import Case
-from tests.triton_epilogue import FUSED
+from tests.triton_epilogue import FUSED, Fused
 
 # What only tiles can get wrong: several tiles with remainders on every axis.
 EXTRA = (
@@ -66,6 +66,36 @@ EXTRA = (
     Case("resident_long", T=4096, C=16, O=24, D=64, batch=(8,), dtype="bfloat16"),
 )
 
+
+def _packed(name: str, activation: str | None = "silu", wanted=(True, True, True), **kwargs):
+    """A walk that is told which taps each output sees."""
+    bias = kwargs.pop("bias", True)
+    case = Case(f"packed{name}", **dict(T=41, C=24, O=24, G=24, K=4) | kwargs)
+    return Fused(case, activation, bias, wanted)
+
+
+PACKED = (
+    _packed(""),
+    _packed("_dilated", T=70, D=3, dtype="bfloat16"),
+    _packed("_same", "gelu", K=5, D=2, padding="SAME"),
+    _packed("_pad", "relu", K=2, D=3, padding=[(7, 20)], dtype="bfloat16"),
+    _packed("_crop", D=3, padding=[(-5, -3)]),
+    _packed("_alone", None, K=1),
+    _packed("_eight", "tanh", T=70, K=8, dtype="bfloat16"),
+    # Several programs and pieces of each tile; and a piece that is a series.
+    _packed("_wide", T=150, C=136, O=136, G=136, D=3, dtype="bfloat16"),
+    _packed("_whole", T=250, D=64),
+    _packed("_whole_crop", T=250, D=32, K=2, padding=[(0, -130)], dtype="bfloat16"),
+    # Each program has several tiles, of several samples.
+    _packed("_walked_onward", T=61, D=3, batch=(3,)),
+    _packed("_walked_onward_whole", None, T=250, D=64, dtype="bfloat16"),
+    _packed("", bias=False),
+    _packed("", None, bias=False, D=3),
+    _packed("", wanted=(True, False, False), D=3),
+    _packed("", wanted=(False, True, True), D=3),
+    _packed("", None, wanted=(False, False, True)),
+)
+
 # The heuristic picks programs that stay for more steps than the interpreter has time for, and none
 # with several tiles of taps, nor with several taps of one.
 OWN = {
@@ -74,7 +104,7 @@ OWN = {
 }  # fmt: skip
 
 NAMES = (
-    *(fused.name for fused in FUSED),
+    *(fused.name for fused in (*FUSED, *PACKED)),
     "unmet_dense", "unmet_dense_several", "unmet_depthwise", "unmet_taps", "unmet_groups", "unread",
     "padding", "rounding", "extremes", "slopes", "far_dense", "far_resident", "far_strided",
     "far_walked", "far_taps", "far_wide", "far_hop",

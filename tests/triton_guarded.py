@@ -238,7 +238,7 @@ def call(kernel, *args, out, programs, warps, stages, registers=None, **meta):
             t = Tensor(tf32(np.asarray(a.array))) if a.round_to_tf32 else convert(a.array)
             tensors.setdefault(id(t), t)
             return TensorDescriptor(t, list(t.shape), list(t.stride()), list(a.block))
-        if isinstance(a, int):
+        if a is None or isinstance(a, int):
             return a
         return tensors.setdefault(id(a), Tensor(np.asarray(a)))
 

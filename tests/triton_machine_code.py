@@ -21,13 +21,15 @@ def amd_codes(f, *structs) -> list[tuple[str, str, bytes]]:
 
     What runs them on AMD is not here: this shows that the source is not NVIDIA's alone.
     """
-    pointers = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
+    pointers = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32", "int32": "*i32"}
     target, made = GPUTarget("hip", "gfx942", 64), []
 
     def call(kernel, *args, out, programs, warps, stages, registers=None, **meta):
         outs = out if isinstance(out, tuple) else (out,)
         kind = lambda a: "i32" if isinstance(a, int) else pointers[a.dtype.name]  # noqa: E731
-        signature = dict(zip(kernel.arg_names, map(kind, (*args, *outs)), strict=False))
+        given = dict(zip(kernel.arg_names, (*args, *outs), strict=False))
+        meta |= {name: None for name, a in given.items() if a is None}
+        signature = {name: kind(a) for name, a in given.items() if a is not None}
         signature |= dict.fromkeys(meta, "constexpr")
         source = triton.compiler.ASTSource(kernel, signature, meta)
         options = dict(num_warps=warps, num_stages=stages, enable_fp_fusion=True)

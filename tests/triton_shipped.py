@@ -19,14 +19,20 @@ import numpy as np
 from triton.runtime import interpreter
 
 from conv_pallas import dispatch, kernels
-from conv_pallas.kernels import triton_common, triton_compat, triton_dense, triton_depthwise
+from conv_pallas.kernels import (
+    triton_common,
+    triton_compat,
+    triton_dense,
+    triton_depthwise,
+    triton_depthwise_walk,
+)
 from conv_pallas.spec import ACTIVATIONS, Epilogue, Problem, lhs_rhs_out
 from tests import triton_epilogue
 from tests.cases import Case
-from tests.reference import SLOPES, VALUES
+from tests.reference import SLOPES, VALUES, steps
 from tests.support import padded, rows
 from tests.tolerance import REFERENCES, check
-from tests.triton_cases import named, own_tile
+from tests.triton_cases import PACKED, named, own_tile
 from tests.triton_guarded import ran, tf32
 
 files: list[str] = []  # those of the kernels that ran
@@ -183,6 +189,99 @@ def run_unmet_groups(capability: int) -> None:
         expected = REFERENCES[operation](*factors, case.spec)
         np.testing.assert_array_equal(np.isnan(out), np.isnan(expected))
         assert np.isfinite(out[..., :24]).all()
+
+
+def run_packed(name: str) -> None:
+    """A walk of which each output sees some taps, and nothing of what the others have there."""
+    triton_compat.compute_capability = lambda: 90
+    files.append("triton_depthwise_walk")
+    (packed,) = (packed for packed in PACKED if packed.name == name)
+    spec, rng = packed.case.spec, np.random.default_rng(2)
+    x, w, bias, gy, _ = packed.arrays()
+    sees = rng.integers(0, 2**spec.kernel_size, gy.shape[:2], np.int32)
+    kind = rng.integers(0, 6, sees.shape)
+    sees[kind == 0], sees[kind == 1] = 0, -1  # with bits of no tap
+    hidden = rng.integers(0, 6, x.shape[:2]) == 0  # among steps that are seen
+    met = np.zeros_like(hidden)
+    for k in range(spec.kernel_size):
+        u, t = steps(spec, k)
+        sees[:, u] &= ~(hidden[:, t].astype(np.int32) << k)
+        met[:, t] |= (sees[:, u] >> k & 1).astype(bool)
+    assert met.any() and not met.all()
+    x[~met] = rng.choice(np.array([np.nan, np.inf, -np.inf]), x[~met].shape)
+    of_seen = mock.patch.dict(REFERENCES, _packed_references(sees))
+    with _as_named(name), of_seen, np.errstate(all="ignore"):
+        y, grads = _walk(packed, x, w, bias, gy, sees)
+        packed.check_forward(np.asarray(y), x, w, bias)
+        packed.check_backward(grads, x, w, bias, gy)
+        if packed.activation not in (None, "silu"):
+            return
+        # And what some of them see reaches those alone.
+        inside = np.zeros_like(sees)
+        for k in range(spec.kernel_size):
+            inside[:, steps(spec, k)[0]] |= 1 << k
+        sees &= inside  # as zero times infinity is NaN
+        for c in range(x.shape[2] // 4):
+            x[c % len(x), rng.choice(x.shape[1]), 4 * c] = np.nan
+            gy[c % len(x), rng.choice(gy.shape[1]), 4 * c + 1] = np.nan
+            w[rng.choice(len(w)), 0, 4 * c + 2] = np.inf
+        _check_finite(packed, x, w, bias, gy, sees)
+
+
+def _check_finite(packed, x, w, bias, gy, sees) -> None:
+    """Finite is what should be."""
+    y, grads = _walk(packed, x, w, bias, gy, sees)
+    z = REFERENCES["conv1d"](x, w, packed.case.spec)
+    z = z if bias is None else z + bias.astype(float)
+    gz = gy.astype(float) * SLOPES[packed.activation](z)
+    dx = REFERENCES["conv1d_input_grad"](gz, w, packed.case.spec)
+    dw = REFERENCES["conv1d_kernel_grad"](x, gz, packed.case.spec)
+    expected = (VALUES[packed.activation](z), dx, dw, gz.sum((0, 1)))
+    for found, value in zip((y, *grads), expected, strict=True):
+        if found is not None:
+            value = np.isfinite(value)
+            assert not value.all()
+            np.testing.assert_array_equal(np.isfinite(np.asarray(found, float)), value)
+
+
+def _walk(packed, x, w, bias, gy, sees):
+    """y, and the gradients."""
+    how = dict(activation=packed.activation, sees=sees)
+    y = triton_depthwise_walk.forward(
+        x, w, packed.case.spec, out_dtype=x.dtype, bias=bias, **how
+    )  # fmt: skip
+    return y, triton_depthwise_walk.backward(
+        x, w, bias, gy, packed.case.spec, wanted=packed.wanted, dx_dtype=x.dtype,
+        dw_dtype=w.dtype, **how,
+    )  # fmt: skip
+
+
+def _packed_references(sees: np.ndarray) -> dict[str, Callable]:
+    """As `tests.reference`, depthwise, of what is seen."""
+
+    def each(spec):
+        for k in range(spec.kernel_size):
+            u, t = steps(spec, k)
+            seen = (sees[:, u] >> k & 1).astype(bool)[..., None]
+            yield k, u, t, lambda product, seen=seen: np.where(seen, product, 0)
+
+    def forward(x, w, spec):
+        y = np.zeros((*sees.shape, x.shape[2]))
+        for k, u, t, of_seen in each(spec):
+            y[:, u] += of_seen(x[:, t].astype(float) * w[k, 0].astype(float))
+        return y
+
+    def input_grad(g, w, spec):
+        dx = np.zeros((len(g), spec.time, g.shape[2]))
+        for k, u, t, of_seen in each(spec):
+            dx[:, t] += of_seen(g[:, u].astype(float) * w[k, 0].astype(float))
+        return dx
+
+    def kernel_grad(x, g, spec):
+        products = (of_seen(x[:, t].astype(float) * g[:, u]) for _, u, t, of_seen in each(spec))
+        return np.stack([product.sum((0, 1), keepdims=True)[0] for product in products])
+
+    return dict(zip(REFERENCES, (forward, input_grad, kernel_grad), strict=True))
 
 
 UNREAD = (  # time, taps, dilation and padding: steps that no output reads, cropped or in between
@@ -428,6 +527,8 @@ def runs_of(name: str) -> dict[str, Callable[[], None]]:
     """What a name of `NAMES`, or of a case, stands for: each run by what is told of it."""
     if name in ALONE:
         return {name: ALONE[name]}
+    if name.startswith("fused_packed"):
+        return {name: functools.partial(run_packed, name)}
     if name.startswith("fused_"):
         return {
             f"{name} sm_{c}": functools.partial(run_fused, name, c)
