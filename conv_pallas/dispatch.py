@@ -24,6 +24,8 @@ PARTITIONED = (
     "all explicit, or a jax.shard_map over all of them"
 )
 
+PACKED = "of packed sequences: a bit for each tap says whether an output sees it"
+
 type Implementation = str | Sequence[str] | None
 
 
@@ -139,17 +141,9 @@ def select(problem: Problem, implementation: tuple[str, ...] | None):
       NotImplementedError: none of those asked for can; it says why for each.
     """
     answers = candidates(problem, implementation)
-    if implementation is None:
-        for candidate, kernel in answers:
-            if candidate.reason is None and candidate.by_name is None:
-                return kernel
-        wanted = tuple(candidate.implementation for candidate, _ in answers)
-    else:
-        for name in implementation:
-            for candidate, kernel in answers:
-                if candidate.implementation == name and candidate.reason is None:
-                    return kernel
-        wanted = implementation
+    if able := _able(answers, implementation):
+        return able[0]
+    wanted = implementation or tuple(candidate.implementation for candidate, _ in answers)
     reasons = "; ".join(
         dict.fromkeys(  # once, what several kernels of a name have to say
             f"{c.implementation}: {c.reason}"
@@ -163,6 +157,19 @@ def select(problem: Problem, implementation: tuple[str, ...] | None):
         f"implementation={', '.join(map(repr, wanted))} can't run {problem.operation} on "
         f"{problem.platform} ({reasons}); it may be None or any of {able}"
     )
+
+
+def _able(answers, implementation: tuple[str, ...] | None) -> list:
+    """The kernels that may run what these are the answers to, those first that would."""
+    able = [(candidate, kernel) for candidate, kernel in answers if candidate.reason is None]
+    if implementation is None:
+        return [kernel for candidate, kernel in able if candidate.by_name is None]
+    return [
+        kernel
+        for name in implementation
+        for candidate, kernel in able
+        if candidate.implementation == name
+    ]
 
 
 def check(kernel, method: str, problem: Problem, got, shape=None, dtype=None) -> None:
@@ -202,12 +209,38 @@ def backward(
 
     It has to be the one that would compute each of the wanted gradients by itself.
     """
-    gradients = [name for name, there in zip(OPERATIONS[1:], wanted[:2], strict=True) if there]
-    kernel = _of_all(problem, gradients, implementation)
-    problem = dataclasses.replace(problem, epilogue=epilogue)
-    if kernel is None or kernel.backward is None:
+    kernels = []
+    for operation, needed in zip(OPERATIONS[1:], wanted[:2], strict=True):
+        if needed:
+            try:
+                kernels.append(select(problem.gradient(operation), implementation))
+            except NotImplementedError:
+                return None  # raised once that gradient is lowered by itself
+    if not kernels or any(kernel is not kernels[0] for kernel in kernels):
         return None
-    return None if kernel.decline_backward(problem, wanted) is not None else (kernel, problem)
+    problem = dataclasses.replace(problem, epilogue=epilogue)
+    if kernels[0].backward is None or kernels[0].decline_backward(problem, wanted) is not None:
+        return None
+    return kernels[0], problem
+
+
+def of_packed(answers, problem: Problem) -> list[tuple[Candidate, object | None]]:
+    """What those who gave these answers to an operation say of packed sequences.
+
+    Args:
+      problem: the forward problem, with its epilogue.
+    """
+
+    def answer(candidate, kernel):
+        if candidate.reason is not None:
+            return candidate, kernel
+        reason = "has no kernel for packed sequences"
+        if kernel.packed is not None:
+            reason = kernel.decline_packed(problem)
+        how, by_name = (PACKED, candidate.by_name) if reason is None else (None, None)
+        return dataclasses.replace(candidate, reason=reason, how=how, by_name=by_name), kernel
+
+    return [answer(*a) for a in answers]
 
 
 def packed(
@@ -218,24 +251,17 @@ def packed(
 ):
     """The kernel that takes a forward problem of packed sequences, and its problem; or None.
 
-    It has to be the one that would compute each of these operations of a single sequence.
+    The first that takes them of those that may compute each of these operations of one sequence.
     """
-    kernel = _of_all(problem, operations, implementation)
     problem = dataclasses.replace(problem, epilogue=epilogue)
-    if kernel is None or kernel.packed is None:
-        return None
-    return None if kernel.decline_packed(problem) is not None else (kernel, problem)
-
-
-def _of_all(problem: Problem, operations, implementation: tuple[str, ...] | None):
-    """The one kernel that is selected for each of these operations; None: several, or none."""
-    kernels = []
+    each = []
     for operation in operations:
-        try:
-            kernels.append(select(problem.gradient(operation), implementation))
-        except NotImplementedError:
-            return None  # raised once that operation is lowered by itself
-    return kernels[0] if kernels and all(k is kernels[0] for k in kernels) else None
+        answers = candidates(problem.gradient(operation), implementation)
+        each.append(_able(of_packed(answers, problem), implementation))
+    for kernel in each[0] if each else []:
+        if all(any(kernel is other for other in others) for others in each):
+            return kernel, problem
+    return None
 
 
 def check_anywhere(problem: Problem, implementation: tuple[str, ...] | None) -> None:

@@ -217,20 +217,45 @@ def explain(
     precision = lax_internal.canonicalize_precision(precision)
     named = activation if isinstance(activation, str) else None
     apart, epilogue = None, Epilogue(bias is not None, named)
+    promoted = bias if bias is None else jax.ShapeDtypeStruct(bias.shape, dtype)
     if segment_ids is not None and segments.apart(w, spec.groups):
         whole = Convolution(x, w, spec, precision, out_dtype, chain, epilogue, packed=True)
-        one, times = whole.on(platform)
+        one, _ = whole.on(platform)
+        if one.packed:
+            outside = unfused_reason(dtype, out_dtype, promoted, out_sharding)
+            return _explain_packed(one, platform, outside)
         w, spec = one.w, one.spec
-        apart = "each tap of packed sequences is a convolution" if times > 1 else None
+        apart = "each tap of packed sequences is a convolution"
     elif segment_ids is not None:
         join = functools.partial(segments.side_by_side, groups=spec.groups)
         x, w = jax.eval_shape(join, [x] * spec.kernel_size, w)
         spec, _ = make_spec(x.shape, w.shape, padding="VALID", feature_group_count=spec.groups)
-    promoted = bias if bias is None else jax.ShapeDtypeStruct(bias.shape, dtype)
     outside = apart or unfused_reason(dtype, out_dtype, promoted, out_sharding)
     given = dict(x=x, w=w, spec=spec, precision=precision, out_dtype=out_dtype)
     ask = functools.partial(problem_of, **given, platform=platform)
     return _explain_problem(ask, chain, epilogue, outside)
+
+
+def _explain_packed(
+    convolution: Convolution, platform: str, outside: str | None = None
+) -> Explanation:
+    """Of packed sequences that a kernel takes."""
+    epilogue, whole = convolution.epilogue, convolution.problem("conv1d", platform)
+    forward, backward = (
+        convolution.takes(platform, operations) for operations in (OPERATIONS[:1], OPERATIONS[1:])
+    )
+    chosen, answers = {}, {}
+    for operation in OPERATIONS:
+        kernel = forward if operation == "conv1d" else backward
+        chosen[operation] = kernel.implementation
+        asked = dispatch.candidates(convolution.problem(operation, platform))
+        asked = dispatch.of_packed(asked, dataclasses.replace(whole, epilogue=epilogue))
+        answers[operation] = tuple(c for c, _ in asked)
+    told = None
+    if epilogue.bias or epilogue.activation:
+        names = f"in {forward.implementation}'s kernel", f"in {backward.implementation}'s kernels"
+        told = _told(epilogue, *names, outside)
+    return Explanation(platform, chosen, answers, epilogue=told)
 
 
 def _explains_its_call(x: Any) -> bool:
@@ -270,7 +295,11 @@ def _explain_model(model: Callable, *args, platform: str, **kwargs) -> ModelExpl
         convolution, each = traced.on(platform)
         words = str(convolution)
         times[words] = times.get(words, 0) + count * each
-        if words not in told:
+        if words in told:
+            continue
+        if convolution.packed:
+            told[words] = _explain_packed(convolution, platform)
+        else:
             ask = functools.partial(convolution.problem, platform=platform)
             told[words] = _explain_problem(ask, convolution.implementation, convolution.epilogue)
     return ModelExplanation(platform, told, times, left)
@@ -278,9 +307,8 @@ def _explain_model(model: Callable, *args, platform: str, **kwargs) -> ModelExpl
 
 def _explain_epilogue(problem: Problem, epilogue: Epilogue, chain, outside: str | None) -> str:
     """Who computes bias and activation, and their gradients."""
-    parts = [*(["bias"] if epilogue.bias else []), *filter(None, [epilogue.activation])]
     if outside:
-        return f"{' and '.join(parts)}: by XLA, as are their gradients, for {outside}"
+        return _told(epilogue, "", "", outside)
     kernel = dispatch.select(problem, chain)
     whole = dataclasses.replace(problem, epilogue=epilogue)
     if kernel.fused is None:
@@ -291,6 +319,14 @@ def _explain_epilogue(problem: Problem, epilogue: Epilogue, chain, outside: str 
         forward = f"in {kernel.implementation}'s kernel"
     found = dispatch.backward(problem, epilogue, chain, (True, True, epilogue.bias))
     backward = "by XLA" if found is None else f"in {found[0].implementation}'s kernels"
+    return _told(epilogue, forward, backward)
+
+
+def _told(epilogue: Epilogue, forward: str, backward: str, outside: str | None = None) -> str:
+    """In words; ``outside`` says why it is XLA's."""
+    parts = [*(["bias"] if epilogue.bias else []), *filter(None, [epilogue.activation])]
+    if outside:
+        return f"{' and '.join(parts)}: by XLA, as are their gradients, for {outside}"
     return f"{' and '.join(parts)}: {forward}; their gradients {backward}"
 
 

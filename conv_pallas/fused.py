@@ -22,31 +22,9 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from conv_pallas import dispatch, fused_sharding, halo, lowering, primitives, sharding, taps
-from conv_pallas.activations import FUNCTIONS, activate
+from conv_pallas.activations import activate, times_derivative
 from conv_pallas.composed import Family, Member, derivative, live_tangents, rows
 from conv_pallas.spec import ConvSpec, Epilogue, problem_of
-
-
-def times_derivative(d: jax.Array, saved: jax.Array | None, activation: str | None) -> jax.Array:
-    """``d * activation'(z)``, from what `Epilogue.saved` says: y, z, or nothing.
-
-    Calculates in float32 at least, and rounds once.
-    """
-    if activation is None:
-        return d
-    if activation == "relu":
-        return jnp.where(saved > 0, d, jnp.zeros_like(d))
-    dtype = d.dtype
-    if dtype.itemsize < 4:
-        d, saved = d.astype(jnp.float32), saved.astype(jnp.float32)
-    if activation == "tanh":
-        d = (d + d * saved) * (1 - saved)  # 1 - y * y would cancel
-    elif activation == "sigmoid":
-        d = d * (saved * (1 - saved))
-    else:
-        d = jax.jvp(FUNCTIONS[activation], (saved,), (d,))[1]
-    return d.astype(dtype)
-
 
 # --- The compositions ---
 # Operands are lists: x, w and, if there is one, bias; then `saved`, if there is one; then what the

@@ -219,7 +219,7 @@ def convolve_taps(
 
     It is one pointwise convolution of all taps side by side. But of a depthwise layer they would
     lie so within each channel, which takes a transpose of K times x. There each tap is a product,
-    and XLA fuses all of them into one pass, which the gradients compute again; see `packed`.
+    and XLA fuses all of them into one pass, which the gradients compute again.
 
     Args:
       seen: of each tap a function without arguments, of what it sees: ``(*batch, T, C)``.

@@ -4,9 +4,8 @@
     y = activation(z)
 
 An output sees the taps that lie in its own sequence (see `segments`). A kernel is given that as one
-number for each output, with a bit for each tap, and reads and writes no more than without ids.
-Where there is none each tap is a product, and XLA fuses them into one pass; their gradients compute
-them again.
+number for each output, with a bit for each tap, and moves hardly more than without ids. Where none
+takes it each tap is a convolution of its own.
 
 The primitives are a family of `composed`: conv1d_packed, conv1d_packed_tangent and
 conv1d_packed_backward. Beside x, w and bias they take the ids ``(*batch, T)`` int32.
@@ -21,7 +20,7 @@ import numpy as np
 from jax import lax
 
 from conv_pallas import dispatch, fused, fused_sharding, halo, lowering, primitives, segments, taps
-from conv_pallas.activations import activate
+from conv_pallas.activations import activate, times_derivative
 from conv_pallas.composed import Family, Member, live_tangents, rows
 from conv_pallas.spec import OPERATIONS, ConvSpec, Epilogue, problem_of
 
@@ -40,12 +39,17 @@ def sum_of_taps(
       convolve: ``convolve(x, w, dtype) -> y``, of one tap.
       activation: a name, or None.
     """
-    short = jnp.issubdtype(out_dtype, jnp.floating) and out_dtype.itemsize < 4
-    wide = np.dtype(np.float32) if short else out_dtype
+    wide = _wide(out_dtype)
     each = zip(seen, segments.one_by_one(kernel), strict=True)
     y = functools.reduce(jnp.add, (convolve(see(), w, wide) for see, w in each))
     y = fused.add_bias(y, None if bias is None else bias.astype(wide))
     return activate(y, activation).astype(out_dtype)
+
+
+def _wide(dtype) -> np.dtype:
+    """What is summed in where that is the dtype of the result."""
+    short = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
+    return np.dtype(np.float32) if short else dtype
 
 
 def _split(operands, has_bias: bool):
@@ -57,20 +61,22 @@ def _split(operands, has_bias: bool):
 
 def _forward(*operands, spec: ConvSpec, activation, has_bias, out_dtype, time=halo.UNSPLIT, **conv):
     x, w, bias, ids, _ = _split(operands, has_bias)
-    T = x.shape[-2]
-    pointwise = ConvSpec(T, 1, groups=spec.groups)
 
     def convolve(x, w, dtype):
-        return primitives.conv1d(x, w, spec=pointwise, out_dtype=dtype, **conv)
+        return primitives.conv1d(x, w, spec=_tap(x, spec), out_dtype=dtype, **conv)
 
     seen = segments.separate(x, ids, spec, time)
     given = dict(convolve=convolve, activation=activation, out_dtype=out_dtype)
     return [sum_of_taps(seen, w, bias, **given)]
 
 
-def _of_wanted(operands, wanted, *, has_bias, **params):
-    """The forward pass as a function of those of x, w and bias, their values, and the rest."""
-    primals, rest = operands[: 3 + has_bias], operands[3 + has_bias :]
+def _tap(x, spec: ConvSpec) -> ConvSpec:
+    """The geometry of one tap."""
+    return ConvSpec(x.shape[-2], 1, groups=spec.groups)
+
+
+def _tangent(*operands, wanted, has_bias, **params):
+    primals, tangents = operands[: 3 + has_bias], operands[3 + has_bias :]
     at = [i for i, there in enumerate(wanted) if there]
 
     def f(*values):
@@ -79,17 +85,40 @@ def _of_wanted(operands, wanted, *, has_bias, **params):
             given[i] = value
         return _forward(*given, has_bias=has_bias, **params)
 
-    return f, [primals[i] for i in at], rest
+    return jax.jvp(f, [primals[i] for i in at], list(tangents))[1]
 
 
-def _tangent(*operands, wanted, **params):
-    f, values, tangents = _of_wanted(operands, wanted, **params)
-    return jax.jvp(f, values, list(tangents))[1]
+def _backward(
+    *operands, wanted, activation, has_bias, out_dtype, spec, time=halo.UNSPLIT,
+    stay=lambda a: a, **conv,
+):  # fmt: skip
+    """Written out, and not the transpose of `_forward`, of which XLA would hold each tap's part.
 
-
-def _backward(*operands, wanted, **params):
-    f, values, gy = _of_wanted(operands, wanted, **params)
-    return [*jax.vjp(f, *values)[1](list(gy))]
+    Args:
+      stay: what keeps XLA from computing an array anew wherever it is read.
+    """
+    x, w, bias, ids, (gz,) = _split(operands, has_bias)
+    if activation is not None:
+        given = dict(spec=spec, has_bias=has_bias, time=time, out_dtype=_wide(out_dtype))
+        (z,) = _forward(*operands[:-1], activation=None, **given, **conv)
+        saved = activate(z, activation) if Epilogue(activation=activation).saved == "y" else z
+        gz = stay(times_derivative(gz, saved, activation))
+    grads = []
+    if wanted[0]:
+        # An output that sees a step is seen from there: it is the convolution of gz, mirrored.
+        given = dict(spec=spec.transposed(), has_bias=False, out_dtype=x.dtype, time=time)
+        turned = taps.flip(w, spec.groups)
+        grads += _forward(gz, turned, ids, activation=None, **given, **conv)
+    if wanted[1]:
+        more = conv | dict(spec=_tap(x, spec), out_dtype=w.dtype)
+        each = [
+            primitives.conv1d_kernel_grad(see(), gz, **more)
+            for see in segments.separate(x, ids, spec, time)
+        ]
+        grads.append(jnp.concatenate(each, -3))
+    if wanted[2]:
+        grads.append(jnp.sum(gz, axis=tuple(range(gz.ndim - 1))).astype(bias.dtype))
+    return grads
 
 
 # --- Lowering: a kernel that takes bits, or the composition ---
@@ -116,9 +145,10 @@ def _backward_local(*operands, on, wanted, time=halo.UNSPLIT, whole=True, **para
     asked = [name for name, there in zip(OPERATIONS[1:], wanted[:2], strict=True) if there]
     found = _kernel(operands, on, time, asked, **params)
     if found is None:
-        # Not to be shared with the forward pass, which would then have to keep it.
-        operands = lax.optimization_barrier(operands)
-        return _backward(*operands, wanted=wanted, time=time, **params)
+        # What is computed again here is not to be shared with the forward pass, which would have to
+        # keep it.
+        operands, stay = lax.optimization_barrier(operands), lax.optimization_barrier
+        return _backward(*operands, wanted=wanted, time=time, stay=stay, **params)
     kernel, problem = found
     x, w, bias, ids, (gy,) = _split(operands, params["has_bias"])
     live = params["spec"].live_taps

@@ -48,16 +48,20 @@ class Convolution:
     packed: bool = False
 
     def on(self, platform: str) -> tuple["Convolution", int]:
-        """What runs there, and how often: of packed sequences it may be a product for each tap."""
+        """What runs there, and how often: of packed sequences that no kernel takes, each tap."""
         problem = self.problem("conv1d", platform)
-        if not self.packed or problem.empty:
+        if not self.packed or problem.empty or self.takes(platform) is not None:
             return self, 1
-        if dispatch.packed(problem, self.epilogue, self.implementation, OPERATIONS) is not None:
-            return dataclasses.replace(self, packed=False), 1
         K, *channels = self.w.shape
         tap = ConvSpec(self.spec.time, 1, groups=self.spec.groups)
         w = jax.ShapeDtypeStruct((1, *channels), self.w.dtype)
         return dataclasses.replace(self, w=w, spec=tap, epilogue=Epilogue(), packed=False), K
+
+    def takes(self, platform: str, operations=OPERATIONS):
+        """The kernel that takes packed sequences in these operations; None where none does."""
+        problem = self.problem("conv1d", platform)
+        found = dispatch.packed(problem, self.epilogue, self.implementation, operations)
+        return None if found is None else found[0]
 
     def problem(self, operation: Operation, platform: str) -> Problem:
         """The problem of one of its operations, without the epilogue."""
@@ -107,6 +111,8 @@ class Convolution:
             words.append(f"activation={self.epilogue.activation}")
         if self.kernels > 1:
             words.append(f"{self.kernels} kernels at once")
+        if self.packed:
+            words.append("packed sequences")
         return ", ".join(words)
 
 

@@ -116,6 +116,10 @@ def _convolutions(x, kernel, arguments, report, platform: str) -> list[Convoluti
     chosen = {}
     for traced, _ in found:
         convolution, _ = traced.on(platform)
+        if convolution.packed and platform == "cpu":
+            report(f"{convolution}: there is nothing to choose")
+            continue
+        convolution = dataclasses.replace(convolution, packed=False)  # of the same tile
         # How the batch is shaped makes it no other, and on a GPU bias and activation don't.
         one = convolution.in_groups() if platform == "cuda" else convolution
         one = dataclasses.replace(one.of_one_batch_axis(), implementation=None)

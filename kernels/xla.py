@@ -28,6 +28,7 @@ from conv_pallas.kernels import (
     xla_cpu_kernel_grad,
     xla_gpu,
     xla_native,
+    xla_packed,
     xla_tuned,
 )
 from conv_pallas.kernels.xla_formulations import (
@@ -274,4 +275,7 @@ KERNEL = Kernel(
     many=many,
     fused=fused,
     decline_fused=decline_fused,
+    packed=xla_packed.packed,
+    packed_backward=xla_packed.packed_backward,
+    decline_packed=xla_packed.decline_packed,
 )

@@ -379,8 +379,10 @@ def shifts_kernel_grad(x, g, spec, numbers):
     return jnp.stack(sums).reshape(spec.kernel_size, c, O)
 
 
-def tree_kernel_grad(x, g, spec, numbers, ways=16, then=16):
+def tree_kernel_grad(x, g, spec, numbers, ways=16, then=16, sees=None):
     """Shifted multiply-reductions, ``ways`` blocks of time added as whole arrays, then ``then``.
+
+    ``sees (N, T')`` int32 has a bit for each tap that an output sees; None: all see all.
 
     XLA:CPU sums over rows one column at a time, a cache line for each number; additions of
     arrays it does in the order of memory. Barriers keep it from computing a level of the sum
@@ -392,12 +394,17 @@ def tree_kernel_grad(x, g, spec, numbers, ways=16, then=16):
     more = -U % count  # steps that make the blocks equal: zeros in both, for 0 * NaN is not 0
     longer = ((0, 0), (0, more), (0, 0))
     g = jnp.pad(g, longer).astype(numbers.acc)
+    if sees is not None:
+        sees = jnp.pad(sees[..., None], longer)
 
     def block(a, b):
         return lax.slice_in_dim(a, b * (U + more) // count, (b + 1) * (U + more) // count, axis=1)
 
-    def product(tap, i, b):
+    def product(tap, k, i, b):
         tap, gb = block(tap, b).astype(numbers.acc), block(g, b)
+        if sees is not None:
+            there = (block(sees, b) >> k) & 1 == 1
+            tap = jnp.where(there, tap, jnp.zeros((), tap.dtype))
         if c == m == 1:
             return tap * gb
         tap = tap.reshape(*tap.shape[:2], G, c)[..., i, None]
@@ -411,8 +418,8 @@ def tree_kernel_grad(x, g, spec, numbers, ways=16, then=16):
         return jnp.sum(rows, 0)
 
     sums = [
-        total(sum(product(tap, i, b) for b in range(count)).reshape(-1, O))
-        for tap in (jnp.pad(tap, longer) for tap in taps(x, spec))
+        total(sum(product(tap, k, i, b) for b in range(count)).reshape(-1, O))
+        for k, tap in enumerate(jnp.pad(tap, longer) for tap in taps(x, spec))
         for i in range(c)
     ]
     return jnp.stack(sums).reshape(spec.kernel_size, c, O)

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 
 from conv_pallas import kernels
-from conv_pallas.activations import activate
-from conv_pallas.fused import times_derivative
+from conv_pallas.activations import activate, times_derivative
 from conv_pallas.kernels import Kernel, xla
 from conv_pallas.spec import OPERATIONS, Epilogue
 from tests import added_kernels

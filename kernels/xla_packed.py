@@ -1,0 +1,127 @@
+"""Depthwise convolutions of packed sequences, as XLA does them best.
+
+    z[n, t, o]  = bias[o] + sum over k of  x[n, t + k*D - low, o // M] * w[k, 0, o]
+    dx          = the same of gz, with taps reversed, summed over the M outputs of a channel
+    dw[k, 0, o] = sum over n, t of  x[n, t + k*D - low, o // M] * gz[n, t, o]
+
+each over the taps k that output t sees, for which it has a bit in ``sees (N, T)``. A tap is a
+product, and XLA fuses all of a sum over taps into one pass: x and z once each. A kernel gradient is
+a pass for each tap; on a CPU in blocks of time, as the plain one.
+
+Operations: ``2 N T K O`` forward, and three times that backward, of which z takes one part.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from conv_pallas.activations import activate, times_derivative
+from conv_pallas.kernels.xla_formulations import numbers_of, seen, tree_kernel_grad
+from conv_pallas.spec import ACTIVATIONS, ConvSpec, Problem
+
+TAPS = 31  # bits of an int32
+
+
+def sees_tap(sees: jax.Array, k: int) -> jax.Array:
+    """Whether each output sees tap k."""
+    return (sees >> k) & 1 == 1
+
+
+def _sum_of_taps(a, w, sees, spec: ConvSpec, acc: np.dtype, mirrored: bool = False) -> jax.Array:
+    """``(N, T, O)`` of x ``(N, T, C)``; mirrored ``(N, T, C)`` of g ``(N, T, O)``.
+
+    Args:
+      spec: of the convolution that this is.
+    """
+    K, C = spec.kernel_size, spec.groups
+    steps = sees[..., None]
+    total = None
+    for k in range(K):
+        tap, at = seen(a, k, spec), K - 1 - k if mirrored else k
+        there = sees_tap(seen(steps, k, spec) if mirrored else steps, at)
+        tap = jnp.where(there, tap, jnp.zeros((), a.dtype)).astype(acc)
+        product = _per_channel(tap, w[at][None].astype(acc), C)
+        total = product if total is None else total + product
+    if mirrored:
+        return total if total.ndim == 3 else jnp.sum(total, -1)
+    return total.reshape(*a.shape[:2], -1)
+
+
+def _per_channel(a, b, C: int) -> jax.Array:
+    """The products ``(N, T, C)``, or ``(N, T, C, M)`` where only one of them has M times C."""
+    if a.shape[-1] == b.shape[-1] == C:
+        return a * b
+    return a.reshape(*a.shape[:2], C, -1) * b.reshape(*b.shape[:2], C, -1)
+
+
+def _z(problem: Problem, x, w, bias, sees) -> jax.Array:
+    """z, as it is summed."""
+    operand, numbers = numbers_of(problem)
+    z = _sum_of_taps(x.astype(operand), w.astype(operand), sees, problem.spec, numbers.acc)
+    return z if bias is None else z + bias.astype(z.dtype)[None, None]
+
+
+def packed(problem: Problem, x, w, bias, sees) -> jax.Array:
+    """``activation(z)``; see `Kernel.packed`."""
+    z = _z(problem, x, w, bias, sees)
+    y = activate(z, problem.epilogue.activation).astype(problem.out_dtype)
+    return _in_memory(problem, y)
+
+
+def _in_memory(problem: Problem, a: jax.Array) -> jax.Array:
+    """Else XLA:CPU computes all taps anew, number by number, where what comes of them is summed."""
+    return lax.optimization_barrier(a) if problem.platform == "cpu" else a
+
+
+def packed_backward(problem: Problem, x, w, bias, sees, gy, wanted):
+    """Its gradients; see `Kernel.packed_backward`.
+
+    Written out, and not the transpose of `packed`, of which XLA would hold each tap's part.
+    """
+    spec, activation = problem.spec, problem.epilogue.activation
+    # What is computed again here is not to be shared with the forward pass, which would have to
+    # keep it.
+    x, w, bias, sees, gz = lax.optimization_barrier((x, w, bias, sees, gy))
+    if activation is not None:
+        z = _z(problem, x, w, bias, sees)
+        saved = activate(z, activation) if ACTIVATIONS[activation] == "y" else z
+        gz = lax.optimization_barrier(times_derivative(gz, saved, activation))
+    dx = dw = db = None
+    if wanted[0]:
+        operand, numbers = numbers_of(problem.gradient("conv1d_input_grad"))
+        turned = functools.partial(_sum_of_taps, spec=spec.transposed(), mirrored=True)
+        dx = turned(gz.astype(operand), w.astype(operand), sees, acc=numbers.acc)
+        dx = _in_memory(problem, dx.astype(x.dtype))
+    if wanted[1]:
+        operand, numbers = numbers_of(problem.gradient("conv1d_kernel_grad"))
+        of_taps = tree_kernel_grad if problem.platform == "cpu" else _kernel_grad
+        dw = of_taps(x.astype(operand), gz.astype(operand), spec, numbers, sees=sees)
+        dw = dw.astype(w.dtype)
+    if wanted[2]:
+        _, numbers = numbers_of(problem)
+        db = jnp.sum(gz, (0, 1), dtype=numbers.acc)
+    return dx, dw, db
+
+
+def _kernel_grad(x, g, spec: ConvSpec, numbers, sees) -> jax.Array:
+    """A reduction for each tap."""
+    C, acc = spec.groups, numbers.acc
+    g = g.astype(acc)
+
+    def of_tap(k):
+        tap = jnp.where(sees_tap(sees, k)[..., None], seen(x, k, spec), jnp.zeros((), x.dtype))
+        return jnp.sum(_per_channel(tap.astype(acc), g, C), (0, 1)).reshape(1, -1)
+
+    return jnp.stack([of_tap(k) for k in range(spec.kernel_size)])
+
+
+def decline_packed(problem: Problem) -> str | None:
+    """See `Kernel.decline_packed`."""
+    if not problem.known:
+        return "takes no symbols"
+    if problem.spec.kernel_size > TAPS:
+        return f"has more than {TAPS} taps"
+    return None
