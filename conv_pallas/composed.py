@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 from jax._src import checkify
 from jax._src import core as jax_core
 from jax._src.lax import utils as lax_utils
@@ -195,13 +196,7 @@ def derivative(composed: Callable) -> Callable:
 
     def rule(primals, tangents, **params):
         live = [i for i, t in enumerate(tangents) if type(t) is not ad.Zero]
-
-        def f(*values):
-            operands = list(primals)
-            for i, value in zip(live, values, strict=True):
-                operands[i] = value
-            return composed(*operands, **params)
-
+        f = of_some(composed, primals, live, params)
         return jax.jvp(f, [primals[i] for i in live], [tangents[i] for i in live])
 
     return rule
@@ -209,10 +204,25 @@ def derivative(composed: Callable) -> Callable:
 
 def _series(composed: Callable) -> Callable:
     def rule(primals, series, **params):
-        f = functools.partial(composed, **params)
-        return jet.jet(f, primals, series, factorial_scaled=False)
+        # Of integers, ids among them, `jet` makes series that it can't add to anything.
+        live = [i for i, a in enumerate(primals) if jnp.issubdtype(a.dtype, jnp.inexact)]
+        f = of_some(composed, primals, live, params)
+        given = [primals[i] for i in live], [series[i] for i in live]
+        return jet.jet(f, *given, factorial_scaled=False)
 
     return rule
+
+
+def of_some(composed: Callable, operands, some: Sequence[int], params) -> Callable:
+    """A function of those operands alone, the others being what they are."""
+
+    def f(*values):
+        given = list(operands)
+        for i, value in zip(some, values, strict=True):
+            given[i] = value
+        return composed(*given, **params)
+
+    return f
 
 
 def transpose(composed: Callable) -> Callable:
@@ -220,13 +230,7 @@ def transpose(composed: Callable) -> Callable:
 
     def rule(cts, *operands, **params):
         asked = [i for i, a in enumerate(operands) if ad.is_undefined_primal(a)]
-
-        def f(*values):
-            given = list(operands)
-            for i, value in zip(asked, values, strict=True):
-                given[i] = value
-            return composed(*given, **params)
-
+        f = of_some(composed, operands, asked, params)
         types = [operands[i].aval for i in asked]
         cts = [ad.instantiate_zeros(ct) for ct in cts]
         grads = dict(zip(asked, jax.linear_transpose(f, *types)(cts), strict=True))

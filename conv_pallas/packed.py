@@ -21,7 +21,7 @@ from jax import lax
 
 from conv_pallas import dispatch, fused, fused_sharding, halo, lowering, primitives, segments, taps
 from conv_pallas.activations import activate, times_derivative
-from conv_pallas.composed import Family, Member, live_tangents, rows
+from conv_pallas.composed import Family, Member, live_tangents, of_some, rows
 from conv_pallas.spec import OPERATIONS, ConvSpec, Epilogue, problem_of
 
 # --- The compositions ---
@@ -78,13 +78,7 @@ def _tap(x, spec: ConvSpec) -> ConvSpec:
 def _tangent(*operands, wanted, has_bias, **params):
     primals, tangents = operands[: 3 + has_bias], operands[3 + has_bias :]
     at = [i for i, there in enumerate(wanted) if there]
-
-    def f(*values):
-        given = list(primals)
-        for i, value in zip(at, values, strict=True):
-            given[i] = value
-        return _forward(*given, has_bias=has_bias, **params)
-
+    f = of_some(_forward, primals, at, params | dict(has_bias=has_bias))
     return jax.jvp(f, [primals[i] for i in at], list(tangents))[1]
 
 

@@ -69,6 +69,24 @@ def test_bias_and_activation(case, activation):
         assert (kernels(hlo), passes(hlo, size)) == (3, {"fusion": 1})
 
 
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_packed_sequences(activation):
+    """One kernel for y and one for all gradients, as without ids, and no pass over y."""
+    case = DEPTHWISE
+    x, w, g = (aot.struct(s, case.dtype) for s in (case.x_shape, case.kernel_shape, case.out_shape))
+    b, ids = aot.struct((case.O,), case.dtype), aot.struct(case.x_shape[:-1], jnp.int32)
+
+    def step(x, w, b, ids, g):
+        forward = lambda x, w, b: conv1d(  # noqa: E731
+            x, w, b, **case.geometry, activation=activation, segment_ids=ids
+        )
+        y, vjp = jax.vjp(forward, x, w, b)
+        return y, vjp(g)
+
+    hlo = aot.compile_for("h200", step, x, w, b, ids, g).as_text()
+    assert (kernels(hlo), passes(hlo, math.prod(case.out_shape))) == (2, {})
+
+
 def test_what_is_kept_for_a_derivative_costs_no_pass():
     """Of silu z is kept: the kernel writes it beside y. What is left are the passes that make gz.
 
