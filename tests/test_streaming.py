@@ -602,8 +602,8 @@ def test_a_replaced_weight_norm_takes_what_flaxs_takes():
 def test_a_scale_that_is_wider_than_its_kernel_widens_the_state():
     block = TemporalBlock(4, 4, 3, 1, 0.0, nnx.Rngs(0), norm="weight", param_dtype=jnp.bfloat16)
     for layer in (block.conv1, block.conv2):
-        (scale,) = layer.scales.values()
-        scale.set_value(jnp.ones(4))
+        for name in layer.scales:  # which are no Params with the oldest flax
+            layer.scales[name] = nnx.Param(jnp.ones(4))
     x = jnp.ones((2, 9, 4), jnp.bfloat16)
     for dtype in (None, jnp.bfloat16):
         y, _ = jax.eval_shape(block.step, x, block.init_state(2, dtype))
