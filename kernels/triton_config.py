@@ -141,6 +141,8 @@ def configure(
     warps = min(limit.warps, 8 if bt * bo >= 128 * 128 else 4)
     if precision == "tf32x3" and tight and bt * bo >= 64 * 64:
         warps = 8  # with four the addresses spill
+        if saved and kernel == KERNEL_GRAD and triton_compat.VERSION < (3, 9):
+            bc = min(bc, 16)  # for triton 3.6, which spills then too (sm_80); 3.9 doesn't
     if keep and tight and itemsize == 2 and bo == 64:
         warps = 8  # with four it would spill again
     if saved and tight and not tma and itemsize == 2 and kernel != KERNEL_GRAD:
