@@ -88,6 +88,8 @@ PACKED = (
     _packed("_whole_crop", T=250, D=32, K=2, padding=[(0, -130)], dtype="bfloat16"),
     # Each program has several tiles, of several samples.
     _packed("_walked_onward", T=61, D=3, batch=(3,)),
+    # And each piece several groups of steps that are loaded at a time, forward as well.
+    _packed("_groups", T=130, D=2, batch=(1,)),
     _packed("_walked_onward_whole", None, T=250, D=64, dtype="bfloat16"),
     _packed("", bias=False),
     _packed("", None, bias=False, D=3),
@@ -100,7 +102,7 @@ PACKED = (
 # with several tiles of taps, nor with several taps of one.
 OWN = {
     "resident": (64, 64, 64, 4, 3, 1), "taps_tuned": (4, 16, 5, 1), "walked_onward": (2, 16, 8, 2),
-    "several": (16, 16, 16, 1, 3, 0, 3),
+    "several": (16, 16, 16, 1, 3, 0, 3), "packed_groups": (2, 16, 24, 1),
 }  # fmt: skip
 
 NAMES = (
