@@ -19,7 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from conv_pallas import dispatch, fused, fused_sharding, halo, lowering, primitives, segments, taps
+from conv_pallas import (
+    dispatch,
+    fused,
+    fused_sharding,
+    halo,
+    lowering,
+    primitives,
+    segments,
+    sharding,
+    taps,
+)
 from conv_pallas.activations import activate, times_derivative
 from conv_pallas.composed import Family, Member, live_tangents, of_some, rows
 from conv_pallas.spec import OPERATIONS, ConvSpec, Epilogue, problem_of
@@ -67,7 +77,9 @@ def _forward(*operands, spec: ConvSpec, activation, has_bias, out_dtype, time=ha
 
     seen = segments.separate(x, ids, spec, time)
     given = dict(convolve=convolve, activation=activation, out_dtype=out_dtype)
-    return [sum_of_taps(seen, w, bias, **given)]
+    y = sum_of_taps(seen, w, bias, **given)
+    place = fused.place_of_y(x, w, bias, spec)
+    return [y if place is None else jax.sharding.reshard(y, place)]
 
 
 def _tap(x, spec: ConvSpec) -> ConvSpec:
@@ -102,17 +114,25 @@ def _backward(
         # An output that sees a step is seen from there: it is the convolution of gz, mirrored.
         given = dict(spec=spec.transposed(), has_bias=False, out_dtype=x.dtype, time=time)
         turned = taps.flip(w, spec.groups)
-        grads += _forward(gz, turned, ids, activation=None, **given, **conv)
+        (dx,) = _forward(gz, turned, ids, activation=None, **given, **conv)
+        grads.append(_placed(dx, x))
     if wanted[1]:
         more = conv | dict(spec=_tap(x, spec), out_dtype=w.dtype)
         each = [
             primitives.conv1d_kernel_grad(see(), gz, **more)
             for see in segments.separate(x, ids, spec, time)
         ]
-        grads.append(jnp.concatenate(each, -3))
+        grads.append(_placed(jnp.concatenate(each, -3), w))
     if wanted[2]:
-        grads.append(jnp.sum(gz, axis=tuple(range(gz.ndim - 1))).astype(bias.dtype))
+        db = jnp.sum(gz, axis=tuple(range(gz.ndim - 1))).astype(bias.dtype)
+        grads.append(_placed(db, bias))
     return grads
+
+
+def _placed(gradient, operand):
+    """A gradient lies as its operand does, on a mesh with explicit axes."""
+    place = sharding.explicit(jax.typeof(operand))
+    return gradient if place is None else jax.sharding.reshard(gradient, place)
 
 
 # --- Lowering: a kernel that takes bits, or the composition ---
