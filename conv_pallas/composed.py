@@ -38,11 +38,13 @@ class Member:
       composed: what it means: ``composed(*operands, **params)``, a list of results.
       shared: of the number of operands, which of them all members of a batch have in common.
       lower: the lowering rule, as `lowering.register` has it; None: the composition is lowered.
+      mapped: as ``composed``, what `jax.vmap` maps where it maps what should be shared; None: that.
     """
 
     composed: Callable[..., list[jax.Array]]
     shared: Callable[..., Sequence[int]]
     lower: Callable | None = None
+    mapped: Callable[..., list[jax.Array]] | None = None
 
 
 class Family:
@@ -271,7 +273,7 @@ def _batching(member: Member, bind: Callable, axis_data, args, dims, **params):
         outs = bind(*args, **params)
     else:
         mapped = jax.vmap(
-            functools.partial(member.composed, **params), in_axes=tuple(dims),
+            functools.partial(member.mapped or member.composed, **params), in_axes=tuple(dims),
             axis_size=axis_data.size, spmd_axis_name=axis_data.spmd_name,
         )  # fmt: skip
         outs = mapped(*args)

@@ -251,16 +251,17 @@ def packed(
 ):
     """The kernel that takes a forward problem of packed sequences, and its problem; or None.
 
-    The first that takes them of those that may compute each of these operations of one sequence.
+    The first that takes them of those that may compute each of these operations of one sequence;
+    of no operations, as where a bias alone has a gradient, none.
     """
-    problem = dataclasses.replace(problem, epilogue=epilogue)
+    whole = dataclasses.replace(problem, epilogue=epilogue)
     each = []
     for operation in operations:
         answers = candidates(problem.gradient(operation), implementation)
-        each.append(_able(of_packed(answers, problem), implementation))
+        each.append(_able(of_packed(answers, whole), implementation))
     for kernel in each[0] if each else []:
         if all(any(kernel is other for other in others) for others in each):
-            return kernel, problem
+            return kernel, whole
     return None
 
 

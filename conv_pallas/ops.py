@@ -160,7 +160,7 @@ def convolve(
         chain = dispatch.canonicalize(implementation)
         stock = is_stock(chain) or lax_reason(x.dtype, 1)
         if segments.apart(kernel, spec.groups) and not stock and axis_name is None:
-            return _convolve_packed(x, kernel, bias, ids, spec, **how)
+            return _convolve_packed(x, kernel, bias, ids, spec, **how | dict(implementation=chain))
         seen = segments.separate(x, ids, spec, time)
         return convolve_taps(seen, kernel, bias, feature_group_count=spec.groups, **how)
     place = None
@@ -187,8 +187,7 @@ def _convolve_packed(
     activation,
 ):  # fmt: skip
     """A depthwise layer of packed sequences."""
-    out_dtype = result_dtype(x.dtype, preferred_element_type)
-    chain = dispatch.canonicalize(implementation)
+    out_dtype, chain = result_dtype(x.dtype, preferred_element_type), implementation
     precision = lax_internal.canonicalize_precision(precision)
     if chain is not None:  # who does not take them packed is asked for each tap
         one, tap = kernel[:1], ConvSpec(spec.time, 1, groups=spec.groups)

@@ -135,6 +135,22 @@ def _placed(gradient, operand):
     return gradient if place is None else jax.sharding.reshard(gradient, place)
 
 
+# Of several kernels at once. What JAX then differentiates is not one of ours, and would keep, or
+# hold at once, what each tap sees.
+
+
+def _forward_mapped(*operands, **params):
+    return jax.checkpoint(functools.partial(_forward, **params))(*operands)
+
+
+def _backward_mapped(*operands, wanted, has_bias, **params):
+    *primals, gy = operands
+    at = [i for i, there in enumerate(wanted) if there]
+    f = of_some(_forward_mapped, primals, at, params | dict(has_bias=has_bias))
+    grads = jax.vjp(f, *(primals[i] for i in at))[1]([gy])
+    return [_placed(g, primals[i]) for g, i in zip(grads, at, strict=True)]
+
+
 # --- Lowering: a kernel that takes bits, or the composition ---
 # A depthwise layer's channels in are its groups, so that nothing is a sum over devices but the
 # gradients of w and bias: ``psum`` and ``whole`` of `fused` are as where channels are not split.
@@ -235,9 +251,19 @@ def _lower(local: Callable, split: Callable) -> Callable:
 
 FAMILY = Family(
     "conv1d_packed",
-    Member(_forward, _shared_forward, _lower(_forward_local, fused_sharding.Forward.of)),
+    Member(
+        _forward,
+        _shared_forward,
+        _lower(_forward_local, fused_sharding.Forward.of),
+        _forward_mapped,
+    ),
     Member(_tangent, _shared_tangent),
-    Member(_backward, _shared_backward, _lower(_backward_local, fused_sharding.Backward.of)),
+    Member(
+        _backward,
+        _shared_backward,
+        _lower(_backward_local, fused_sharding.Backward.of),
+        _backward_mapped,
+    ),
     jvp=_forward_jvp,
 )
 

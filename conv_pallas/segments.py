@@ -199,7 +199,7 @@ def bits(ids: jax.Array, spec: ConvSpec) -> jax.Array:
 
     Args:
       ids: from `check_packed`.
-      spec: of 31 taps at most. Steps that there are not count as of any sequence, or none.
+      spec: of 31 taps at most. Nobody sees a step that there is not.
     """
     age = _ages(ids)
     seen = [visible(i, age, _shift(age[..., None], i)[..., 0]) for i in _offsets(spec)]

@@ -49,9 +49,10 @@ class Convolution:
 
     def on(self, platform: str) -> tuple["Convolution", int]:
         """What runs there, and how often: of packed sequences that no kernel takes, each tap."""
-        problem = self.problem("conv1d", platform)
-        if not self.packed or problem.empty or self.takes(platform) is not None:
+        if not self.packed or self.takes(platform) is not None:
             return self, 1
+        if self.problem("conv1d", platform).empty:
+            return dataclasses.replace(self, packed=False), 1
         K, *channels = self.w.shape
         tap = ConvSpec(self.spec.time, 1, groups=self.spec.groups)
         w = jax.ShapeDtypeStruct((1, *channels), self.w.dtype)
@@ -60,6 +61,8 @@ class Convolution:
     def takes(self, platform: str, operations=OPERATIONS):
         """The kernel that takes packed sequences in these operations; None where none does."""
         problem = self.problem("conv1d", platform)
+        if problem.empty:
+            return None
         found = dispatch.packed(problem, self.epilogue, self.implementation, operations)
         return None if found is None else found[0]
 

@@ -63,8 +63,9 @@ from conv_pallas.spec import ConvSpec
 
 AHEAD = 8  # steps that are loaded at a time
 BACKWARD_AHEAD = 4  # of x and of gy: 8 take 176 registers, and leave room for half the programs
-# Beside masks ptxas spills some for one more program, if it may. Of 32 bits x and gy take more.
-MASKED_REGISTERS = (168, 255)
+# Beside masks ptxas spills some for one more program, if it may. Of 32 bits x and gy take more, and
+# so do all for Blackwell.
+MASKED_REGISTERS, MOST_REGISTERS = 168, 255
 TAPS = 8  # as many tiles as registers hold
 STEPS = 2**28  # positions are counted with 32 bits, and may go some way past the ends
 NOWHERE = tl.constexpr(2**30)  # a position beyond all of them
@@ -456,6 +457,7 @@ def backward(
     per_split = triton.cdiv(tiles, splits)
     splits = triton.cdiv(tiles, per_split)
     nothing = jax.ShapeDtypeStruct((1,), np.dtype(np.float32))  # a pointer that is not written
+    much = x.dtype.itemsize > 2 or (compat.compute_capability() or 90) >= 100
     rows = K + (bias is not None)
     dx, partial = compat.call(
         conv_walk_backward, x, w, x if bias is None else bias, sees, gy,
@@ -465,7 +467,7 @@ def backward(
             jax.ShapeDtypeStruct((splits, rows, C), np.dtype(np.float32)) if sums else nothing,
         ),
         programs=splits * tiles_c, warps=warps, stages=1,
-        registers=None if sees is None else MASKED_REGISTERS[x.dtype.itemsize > 2],
+        registers=None if sees is None else MOST_REGISTERS if much else MASKED_REGISTERS,
         C=C, K=K, HAS_BIAS=bias is not None, ACTIVATION=activation, INPUT=want_dx, KERNEL=sums,
         WHOLE=whole, AHEAD=BACKWARD_AHEAD, BR=BR, BC=BC,
     )  # fmt: skip

@@ -8,7 +8,8 @@ each over the taps k that output t sees, for which it has a bit in ``sees (N, T)
 product, and XLA fuses all of a sum over taps into one pass: x and z once each. A kernel gradient is
 a pass for each tap; on a CPU in blocks of time, as the plain one.
 
-Operations: ``2 N T K O`` forward, and three times that backward, of which z takes one part.
+Operations: ``2 N T K O`` forward, and twice that backward, three times with an activation, whose
+derivative takes z.
 """
 
 import functools

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.experimental import jet
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from conv_pallas import conv1d, convs_saveable, explain, ops
 from conv_pallas.nn import Conv
@@ -180,6 +182,43 @@ def test_depthwise_packed_under_transforms():
     primals, tangents = each[0][:3], (x[1], w[1], b)
     _, (slope,) = jet.jet(one, primals, [[t] for t in tangents])
     close(slope, jax.jvp(one, primals, tangents)[1])
+
+
+def test_depthwise_packed_keeps_little_of_several_kernels():
+    """Of an ensemble, whose kernels are mapped, nothing for each tap."""
+    x, w, ids = numbers(64, 16), numbers(3, 9, 1, 16), jnp.arange(64) // 9
+    f = lambda w, x: jnp.tanh(  # noqa: E731
+        conv1d(x, w, segment_ids=ids, feature_group_count=16, activation="silu")
+    )
+    mapped = lambda w: jax.vmap(f, (0, None))(w, x)  # noqa: E731
+    _, residuals = jax.eval_shape(functools.partial(jax.vjp, mapped), w)
+    kept = sum(math.prod(a.shape) for a in jax.tree.leaves(residuals))
+    assert kept < 9 * x.size  # x, and three outputs
+
+
+def test_depthwise_packed_on_explicit_axes_to_the_second_order():
+    """x and w need not be split alike."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    x, w, b = numbers(4, 12, 4), numbers(3, 1, 4, seed=1), numbers(4, seed=2)
+    ids = jnp.stack([IDS, IDS[::-1], IDS * 0, IDS])
+
+    def f(x, w, b, ids):
+        y = conv1d(x, w, b, segment_ids=ids, feature_group_count=4, activation="silu")
+        return jnp.sum(jnp.sin(y))
+
+    def second(x, w, b, ids):
+        g = lambda x, w, b: jax.grad(f, (0, 1, 2))(x, w, b, ids)  # noqa: E731
+        each = jax.vmap(jax.grad(f, (0, 1)), (0, None, None, 0))
+        return jax.jvp(g, (x, w, b), (x, w, b)), each(x[None], w, b, ids[None])
+
+    expected = jax.jit(second)(x, w, b, ids)
+    placed = lambda a, *spec: jax.device_put(a, NamedSharding(mesh, P(*spec)))  # noqa: E731
+    with jax.set_mesh(mesh):
+        for channels in (None, "model"):
+            operands = placed(x, "data"), placed(w, None, None, channels), placed(b), placed(ids)
+            got = jax.jit(second)(*operands)
+            close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+            jax.tree.map(close, got, expected)
 
 
 def test_depthwise_packed_computes_what_is_read():
