@@ -33,6 +33,11 @@ A piece reads ``R + K - 1`` steps of x; those that the rows beside it read too c
 
 No product is made that an output does not have: taps beyond the last are not multiplied by a zero,
 nor are steps of g, for zero times NaN is NaN. Steps of x outside of the sequence are zeros.
+
+Of packed sequences a product is added where a bit of a word says that its output sees its tap: one
+instruction more for the two channels of a thread, by the machine code for sm_90a. What an input
+gradient's outputs are seen by is turned round before, by XLA, to what they see in the transposed
+convolution.
 """
 
 import functools
@@ -54,6 +59,9 @@ from conv_pallas.spec import ConvSpec
 OUTPUTS = 16  # R of a piece
 # R of a block, at most. 22 spilled with one of the compilers, and took it ten seconds.
 TAPS = 17
+# The same where a word says what an output sees: 31 taps of 16 outputs each took the compiler 25
+# seconds, and of 8 it was 4.
+SEEING_OUTPUTS, SEEING_TAPS = 8, 11
 REGISTERS = 168  # of a thread that sums taps: three programs of 4 warps on a processor
 BITS = 31  # taps of which an int32 says that an output sees them
 SHORTEST = 8  # steps in a residue class, or most of a piece's outputs are none
@@ -324,16 +332,18 @@ def forward(
     pieces = lambda R: triton.cdiv(U, R * D) * series  # noqa: E731
     tile = _tuned("conv_taps", U, spec, C, x.dtype)
     if tile is None:
+        R = OUTPUTS if sees is None else SEEING_OUTPUTS
         # More rows read less of what others read; fewer leave no processor idle.
         BC, warps = _columns(C, 64), 4
-        programs = lambda warps: N * pieces(OUTPUTS) * BC / (64 * warps) * triton.cdiv(C, BC)  # noqa: E731
+        programs = lambda warps: N * pieces(R) * BC / (64 * warps) * triton.cdiv(C, BC)  # noqa: E731
         while warps > 1 and programs(warps) < 8 * compat.processors():
             warps //= 2
-        tile = (64 * warps // BC, BC, OUTPUTS, warps)
+        tile = (64 * warps // BC, BC, R, warps)
     BP, BC, R, warps = tile
     y = jax.ShapeDtypeStruct((N, U, C), out_dtype)
-    # Blackwell's ptxas spills some of float16, for one more program on a processor.
-    blackwell = (compat.compute_capability() or 90) >= 100
+    # Blackwell's ptxas spills some of float16, for one more program on a processor, and any
+    # chip's some of float32 beside words.
+    limited = sees is not None or (compat.compute_capability() or 90) >= 100
     return compat.call(
         conv_taps, x, w,
         x if bias is None else bias,  # a pointer that is not read
@@ -342,7 +352,7 @@ def forward(
         out=(y, y) if keep else y,
         programs=triton.cdiv(N * pieces(R), BP) * triton.cdiv(C, BC), warps=warps, stages=1,
         C=C, K=K, REVERSE=transposed, HAS_BIAS=bias is not None, ACTIVATION=activation,
-        R=R, BP=BP, BC=BC, registers=REGISTERS if blackwell else None,
+        R=R, BP=BP, BC=BC, registers=REGISTERS if limited else None,
         **({} if keep else {"z": None}),
     )  # fmt: skip
 
@@ -362,8 +372,9 @@ def kernel_grad(
     tile = _tuned("conv_taps_kernel_grad", U, spec, C, x.dtype)
     if tile is None:
         # All taps in one program, which loads g and x once for them, and few beyond the last tap.
-        rows = min(8, triton.next_power_of_2(triton.cdiv(K, TAPS)))
-        R = triton.cdiv(K, rows * triton.cdiv(K, rows * TAPS))
+        most = TAPS if sees is None else SEEING_TAPS
+        rows = min(8, triton.next_power_of_2(triton.cdiv(K, most)))
+        R = triton.cdiv(K, rows * triton.cdiv(K, rows * most))
         BC = _columns(C, max(64, 256 // rows))
         tile = (rows, BC, R, max(1, rows * BC // 64))
     BP, BC, R, warps = tile
