@@ -35,9 +35,8 @@ No product is made that an output does not have: taps beyond the last are not mu
 nor are steps of g, for zero times NaN is NaN. Steps of x outside of the sequence are zeros.
 
 Of packed sequences a product is added where a bit of a word says that its output sees its tap: one
-instruction more for the two channels of a thread, by the machine code for sm_90a. What an input
-gradient's outputs are seen by is turned round before, by XLA, to what they see in the transposed
-convolution.
+instruction more for the two channels of a thread, by the machine code for sm_90a. For an
+input gradient XLA makes the words of the transposed convolution before.
 """
 
 import functools
@@ -304,9 +303,11 @@ def _tuned(kernel: str, U: int, spec: ConvSpec, C: int, dtype):
 
 
 def _turned(sees: jax.Array | None, spec: ConvSpec) -> jax.Array | None:
-    """Which taps the outputs of a transposed convolution see, of which see what; all in one pass.
+    """Which taps the outputs of a transposed convolution see, in one pass of XLA.
 
-    Its tap j is tap K-1-j, and the output that reads it there is a step here.
+    Args:
+      sees: of the convolution that it transposes, whose outputs are its steps and whose tap K-1-j
+        is its tap j.
     """
     if sees is None:
         return None
