@@ -34,6 +34,7 @@ import numpy as np
 import triton
 import triton.language as tl
 
+from conv_pallas.activations import activate as activate_in_xla
 from conv_pallas.kernels import Kernel, triton_tuned
 from conv_pallas.kernels import triton_compat as compat
 from conv_pallas.kernels import triton_depthwise_taps as taps
@@ -48,7 +49,7 @@ from conv_pallas.kernels.triton_common import (
     offsets,
 )
 from conv_pallas.kernels.triton_common import decline as decline_any
-from conv_pallas.spec import ConvSpec, Problem
+from conv_pallas.spec import ACTIVATIONS, ConvSpec, Problem
 
 TAPS = 4  # of the kernel gradient that are summed side by side
 L2_BYTES = 8 * 2**20  # of a halo: a small part of any chip's L2, which all programs share
@@ -344,17 +345,37 @@ def backward(problem: Problem, x, w, bias, saved, gy, wanted):
 
 
 def packed(problem: Problem, x, w, bias, sees) -> jax.Array:
-    return walk.forward(
+    by = walk if _walked(problem) else taps
+    return by.forward(
         x, w, problem.spec, out_dtype=problem.out_dtype, bias=bias,
         activation=problem.epilogue.activation, sees=sees,
     )  # fmt: skip
 
 
 def packed_backward(problem: Problem, x, w, bias, sees, gy, wanted):
-    return walk.backward(
-        x, w, bias, gy, problem.spec, activation=problem.epilogue.activation, wanted=wanted,
-        dx_dtype=x.dtype, dw_dtype=w.dtype, sees=sees,
-    )  # fmt: skip
+    spec, activation = problem.spec, problem.epilogue.activation
+    if _walked(problem):
+        return walk.backward(
+            x, w, bias, gy, spec, activation=activation, wanted=wanted, dx_dtype=x.dtype,
+            dw_dtype=w.dtype, sees=sees,
+        )  # fmt: skip
+    want_dx, want_dw, want_db = wanted
+    want_db = want_db and bias is not None
+    dx = dw = db = None
+    saved = None
+    if activation is not None:
+        z = taps.forward(x, w, spec, out_dtype=problem.out_dtype, bias=bias, sees=sees)
+        saved = activate_in_xla(z, activation) if ACTIVATIONS[activation] == "y" else z
+    gz = gradient_in_xla(gy, saved, activation, gy.dtype)
+    if want_dx:
+        dx = taps.forward(
+            gz, w, spec.transposed(), out_dtype=x.dtype, transposed=True, sees=sees
+        )  # fmt: skip
+    if want_dw:
+        dw, db = taps.kernel_grad(x, gz, spec, out_dtype=w.dtype, bias=want_db, sees=sees)
+    elif want_db:
+        db = bias_grad_in_xla(gz)
+    return dx, dw, db
 
 
 # --- What it declines ---
@@ -367,7 +388,11 @@ def decline(problem: Problem) -> str | None:
 
 
 def decline_packed(problem: Problem) -> str | None:
-    return decline(problem) or walk.decline(problem.spec, problem.C, problem.O)
+    if (why := decline(problem)) is not None or _walked(problem):
+        return why
+    if problem.spec.kernel_size > taps.BITS:
+        return f"has more than {taps.BITS} taps"
+    return taps.decline(problem.spec, problem.C, problem.O)
 
 
 def describe(problem: Problem) -> str:

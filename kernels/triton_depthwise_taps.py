@@ -33,9 +33,16 @@ A piece reads ``R + K - 1`` steps of x; those that the rows beside it read too c
 
 No product is made that an output does not have: taps beyond the last are not multiplied by a zero,
 nor are steps of g, for zero times NaN is NaN. Steps of x outside of the sequence are zeros.
+
+Of packed sequences a product is added where a bit of a word says that its output sees its tap: one
+instruction more for the two channels of a thread, by the machine code for sm_90a. For an
+input gradient XLA makes the words of the transposed convolution before.
 """
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import triton
 import triton.language as tl
@@ -45,12 +52,17 @@ from conv_pallas.kernels import triton_tuned as tuned
 from conv_pallas.kernels.triton_activation import activate
 from conv_pallas.kernels.triton_common import add_in_order, to_float32
 from conv_pallas.kernels.triton_depthwise_walk import decline_series
+from conv_pallas.kernels.xla_formulations import seen
 from conv_pallas.spec import ConvSpec
 
 OUTPUTS = 16  # R of a piece
 # R of a block, at most. 22 spilled with one of the compilers, and took it ten seconds.
 TAPS = 17
+# The same where a word says what an output sees: 31 taps of 16 outputs each took the compiler 25
+# seconds, and of 8 it was 4.
+SEEING_OUTPUTS, SEEING_TAPS = 8, 11
 REGISTERS = 168  # of a thread that sums taps: three programs of 4 warps on a processor
+BITS = 31  # taps of which an int32 says that an output sees them
 SHORTEST = 8  # steps in a residue class, or most of a piece's outputs are none
 
 # --- Device functions ---
@@ -84,14 +96,54 @@ def _steps_of_x(x, t, end, D, step, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _add_products(sums, window, m, columns, R: tl.constexpr):
-    """``sums_r + window_r m``, and one sum more, of m alone, where there is one."""
+def _words(sees, n, u, end, D, COUNT: tl.constexpr):
+    """COUNT columns: what the outputs u, u + D, ... behind n see; none if those see all."""
+    words = ()
+    if sees is not None:
+        for i in tl.static_range(COUNT):
+            there = u + i * D < end
+            words = words + (tl.load(sees + (n + u + i * D), there, 0)[:, None],)
+    return words
+
+
+@triton.jit
+def _from_tap(words, k):
+    """The same without taps before k."""
+    shifted = ()
+    for i in tl.static_range(len(words)):
+        shifted = shifted + (words[i] >> k,)
+    return shifted
+
+
+@triton.jit
+def _words_of_steps(sees, first, D, k, COUNT: tl.constexpr):
+    """What COUNT outputs D steps apart see of tap k, one for each row, and those after it."""
+    words = ()
+    if sees is not None:
+        for i in tl.static_range(COUNT):
+            words = words + ((tl.load(sees + (first + i * D)) >> k)[:, None],)
+    return words
+
+
+@triton.jit
+def _add_products(
+    sums, window, m, columns, words, i: tl.constexpr, OF_STEPS: tl.constexpr, R: tl.constexpr
+):  # fmt: skip
+    """``sums_r + window_r m``, and one sum more, of m alone, where there is one.
+
+    Args:
+      words, i, OF_STEPS: of `_slide`, and its step.
+    """
     # A tile, though its rows are the same: a row would reach the others through shared memory.
     m = to_float32(tl.load(m, columns))
     added = ()
     for r in tl.static_range(R):
         # One operation and not two: the compiler takes time as their square.
-        added = added + (tl.fma(window[r], m, sums[r]),)
+        total = tl.fma(window[r], m, sums[r])
+        if len(words) > 0:
+            seen = (words[i] & (1 << r) if OF_STEPS else words[r] & (1 << i)) != 0
+            total = tl.where(seen, total, sums[r])
+        added = added + (total,)
     if len(sums) > R:
         added = added + (sums[R] + m,)
     return added
@@ -99,25 +151,29 @@ def _add_products(sums, window, m, columns, R: tl.constexpr):
 
 @triton.jit
 def _slide(
-    sums, window, x, m, t, end, columns, D, x_step, m_step,
-    COUNT: tl.constexpr, R: tl.constexpr,
+    sums, window, x, m, t, end, columns, D, x_step, m_step, words,
+    OF_STEPS: tl.constexpr, COUNT: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """COUNT steps of j, of which the first has its R steps of x at x and t.
 
     Args:
       window: all of those but the last.
       columns: which of a tile's channels there are. What m is in others is nobody's concern.
+      words: of each sum, and bit i says whether step i is part of it; or OF_STEPS, and bit r says
+        whether it is part of sum r. None: all are.
     """
     for i in tl.static_range(R - 1, R - 1 + COUNT):
         window = window + _steps_of_x(x + i * x_step, t + i * D, end, D, x_step, 1)
-        sums = _add_products(sums, window, m + (i - R + 1) * m_step, columns, R)
+        sums = _add_products(
+            sums, window, m + (i - R + 1) * m_step, columns, words, i - R + 1, OF_STEPS, R
+        )
         window = window[1:]
     return sums, window
 
 
 @triton.jit
 def conv_taps(
-    x, w, bias, T, U, N, D, LOW, SERIES, PIECES, y, z,
+    x, w, bias, sees, T, U, N, D, LOW, SERIES, PIECES, y, z,
     C: tl.constexpr, K: tl.constexpr, REVERSE: tl.constexpr, HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr, R: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
@@ -145,18 +201,19 @@ def conv_taps(
     columns = (c < C)[None, :]
     sums = _zeros(R, BP, BC)
     window = _steps_of_x(px, t, end, D, step, R - 1)
+    words = _words(sees, n * U, u, tl.where(n < N, U, 0), D, R)
     # What the loop begins with stays, and tiles are told from it: Triton 3.6 takes those that go
     # along for another layout, and exchanges them between warps.
     for block in tl.range(0, K // R):
         i = block * R
         sums, window = _slide(
             sums, window, px + i * step, pw + i * w_step, t + i * D, end, columns, D, step, w_step,
-            R, R,
+            _from_tap(words, i), False, R, R,
         )  # fmt: skip
     i = K // R * R
     sums, window = _slide(
         sums, window, px + i * step, pw + i * w_step, t + i * D, end, columns, D, step, w_step,
-        K % R, R,
+        _from_tap(words, i), False, K % R, R,
     )  # fmt: skip
 
     if HAS_BIAS:
@@ -174,7 +231,7 @@ def conv_taps(
 
 @triton.jit
 def conv_taps_kernel_grad(
-    x, gy, T, U, N, D, LOW, SERIES, STEPS, PIECES, PER_SPLIT, out,
+    x, gy, sees, T, U, N, D, LOW, SERIES, STEPS, PIECES, PER_SPLIT, out,
     C: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr, R: tl.constexpr, BP: tl.constexpr,
     BC: tl.constexpr,
 ):  # fmt: skip
@@ -210,13 +267,14 @@ def conv_taps_kernel_grad(
             j = block * R
             sums, window = _slide(
                 sums, window, px + j * step, pg + j * step, t + j * D, end, columns, D, step, step,
-                R, R,
+                _words_of_steps(sees, n * U + u + j * D, D, k, R), True, R, R,
             )  # fmt: skip
         # Of fewer than R more each loads all of its x: a window that moves through the registers
         # takes as long, and more registers.
         for rest in tl.range(count - count % R, count):
             tiles = _steps_of_x(px + rest * step, t + rest * D, end, D, step, R)
-            sums = _add_products(sums, tiles, pg + rest * step, columns, R)
+            words = _words_of_steps(sees, n * U + u + rest * D, D, k, 1)
+            sums = _add_products(sums, tiles, pg + rest * step, columns, words, 0, True, R)
     start = out + split.to(tl.int64) * (ROWS * C) + c[None, :]
     for r in tl.static_range(R):
         tl.store(start + (k + r)[:, None] * C, sums[r], (k + r < K)[:, None] & columns)
@@ -244,54 +302,80 @@ def _tuned(kernel: str, U: int, spec: ConvSpec, C: int, dtype):
     return tuned.lookup(tuned.key(kernel, sizes, np.dtype(dtype).name, dilation))
 
 
+def _turned(sees: jax.Array | None, spec: ConvSpec) -> jax.Array | None:
+    """Which taps the outputs of a transposed convolution see, in one pass of XLA.
+
+    Args:
+      sees: of the convolution that it transposes, whose outputs are its steps and whose tap K-1-j
+        is its tap j.
+    """
+    if sees is None:
+        return None
+    K = spec.kernel_size
+    taps = (seen(sees[..., None], j, spec)[..., 0] >> (K - 1 - j) & 1 for j in range(K))
+    return functools.reduce(jnp.bitwise_or, (tap << j for j, tap in enumerate(taps)))
+
+
 def forward(
     x: jax.Array, w: jax.Array, spec: ConvSpec, *, out_dtype, transposed: bool = False,
     bias: jax.Array | None = None, activation: str | None = None, keep: bool = False,
+    sees: jax.Array | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:  # fmt: skip
-    """``activation(conv(x, w) + bias)``; arguments as of `triton_depthwise.forward`."""
+    """``activation(conv(x, w) + bias)``; arguments as of `triton_depthwise.forward`.
+
+    Args:
+      sees: as of `triton_depthwise_walk.forward`, and of at most `BITS` taps. If ``transposed`` of
+        the convolution that is transposed: its outputs are the steps of x.
+    """
     N, T, C = x.shape
     K, D, U = spec.kernel_size, spec.kernel_dilation, spec.out_time
     series = min(D, U)
     pieces = lambda R: triton.cdiv(U, R * D) * series  # noqa: E731
     tile = _tuned("conv_taps", U, spec, C, x.dtype)
     if tile is None:
+        R = OUTPUTS if sees is None else SEEING_OUTPUTS
         # More rows read less of what others read; fewer leave no processor idle.
         BC, warps = _columns(C, 64), 4
-        programs = lambda warps: N * pieces(OUTPUTS) * BC / (64 * warps) * triton.cdiv(C, BC)  # noqa: E731
+        programs = lambda warps: N * pieces(R) * BC / (64 * warps) * triton.cdiv(C, BC)  # noqa: E731
         while warps > 1 and programs(warps) < 8 * compat.processors():
             warps //= 2
-        tile = (64 * warps // BC, BC, OUTPUTS, warps)
+        tile = (64 * warps // BC, BC, R, warps)
     BP, BC, R, warps = tile
     y = jax.ShapeDtypeStruct((N, U, C), out_dtype)
-    # Blackwell's ptxas spills some of float16, for one more program on a processor.
-    blackwell = (compat.compute_capability() or 90) >= 100
+    # Blackwell's ptxas spills some of float16, for one more program on a processor, and any
+    # chip's some of float32 beside words.
+    limited = sees is not None or (compat.compute_capability() or 90) >= 100
     return compat.call(
         conv_taps, x, w,
         x if bias is None else bias,  # a pointer that is not read
+        _turned(sees, spec) if transposed else sees,
         T, U, N, D, spec.padding[0], series, pieces(R),
         out=(y, y) if keep else y,
         programs=triton.cdiv(N * pieces(R), BP) * triton.cdiv(C, BC), warps=warps, stages=1,
         C=C, K=K, REVERSE=transposed, HAS_BIAS=bias is not None, ACTIVATION=activation,
-        R=R, BP=BP, BC=BC, registers=REGISTERS if blackwell else None,
+        R=R, BP=BP, BC=BC, registers=REGISTERS if limited else None,
         **({} if keep else {"z": None}),
     )  # fmt: skip
 
 
 def kernel_grad(
-    x: jax.Array, gy: jax.Array, spec: ConvSpec, *, out_dtype, bias: bool = False
-) -> tuple[jax.Array, jax.Array | None]:
+    x: jax.Array, gy: jax.Array, spec: ConvSpec, *, out_dtype, bias: bool = False,
+    sees: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
     """``dw (K, 1, C)`` of x ``(N, T, C)`` and gy ``(N, T', C)``; and db ``(C,)``, or None.
 
     Args:
       bias: whether db, the sum of gy over n and u in float32, is wanted.
+      sees: as of `forward`.
     """
     (N, T, C), (_, U, _) = x.shape, gy.shape
     K, D = spec.kernel_size, spec.kernel_dilation
     tile = _tuned("conv_taps_kernel_grad", U, spec, C, x.dtype)
     if tile is None:
         # All taps in one program, which loads g and x once for them, and few beyond the last tap.
-        rows = min(8, triton.next_power_of_2(triton.cdiv(K, TAPS)))
-        R = triton.cdiv(K, rows * triton.cdiv(K, rows * TAPS))
+        most = TAPS if sees is None else SEEING_TAPS
+        rows = min(8, triton.next_power_of_2(triton.cdiv(K, most)))
+        R = triton.cdiv(K, rows * triton.cdiv(K, rows * most))
         BC = _columns(C, max(64, 256 // rows))
         tile = (rows, BC, R, max(1, rows * BC // 64))
     BP, BC, R, warps = tile
@@ -307,7 +391,7 @@ def kernel_grad(
     steps = min(lengths, key=lambda steps: per_split(steps) * (steps + 4))
     splits = triton.cdiv(N * pieces(steps), per_split(steps))
     partial = compat.call(
-        conv_taps_kernel_grad, x, gy,
+        conv_taps_kernel_grad, x, gy, sees,
         T, U, N, D, spec.padding[0], series, steps, pieces(steps), per_split(steps),
         out=jax.ShapeDtypeStruct((splits, K + bias, C), np.dtype(np.float32)),
         programs=tiles * splits, warps=warps, stages=1, registers=REGISTERS,

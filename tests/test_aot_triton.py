@@ -20,7 +20,7 @@ from conv_pallas.kernels import (
     triton_compat,
     triton_config,
     triton_dense,
-    triton_depthwise_walk,
+    triton_depthwise,
     triton_tuned,
 )  # fmt: skip
 from conv_pallas.kernels.triton_config import Config
@@ -81,13 +81,19 @@ def _layer(case: Case, activation: str | None, x, w, bias):
 
 
 def _packed(case: Case, activation: str | None, sees: bool, x, w, bias, gy, masks):
-    """y and all gradients of a walk that is told which taps each output sees, or of a plain one."""
-    how = dict(activation=activation, sees=masks if sees else None)
-    y = triton_depthwise_walk.forward(x, w, case.spec, out_dtype=x.dtype, bias=bias, **how)
-    return y, triton_depthwise_walk.backward(
-        x, w, bias, gy, case.spec, wanted=(True, True, True), dx_dtype=x.dtype, dw_dtype=w.dtype,
-        **how,
-    )  # fmt: skip
+    """y and all gradients of a layer that is told which taps each output sees, or of a plain one.
+
+    A plain one of many taps has no activation, as nothing is saved for its derivative.
+    """
+    kernel, epilogue = triton_depthwise.KERNEL, Epilogue(True, activation)
+    problem = dataclasses.replace(case.problem("conv1d", "cuda"), epilogue=epilogue)
+    wanted = (True, True, True)
+    if sees:
+        assert kernel.decline_packed(problem) is None
+        y = kernel.packed(problem, x, w, bias, masks)
+        return y, kernel.packed_backward(problem, x, w, bias, masks, gy, wanted)
+    y = kernel.fused(problem, x, w, bias)
+    return y, kernel.backward(problem, x, w, bias, None, gy, wanted)
 
 
 def _packed_structs(case: Case):
@@ -160,9 +166,13 @@ def test_machine_code_is_as_promised(chip, name):
 PACKED = (
     (_case("packed", 512, G=512, K=4), "silu"),
     (_case("packed_series", 2048, G=2048, K=4, D=1024, T=2**14, batch=(1,)), "silu"),
-    (_case("packed_taps", 512, G=512, K=8, D=1), "tanh"),
+    (_case("packed_eight", 512, G=512, K=8, D=1), "tanh"),
     (_case("packed_float32", 512, G=512, K=4, dtype="float32"), "gelu_exact"),
-    (_case("packed_taps_float32", 512, G=512, K=8, dtype="float32"), "gelu_exact"),
+    (_case("packed_eight_float32", 512, G=512, K=8, dtype="float32"), "gelu_exact"),
+    (_case("packed_taps_few", 65, G=65, K=9, dtype="float16"), "tanh"),
+    (_case("packed_taps", 512, G=512, K=17), None),
+    (_case("packed_taps_all", 512, G=512, K=31, D=1), "silu"),
+    (_case("packed_taps_float32", 512, G=512, K=31, dtype="float32"), "gelu_exact"),
 )
 
 
@@ -172,12 +182,14 @@ PACKED = (
 def test_masks_of_packed_sequences_stay_in_registers(chip, case, activation):
     structs = _packed_structs(case)
     made = codes(chip, functools.partial(_packed, case, activation, True), *structs)
-    assert [code.name for code in made] == ["conv_walk", "conv_walk_backward"]
+    many = ["conv_taps"] * (2 if activation is None else 3) + ["conv_taps_kernel_grad"]
+    walked = ["conv_walk", "conv_walk_backward"]
+    assert [code.name for code in made] == (many if "taps" in case.name else walked)
     for code in made:
         assert code.spills == 0, code
         assert code.shared <= SHARED_BYTES[chip], code
-    if case.name == "packed":
-        # Of which a plain walk is told nothing.
+    if case.name in ("packed", "packed_taps"):
+        # Of which a plain layer is told nothing.
         plain = codes(chip, functools.partial(_packed, case, activation, False), *structs)
         parameters = lambda code: code.texts["ptx"].count(".param .")  # noqa: E731
         for code, other in zip(made, plain, strict=True):

@@ -68,7 +68,7 @@ EXTRA = (
 
 
 def _packed(name: str, activation: str | None = "silu", wanted=(True, True, True), **kwargs):
-    """A walk that is told which taps each output sees."""
+    """A depthwise layer that is told which taps each output sees."""
     bias = kwargs.pop("bias", True)
     case = Case(f"packed{name}", **dict(T=41, C=24, O=24, G=24, K=4) | kwargs)
     return Fused(case, activation, bias, wanted)
@@ -96,6 +96,16 @@ PACKED = (
     _packed("", wanted=(True, False, False), D=3),
     _packed("", wanted=(False, True, True), D=3),
     _packed("", None, wanted=(False, False, True)),
+    # Many taps: several pieces and tiles, ragged channels, all bits of a word.
+    _packed("_taps", None, K=9, T=45, C=20, O=20, G=20),
+    _packed("_taps_dilated", None, K=17, T=40, D=3, C=10, O=10, G=10, bias=False),
+    _packed("_taps_all", "gelu", K=31, T=36, C=72, O=72, G=72, padding="SAME", dtype="bfloat16"),
+    _packed("_taps_pad", "relu", K=16, T=30, D=2, padding=[(7, 40)], dtype="bfloat16"),
+    _packed("_taps_crop", "tanh", K=9, T=45, padding=[(-5, -3)], bias=False),
+    _packed("_taps_tuned", K=23, T=40, D=2, dtype="bfloat16"),
+    _packed("_taps", K=9, wanted=(True, False, False)),
+    _packed("_taps", "sigmoid", K=11, wanted=(False, True, True)),
+    _packed("_taps", None, K=9, wanted=(False, False, True)),
 )
 
 # The heuristic picks programs that stay for more steps than the interpreter has time for, and none

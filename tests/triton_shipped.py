@@ -192,13 +192,15 @@ def run_unmet_groups(capability: int) -> None:
 
 
 def run_packed(name: str) -> None:
-    """A walk of which each output sees some taps, and nothing of what the others have there."""
+    """A layer of which each output sees some taps, and nothing of what the others have there."""
     triton_compat.compute_capability = lambda: 90
-    files.append("triton_depthwise_walk")
     (packed,) = (packed for packed in PACKED if packed.name == name)
+    walked = packed.case.K <= triton_depthwise_walk.TAPS
+    files.append("triton_depthwise_walk" if walked else "triton_depthwise_taps")
+    ran.clear()
     spec, rng = packed.case.spec, np.random.default_rng(2)
     x, w, bias, gy, _ = packed.arrays()
-    sees = rng.integers(0, 2**spec.kernel_size, gy.shape[:2], np.int32)
+    sees = rng.integers(0, 2**spec.kernel_size, gy.shape[:2]).astype(np.int32)
     kind = rng.integers(0, 6, sees.shape)
     sees[kind == 0], sees[kind == 1] = 0, -1  # with bits of no tap
     hidden = rng.integers(0, 6, x.shape[:2]) == 0  # among steps that are seen
@@ -211,7 +213,8 @@ def run_packed(name: str) -> None:
     x[~met] = rng.choice(np.array([np.nan, np.inf, -np.inf]), x[~met].shape)
     of_seen = mock.patch.dict(REFERENCES, _packed_references(sees))
     with _as_named(name), of_seen, np.errstate(all="ignore"):
-        y, grads = _walk(packed, x, w, bias, gy, sees)
+        y, grads = _seeing(packed, x, w, bias, gy, sees)
+        assert all(called.startswith("conv_walk" if walked else "conv_taps") for called in ran), ran
         packed.check_forward(np.asarray(y), x, w, bias)
         packed.check_backward(grads, x, w, bias, gy)
         if packed.activation not in (None, "silu"):
@@ -230,7 +233,7 @@ def run_packed(name: str) -> None:
 
 def _check_finite(packed, x, w, bias, gy, sees) -> None:
     """Finite is what should be."""
-    y, grads = _walk(packed, x, w, bias, gy, sees)
+    y, grads = _seeing(packed, x, w, bias, gy, sees)
     z = REFERENCES["conv1d"](x, w, packed.case.spec)
     z = z if bias is None else z + bias.astype(float)
     gz = gy.astype(float) * SLOPES[packed.activation](z)
@@ -244,16 +247,12 @@ def _check_finite(packed, x, w, bias, gy, sees) -> None:
             np.testing.assert_array_equal(np.isfinite(np.asarray(found, float)), value)
 
 
-def _walk(packed, x, w, bias, gy, sees):
+def _seeing(packed, x, w, bias, gy, sees):
     """y, and the gradients."""
-    how = dict(activation=packed.activation, sees=sees)
-    y = triton_depthwise_walk.forward(
-        x, w, packed.case.spec, out_dtype=x.dtype, bias=bias, **how
-    )  # fmt: skip
-    return y, triton_depthwise_walk.backward(
-        x, w, bias, gy, packed.case.spec, wanted=packed.wanted, dx_dtype=x.dtype,
-        dw_dtype=w.dtype, **how,
-    )  # fmt: skip
+    kernel, problem = triton_depthwise.KERNEL, packed.problem()
+    assert kernel.decline_packed(problem) is None
+    y = kernel.packed(problem, x, w, bias, sees)
+    return y, kernel.packed_backward(problem, x, w, bias, sees, gy, packed.wanted)
 
 
 def _packed_references(sees: np.ndarray) -> dict[str, Callable]:
