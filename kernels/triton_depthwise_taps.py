@@ -296,10 +296,12 @@ def _columns(C: int, most: int) -> int:
     return min(most, max(16, triton.next_power_of_2(C)))
 
 
-def _tuned(kernel: str, U: int, spec: ConvSpec, C: int, dtype):
+def _tuned(kernel: str, U: int, spec: ConvSpec, C: int, dtype, sees):
     """Rows and channels of a tile, R, and warps; None: nobody measured."""
-    sizes, dilation = (U, C, spec.kernel_size), f"dilation {spec.kernel_dilation}"
-    return tuned.lookup(tuned.key(kernel, sizes, np.dtype(dtype).name, dilation))
+    sizes, how = (U, C, spec.kernel_size), [f"dilation {spec.kernel_dilation}"]
+    if sees is not None:  # where what was tuned without words has no registers left
+        how.append("packed")
+    return tuned.lookup(tuned.key(kernel, sizes, np.dtype(dtype).name, *how))
 
 
 def _turned(sees: jax.Array | None, spec: ConvSpec) -> jax.Array | None:
@@ -331,7 +333,7 @@ def forward(
     K, D, U = spec.kernel_size, spec.kernel_dilation, spec.out_time
     series = min(D, U)
     pieces = lambda R: triton.cdiv(U, R * D) * series  # noqa: E731
-    tile = _tuned("conv_taps", U, spec, C, x.dtype)
+    tile = _tuned("conv_taps", U, spec, C, x.dtype, sees)
     if tile is None:
         R = OUTPUTS if sees is None else SEEING_OUTPUTS
         # More rows read less of what others read; fewer leave no processor idle.
@@ -370,7 +372,7 @@ def kernel_grad(
     """
     (N, T, C), (_, U, _) = x.shape, gy.shape
     K, D = spec.kernel_size, spec.kernel_dilation
-    tile = _tuned("conv_taps_kernel_grad", U, spec, C, x.dtype)
+    tile = _tuned("conv_taps_kernel_grad", U, spec, C, x.dtype, sees)
     if tile is None:
         # All taps in one program, which loads g and x once for them, and few beyond the last tap.
         most = TAPS if sees is None else SEEING_TAPS
