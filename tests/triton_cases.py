@@ -102,7 +102,7 @@ PACKED = (
     _packed("_taps_all", "gelu", K=31, T=36, C=72, O=72, G=72, padding="SAME", dtype="bfloat16"),
     _packed("_taps_pad", "relu", K=16, T=30, D=2, padding=[(7, 40)], dtype="bfloat16"),
     _packed("_taps_crop", "tanh", K=9, T=45, padding=[(-5, -3)], bias=False),
-    _packed("_taps_tuned", K=23, T=40, D=2, dtype="bfloat16"),
+    _packed("_taps_tuned", K=23, T=43, D=2, dtype="bfloat16"),
     _packed("_taps", K=9, wanted=(True, False, False)),
     _packed("_taps", "sigmoid", K=11, wanted=(False, True, True)),
     _packed("_taps", None, K=9, wanted=(False, False, True)),
