@@ -402,13 +402,15 @@ def tree_kernel_grad(x, g, spec, numbers, ways=16, then=16, sees=None):
 
     def product(tap, k, i, b):
         tap, gb = block(tap, b).astype(numbers.acc), block(g, b)
-        if sees is not None:
-            there = (block(sees, b) >> k) & 1 == 1
-            tap = jnp.where(there, tap, jnp.zeros((), tap.dtype))
         if c == m == 1:
-            return tap * gb
-        tap = tap.reshape(*tap.shape[:2], G, c)[..., i, None]
-        return (tap * gb.reshape(*gb.shape[:2], G, m)).reshape(gb.shape)
+            products = tap * gb
+        else:
+            tap = tap.reshape(*tap.shape[:2], G, c)[..., i, None]
+            products = (tap * gb.reshape(*gb.shape[:2], G, m)).reshape(gb.shape)
+        if sees is None:
+            return products
+        there = (block(sees, b) >> k) & 1 == 1
+        return jnp.where(there, products, jnp.zeros((), products.dtype))
 
     def total(rows):
         rows = lax.optimization_barrier(rows)

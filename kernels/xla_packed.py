@@ -43,12 +43,17 @@ def _sum_of_taps(a, w, sees, spec: ConvSpec, acc: np.dtype, mirrored: bool = Fal
     for k in range(K):
         tap, at = seen(a, k, spec), K - 1 - k if mirrored else k
         there = sees_tap(seen(steps, k, spec) if mirrored else steps, at)
-        tap = jnp.where(there, tap, jnp.zeros((), a.dtype)).astype(acc)
-        product = _per_channel(tap, w[at][None].astype(acc), C)
+        product = _where(there, _per_channel(tap.astype(acc), w[at][None].astype(acc), C))
         total = product if total is None else total + product
     if mirrored:
         return total if total.ndim == 3 else jnp.sum(total, -1)
-    return total.reshape(*a.shape[:2], -1)
+    return total.reshape(*total.shape[:2], -1)
+
+
+def _where(there, product) -> jax.Array:
+    """The product, zero where it is not there: a factor may be infinite."""
+    there = there.reshape(*there.shape[:2], *[1] * (product.ndim - 2))
+    return jnp.where(there, product, jnp.zeros((), product.dtype))
 
 
 def _per_channel(a, b, C: int) -> jax.Array:
@@ -101,7 +106,7 @@ def packed_backward(problem: Problem, x, w, bias, sees, gy, wanted):
         of_taps = tree_kernel_grad if problem.platform == "cpu" else _kernel_grad
         dw = of_taps(x.astype(operand), gz.astype(operand), spec, numbers, sees=sees)
         dw = dw.astype(w.dtype)
-    if wanted[2]:
+    if wanted[2] and bias is not None:
         _, numbers = numbers_of(problem)
         db = jnp.sum(gz, (0, 1), dtype=numbers.acc)
     return dx, dw, db
@@ -113,8 +118,8 @@ def _kernel_grad(x, g, spec: ConvSpec, numbers, sees) -> jax.Array:
     g = g.astype(acc)
 
     def of_tap(k):
-        tap = jnp.where(sees_tap(sees, k)[..., None], seen(x, k, spec), jnp.zeros((), x.dtype))
-        return jnp.sum(_per_channel(tap.astype(acc), g, C), (0, 1)).reshape(1, -1)
+        products = _per_channel(seen(x, k, spec).astype(acc), g, C)
+        return jnp.sum(_where(sees_tap(sees, k), products), (0, 1)).reshape(1, -1)
 
     return jnp.stack([of_tap(k) for k in range(spec.kernel_size)])
 

@@ -27,9 +27,9 @@ from conv_pallas.kernels import (
     triton_depthwise_walk,
 )
 from conv_pallas.spec import ACTIVATIONS, Epilogue, Problem, lhs_rhs_out
-from tests import triton_epilogue
+from tests import packed, triton_epilogue
 from tests.cases import Case
-from tests.reference import SLOPES, VALUES, steps
+from tests.reference import SLOPES, VALUES
 from tests.support import padded, rows
 from tests.tolerance import REFERENCES, check
 from tests.triton_cases import PACKED, named, own_tile
@@ -194,93 +194,13 @@ def run_unmet_groups(capability: int) -> None:
 def run_packed(name: str) -> None:
     """A layer of which each output sees some taps, and nothing of what the others have there."""
     triton_compat.compute_capability = lambda: 90
-    (packed,) = (packed for packed in PACKED if packed.name == name)
-    walked = packed.case.K <= triton_depthwise_walk.TAPS
+    (case,) = (case for case in PACKED if case.name == name)
+    walked = case.case.K <= triton_depthwise_walk.TAPS
     files.append("triton_depthwise_walk" if walked else "triton_depthwise_taps")
     ran.clear()
-    spec, rng = packed.case.spec, np.random.default_rng(2)
-    x, w, bias, gy, _ = packed.arrays()
-    sees = rng.integers(0, 2**spec.kernel_size, gy.shape[:2]).astype(np.int32)
-    kind = rng.integers(0, 6, sees.shape)
-    sees[kind == 0], sees[kind == 1] = 0, -1  # with bits of no tap
-    hidden = rng.integers(0, 6, x.shape[:2]) == 0  # among steps that are seen
-    met = np.zeros_like(hidden)
-    for k in range(spec.kernel_size):
-        u, t = steps(spec, k)
-        sees[:, u] &= ~(hidden[:, t].astype(np.int32) << k)
-        met[:, t] |= (sees[:, u] >> k & 1).astype(bool)
-    assert met.any() and not met.all()
-    x[~met] = rng.choice(np.array([np.nan, np.inf, -np.inf]), x[~met].shape)
-    of_seen = mock.patch.dict(REFERENCES, _packed_references(sees))
-    with _as_named(name), of_seen, np.errstate(all="ignore"):
-        y, grads = _seeing(packed, x, w, bias, gy, sees)
-        assert all(called.startswith("conv_walk" if walked else "conv_taps") for called in ran), ran
-        packed.check_forward(np.asarray(y), x, w, bias)
-        packed.check_backward(grads, x, w, bias, gy)
-        if packed.activation not in (None, "silu"):
-            return
-        # And what some of them see reaches those alone.
-        inside = np.zeros_like(sees)
-        for k in range(spec.kernel_size):
-            inside[:, steps(spec, k)[0]] |= 1 << k
-        sees &= inside  # as zero times infinity is NaN
-        for c in range(x.shape[2] // 4):
-            x[c % len(x), rng.choice(x.shape[1]), 4 * c] = np.nan
-            gy[c % len(x), rng.choice(gy.shape[1]), 4 * c + 1] = np.nan
-            w[rng.choice(len(w)), 0, 4 * c + 2] = np.inf
-        _check_finite(packed, x, w, bias, gy, sees)
-
-
-def _check_finite(packed, x, w, bias, gy, sees) -> None:
-    """Finite is what should be."""
-    y, grads = _seeing(packed, x, w, bias, gy, sees)
-    z = REFERENCES["conv1d"](x, w, packed.case.spec)
-    z = z if bias is None else z + bias.astype(float)
-    gz = gy.astype(float) * SLOPES[packed.activation](z)
-    dx = REFERENCES["conv1d_input_grad"](gz, w, packed.case.spec)
-    dw = REFERENCES["conv1d_kernel_grad"](x, gz, packed.case.spec)
-    expected = (VALUES[packed.activation](z), dx, dw, gz.sum((0, 1)))
-    for found, value in zip((y, *grads), expected, strict=True):
-        if found is not None:
-            value = np.isfinite(value)
-            assert not value.all()
-            np.testing.assert_array_equal(np.isfinite(np.asarray(found, float)), value)
-
-
-def _seeing(packed, x, w, bias, gy, sees):
-    """y, and the gradients."""
-    kernel, problem = triton_depthwise.KERNEL, packed.problem()
-    assert kernel.decline_packed(problem) is None
-    y = kernel.packed(problem, x, w, bias, sees)
-    return y, kernel.packed_backward(problem, x, w, bias, sees, gy, packed.wanted)
-
-
-def _packed_references(sees: np.ndarray) -> dict[str, Callable]:
-    """As `tests.reference`, depthwise, of what is seen."""
-
-    def each(spec):
-        for k in range(spec.kernel_size):
-            u, t = steps(spec, k)
-            seen = (sees[:, u] >> k & 1).astype(bool)[..., None]
-            yield k, u, t, lambda product, seen=seen: np.where(seen, product, 0)
-
-    def forward(x, w, spec):
-        y = np.zeros((*sees.shape, x.shape[2]))
-        for k, u, t, of_seen in each(spec):
-            y[:, u] += of_seen(x[:, t].astype(float) * w[k, 0].astype(float))
-        return y
-
-    def input_grad(g, w, spec):
-        dx = np.zeros((len(g), spec.time, g.shape[2]))
-        for k, u, t, of_seen in each(spec):
-            dx[:, t] += of_seen(g[:, u].astype(float) * w[k, 0].astype(float))
-        return dx
-
-    def kernel_grad(x, g, spec):
-        products = (of_seen(x[:, t].astype(float) * g[:, u]) for _, u, t, of_seen in each(spec))
-        return np.stack([product.sum((0, 1), keepdims=True)[0] for product in products])
-
-    return dict(zip(REFERENCES, (forward, input_grad, kernel_grad), strict=True))
+    with _as_named(name):
+        packed.check(triton_depthwise.KERNEL, case)
+    assert all(called.startswith("conv_walk" if walked else "conv_taps") for called in ran), ran
 
 
 UNREAD = (  # time, taps, dilation and padding: steps that no output reads, cropped or in between
