@@ -18,8 +18,9 @@ from benchmarks import device_layers, stored
 from benchmarks.on_device import Log, kill
 from conv_pallas import _measure, conv1d
 from conv_pallas.explanation import default_platform
+from conv_pallas.kernels import xla
 from conv_pallas.spec import OPERATIONS, lhs_rhs_out
-from tests import cases, triton_cases, triton_epilogue
+from tests import cases, packed, triton_cases, triton_epilogue
 from tests.cases import Case
 from tests.support import bind, padded, rows
 from tests.tolerance import check
@@ -102,7 +103,7 @@ def _check_last(case: Case, short: Case, operation: str, dry: bool) -> None:
 
 def correctness(log: Log, dry: bool, shard: int = 0, shards: int = 1, only: str = "") -> None:
     """Every case of the tests, plain and with epilogues, against the formula in float64."""
-    every = [*triton_cases.EXTRA, *triton_epilogue.FUSED, *cases.CASES]
+    every = [*triton_cases.EXTRA, *triton_epilogue.FUSED, *triton_cases.PACKED, *cases.CASES]
     if only:
         every = [case for case in every if case.name in only.split(",")]
     if dry:
@@ -113,7 +114,9 @@ def correctness(log: Log, dry: bool, shard: int = 0, shards: int = 1, only: str 
     mine = every[shard :: shards * (21 if dry else 1)]
     for case in log.each(mine, lambda case: case.name):
         with contextlib.nullcontext() if dry else triton_cases.own_tile(case.name):
-            if isinstance(case, Fused):
+            if case in triton_cases.PACKED:
+                _check_packed(log, case, dry)
+            elif isinstance(case, Fused):
                 _check_fused(log, case, dry)
             elif 0 not in (*case.x_shape, *case.out_shape):  # or nothing reaches a kernel
                 _check_operations(log, case, dry)
@@ -174,6 +177,17 @@ def _check_fused(log: Log, fused: Fused, dry: bool) -> None:
 
     _told(log, forward, case=fused.name, operation="fused")
     _told(log, backward, case=fused.name, operation="backward")
+
+
+def _check_packed(log: Log, case: Fused, dry: bool) -> None:
+    """One line for a layer of which each output sees some taps, and all its gradients."""
+    kernel = xla.KERNEL
+    if not dry:
+        from conv_pallas.kernels import triton_depthwise  # which a machine may lack
+
+        kernel = triton_depthwise.KERNEL
+    run = functools.partial(packed.check, kernel, case, jax.jit)
+    _told(log, run, case=case.name, operation="packed")
 
 
 def _told(log: Log, run, must: bool = False, **what) -> None:
