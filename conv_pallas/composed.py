@@ -58,12 +58,13 @@ class Family:
 
     def __init__(
         self, name: str, forward: Member, tangent: Member, backward: Member, *, jvp: Callable,
-        dce: Callable | None = None,
+        transpose_forward: Callable | None = None, dce: Callable | None = None,
     ):  # fmt: skip
         """Makes them.
 
         Args:
           jvp: of forward, with ``primals, tangents, **params``.
+          transpose_forward: with ``cts, *operands, **params``; None: that of its composition.
           dce: of forward, where it has several results, the rule for dead code.
         """
         self.name = name
@@ -75,6 +76,8 @@ class Family:
                 f"{name}_backward", backward, _results_backward, _like_operands, asks
             )
             ad.primitive_jvps[y] = jvp
+            if transpose_forward is not None:
+                ad.primitive_transposes[y] = transpose_forward
             ad.primitive_transposes[dy] = functools.partial(
                 self._transpose_tangent, tangent.composed
             )

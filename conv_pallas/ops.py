@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from conv_pallas import dispatch, fused, halo, packed, primitives, segments, sharding
-from conv_pallas.activations import FUNCTIONS
+from conv_pallas.activations import FUNCTIONS, activate
 from conv_pallas.dispatch import Implementation
 from conv_pallas.spec import ConvSpec, UnknownPaddingError, make_spec, problem_of
 
@@ -200,7 +200,7 @@ def _convolve_packed(
     else:
         y = packed.conv1d(x, kernel, None, ids, activation=None, **conv)
         y = y if place is None else jax.sharding.reshard(y, place)
-        y = fused.activate(fused.add_bias(y, bias), named)
+        y = activate(fused.add_bias(y, bias), named)
     return activation(y) if callable(activation) else y
 
 
@@ -242,7 +242,7 @@ def convolve_taps(
         if unfused_reason(kernel.dtype, out_dtype, bias, None) is None:
             return packed.sum_of_taps(seen, kernel, bias, activation=named, **given)
         y = packed.sum_of_taps(seen, kernel, None, activation=None, **given)
-        return fused.activate(fused.add_bias(y, bias), named)
+        return activate(fused.add_bias(y, bias), named)
 
     y = sum_of_taps(kernel, bias)
     # Else XLA:CPU computes all taps anew, number by number, where y is summed.
@@ -483,7 +483,7 @@ def _convolve(
     out_sharding = canonicalize_sharding(out_sharding, "conv1d")
     if is_stock(chain) or lax_reason(x.dtype, 1):
         y = _stock(x, w, spec, precision, preferred_element_type, out_sharding, pad_first)
-        return fused.activate(fused.add_bias(y, bias), activation)
+        return activate(fused.add_bias(y, bias), activation)
     out_dtype = result_dtype(x.dtype, preferred_element_type)
     precision = lax_internal.canonicalize_precision(precision)
     if chain is not None:
@@ -493,7 +493,7 @@ def _convolve(
     if fuses and not (bias is None and activation is None):
         return fused.conv1d(x, w, bias, activation=activation, **conv)
     y = primitives.conv1d(x, w, out_sharding=out_sharding, **conv)
-    return fused.activate(fused.add_bias(y, bias), activation)
+    return activate(fused.add_bias(y, bias), activation)
 
 
 def _stock(x, w, spec: ConvSpec, precision, preferred_element_type, out_sharding, pad_first):

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.interpreters import ad
 
 from conv_pallas import (
     dispatch,
@@ -31,7 +32,7 @@ from conv_pallas import (
     taps,
 )
 from conv_pallas.activations import activate, times_derivative
-from conv_pallas.composed import Family, Member, live_tangents, of_some, rows
+from conv_pallas.composed import Family, Member, live_tangents, of_some, rows, transpose
 from conv_pallas.spec import OPERATIONS, ConvSpec, Epilogue, problem_of
 
 # --- The compositions ---
@@ -115,23 +116,23 @@ def _backward(
         given = dict(spec=spec.transposed(), has_bias=False, out_dtype=x.dtype, time=time)
         turned = taps.flip(w, spec.groups)
         (dx,) = _forward(gz, turned, ids, activation=None, **given, **conv)
-        grads.append(_placed(dx, x))
+        grads.append(_placed(dx, jax.typeof(x)))
     if wanted[1]:
         more = conv | dict(spec=_tap(x, spec), out_dtype=w.dtype)
         each = [
             primitives.conv1d_kernel_grad(see(), gz, **more)
             for see in segments.separate(x, ids, spec, time)
         ]
-        grads.append(_placed(jnp.concatenate(each, -3), w))
+        grads.append(_placed(jnp.concatenate(each, -3), jax.typeof(w)))
     if wanted[2]:
         db = jnp.sum(gz, axis=tuple(range(gz.ndim - 1))).astype(bias.dtype)
-        grads.append(_placed(db, bias))
+        grads.append(_placed(db, jax.typeof(bias)))
     return grads
 
 
-def _placed(gradient, operand):
+def _placed(gradient, aval):
     """A gradient lies as its operand does, on a mesh with explicit axes."""
-    place = sharding.explicit(jax.typeof(operand))
+    place = sharding.explicit(aval)
     return gradient if place is None else jax.sharding.reshard(gradient, place)
 
 
@@ -148,7 +149,7 @@ def _backward_mapped(*operands, wanted, has_bias, **params):
     at = [i for i, there in enumerate(wanted) if there]
     f = of_some(_forward_mapped, primals, at, params | dict(has_bias=has_bias))
     grads = jax.vjp(f, *(primals[i] for i in at))[1]([gy])
-    return [_placed(g, primals[i]) for g, i in zip(grads, at, strict=True)]
+    return [_placed(g, jax.typeof(primals[i])) for g, i in zip(grads, at, strict=True)]
 
 
 # --- Lowering: a kernel that takes bits, or the composition ---
@@ -221,7 +222,29 @@ def _bits(ids, problem) -> jax.Array:
 def _forward_jvp(primals, tangents, **params):
     y = FAMILY.bind("", *primals, **params)
     wanted, live = live_tangents(tangents)
+    if wanted == (True, False, False) and _is_own_transpose(*primals, **params):
+        # Of a kernel that is not trained, which keeps no x.
+        w, ids = primals[1], primals[-1]
+        return y, FAMILY.bind("", *live, w, ids, **params | dict(has_bias=False))
     return y, FAMILY.bind("_tangent", *primals, *live, wanted=wanted, **params)
+
+
+def _is_own_transpose(x, w, *_, activation, **__) -> bool:
+    """Whether it is linear in x but for a bias, and its transpose is one like it."""
+    return activation is None and w.shape[-1] == x.shape[-1]
+
+
+def _forward_transpose(cts, x, w, *rest, spec, has_bias, **params):
+    given = dict(spec=spec, has_bias=has_bias, **params)
+    of_x = ad.is_undefined_primal(x) and not ad.is_undefined_primal(w)
+    if has_bias or not of_x or not _is_own_transpose(x.aval, w, **params):
+        return transpose(_forward)(cts, x, w, *rest, **given)
+    (ct,) = map(ad.instantiate_zeros, cts)
+    if 0 in ct.shape:
+        return [None] * 3
+    given |= dict(spec=spec.transposed(), out_dtype=x.aval.dtype)
+    (dx,) = FAMILY.bind("", ct, taps.flip(w, spec.groups), *rest, **given)
+    return [_placed(dx, x.aval), None, None]
 
 
 # --- What is shared by a batch ---
@@ -265,6 +288,7 @@ FAMILY = Family(
         _backward_mapped,
     ),
     jvp=_forward_jvp,
+    transpose_forward=_forward_transpose,
 )
 
 

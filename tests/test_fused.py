@@ -12,7 +12,7 @@ from jax.experimental import jet
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from conv_pallas import conv1d, convs_saveable, explain, fused, kernels
+from conv_pallas import activations, conv1d, convs_saveable, explain, kernels
 from conv_pallas.kernels import Kernel, xla
 from conv_pallas.spec import ACTIVATIONS, OPERATIONS
 from tests import cases
@@ -65,7 +65,7 @@ class Toy:
         z = z if bias is None else z + bias[None, None]
         if problem.epilogue.activation is None:
             return self.mark(z)
-        y = fused.activate(z, problem.epilogue.activation)
+        y = activations.activate(z, problem.epilogue.activation)
         return (y, z) if problem.epilogue.keep else y
 
     def backward(self, problem, x, w, bias, saved, gy, wanted):
@@ -79,10 +79,10 @@ class Toy:
         if not self.recomputed and self.part:
             z = saved
         elif not self.recomputed and epilogue.saved:
-            want = z if epilogue.saved == "z" else fused.activate(z, epilogue.activation)
+            want = z if epilogue.saved == "z" else activations.activate(z, epilogue.activation)
             # Were it anything else than what is promised, the gradients would be wrong.
             z = jnp.where(jnp.abs(saved - want) < 1e-4, z, jnp.nan)
-        gz = jax.vjp(lambda z: fused.activate(z, epilogue.activation), z)[1](gy)[0]
+        gz = jax.vjp(lambda z: activations.activate(z, epilogue.activation), z)[1](gy)[0]
         dx = dataclasses.replace(problem, operation="conv1d_input_grad")
         dw = dataclasses.replace(problem, operation="conv1d_kernel_grad")
         return (
@@ -110,7 +110,7 @@ def _by_jax(activation, case=CASE):
 
     def f(x, w, b=None):
         y = conv1d(x, w, **case.geometry, implementation="xla_native")
-        return jnp.sum(jnp.sin(fused.activate(y if b is None else y + b, activation)))
+        return jnp.sum(jnp.sin(activations.activate(y if b is None else y + b, activation)))
 
     return f
 
@@ -155,11 +155,11 @@ def test_derivatives_from_what_was_saved(activation, dtype):
     """As exact as what was saved allows, and finite or not where jax's own are."""
     z = jnp.concatenate([jnp.linspace(-4, 4, 801), jnp.array([0.0, -0.0, 1e4, -1e4, jnp.nan])])
     z = z.astype(dtype)
-    saved = fused.activate(z, activation) if ACTIVATIONS[activation] == "y" else z
-    actual = fused.times_derivative(jnp.ones_like(z), saved, activation)
+    saved = activations.activate(z, activation) if ACTIVATIONS[activation] == "y" else z
+    actual = activations.times_derivative(jnp.ones_like(z), saved, activation)
     exact = saved.astype(jnp.float32)
     if ACTIVATIONS[activation] == "z":
-        want = jax.vmap(jax.grad(fused.FUNCTIONS[activation]))(exact)
+        want = jax.vmap(jax.grad(activations.FUNCTIONS[activation]))(exact)
     else:
         slope = {"relu": exact > 0, "tanh": 1 - exact**2, "sigmoid": exact * (1 - exact)}
         want = slope[activation].astype(jnp.float32)

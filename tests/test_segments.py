@@ -196,6 +196,33 @@ def test_depthwise_packed_keeps_little_of_several_kernels():
     assert kept < 9 * x.size  # x, and three outputs
 
 
+def test_a_packed_kernel_that_is_not_trained_keeps_no_x():
+    x, w, b, g = (
+        numbers(12, 4),
+        numbers(3, 1, 4, seed=1),
+        numbers(4, seed=2),
+        numbers(12, 4, seed=3),
+    )
+    f = lambda x: conv1d(x, w, b, segment_ids=IDS, feature_group_count=4, padding="SAME")  # noqa: E731
+    _, residuals = jax.eval_shape(functools.partial(jax.vjp, f), x)
+    assert sum(math.prod(a.shape) for a in jax.tree.leaves(residuals)) < x.size
+
+    def dx(f):
+        return jax.jit(lambda x: jax.vjp(f, x)[1](g))(x)[0]
+
+    each = lambda x: jnp.concatenate(  # noqa: E731
+        [conv1d(x[piece], w, b, feature_group_count=4, padding="SAME") for piece in PIECES]
+    )
+    np.testing.assert_allclose(dx(f), dx(each), rtol=1e-5, atol=1e-6)
+    second = jax.jit(
+        lambda x: jax.jvp(lambda x: jax.grad(lambda x: (f(x) ** 3).sum())(x), (x,), (g,))
+    )
+    expected = jax.jvp(jax.grad(lambda x: (each(x) ** 3).sum()), (x,), (g,))
+    jax.tree.map(
+        lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-4), second(x), expected
+    )
+
+
 def test_depthwise_packed_on_explicit_axes_to_the_second_order():
     """x and w need not be split alike."""
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
