@@ -239,6 +239,32 @@ def test_explain_of_a_model_takes_all_arguments_of_its_call():
         explain(X, W, condition=condition)
 
 
+@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("taps", [4, 40])  # 40 have no bits in an int32
+def test_explain_of_packed_depthwise_layers(taps, platform, shipped):
+    """Who takes them, or that each tap is a convolution; of no elements that there is nothing."""
+    struct = jax.ShapeDtypeStruct
+    w, b = struct((taps, 1, 8), jnp.float32), struct((8,), jnp.float32)
+
+    def told(batch, implementation=None):
+        x, ids = struct((batch, 64, 8), jnp.float32), struct((batch, 64), jnp.int32)
+        return explain(
+            x, w, b, segment_ids=ids, feature_group_count=8, activation="silu", platform=platform,
+            implementation=implementation,
+        )  # fmt: skip
+
+    whole, empty = told(2), told(0)
+    assert empty.note == "nothing to compute"
+    assert set(whole.chosen.values()) <= set(dispatch.IMPLEMENTATIONS)
+    if taps == 40 or platform == "other":  # which has XLA's own convolution alone
+        assert "each tap of packed sequences is a convolution" in whole.epilogue
+    else:
+        assert all(dispatch.PACKED in whole.how(operation) for operation in whole.chosen)
+        assert "in xla's kernels" in whole.epilogue
+    native = [c for c in whole.candidates["conv1d"] if c.implementation == "xla_native"]
+    assert (native[0].reason is None) == (taps == 40 or platform == "other")
+
+
 def test_explain_wants_a_known_platform():
     with pytest.raises(
         ValueError, match=r"platform must be None or one of cpu, .* got 'gpu' \(cuda or rocm\?\)"
