@@ -108,12 +108,15 @@ def convolve_operands(x, w, b, **options):
     return ops.convolve(x, w, b, feature_group_count=x.shape[-1], **how, **options)
 
 
-@pytest.mark.parametrize("taps", [5, 40])  # 40 have no bits in an int32
+@pytest.mark.parametrize("taps", [5, 31, 40])  # 40 have no bits in an int32
 def test_depthwise_packed_is_one_pass(taps):
     """XLA fuses all taps, and computes them once where what comes of them is summed."""
     x, w, ids = numbers(64, 16), numbers(taps, 1, 16), jnp.arange(64) // 9
     f = lambda x, w: conv1d(x, w, segment_ids=ids, feature_group_count=16)  # noqa: E731
     lowered = jax.jit(f).lower(x, w)
+    if taps < 32:  # and their gradients hold no array for each of them
+        step = jax.jit(jax.grad(lambda x, w: jnp.sum(jnp.tanh(f(x, w))), (0, 1))).lower(x, w)
+        assert step.compile().memory_analysis().temp_size_in_bytes < 6 * x.nbytes
     assert lowered.compile().memory_analysis().temp_size_in_bytes < x.nbytes
     assert "optimization_barrier" in lowered.as_text()
     for policy in (None, convs_saveable):
@@ -194,6 +197,25 @@ def test_depthwise_packed_keeps_little_of_several_kernels():
     _, residuals = jax.eval_shape(functools.partial(jax.vjp, mapped), w)
     kept = sum(math.prod(a.shape) for a in jax.tree.leaves(residuals))
     assert kept < 9 * x.size  # x, and three outputs
+
+
+@pytest.mark.parametrize("padding", ["CAUSAL", "SAME"])
+def test_depthwise_packed_shorter_than_its_field(padding):
+    """Taps at the ends that no output sees, and their gradients, which are zero."""
+    x, w, b = numbers(12, 4), numbers(21, 1, 4, seed=1), numbers(4, seed=2)
+    options = dict(kernel_dilation=2, padding=padding, feature_group_count=4, activation="silu")
+
+    def loss(f):
+        return lambda x, w, b: jnp.sum(jnp.sin(f(x, w, b)))
+
+    whole = lambda x, w, b: conv1d(x, w, b, segment_ids=IDS, **options)  # noqa: E731
+    parts = lambda x, w, b: jnp.concatenate([conv1d(x[p], w, b, **options) for p in PIECES])  # noqa: E731
+    got, expected = (
+        jax.jit(jax.value_and_grad(loss(f), (0, 1, 2)))(x, w, b) for f in (whole, parts)
+    )
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    jax.tree.map(close, got, expected)
+    assert (got[1][1] == 0).all((1, 2)).sum() > 4
 
 
 def test_a_packed_kernel_that_is_not_trained_keeps_no_x():
