@@ -245,9 +245,10 @@ def test_a_packed_kernel_that_is_not_trained_keeps_no_x():
     )
 
 
-def test_depthwise_packed_on_explicit_axes_to_the_second_order():
+@pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto], ids=str)
+def test_depthwise_packed_on_a_mesh_to_the_second_order(axis_type):
     """x and w need not be split alike."""
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
     x, w, b = numbers(4, 12, 4), numbers(3, 1, 4, seed=1), numbers(4, seed=2)
     ids = jnp.stack([IDS, IDS[::-1], IDS * 0, IDS])
 
