@@ -214,6 +214,7 @@ def conv_depthwise_kernel_grad(
 def forward(
     x: jax.Array, w: jax.Array, spec: ConvSpec, *, O: int, out_dtype, transposed: bool = False,
     bias: jax.Array | None = None, activation: str | None = None, keep: bool = False,
+    sees: jax.Array | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:  # fmt: skip
     """``activation(conv(x, w) + bias)``.
 
@@ -222,10 +223,11 @@ def forward(
       spec: of this convolution: for an input gradient the transposed one.
       O: channels out; a multiple of C, or if ``transposed`` (its taps to be reversed) C of it.
       bias, activation, keep: as in `triton_dense.forward`; what is walked keeps nothing.
+      sees: as in `triton_depthwise_taps.forward`, of what `packed` takes; None: all.
     """
     N, T, C = x.shape
     common = dict(
-        out_dtype=out_dtype, transposed=transposed, bias=bias, activation=activation
+        out_dtype=out_dtype, transposed=transposed, bias=bias, activation=activation, sees=sees
     )  # fmt: skip
     if walk.decline(spec, C, O) is None:
         return walk.forward(x, w, spec, **common)
@@ -257,7 +259,7 @@ def forward(
 
 def kernel_grad(
     x: jax.Array, gy: jax.Array, spec: ConvSpec, *, out_dtype, bias: bool = False,
-    saved: jax.Array | None = None, activation: str | None = None,
+    saved: jax.Array | None = None, activation: str | None = None, sees: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
     """``dw (K, 1, O)`` of x ``(N, T, C)`` and gy ``(N, T', O)``; and db ``(O,)``, or None.
 
@@ -265,10 +267,11 @@ def kernel_grad(
       bias: whether db, the sum of gz over n and u in float32, is wanted; not if `Phases` are
         more than one or the input is dilated.
       saved, activation: with them ``gz = gy * activation'``, else gz is gy; not with phases.
+      sees: as of `forward`, of many taps.
     """
     (N, T, C), (_, U, O) = x.shape, gy.shape
     if saved is None and taps.decline(spec, C, O) is None:
-        return taps.kernel_grad(x, gy, spec, out_dtype=out_dtype, bias=bias)
+        return taps.kernel_grad(x, gy, spec, out_dtype=out_dtype, bias=bias, sees=sees)
     K, phases = spec.kernel_size, Phases.of(spec)
     J = triton.cdiv(U, phases.phases)
     BK = min(TAPS, triton.next_power_of_2(K))
@@ -318,41 +321,7 @@ def fused(problem: Problem, x: jax.Array, w: jax.Array, bias: jax.Array | None) 
     )  # fmt: skip
 
 
-def backward(problem: Problem, x, w, bias, saved, gy, wanted):
-    spec, activation = problem.spec, problem.epilogue.activation
-    if _walked(problem):
-        return walk.backward(
-            x, w, bias, gy, spec, activation=activation, wanted=wanted, dx_dtype=x.dtype,
-            dw_dtype=w.dtype,
-        )  # fmt: skip
-    want_dx, want_dw, want_db = wanted
-    want_db = want_db and bias is not None
-    dx = dw = db = None
-    carries = spec.input_dilation == 1
-    many = taps.decline(spec, problem.C, problem.O) is None
-    if want_dx or not want_dw or not carries or many:
-        gy, saved, activation = gradient_in_xla(gy, saved, activation, gy.dtype), None, None
-    if want_dx:
-        dx = forward(gy, w, spec.transposed(), O=problem.C, out_dtype=x.dtype, transposed=True)
-    if want_dw:
-        dw, db = kernel_grad(
-            x, gy, spec, out_dtype=w.dtype, bias=want_db and carries, saved=saved,
-            activation=activation,
-        )  # fmt: skip
-    if want_db and db is None:
-        db = bias_grad_in_xla(gy)
-    return dx, dw, db
-
-
-def packed(problem: Problem, x, w, bias, sees) -> jax.Array:
-    by = walk if _walked(problem) else taps
-    return by.forward(
-        x, w, problem.spec, out_dtype=problem.out_dtype, bias=bias,
-        activation=problem.epilogue.activation, sees=sees,
-    )  # fmt: skip
-
-
-def packed_backward(problem: Problem, x, w, bias, sees, gy, wanted):
+def backward(problem: Problem, x, w, bias, saved, gy, wanted, sees=None):
     spec, activation = problem.spec, problem.epilogue.activation
     if _walked(problem):
         return walk.backward(
@@ -362,20 +331,37 @@ def packed_backward(problem: Problem, x, w, bias, sees, gy, wanted):
     want_dx, want_dw, want_db = wanted
     want_db = want_db and bias is not None
     dx = dw = db = None
-    saved = None
-    if activation is not None:
-        z = taps.forward(x, w, spec, out_dtype=problem.out_dtype, bias=bias, sees=sees)
-        saved = activate_in_xla(z, activation) if ACTIVATIONS[activation] == "y" else z
-    gz = gradient_in_xla(gy, saved, activation, gy.dtype)
+    carries = spec.input_dilation == 1
+    many = taps.decline(spec, problem.C, problem.O) is None
+    if want_dx or not want_dw or not carries or many:
+        gy, saved, activation = gradient_in_xla(gy, saved, activation, gy.dtype), None, None
     if want_dx:
-        dx = taps.forward(
-            gz, w, spec.transposed(), out_dtype=x.dtype, transposed=True, sees=sees
-        )  # fmt: skip
+        turned = dict(O=problem.C, out_dtype=x.dtype, transposed=True, sees=sees)
+        dx = forward(gy, w, spec.transposed(), **turned)
     if want_dw:
-        dw, db = taps.kernel_grad(x, gz, spec, out_dtype=w.dtype, bias=want_db, sees=sees)
-    elif want_db:
-        db = bias_grad_in_xla(gz)
+        dw, db = kernel_grad(
+            x, gy, spec, out_dtype=w.dtype, bias=want_db and carries, saved=saved,
+            activation=activation, sees=sees,
+        )  # fmt: skip
+    if want_db and db is None:
+        db = bias_grad_in_xla(gy)
     return dx, dw, db
+
+
+def packed(problem: Problem, x, w, bias, sees) -> jax.Array:
+    return forward(
+        x, w, problem.spec, O=problem.O, out_dtype=problem.out_dtype, bias=bias,
+        activation=problem.epilogue.activation, sees=sees,
+    )  # fmt: skip
+
+
+def packed_backward(problem: Problem, x, w, bias, sees, gy, wanted):
+    activation, saved = problem.epilogue.activation, None
+    if activation is not None and not _walked(problem):
+        linear = dict(O=problem.O, out_dtype=problem.out_dtype, bias=bias, sees=sees)
+        z = forward(x, w, problem.spec, **linear)
+        saved = activate_in_xla(z, activation) if ACTIVATIONS[activation] == "y" else z
+    return backward(problem, x, w, bias, saved, gy, wanted, sees)
 
 
 # --- What it declines ---

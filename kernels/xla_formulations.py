@@ -96,6 +96,11 @@ def seen(x: jax.Array, k: int, spec: ConvSpec) -> jax.Array:
     return lax.slice_in_dim(x, 0, length, spec.stride, axis=1)
 
 
+def sees_tap(sees: jax.Array, k: int) -> jax.Array:
+    """Whether each output sees tap k: of packed sequences, where it has a bit for each."""
+    return (sees >> k) & 1 == 1
+
+
 def grouped_matmul(x: jax.Array, w: jax.Array, groups: int, numbers: Numbers) -> jax.Array:
     """``(N, U, C) @ (C//G, O)``, group by group: ``(N, U, O)``."""
     kwargs = {"precision": numbers.precision, "preferred_element_type": numbers.acc}
@@ -409,7 +414,7 @@ def tree_kernel_grad(x, g, spec, numbers, ways=16, then=16, sees=None):
             products = (tap * gb.reshape(*gb.shape[:2], G, m)).reshape(gb.shape)
         if sees is None:
             return products
-        there = (block(sees, b) >> k) & 1 == 1
+        there = sees_tap(block(sees, b), k)
         return jnp.where(there, products, jnp.zeros((), products.dtype))
 
     def total(rows):

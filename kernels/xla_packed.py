@@ -20,15 +20,10 @@ import numpy as np
 from jax import lax
 
 from conv_pallas.activations import activate, times_derivative
-from conv_pallas.kernels.xla_formulations import numbers_of, seen, tree_kernel_grad
+from conv_pallas.kernels.xla_formulations import numbers_of, seen, sees_tap, tree_kernel_grad
 from conv_pallas.spec import ACTIVATIONS, ConvSpec, Problem
 
 TAPS = 31  # bits of an int32
-
-
-def sees_tap(sees: jax.Array, k: int) -> jax.Array:
-    """Whether each output sees tap k."""
-    return (sees >> k) & 1 == 1
 
 
 def _sum_of_taps(a, w, sees, spec: ConvSpec, acc: np.dtype, mirrored: bool = False) -> jax.Array:
