@@ -181,12 +181,19 @@ def _check_fused(log: Log, fused: Fused, dry: bool) -> None:
 
 def _check_packed(log: Log, case: Fused, dry: bool) -> None:
     """One line for a layer of which each output sees some taps, and all its gradients."""
-    kernel = xla.KERNEL
+    kernel, depthwise = xla.KERNEL, case.problem().depthwise
     if not dry:
-        from conv_pallas.kernels import triton_depthwise  # which a machine may lack
+        from conv_pallas.kernels import triton_dense, triton_depthwise  # which a machine may lack
 
-        kernel = triton_depthwise.KERNEL
-    run = functools.partial(packed.check, kernel, case, jax.jit)
+        kernel = (triton_depthwise if depthwise else triton_dense).KERNEL
+    elif not depthwise:
+        case = dataclasses.replace(case, platform="cpu")  # where XLA has one
+
+    def run():
+        if (why := kernel.decline_packed(case.problem())) is not None:
+            raise NotImplementedError(why)
+        packed.check(kernel, case, jax.jit)
+
     _told(log, run, case=case.name, operation="packed")
 
 

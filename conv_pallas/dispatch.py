@@ -24,6 +24,7 @@ PARTITIONED = (
     "all explicit, or a jax.shard_map over all of them"
 )
 
+TAPS = 31  # of packed sequences: an int32 has a bit for each
 PACKED = "of packed sequences: a bit for each tap says whether an output sees it"
 
 type Implementation = str | Sequence[str] | None
@@ -236,7 +237,8 @@ def of_packed(answers, problem: Problem) -> list[tuple[Candidate, object | None]
             return candidate, kernel
         reason = "has no kernel for packed sequences"
         if kernel.packed is not None:
-            reason = kernel.decline_packed(problem)
+            many = f"takes packed sequences of up to {TAPS} taps"
+            reason = many if problem.spec.kernel_size > TAPS else kernel.decline_packed(problem)
         how, by_name = (PACKED, candidate.by_name) if reason is None else (None, None)
         return dataclasses.replace(candidate, reason=reason, how=how, by_name=by_name), kernel
 

@@ -218,18 +218,14 @@ def explain(
     named = activation if isinstance(activation, str) else None
     apart, epilogue = None, Epilogue(bias is not None, named)
     promoted = bias if bias is None else jax.ShapeDtypeStruct(bias.shape, dtype)
-    if segment_ids is not None and segments.apart(w, spec.groups):
+    if segment_ids is not None and segments.crosses(spec):
         whole = Convolution(x, w, spec, precision, out_dtype, chain, epilogue, packed=True)
-        one, _ = whole.on(platform)
+        one, times = whole.on(platform)
         if one.packed:
             outside = unfused_reason(dtype, out_dtype, promoted, out_sharding)
             return _explain_packed(one, platform, outside)
-        w, spec = one.w, one.spec
-        apart = "each tap of packed sequences is a convolution"
-    elif segment_ids is not None:
-        join = functools.partial(segments.side_by_side, groups=spec.groups)
-        x, w = jax.eval_shape(join, [x] * spec.kernel_size, w)
-        spec, _ = make_spec(x.shape, w.shape, padding="VALID", feature_group_count=spec.groups)
+        x, w, spec = one.x, one.w, one.spec
+        apart = "each tap of packed sequences is a convolution" if times > 1 else None
     outside = apart or unfused_reason(dtype, out_dtype, promoted, out_sharding)
     given = dict(x=x, w=w, spec=spec, precision=precision, out_dtype=out_dtype)
     ask = functools.partial(problem_of, **given, platform=platform)

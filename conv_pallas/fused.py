@@ -52,11 +52,11 @@ def add_bias(y: jax.Array, bias: jax.Array | None) -> jax.Array:
 
 def _forward(x, w, bias=None, *, activation, has_bias, keep, **conv):
     z = primitives.conv1d(x, w, **conv, out_sharding=place_of_y(x, w, bias, conv["spec"]))
-    return _finish(z, bias, activation, keep)
+    return finish(z, bias, activation, keep)
 
 
-def _finish(z, bias, activation, keep):
-    """What follows the sum over taps and channels."""
+def finish(z, bias, activation, keep=False) -> list[jax.Array]:
+    """What follows the sum over taps and channels: y, and z if ``keep``."""
     z = add_bias(z, None if bias is None else bias.astype(z.dtype))
     y = activate(z, activation)
     return [y, z] if keep else [y]
@@ -141,7 +141,7 @@ def _forward_local(x, w, bias=None, *, on, spec, time=halo.UNSPLIT, psum=(), **p
 def _forward_of_sum(x, w, bias, *, activation, has_bias, keep, spec, time, psum, **conv):
     compute = lambda x, w, spec: primitives.conv1d(x, w, spec=spec, **conv)  # noqa: E731
     z = sharding.all_reduce(time.run("conv1d", compute, x, w, spec), psum)
-    return _finish(z, bias, activation, keep)
+    return finish(z, bias, activation, keep)
 
 
 def _forward_alone(x, w, bias, on, *, activation, has_bias, keep, **conv):

@@ -70,8 +70,9 @@ def conv1d(
         output and no gradient depends on what it holds, NaN included.
       segment_ids: ``(*batch, T)`` integers, of which the low 32 bits count; where they change a
         new sequence begins, and no output sees another sequence than its own. Only where there is
-        one output for each step (stride 1, padding CAUSAL, SAME or as many zeros); takes K times
-        the memory of x, but in depthwise layers.
+        one output for each step (stride 1, padding CAUSAL, SAME or as many zeros). Of more than 31
+        taps, and where no kernel takes them, a layer that is not depthwise has K times x in memory
+        while it runs.
       axis_name: for use inside `jax.shard_map`: the mesh axis over which time is split, or
         several of them, the one that varies slowest first. x, mask, segment_ids and the result are
         then one device's parts of a sequence that goes on from device to device, and each gets
@@ -159,10 +160,11 @@ def convolve(
         ids = segments.check_packed(x, segment_ids, spec, mode)
         chain = dispatch.canonicalize(implementation)
         stock = is_stock(chain) or lax_reason(x.dtype, 1)
-        if segments.apart(kernel, spec.groups) and not stock and axis_name is None:
+        if stock or axis_name is not None:
+            seen = segments.separate(x, ids, spec, time)
+            return convolve_taps(seen, kernel, bias, feature_group_count=spec.groups, **how)
+        if segments.crosses(spec):
             return _convolve_packed(x, kernel, bias, ids, spec, **how | dict(implementation=chain))
-        seen = segments.separate(x, ids, spec, time)
-        return convolve_taps(seen, kernel, bias, feature_group_count=spec.groups, **how)
     place = None
     if mode is not None:
         x, place = _pad_in_memory(x, kernel, bias, mode, spec)
@@ -186,10 +188,10 @@ def _convolve_packed(
     x, kernel, bias, ids, spec, *, precision, preferred_element_type, out_sharding, implementation,
     activation,
 ):  # fmt: skip
-    """A depthwise layer of packed sequences."""
+    """A layer of packed sequences."""
     out_dtype, chain = result_dtype(x.dtype, preferred_element_type), implementation
     precision = lax_internal.canonicalize_precision(precision)
-    if chain is not None:  # who does not take them packed is asked for each tap
+    if chain is not None:  # who does not take them packed is asked for a convolution of one tap
         one, tap = kernel[:1], ConvSpec(spec.time, 1, groups=spec.groups)
         dispatch.check_anywhere(problem_of("conv1d", x, one, tap, precision, out_dtype), chain)
     conv = dict(spec=spec, precision=precision, out_dtype=out_dtype, implementation=chain)
@@ -214,11 +216,12 @@ def convolve_taps(
     activation,
     **how,
 ):
-    """The convolution of which each tap sees an x of its own, as of packed sequences.
+    """The convolution of which each tap sees an x of its own.
 
-    It is one pointwise convolution of all taps side by side. But of a depthwise layer they would
-    lie so within each channel, which takes a transpose of K times x. There each tap is a product,
-    and XLA fuses all of them into one pass, which the gradients compute again.
+    As in a stream, inside of a `jax.shard_map`, and by stock; `packed` has the others. It is one
+    pointwise convolution of all taps side by side. But of a depthwise layer they would lie so
+    within each channel, which takes a transpose of K times x. There each tap is a product, and XLA
+    fuses all of them into one pass, which the gradients compute again.
 
     Args:
       seen: of each tap a function without arguments, of what it sees: ``(*batch, T, C)``.

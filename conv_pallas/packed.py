@@ -1,11 +1,13 @@
-"""A depthwise convolution of packed sequences, with its bias and activation, as one operation.
+"""A convolution of packed sequences, with its bias and activation, as one operation.
 
     z[t] = bias + sum over the taps k that output t sees of  x[t + k*D - low] * w[k]
     y = activation(z)
 
 An output sees the taps that lie in its own sequence (see `segments`). A kernel is given that as one
 number for each output, with a bit for each tap, and moves hardly more than without ids. Where none
-takes it each tap is a convolution of its own.
+takes it, what the taps see is written side by side, for one pointwise convolution; of a depthwise
+layer each tap is a convolution of its own. What of that is large is not kept for the gradients:
+backward makes it anew, from x and the ids.
 
 The primitives are a family of `composed`: conv1d_packed, conv1d_packed_tangent and
 conv1d_packed_backward. Beside x, w and bias they take the ids ``(*batch, T)`` int32.
@@ -19,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.interpreters import ad
+from jax.sharding import PartitionSpec as P
 
 from conv_pallas import (
     dispatch,
@@ -72,13 +75,21 @@ def _split(operands, has_bias: bool):
 
 def _forward(*operands, spec: ConvSpec, activation, has_bias, out_dtype, time=halo.UNSPLIT, **conv):
     x, w, bias, ids, _ = _split(operands, has_bias)
+    seen, tap = segments.separate(x, ids, spec, time), _tap(x, spec)
+    if segments.apart(w, spec.groups):
 
-    def convolve(x, w, dtype):
-        return primitives.conv1d(x, w, spec=_tap(x, spec), out_dtype=dtype, **conv)
+        def convolve(x, w, dtype):
+            return primitives.conv1d(x, w, spec=tap, out_dtype=dtype, **conv)
 
-    seen = segments.separate(x, ids, spec, time)
-    given = dict(convolve=convolve, activation=activation, out_dtype=out_dtype)
-    y = sum_of_taps(seen, w, bias, **given)
+        given = dict(convolve=convolve, activation=activation, out_dtype=out_dtype)
+        y = sum_of_taps(seen, w, bias, **given)
+    else:
+        joined, pointwise = segments.side_by_side([see() for see in seen], w, spec.groups)
+        more = conv | dict(spec=tap, out_dtype=out_dtype)
+        if bias is None and activation is None:
+            y = primitives.conv1d(joined, pointwise, **more)
+        else:
+            y = fused.conv1d(joined, pointwise, bias, activation=activation, **more)
     place = fused.place_of_y(x, w, bias, spec)
     return [y if place is None else jax.sharding.reshard(y, place)]
 
@@ -114,20 +125,29 @@ def _backward(
     if wanted[0]:
         # An output that sees a step is seen from there: it is the convolution of gz, mirrored.
         given = dict(spec=spec.transposed(), has_bias=False, out_dtype=x.dtype, time=time)
-        turned = taps.flip(w, spec.groups)
-        (dx,) = _forward(gz, turned, ids, activation=None, **given, **conv)
+        (dx,) = _forward(gz, _turned(w, spec.groups), ids, activation=None, **given, **conv)
         grads.append(_placed(dx, jax.typeof(x)))
     if wanted[1]:
         more = conv | dict(spec=_tap(x, spec), out_dtype=w.dtype)
-        each = [
-            primitives.conv1d_kernel_grad(see(), gz, **more)
-            for see in segments.separate(x, ids, spec, time)
-        ]
-        grads.append(_placed(jnp.concatenate(each, -3), jax.typeof(w)))
+        seen = segments.separate(x, ids, spec, time)
+        if segments.apart(w, spec.groups):
+            each = [primitives.conv1d_kernel_grad(see(), gz, **more) for see in seen]
+            dw = jnp.concatenate(each, -3)
+        else:
+            joined = segments.joined([see() for see in seen], spec.groups)
+            dw = segments.taps_of(primitives.conv1d_kernel_grad(joined, gz, **more), w.shape[0])
+        grads.append(_placed(dw, jax.typeof(w)))
     if wanted[2]:
         db = jnp.sum(gz, axis=tuple(range(gz.ndim - 1))).astype(bias.dtype)
         grads.append(_placed(db, jax.typeof(bias)))
     return grads
+
+
+def _turned(w, groups: int) -> jax.Array:
+    """`taps.flip`, wherever w lies: of groups it is one where no type can say how it is split."""
+    if groups == 1 or w.shape[-2] == 1:
+        return taps.flip(w, groups)
+    return sharding.shard_by_xla(functools.partial(taps.flip, groups=groups), lambda _: P(), w)
 
 
 def _placed(gradient, aval):
@@ -153,12 +173,18 @@ def _backward_mapped(*operands, wanted, has_bias, **params):
 
 
 # --- Lowering: a kernel that takes bits, or the composition ---
-# A depthwise layer's channels in are its groups, so that nothing is a sum over devices but the
-# gradients of w and bias: ``psum`` and ``whole`` of `fused` are as where channels are not split.
 
 
 def _forward_local(*operands, on, time=halo.UNSPLIT, psum=(), **params):
-    """``on`` is that of `lowering.lower`; ``time`` says how a device's share is split."""
+    """``on`` is that of `lowering.lower`; ``time`` says how a device's share is split.
+
+    ``psum`` is as in `fused`: the mesh axes over which z is a sum, but for its bias.
+    """
+    if psum:
+        x, w, bias, ids, _ = _split(operands, params["has_bias"])
+        alone = params | dict(has_bias=False, activation=None)
+        (z,) = _forward_local(x, w, ids, on=on, time=time, **alone)
+        return fused.finish(sharding.all_reduce(z, psum), bias, params["activation"])
     found = _kernel(operands, on, time, ("conv1d",), **params)
     if found is None:
         (y,) = _forward(*operands, time=time, **params)
@@ -173,6 +199,7 @@ def _forward_local(*operands, on, time=halo.UNSPLIT, psum=(), **params):
 
 
 def _backward_local(*operands, on, wanted, time=halo.UNSPLIT, whole=True, **params):
+    # Of a layer whose channels in may be split there is no activation here, which would need z.
     asked = [name for name, there in zip(OPERATIONS[1:], wanted[:2], strict=True) if there]
     found = _kernel(operands, on, time, asked, **params)
     if found is None:
@@ -219,31 +246,49 @@ def _bits(ids, problem) -> jax.Array:
 # --- Differentiation ---
 
 
-def _forward_jvp(primals, tangents, **params):
-    y = FAMILY.bind("", *primals, **params)
+def _forward_jvp(primals, tangents, *, activation, **params):
+    def convolve(activation):
+        return FAMILY.bind("", *primals, activation=activation, **params)
+
+    if activation is None or segments.apart(primals[1], params["spec"].groups):
+        return convolve(activation), _pushed(primals, tangents, activation=activation, **params)
+    # What a sum of many products is takes too long to be made anew by backward.
+    if Epilogue(activation=activation).saved == "y":
+        (y,) = (saved,) = convolve(activation)
+    else:
+        (saved,) = convolve(None)
+        y = activate(saved, activation)
+    (dz,) = _pushed(primals, tangents, activation=None, **params)
+    times = functools.partial(times_derivative, activation=activation)
+    # That alone is kept, and none of what a derivative is computed from on the way.
+    return [y], [jax.checkpoint(times, prevent_cse=False)(dz, saved)]
+
+
+def _pushed(primals, tangents, **params):
+    """The tangent of y."""
     wanted, live = live_tangents(tangents)
     if wanted == (True, False, False) and _is_own_transpose(*primals, **params):
         # Of a kernel that is not trained, which keeps no x.
         w, ids = primals[1], primals[-1]
-        return y, FAMILY.bind("", *live, w, ids, **params | dict(has_bias=False))
-    return y, FAMILY.bind("_tangent", *primals, *live, wanted=wanted, **params)
+        return FAMILY.bind("", *live, w, ids, **params | dict(has_bias=False))
+    return FAMILY.bind("_tangent", *primals, *live, wanted=wanted, **params)
 
 
-def _is_own_transpose(x, w, *_, activation, **__) -> bool:
-    """Whether it is linear in x but for a bias, and its transpose is one like it."""
-    return activation is None and w.shape[-1] == x.shape[-1]
+def _is_own_transpose(x, w, *_, spec, activation, **__) -> bool:
+    """Whether it is linear in x but for a bias, and its transpose one that a kernel may take."""
+    return activation is None and (w.shape[-1] == x.shape[-1] or not segments.apart(w, spec.groups))
 
 
 def _forward_transpose(cts, x, w, *rest, spec, has_bias, **params):
     given = dict(spec=spec, has_bias=has_bias, **params)
     of_x = ad.is_undefined_primal(x) and not ad.is_undefined_primal(w)
-    if has_bias or not of_x or not _is_own_transpose(x.aval, w, **params):
+    if has_bias or not of_x or not _is_own_transpose(x.aval, w, **given):
         return transpose(_forward)(cts, x, w, *rest, **given)
     (ct,) = map(ad.instantiate_zeros, cts)
     if 0 in ct.shape:
         return [None] * 3
     given |= dict(spec=spec.transposed(), out_dtype=x.aval.dtype)
-    (dx,) = FAMILY.bind("", ct, taps.flip(w, spec.groups), *rest, **given)
+    (dx,) = FAMILY.bind("", ct, _turned(w, spec.groups), *rest, **given)
     return [_placed(dx, x.aval), None, None]
 
 
@@ -299,10 +344,10 @@ def conv1d(
 
     Args:
       x: ``(*batch, T, C)``.
-      w: ``(K, 1, O)``.
+      w: ``(K, C // G, O)``.
       bias: ``(O,)``, or None.
       ids: ``(*batch, T)`` int32.
-      spec: with one output for each step, and several groups; see `segments.check_packed`.
+      spec: with one output for each step; see `segments.check_packed`.
       activation: a name of `FUNCTIONS`, or None.
 
     Returns:

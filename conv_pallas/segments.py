@@ -107,9 +107,12 @@ POINTWISE = dict(strides=1, padding="VALID", input_dilation=1, kernel_dilation=1
 
 
 def apart(kernel, groups: int) -> bool:
-    """Whether each tap is best a convolution of its own: several, of a depthwise layer."""
-    K, per_group, _ = kernel.shape
-    return K > 1 and groups > 1 and per_group == 1
+    """Whether each tap is best a convolution of its own: several, of a depthwise layer.
+
+    Or of what its transpose is, whose groups have one output.
+    """
+    K, per_group, O = kernel.shape
+    return K > 1 and groups > 1 and 1 in (per_group, O // groups)
 
 
 def side_by_side(
@@ -122,17 +125,25 @@ def side_by_side(
       kernel: ``(K, C // groups, O)``.
 
     Returns:
-      x ``(*batch, T, K * C)``, a copy, the taps within the groups; and the kernel
-      ``(1, K * C // groups, O)``.
+      x as of `joined`, and the kernel ``(1, K * C // groups, O)``.
     """
-    if groups == 1:
-        x = jnp.concatenate(seen, -1)
-    else:
-        *before, C = seen[0].shape  # numbers, not -1: of no elements at all JAX can't tell it
-        x = jnp.stack([tap.reshape(*before, groups, C // groups) for tap in seen], -2)
-        x = x.reshape(*before, len(seen) * C)
     flat = lambda w: w.reshape(1, -1, w.shape[-1])  # noqa: E731
-    return x, shard_by_xla(flat, lambda spec: P(None, *spec[1:]), kernel)
+    return joined(seen, groups), shard_by_xla(flat, lambda spec: P(None, *spec[1:]), kernel)
+
+
+def joined(seen: list[jax.Array], groups: int) -> jax.Array:
+    """What the taps see, ``(*batch, T, C)`` each, as ``(*batch, T, K * C)``: within the groups."""
+    if groups == 1:
+        return jnp.concatenate(seen, -1)
+    *before, C = seen[0].shape  # numbers, not -1: of no elements at all JAX can't tell it
+    x = jnp.stack([tap.reshape(*before, groups, C // groups) for tap in seen], -2)
+    return x.reshape(*before, len(seen) * C)
+
+
+def taps_of(pointwise: jax.Array, K: int) -> jax.Array:
+    """Of `side_by_side`'s kernel ``(1, K * C // groups, O)`` the one of K taps."""
+    split = lambda w: w.reshape(K, w.shape[1] // K, w.shape[2])  # noqa: E731
+    return shard_by_xla(split, lambda spec: P(None, *spec[1:]), pointwise)
 
 
 def one_by_one(kernel: jax.Array) -> list[jax.Array]:
@@ -159,6 +170,11 @@ def check_packed(x, segment_ids, spec: ConvSpec, mode: str | None = None) -> jax
             f"input_dilation={spec.input_dilation}, padding={mode or spec.padding}"
         )
     return ids
+
+
+def crosses(spec: ConvSpec) -> bool:
+    """Whether an output may see another step than its own."""
+    return any(_offsets(spec))
 
 
 def _offsets(spec: ConvSpec) -> list[int]:

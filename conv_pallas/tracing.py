@@ -10,7 +10,7 @@ import jax
 import jax.extend
 import numpy as np
 
-from conv_pallas import dispatch
+from conv_pallas import dispatch, segments
 from conv_pallas.ops import conv1d
 from conv_pallas.spec import OPERATIONS, ConvSpec, Epilogue, Operation, Problem, problem_of
 
@@ -34,7 +34,7 @@ class Convolution:
       implementation: the names to try in order, or None.
       kernels: how many of these there are at once, each with a kernel of its own, as `jax.vmap`
         makes them; else 1.
-      packed: whether it is a depthwise one of packed sequences; see `on`.
+      packed: whether it is one of packed sequences; see `on`.
     """
 
     x: jax.ShapeDtypeStruct
@@ -48,15 +48,23 @@ class Convolution:
     packed: bool = False
 
     def on(self, platform: str) -> tuple["Convolution", int]:
-        """What runs there, and how often: of packed sequences that no kernel takes, each tap."""
+        """What runs there, and how often.
+
+        Of packed sequences that no kernel takes, a pointwise convolution: of all taps side by side,
+        or of each.
+        """
         if not self.packed or self.takes(platform) is not None:
             return self, 1
         if self.problem("conv1d", platform).empty:
             return dataclasses.replace(self, packed=False), 1
         K, *channels = self.w.shape
         tap = ConvSpec(self.spec.time, 1, groups=self.spec.groups)
-        w = jax.ShapeDtypeStruct((1, *channels), self.w.dtype)
-        return dataclasses.replace(self, w=w, spec=tap, epilogue=Epilogue(), packed=False), K
+        if segments.apart(self.w, self.spec.groups):
+            w = jax.ShapeDtypeStruct((1, *channels), self.w.dtype)
+            return dataclasses.replace(self, w=w, spec=tap, epilogue=Epilogue(), packed=False), K
+        join = functools.partial(segments.side_by_side, groups=self.spec.groups)
+        x, w = jax.eval_shape(join, [self.x] * K, self.w)
+        return dataclasses.replace(self, x=x, w=w, spec=tap, packed=False), 1
 
     def takes(self, platform: str, operations=OPERATIONS):
         """The kernel that takes packed sequences in these operations; None where none does."""

@@ -50,10 +50,10 @@ class Kernel:
         ``gz = gy * activation'(z)`` and db, and `run` the other two from gz.
       decline_backward: as `decline`, for `backward`; it is also given ``wanted``.
       recomputes: ``recomputes(problem)``, whether `backward` computes z anew.
-      packed: ``packed(problem, x, w, bias, sees) -> y``, as `fused`, of a depthwise convolution of
-        packed sequences: ``sees (N, T)`` int32 has for each output a bit for each tap, 1 where the
+      packed: ``packed(problem, x, w, bias, sees) -> y``, as `fused`, of packed sequences:
+        ``sees (N, T)`` int32 has for each output a bit for each of up to 31 taps, 1 where the
         output sees it; what it does not see counts as zero, NaN too. ``problem.spec`` has one
-        output for each step. None: XLA multiplies for each tap.
+        output for each step. None: XLA writes what the taps see side by side.
       packed_backward: ``packed_backward(problem, x, w, bias, sees, gy, wanted) -> (dx, dw, db)``,
         its gradients, as of `backward`, but that it makes z anew. Goes with `packed`.
       decline_packed: as `decline`, for both of these.

@@ -38,17 +38,22 @@ has 63 instructions for a thousand products (sm_90a; an estimate of what bounds 
 measurement). Several taps in a program share a tile of g: with eight they are 31. No chip has run
 such tiles yet, so that only `conv_pallas.tuning.tune` tries them.
 
+Of packed sequences each output has a word with a bit for each tap, and what it does not see is not
+fetched: one more condition of the mask that pointers have anyway. So x has no TMA there, and w has.
+
 Groups are one more index of the grid. Strides and input dilation run by phases (see
 `triton_common.Phases`): each output phase is a convolution without either.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import triton
 
+from conv_pallas.activations import activate as activate_in_xla
 from conv_pallas.kernels import Kernel, triton_compat, triton_resident, triton_tuned
 from conv_pallas.kernels.triton_activation import gradient_in_xla
 from conv_pallas.kernels.triton_common import (
@@ -72,7 +77,8 @@ from conv_pallas.kernels.triton_config import (
     takes_last_axis_alone,
 )
 from conv_pallas.kernels.triton_matmul import conv_dense, conv_dense_kernel_grad
-from conv_pallas.spec import ConvSpec, Problem
+from conv_pallas.kernels.xla_formulations import seen, sees_tap
+from conv_pallas.spec import ACTIVATIONS, ConvSpec, Epilogue, Problem
 from conv_pallas.taps import flip
 
 # Elements of a kernel from which on XLA rounds it to tf32. Rounded as it is fetched by pointers, it
@@ -126,19 +132,21 @@ class _Plan:
 def _plan(
     x, w, spec: ConvSpec, O: int, *, out_dtype, precision: str, transposed: bool = False,
     activation: str | None = None, derivative: bool = False, keep: bool = False,
+    packed: bool = False,
 ) -> _Plan:  # fmt: skip
     """Of arrays, or of structs of their shapes and dtypes.
 
     Args:
       derivative: whether x is taken times an activation's.
       transposed, activation, keep: see `forward`.
+      packed: whether outputs see some of their taps.
     """
     N, _, C = x.shape
     G, phases = spec.groups, Phases.of(spec)
     c, o = C // G, O // G
     dtype = np.dtype(jnp.promote_types(x.dtype, w.dtype))
     tma = triton_compat.has_tma(triton_compat.compute_capability())
-    tma_x = tma and phases.row_step == 1 and not derivative and _tileable(x, c)
+    tma_x = tma and phases.row_step == 1 and not (derivative or packed) and _tileable(x, c)
     # In a transposed kernel, ``(K, o, G * c)``, it is. Else w is ``(K, c, G * o)``; but for float32
     # the tensor cores of Hopper take nothing else.
     turn = not transposed and tma and dtype.itemsize == 4 and precision != "ieee"
@@ -176,6 +184,7 @@ def forward(
     x: jax.Array, w: jax.Array, spec: ConvSpec, *, O: int, out_dtype, precision: str,
     transposed: bool = False, bias: jax.Array | None = None, activation: str | None = None,
     saved: jax.Array | None = None, grad_of: str | None = None, keep: bool = False,
+    sees: jax.Array | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:  # fmt: skip
     """``activation(conv(x, w) + bias)``.
 
@@ -189,6 +198,7 @@ def forward(
       grad_of: an activation of which x is a gradient, to be taken times its derivative, which
         is computed from saved, an array of x's shape.
       keep: return ``(y, z)``, z that of which the activation makes y.
+      sees: ``(N, T')`` int32, for each output a bit for each tap, 1 where it sees it; None: all.
     """
     N, T, C = x.shape
     G, K = spec.groups, spec.kernel_size
@@ -198,7 +208,7 @@ def forward(
     dtype = np.dtype(jnp.promote_types(x.dtype, w.dtype))
     plan = _plan(
         x, w, spec, O, out_dtype=out_dtype, precision=precision, transposed=transposed,
-        activation=activation, derivative=grad_of is not None, keep=keep,
+        activation=activation, derivative=grad_of is not None, keep=keep, packed=sees is not None,
     )  # fmt: skip
     tma = triton_compat.has_tma(triton_compat.compute_capability())
     config, tma_x, tma_w, contract_last = plan.config, plan.tma_x, plan.tma_w, plan.contract_last
@@ -235,7 +245,7 @@ def forward(
         )  # fmt: skip
     return triton_compat.call(
         conv_dense, xt if tma_x else x, wt if tma_w else w, bias, x if saved is None else saved,
-        T, J, spec.out_time, spec.kernel_dilation, spec.padding[0], programs=programs,
+        sees, T, J, spec.out_time, spec.kernel_dilation, spec.padding[0], programs=programs,
         G=G, S=spec.stride, E=spec.input_dilation, PHASES=phases.phases,
         ROW_STEP=phases.row_step, TAP_STEP=phases.tap_step, TAP_INVERSE=phases.tap_inverse,
         TAPPED=phases.tapped(spec),
@@ -254,7 +264,7 @@ def _tile(array: jax.Array, block: tuple[int, int], rounded: bool) -> triton_com
 
 def kernel_grad(
     x: jax.Array, gy: jax.Array, spec: ConvSpec, *, out_dtype, precision: str, bias: bool = False,
-    saved: jax.Array | None = None, activation: str | None = None,
+    saved: jax.Array | None = None, activation: str | None = None, sees: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
     """``dw (K, C // G, O)`` of x ``(N, T, C)`` and gy ``(N, T', O)``; and db ``(O,)``, or None.
 
@@ -262,6 +272,7 @@ def kernel_grad(
       bias: whether db, the sum of gz over n and u in float32, is wanted; not if the input is
         dilated: then no program sees all steps.
       saved, activation: with them ``gz = gy * activation'``, else gz is gy.
+      sees: as of `forward`.
     """
     (N, T, C), (_, U, O) = x.shape, gy.shape
     G, K = spec.groups, spec.kernel_size
@@ -271,7 +282,7 @@ def kernel_grad(
     dtype = np.dtype(jnp.promote_types(x.dtype, gy.dtype))
     tma = triton_compat.has_tma(triton_compat.compute_capability())
     whole = tma and phases.phases == 1
-    tma_x = whole and phases.row_step == 1 and _tileable(x, c)
+    tma_x = whole and phases.row_step == 1 and sees is None and _tileable(x, c)
     tma_g = whole and activation is None and _tileable(gy, o)
     # The sum is split, so that there are always tiles enough.
     config = configure(
@@ -319,7 +330,7 @@ def kernel_grad(
         conv_dense_kernel_grad,
         xt if tma_x else x, gt if tma_g else gy,
         gy if saved is None else saved,  # a pointer that is not read
-        T, U, J, N, spec.kernel_dilation, spec.padding[0], splits,
+        sees, T, U, J, N, spec.kernel_dilation, spec.padding[0], splits,
         out=jax.ShapeDtypeStruct(
             (splits, K * c + bias, O), out_dtype if narrow else np.dtype(np.float32)
         ),
@@ -439,6 +450,45 @@ def backward(problem: Problem, x, w, bias, saved, gy, wanted):
     return dx, dw, db
 
 
+def packed(problem: Problem, x, w, bias, sees) -> jax.Array:
+    return forward(
+        x, w, problem.spec, O=problem.O, out_dtype=problem.out_dtype,
+        precision=_precision(problem), bias=bias, activation=problem.epilogue.activation, sees=sees,
+    )  # fmt: skip
+
+
+def packed_backward(problem: Problem, x, w, bias, sees, gy, wanted):
+    spec, activation = problem.spec, problem.epilogue.activation
+    around = dict(precision=_precision(problem))
+    if activation is not None:
+        linear = dataclasses.replace(problem, epilogue=Epilogue(bias=bias is not None))
+        z = packed(linear, x, w, bias, sees)
+        saved = activate_in_xla(z, activation) if ACTIVATIONS[activation] == "y" else z
+        gy = gradient_in_xla(gy, saved, activation, gy.dtype)
+    want_dx, want_dw, want_db = wanted
+    want_db = want_db and bias is not None
+    dx = dw = db = None
+    if want_dx:
+        back = spec.transposed()
+        dx = forward(
+            gy, w, back, O=problem.C, out_dtype=x.dtype, transposed=True,
+            sees=_mirrored(sees, back), **around,
+        )  # fmt: skip
+    if want_dw:
+        dw, db = kernel_grad(x, gy, spec, out_dtype=w.dtype, bias=want_db, sees=sees, **around)
+    elif want_db:
+        db = bias_grad_in_xla(gy)
+    return dx, dw, db
+
+
+def _mirrored(sees: jax.Array, spec: ConvSpec) -> jax.Array:
+    """Of the convolution of gz, whose geometry is ``spec``, which taps each of its outputs sees."""
+    each = range(spec.kernel_size)
+    steps = sees[..., None]
+    there = [sees_tap(seen(steps, k, spec), spec.kernel_size - 1 - k)[..., 0] for k in each]
+    return functools.reduce(jnp.add, (t.astype(sees.dtype) << k for k, t in enumerate(there)))
+
+
 # --- What it declines ---
 
 
@@ -468,6 +518,9 @@ KERNEL = Kernel(
     backward=backward,
     decline_backward=lambda problem, wanted: decline(problem),
     keeps=keeps,
+    packed=packed,
+    packed_backward=packed_backward,
+    decline_packed=decline,
     priority=triton_tuned.priority,
     by_name=triton_tuned.by_name,
     opaque=True,

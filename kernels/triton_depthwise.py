@@ -376,8 +376,6 @@ def decline(problem: Problem) -> str | None:
 def decline_packed(problem: Problem) -> str | None:
     if (why := decline(problem)) is not None or _walked(problem):
         return why
-    if problem.spec.kernel_size > taps.BITS:
-        return f"has more than {taps.BITS} taps"
     return taps.decline(problem.spec, problem.C, problem.O)
 
 

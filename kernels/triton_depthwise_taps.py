@@ -62,7 +62,6 @@ TAPS = 17
 # seconds, and of 8 it was 4.
 SEEING_OUTPUTS, SEEING_TAPS = 8, 11
 REGISTERS = 168  # of a thread that sums taps: three programs of 4 warps on a processor
-BITS = 31  # taps of which an int32 says that an output sees them
 SHORTEST = 8  # steps in a residue class, or most of a piece's outputs are none
 
 # --- Device functions ---
@@ -326,7 +325,7 @@ def forward(
     """``activation(conv(x, w) + bias)``; arguments as of `triton_depthwise.forward`.
 
     Args:
-      sees: as of `triton_depthwise_walk.forward`, and of at most `BITS` taps. If ``transposed`` of
+      sees: as of `triton_depthwise_walk.forward`, and of at most 31 taps. If ``transposed`` of
         the convolution that is transposed: its outputs are the steps of x.
     """
     N, T, C = x.shape

@@ -32,7 +32,7 @@ def _live(start, apart, reach, T, count, AT_MOST: tl.constexpr):
 
 @triton.jit
 def conv_dense(
-    x, w, bias, saved, T, J, U, D, LOW, y, z,
+    x, w, bias, saved, sees, T, J, U, D, LOW, y, z,
     C: tl.constexpr, O: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
     S: tl.constexpr, E: tl.constexpr,
     PHASES: tl.constexpr, ROW_STEP: tl.constexpr, TAP_STEP: tl.constexpr,
@@ -50,6 +50,9 @@ def conv_dense(
     and the axis that is summed over is the last one if CONTRACT_LAST. With GRAD_OF, the name of
     an activation, x is a gradient of its result, and ``x * activation'(saved)`` is convolved.
     TAPPED says that each phase has a tap. z is None, or takes what the activation is applied to.
+
+    ``sees (N, U)`` is None, or has for each output a bit for each tap, 1 where the output sees it;
+    then S and E are 1, and not TMA_X: what is not seen is not fetched.
     """
     TILES_O: tl.constexpr = (O + BO - 1) // BO
     TILES_C: tl.constexpr = (C + BC - 1) // BC
@@ -71,6 +74,8 @@ def conv_dense(
     taps = tl.cdiv(K - k0, TAP_STEP)
     if HAS_BIAS:  # on its way while the tiles are; no compiler moves it up past the loop's barriers
         b = tl.load(bias + g * O + o, o < O, 0.0)
+    if sees is not None:
+        bits = tl.load(sees + n.to(tl.int64) * U + j0 + j, j0 + j < U, 0)
     acc = tl.zeros((BT, BO), tl.float32)
     earliest = (a * S + k0 * D - LOW) // E + j0 * ROW_STEP
     # D * TAP_STEP // E, which itself would overflow in places.
@@ -97,6 +102,8 @@ def conv_dense(
             start = (n.to(tl.int64) * T + t0) * (G * C) + (g * C + c0)
             where = start + offsets(j, ROW_STEP * G * C, BT)[:, None] + c[None, :]
             inside = (t >= 0)[:, None] & (t < T)[:, None] & (c0 + c < C)[None, :]
+            if sees is not None:
+                inside = inside & (bits >> k & 1 != 0)[:, None]
             xb = tl.load(x + where, inside, 0.0)
             if GRAD_OF is not None:
                 sb = tl.load(saved + where, inside, 0.0).to(tl.float32)
@@ -189,8 +196,16 @@ def _add_products(
 
 
 @triton.jit
+def _bits_of_block(sees, i, per_sample, begin, u0, U, N, BU: tl.constexpr):
+    """What `conv_dense_kernel_grad` is told of its block i; nothing of the one after the last."""
+    n = i // per_sample
+    u = u0 + (begin + i % per_sample) * BU + tl.arange(0, BU)
+    return tl.load(sees + n.to(tl.int64) * U + u, u < tl.where(n < N, U, 0), 0)
+
+
+@triton.jit
 def conv_dense_kernel_grad(
-    x, gy, saved, T, U, J, N, D, LOW, SPLITS, out,
+    x, gy, saved, sees, T, U, J, N, D, LOW, SPLITS, out,
     C: tl.constexpr, O: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
     S: tl.constexpr, E: tl.constexpr, PHASES: tl.constexpr, PHASE_INVERSE: tl.constexpr,
     ROW_STEP: tl.constexpr, TMA_X: tl.constexpr, TMA_G: tl.constexpr, TAIL: tl.constexpr,
@@ -202,7 +217,7 @@ def conv_dense_kernel_grad(
 
     A tap is the fastest index of the grid: the K programs beside each other read the same
     tiles of gy, and tiles of x that overlap or lie near. With BIAS one more program beside them
-    sums those tiles, into the row after dw's. GRAD_OF is as in `conv_dense`.
+    sums those tiles, into the row after dw's. GRAD_OF and sees are as in `conv_dense`.
 
     A program has TAPS taps, one after the other, and its sums for each of them. More than one,
     which take an S and E of 1, are for few channels, whose programs have more to do to fetch a tile
@@ -263,6 +278,9 @@ def conv_dense_kernel_grad(
     dw = ()
     for _ in tl.static_range(TAPS):
         dw = dw + (tl.zeros((BC, BO), tl.float32),)  # noqa: RUF005
+    if sees is not None:
+        # A block ahead of x: a load that waits for a load Triton would fetch no further ahead.
+        bits = _bits_of_block(sees, split * share, per_sample, begin, u0, U, N, BU)
     for i in tl.range(split * share, tl.minimum((split + 1) * share, blocks)):
         n = i // per_sample
         j0 = (begin + i % per_sample) * BU
@@ -276,12 +294,18 @@ def conv_dense_kernel_grad(
                 corner = x + (n.to(tl.int64) * T + t2) * (G * C) + (g * C + c0)
                 where = corner + offsets(r, ROW_STEP * G * C, BU)[:, None] + c[None, :]
                 met_before = tl.minimum(T, t2 + tl.cdiv(U - u1, PHASES) * ROW_STEP)
-                xb = tl.load(where, within(t2 + r * ROW_STEP, met_before, c0 + c < C), 0.0)
+                inside = within(t2 + r * ROW_STEP, met_before, c0 + c < C)
+                if sees is not None:  # the last program may have taps after the last, not stored
+                    sees_tap = bits >> tl.minimum(k + tap, 31) & 1 != 0
+                    inside = inside & sees_tap[:, None]
+                xb = tl.load(where, inside, 0.0)
             xs = xs + (xb,)  # noqa: RUF005
         gb = _gradient_tile(
             gy, saved, n, u1, (g, o0), U, O, G, PHASES, TMA_G, ROUND_G, GRAD_OF, BU, BO
         )
         dw = _add_products(dw, xs, gb, TAPS, WIDEN, ROUND_X, PRECISION)
+        if sees is not None:
+            bits = _bits_of_block(sees, i + 1, per_sample, begin, u0, U, N, BU)
     if TAIL:
         for i in tl.range(tl.where(met, tl.cdiv(N - split, SPLITS), 0)):
             n = split + i * SPLITS

@@ -1,15 +1,18 @@
-"""Depthwise convolutions of packed sequences, as XLA does them best.
+"""Convolutions of packed sequences, as XLA does them best: depthwise ones, and dense ones on CPUs.
 
-    z[n, t, o]  = bias[o] + sum over k of  x[n, t + k*D - low, o // M] * w[k, 0, o]
-    dx          = the same of gz, with taps reversed, summed over the M outputs of a channel
-    dw[k, 0, o] = sum over n, t of  x[n, t + k*D - low, o // M] * gz[n, t, o]
+    z[n, t, o]  = bias[o] + sum over k, c of  x[n, t + k*D - low, c] * w[k, c, o]
+    dx          = the same of gz, with taps reversed and channels in and out exchanged
+    dw[k, c, o] = sum over n, t of  x[n, t + k*D - low, c] * gz[n, t, o]
 
-each over the taps k that output t sees, for which it has a bit in ``sees (N, T)``. A tap is a
-product, and XLA fuses all of a sum over taps into one pass: x and z once each. A kernel gradient is
-a pass for each tap; on a CPU in blocks of time, as the plain one.
+each over the taps k that output t sees, for which it has a bit in ``sees (N, T)``.
 
-Operations: ``2 N T K O`` forward, and twice that backward, three times with an activation, whose
-derivative takes z.
+Depthwise a tap is a product, and XLA fuses all of a sum over taps into one pass: x and z once each.
+A kernel gradient is a pass for each tap; on a CPU in blocks of time, as the plain one. A dense
+layer on a CPU is a matmul of what its taps see side by side, and its input gradient one that has
+the products of all taps: for a moment K times x is held.
+
+Operations: ``2 N T K C O / G`` forward, and twice that backward, three times with an activation,
+whose derivative takes z.
 """
 
 import functools
@@ -20,10 +23,15 @@ import numpy as np
 from jax import lax
 
 from conv_pallas.activations import activate, times_derivative
-from conv_pallas.kernels.xla_formulations import numbers_of, seen, sees_tap, tree_kernel_grad
+from conv_pallas.kernels.xla_formulations import (
+    grouped_outer,
+    native,
+    numbers_of,
+    seen,
+    sees_tap,
+    tree_kernel_grad,
+)
 from conv_pallas.spec import ACTIVATIONS, ConvSpec, Problem
-
-TAPS = 31  # bits of an int32
 
 
 def _sum_of_taps(a, w, sees, spec: ConvSpec, acc: np.dtype, mirrored: bool = False) -> jax.Array:
@@ -58,10 +66,54 @@ def _per_channel(a, b, C: int) -> jax.Array:
     return a.reshape(*a.shape[:2], C, -1) * b.reshape(*b.shape[:2], C, -1)
 
 
+def _columns(x, sees, spec: ConvSpec) -> jax.Array:
+    """What each output sees through its taps, side by side: ``(N, T, K * C)``."""
+    each = range(spec.kernel_size)
+    return lax.concatenate(
+        [_where(sees_tap(sees, k)[..., None], seen(x, k, spec)) for k in each], 2
+    )
+
+
+def _flat(w) -> jax.Array:
+    """``(K * C, O)``."""
+    return w.reshape(-1, w.shape[2])
+
+
+def _matmul(a, b, numbers) -> jax.Array:
+    """``(N, T, C) @ (C, O)``, as a convolution of one tap: as a dot XLA takes a slower library."""
+    wide = numbers._replace(out=numbers.acc)
+    return native(a, b[None], ConvSpec(a.shape[1], 1), wide)
+
+
+def _sum_of_products(g, w, sees, numbers, spec: ConvSpec) -> jax.Array:
+    """The input gradient of a dense layer, from one matmul of g with all taps.
+
+    Args:
+      spec: of the convolution of g.
+    """
+    K, C, _ = w.shape
+    products = _matmul(g, _flat(w).T, numbers).reshape(*g.shape[:2], K, C)
+    total = None
+    for k in range(K):
+        product = _where(sees_tap(sees, k)[..., None], products[:, :, k])
+        product = seen(product, K - 1 - k, spec)
+        total = product if total is None else total + product
+    return total
+
+
+def _dense_kernel_grad(x, g, spec: ConvSpec, numbers, sees) -> jax.Array:
+    columns = _columns(x, sees, spec)
+    return grouped_outer(columns, g, 1, numbers).reshape(spec.kernel_size, x.shape[2], -1)
+
+
 def _z(problem: Problem, x, w, bias, sees) -> jax.Array:
     """z, as it is summed."""
     operand, numbers = numbers_of(problem)
-    z = _sum_of_taps(x.astype(operand), w.astype(operand), sees, problem.spec, numbers.acc)
+    x, w = x.astype(operand), w.astype(operand)
+    if problem.depthwise:
+        z = _sum_of_taps(x, w, sees, problem.spec, numbers.acc)
+    else:
+        z = _matmul(_columns(x, sees, problem.spec), _flat(w), numbers)
     return z if bias is None else z + bias.astype(z.dtype)[None, None]
 
 
@@ -93,12 +145,18 @@ def packed_backward(problem: Problem, x, w, bias, sees, gy, wanted):
     dx = dw = db = None
     if wanted[0]:
         operand, numbers = numbers_of(problem.gradient("conv1d_input_grad"))
-        turned = functools.partial(_sum_of_taps, spec=spec.transposed(), mirrored=True)
-        dx = turned(gz.astype(operand), w.astype(operand), sees, acc=numbers.acc)
+        if problem.depthwise:
+            turned = functools.partial(_sum_of_taps, mirrored=True, acc=numbers.acc)
+        else:
+            turned = functools.partial(_sum_of_products, numbers=numbers)
+        dx = turned(gz.astype(operand), w.astype(operand), sees, spec=spec.transposed())
         dx = _in_memory(problem, dx.astype(x.dtype))
     if wanted[1]:
         operand, numbers = numbers_of(problem.gradient("conv1d_kernel_grad"))
-        of_taps = tree_kernel_grad if problem.platform == "cpu" else _kernel_grad
+        if not problem.depthwise:
+            of_taps = _dense_kernel_grad
+        else:
+            of_taps = tree_kernel_grad if problem.platform == "cpu" else _kernel_grad
         dw = of_taps(x.astype(operand), gz.astype(operand), spec, numbers, sees=sees)
         dw = dw.astype(w.dtype)
     if wanted[2] and bias is not None:
@@ -123,6 +181,6 @@ def decline_packed(problem: Problem) -> str | None:
     """See `Kernel.decline_packed`."""
     if not problem.known:
         return "takes no symbols"
-    if problem.spec.kernel_size > TAPS:
-        return f"has more than {TAPS} taps"
+    if not problem.depthwise and (problem.platform != "cpu" or problem.spec.groups > 1):
+        return "takes depthwise layers, and dense ones on a CPU"
     return None

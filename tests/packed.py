@@ -45,10 +45,11 @@ def check(kernel, case: Fused, wrap: Callable = lambda f: f) -> None:
         for k in range(spec.kernel_size):
             inside[:, steps(spec, k)[0]] |= 1 << k
         sees &= inside  # as zero times infinity is NaN
-        for c in range(x.shape[2] // 4):
+        for c in range(min(x.shape[2], gy.shape[2]) // 4):
             x[c % len(x), rng.choice(x.shape[1]), 4 * c] = np.nan
             gy[c % len(x), rng.choice(gy.shape[1]), 4 * c + 1] = np.nan
-            w[rng.choice(len(w)), 0, 4 * c + 2] = np.inf
+            if case.problem().depthwise:  # what a matmul does not see is zero, and times infinity
+                w[rng.choice(len(w)), 0, 4 * c + 2] = np.inf
         _check_finite(case, _run(kernel, case, wrap, x, w, bias, gy, sees), x, w, bias, gy)
 
 
@@ -60,6 +61,8 @@ def _check_finite(case: Fused, got, x, w, bias, gy) -> None:
     gz = gy.astype(float) * SLOPES[case.activation](z)
     dx = REFERENCES["conv1d_input_grad"](gz, w, case.case.spec)
     dw = REFERENCES["conv1d_kernel_grad"](x, gz, case.case.spec)
+    if not case.problem().depthwise:
+        dw += 0 * gz.sum((0, 1))  # nor is zero times NaN
     expected = (VALUES[case.activation](z), dx, dw, gz.sum((0, 1)))
     for found, value in zip((y, *grads), expected, strict=True):
         if found is not None:
@@ -78,28 +81,42 @@ def _run(kernel, case: Fused, wrap, x, w, bias, gy, sees):
 
 
 def references(sees: np.ndarray) -> dict[str, Callable]:
-    """As `tests.reference`, depthwise, of what is seen."""
+    """As `tests.reference`, of what is seen."""
 
     def each(spec):
         for k in range(spec.kernel_size):
             u, t = steps(spec, k)
-            seen = (sees[:, u] >> k & 1).astype(bool)[..., None]
+            seen = (sees[:, u] >> k & 1).astype(bool)[..., None, None]
             yield k, u, t, lambda product, seen=seen: np.where(seen, product, 0)
 
+    def of_groups(a, groups):
+        """Its channels as ``(groups, of each)``."""
+        return a.astype(float).reshape(*a.shape[:-1], groups, a.shape[-1] // groups)
+
+    # Products of numbers, and not of matrices: zero times infinity is not to be told.
     def forward(x, w, spec):
-        y = np.zeros((*sees.shape, x.shape[2]))
+        G, O = spec.groups, w.shape[2]
+        x, w, y = of_groups(x, G), of_groups(w, G), np.zeros((*sees.shape, G, O // G))
         for k, u, t, of_seen in each(spec):
-            y[:, u] += of_seen(x[:, t].astype(float) * w[k, 0].astype(float))
-        return y
+            for c in range(x.shape[3]):
+                y[:, u] += of_seen(x[:, t][..., c, None] * w[k, c])
+        return y.reshape(*sees.shape, O)
 
     def input_grad(g, w, spec):
-        dx = np.zeros((len(g), spec.time, g.shape[2]))
+        G, c = spec.groups, w.shape[1]
+        g, w, dx = of_groups(g, G), of_groups(w, G), np.zeros((len(g), spec.time, G, c))
         for k, u, t, of_seen in each(spec):
-            dx[:, t] += of_seen(g[:, u].astype(float) * w[k, 0].astype(float))
-        return dx
+            for o in range(g.shape[3]):
+                dx[:, t] += of_seen(g[:, u][..., o, None] * w[k, :, :, o].T)
+        return dx.reshape(*dx.shape[:2], G * c)
 
     def kernel_grad(x, g, spec):
-        products = (of_seen(x[:, t].astype(float) * g[:, u]) for _, u, t, of_seen in each(spec))
-        return np.stack([product.sum((0, 1), keepdims=True)[0] for product in products])
+        G = spec.groups
+        x, g = of_groups(x, G), of_groups(g, G)
+        dw = np.zeros((spec.kernel_size, x.shape[3], G, g.shape[3]))
+        for k, u, t, of_seen in each(spec):
+            for c in range(x.shape[3]):
+                dw[k, c] = of_seen(x[:, t][..., c, None] * g[:, u]).sum((0, 1))
+        return dw.reshape(*dw.shape[:2], -1)
 
     return dict(zip(REFERENCES, (forward, input_grad, kernel_grad), strict=True))

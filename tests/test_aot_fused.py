@@ -69,10 +69,12 @@ def test_bias_and_activation(case, activation):
         assert (kernels(hlo), passes(hlo, size)) == (3, {"fusion": 1})
 
 
-@pytest.mark.parametrize("activation", [None, "silu"])
-def test_packed_sequences(activation):
-    """One kernel for y and one for all gradients, as without ids, and no pass over y."""
-    case = DEPTHWISE
+@pytest.mark.parametrize("case, activation, made, passed", [
+    (DEPTHWISE, None, 2, {}), (DEPTHWISE, "silu", 2, {}), (NARROW, None, 3, {}),
+    (NARROW, "relu", 3, {"fusion": 1}),
+])  # fmt: skip
+def test_packed_sequences(case, activation, made, passed):
+    """As many kernels as without ids, and no pass over y but where a dense layer's gz is made."""
     x, w, g = (aot.struct(s, case.dtype) for s in (case.x_shape, case.kernel_shape, case.out_shape))
     b, ids = aot.struct((case.O,), case.dtype), aot.struct(case.x_shape[:-1], jnp.int32)
 
@@ -84,7 +86,7 @@ def test_packed_sequences(activation):
         return y, vjp(g)
 
     hlo = aot.compile_for("h200", step, x, w, b, ids, g).as_text()
-    assert (kernels(hlo), passes(hlo, math.prod(case.out_shape))) == (2, {})
+    assert (kernels(hlo), passes(hlo, math.prod(case.out_shape))) == (made, passed)
 
 
 def test_what_is_kept_for_a_derivative_costs_no_pass():

@@ -85,7 +85,8 @@ def _packed(case: Case, activation: str | None, sees: bool, x, w, bias, gy, mask
 
     A plain one of many taps has no activation, as nothing is saved for its derivative.
     """
-    kernel, epilogue = triton_depthwise.KERNEL, Epilogue(True, activation)
+    kernel = triton_depthwise.KERNEL if 1 < case.G == case.C else triton_dense.KERNEL
+    epilogue = Epilogue(True, activation)
     problem = dataclasses.replace(case.problem("conv1d", "cuda"), epilogue=epilogue)
     wanted = (True, True, True)
     if sees:
@@ -173,6 +174,12 @@ PACKED = (
     (_case("packed_taps", 512, G=512, K=17), None),
     (_case("packed_taps_all", 512, G=512, K=31, D=1), "silu"),
     (_case("packed_taps_float32", 512, G=512, K=31, dtype="float32"), "gelu_exact"),
+    (_case("packed_dense", 512), None),
+    (_case("packed_dense_ragged", 25, 30), None),
+    (_case("packed_dense_addresses", 450, T=400, batch=(32,)), "relu"),
+    (_case("packed_dense_float32", 256, K=31, dtype="float32"), "gelu_exact"),
+    (_case("packed_dense_tf32x3", 65, dtype="float32", precision="high"), "silu"),
+    (_case("packed_dense_groups", 256, G=8), "relu"),
 )
 
 
@@ -184,10 +191,18 @@ def test_masks_of_packed_sequences_stay_in_registers(chip, case, activation):
     made = codes(chip, functools.partial(_packed, case, activation, True), *structs)
     many = ["conv_taps"] * (2 if activation is None else 3) + ["conv_taps_kernel_grad"]
     walked = ["conv_walk", "conv_walk_backward"]
-    assert [code.name for code in made] == (many if "taps" in case.name else walked)
+    dense = ["conv_dense"] * (2 if activation is None else 3) + ["conv_dense_kernel_grad"]
+    kinds = {"taps": many, "dense": dense}
+    kind = next((names for name, names in kinds.items() if name in case.name), walked)
+    assert [code.name for code in made] == kind
     for code in made:
         assert code.spills == 0, code
         assert code.shared <= SHARED_BYTES[chip], code
+    if case.name == "packed_dense" and chip != "a100":  # masked or not, fetched stages ahead
+        grad = made[-1]
+        tiles = grad.meta["BU"] * (grad.meta["BC"] + grad.meta["BO"]) * 2
+        assert grad.shared >= grad.meta["stages"] * tiles, grad
+        assert all(code.opcodes["LDGSTS"] > 0 for code in made), made
     if case.name in ("packed", "packed_taps"):
         # Of which a plain layer is told nothing.
         plain = codes(chip, functools.partial(_packed, case, activation, False), *structs)

@@ -68,7 +68,7 @@ EXTRA = (
 
 
 def _packed(name: str, activation: str | None = "silu", wanted=(True, True, True), **kwargs):
-    """A depthwise layer that is told which taps each output sees."""
+    """A layer that is told which taps each output sees; depthwise where nothing is said."""
     bias = kwargs.pop("bias", True)
     case = Case(f"packed{name}", **dict(T=41, C=24, O=24, G=24, K=4) | kwargs)
     return Fused(case, activation, bias, wanted)
@@ -106,6 +106,21 @@ PACKED = (
     _packed("_taps", K=9, wanted=(True, False, False)),
     _packed("_taps", "sigmoid", K=11, wanted=(False, True, True)),
     _packed("_taps", None, K=9, wanted=(False, False, True)),
+    # Dense and grouped: several tiles on every axis, dilations and paddings.
+    _packed("_dense", G=1, O=40, K=3, D=5),
+    _packed(
+        "_dense_tiles", "relu", G=1, T=150, C=72, O=136, K=3, D=7, batch=(2,), dtype="bfloat16"
+    ),
+    _packed("_dense_same", None, G=1, C=33, O=20, K=5, D=2, padding="SAME"),
+    _packed("_dense_pad", "tanh", G=1, K=2, D=3, padding=[(7, -4)], dtype="float16"),
+    _packed("_dense_taps", None, G=1, K=31, T=36, C=10, O=15, padding="SAME"),
+    _packed("_dense_several", None, G=1, K=7, T=150, C=15, O=13, D=9, batch=(2,)),
+    _packed("_grouped", "gelu", G=2, T=70, C=48, O=32, D=3, dtype="bfloat16"),
+    _packed("_few_in_groups", None, G=6, T=45, O=12, K=9, padding="SAME"),
+    _packed("_dense", None, G=1, bias=False),
+    _packed("_dense", G=1, O=40, wanted=(True, False, False)),
+    _packed("_dense", None, G=1, O=40, wanted=(False, True, True)),
+    _packed("_dense", "silu", G=1, O=40, wanted=(False, False, True)),
 )
 
 # The heuristic picks programs that stay for more steps than the interpreter has time for, and none

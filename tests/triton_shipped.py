@@ -195,12 +195,16 @@ def run_packed(name: str) -> None:
     """A layer of which each output sees some taps, and nothing of what the others have there."""
     triton_compat.compute_capability = lambda: 90
     (case,) = (case for case in PACKED if case.name == name)
-    walked = case.case.K <= triton_depthwise_walk.TAPS
-    files.append("triton_depthwise_walk" if walked else "triton_depthwise_taps")
+    kernel, file, called = triton_depthwise.KERNEL, "triton_depthwise_taps", "conv_taps"
+    if not case.problem().depthwise:
+        kernel, file, called = triton_dense.KERNEL, "triton_dense", "conv_dense"
+    elif case.case.K <= triton_depthwise_walk.TAPS:
+        file, called = "triton_depthwise_walk", "conv_walk"
+    files.append(file)
     ran.clear()
     with _as_named(name):
-        packed.check(triton_depthwise.KERNEL, case)
-    assert all(called.startswith("conv_walk" if walked else "conv_taps") for called in ran), ran
+        packed.check(kernel, case)
+    assert all(device.startswith(called) for device in ran), ran
 
 
 UNREAD = (  # time, taps, dilation and padding: steps that no output reads, cropped or in between
