@@ -46,6 +46,15 @@ def test_conv1d_packed(groups, padding, implementation):
     np.testing.assert_allclose(packed, np.concatenate(parts), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_one_tap_that_looks_back(groups):
+    """Into another sequence it does not."""
+    x, w = numbers(12, 4), numbers(1, 4 // groups, 4)
+    late = functools.partial(conv1d, padding=[(2, -2)], feature_group_count=groups)
+    expected = each(lambda x: late(x, w), x)
+    np.testing.assert_allclose(late(x, w, segment_ids=IDS), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_packed_rows_under_every_transform():
     """A NaN in one sequence stays there, in the value and in the gradient."""
     x, w = numbers(2, 12, 4).at[0, 2].set(jnp.nan), numbers(3, 4, 4, seed=1)

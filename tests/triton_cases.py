@@ -115,6 +115,7 @@ PACKED = (
     _packed("_dense_pad", "tanh", G=1, K=2, D=3, padding=[(7, -4)], dtype="float16"),
     _packed("_dense_taps", None, G=1, K=31, T=36, C=10, O=15, padding="SAME"),
     _packed("_dense_several", None, G=1, K=7, T=150, C=15, O=13, D=9, batch=(2,)),
+    _packed("_dense_summed", None, G=1, C=20, O=12, K=3, D=40, T=150, batch=(3,)),
     _packed("_grouped", "gelu", G=2, T=70, C=48, O=32, D=3, dtype="bfloat16"),
     _packed("_few_in_groups", None, G=6, T=45, O=12, K=9, padding="SAME"),
     _packed("_dense", None, G=1, bias=False),

@@ -51,7 +51,7 @@ def _as_named(name: str):
     """With the tile that a case is about, and few programs that stay: each has several tiles."""
     few = "resident" in name or name == "taps_tuned"
     processors = 1 if "onward" in name else 2 if few else triton_compat.processors()
-    split = _in_four if name.startswith(("summed", "fused_summed")) else triton_dense.choose_splits
+    split = _in_four if "summed" in name else triton_dense.choose_splits
     cache = 0 if name.startswith("time_first") else triton_depthwise.L2_BYTES
     with (
         own_tile(name), mock.patch.object(triton_compat, "processors", lambda: processors),
