@@ -112,14 +112,15 @@ def offsets(i, STEP: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def within(t, end, columns):
-    """Where ``0 <= t < end``, of the rows ``t``, and of those ``columns``.
+def within(t, end, columns, TURNED: tl.constexpr = False):
+    """Where ``0 <= t < end``, of the rows ``t``, and of those ``columns``; TURNED its transpose.
 
     One comparison an element: a program of few channels has more to do to say what it fetches than
     to multiply it.
     """
     before = tl.where(columns, tl.maximum(end, 0), 0).to(tl.uint32, bitcast=True)
-    return t.to(tl.uint32, bitcast=True)[:, None] < before[None, :]
+    t = t.to(tl.uint32, bitcast=True)
+    return t[None, :] < before[:, None] if TURNED else t[:, None] < before[None, :]
 
 
 @triton.jit

@@ -182,7 +182,7 @@ def _add_products(
     dw, xs, gb, TAPS: tl.constexpr, WIDEN: tl.constexpr, ROUND_X: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dw, ``(BC, BO)`` of each of TAPS taps, plus its xs ``(BU, BC)`` times gb ``(BU, BO)``."""
+    """dw, ``(BC, BO)`` of each of TAPS taps, plus its xs ``(BC, BU)`` times gb ``(BU, BO)``."""
     if WIDEN:
         gb = gb.to(tl.float32)
     added = ()
@@ -190,7 +190,7 @@ def _add_products(
         xb = xs[tap].to(tl.float32) if WIDEN else xs[tap]
         if ROUND_X:
             xb = to_tf32(xb)
-        product = tl.dot(xb.T, gb, dw[tap], input_precision=PRECISION)
+        product = tl.dot(xb, gb, dw[tap], input_precision=PRECISION)
         added = added + (product,)  # noqa: RUF005
     return added
 
@@ -210,7 +210,7 @@ def conv_dense_kernel_grad(
     S: tl.constexpr, E: tl.constexpr, PHASES: tl.constexpr, PHASE_INVERSE: tl.constexpr,
     ROW_STEP: tl.constexpr, TMA_X: tl.constexpr, TMA_G: tl.constexpr, TAIL: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr, ROUND_X: tl.constexpr, ROUND_G: tl.constexpr,
-    BIAS: tl.constexpr, GRAD_OF: tl.constexpr, TAPS: tl.constexpr,
+    BIAS: tl.constexpr, GRAD_OF: tl.constexpr, TAPS: tl.constexpr, TURN_X: tl.constexpr,
     BU: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
     """One tile ``(BC, BO)`` of dw[k], or ``BO`` channels of db, a part of the sum over (n, u).
@@ -226,6 +226,9 @@ def conv_dense_kernel_grad(
     With TMA_X a tile of x may reach beyond the last step that a tap meets, where gy's is zero;
     but zero times NaN is NaN. Where that can be, TAIL takes each sample's last tile out of the
     loop and masks it.
+
+    With TURN_X a tile of x is fetched as ``(BC, BU)``. One that is turned afterwards, for matmuls
+    of a warp, Triton fetches through registers, or if of float32 number by number.
     """
     TILES_O: tl.constexpr = (O + BO - 1) // BO
     TILES_C: tl.constexpr = (C + BC - 1) // BC
@@ -292,14 +295,19 @@ def conv_dense_kernel_grad(
                 xb = x.load([n, t2, g * C + c0]).reshape(BU, BC)
             else:
                 corner = x + (n.to(tl.int64) * T + t2) * (G * C) + (g * C + c0)
-                where = corner + offsets(r, ROW_STEP * G * C, BU)[:, None] + c[None, :]
+                steps = offsets(r, ROW_STEP * G * C, BU)
                 met_before = tl.minimum(T, t2 + tl.cdiv(U - u1, PHASES) * ROW_STEP)
-                inside = within(t2 + r * ROW_STEP, met_before, c0 + c < C)
+                if TURN_X:
+                    where = corner + steps[None, :] + c[:, None]
+                    inside = within(t2 + r * ROW_STEP, met_before, c0 + c < C, True)
+                else:
+                    where = corner + steps[:, None] + c[None, :]
+                    inside = within(t2 + r * ROW_STEP, met_before, c0 + c < C)
                 if sees is not None:  # the last program may have taps after the last, not stored
                     sees_tap = bits >> tl.minimum(k + tap, 31) & 1 != 0
-                    inside = inside & sees_tap[:, None]
+                    inside = inside & (sees_tap[None, :] if TURN_X else sees_tap[:, None])
                 xb = tl.load(where, inside, 0.0)
-            xs = xs + (xb,)  # noqa: RUF005
+            xs = xs + (xb if TURN_X else xb.T,)  # noqa: RUF005
         gb = _gradient_tile(
             gy, saved, n, u1, (g, o0), U, O, G, PHASES, TMA_G, ROUND_G, GRAD_OF, BU, BO
         )
@@ -314,7 +322,7 @@ def conv_dense_kernel_grad(
             for tap in tl.static_range(TAPS):
                 t2 = t0 + tap * D + J // BU * BU * ROW_STEP
                 xb = x.load([n, t2, g * C + c0]).reshape(BU, BC)
-                xs = xs + (tl.where((u1 + r < U)[:, None], xb, 0.0),)  # noqa: RUF005
+                xs = xs + (tl.where((u1 + r < U)[:, None], xb, 0.0).T,)  # noqa: RUF005
             gb = _gradient_tile(
                 gy, saved, n, u1, (g, o0), U, O, G, PHASES, TMA_G, ROUND_G, GRAD_OF, BU, BO
             )
