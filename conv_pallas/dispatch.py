@@ -239,8 +239,10 @@ def of_packed(answers, problem: Problem) -> list[tuple[Candidate, object | None]
         if kernel.packed is not None:
             many = f"takes packed sequences of up to {TAPS} taps"
             reason = many if problem.spec.kernel_size > TAPS else kernel.decline_packed(problem)
-        how, by_name = (PACKED, candidate.by_name) if reason is None else (None, None)
-        return dataclasses.replace(candidate, reason=reason, how=how, by_name=by_name), kernel
+        if reason is not None:
+            return dataclasses.replace(candidate, reason=reason, how=None, by_name=None), kernel
+        by_name = None if kernel.packed_wins(problem) else candidate.by_name
+        return dataclasses.replace(candidate, how=PACKED, by_name=by_name), kernel
 
     return [answer(*a) for a in answers]
 

@@ -57,6 +57,9 @@ class Kernel:
       packed_backward: ``packed_backward(problem, x, w, bias, sees, gy, wanted) -> (dx, dw, db)``,
         its gradients, as of `backward`, but that it makes z anew. Goes with `packed`.
       decline_packed: as `decline`, for both of these.
+      packed_wins: ``packed_wins(problem)``, whether these are picked without being asked for where
+        `priority` gives none to an operation of one sequence: what they save is more than what XLA
+        would be faster by.
       opaque: whether XLA can't look into what these return, as it can't into a custom call. Then it
         is not asked where XLA's partitioner would have to split that.
       keeps: ``keeps(problem)``, whether `fused` returns ``(y, z)``, both of ``problem.out_shape``
@@ -87,6 +90,7 @@ class Kernel:
     packed: Callable[..., jax.Array] | None = None
     packed_backward: Callable[..., tuple[jax.Array | None, ...]] | None = None
     decline_packed: Callable[[Problem], str | None] = lambda problem: None
+    packed_wins: Callable[[Problem], bool] = lambda problem: False
     keeps: Callable[[Problem], bool] = lambda problem: False
     opaque: bool = False
 

@@ -244,6 +244,24 @@ def cut(a: jax.Array, real: int) -> jax.Array:
     return jnp.concatenate([a[:at], end], 0) if at else end
 
 
+def bits_of(ref, at, n: int) -> jax.Array:
+    """Of ``n`` outputs from ``at`` on the bits of the taps they see, in every lane: ``(n, LANES)``.
+
+    Args:
+      ref: int32 ``(1, 1, 1, rows)``, along the lanes as it lies in HBM.
+    """
+    return jnp.broadcast_to(ref[0, 0, :, pl.ds(at, n)], (LANES, n)).T
+
+
+def where_seen(tap: jax.Array, bits: jax.Array, k: int) -> jax.Array:
+    """Tap k ``(n, C)`` with zeros in the rows whose output does not see it."""
+    n, C = tap.shape
+    bit = (bits >> k) & 1
+    wide = jnp.concatenate([bit] * pl.cdiv(C, LANES), 1)[:, :C]
+    # Selected in float32: the older chips compare and select in 32 bits.
+    return jnp.where(wide == 1, tap.astype(jnp.float32), 0.0).astype(tap.dtype)
+
+
 def rows_of(ref):
     """``load(at, n)`` of a reference to ``(rows, C)``."""
     return lambda at, n: _load(ref, at, n)

@@ -46,7 +46,6 @@ Groups are one more index of the grid. Strides and input dilation run by phases 
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +76,7 @@ from conv_pallas.kernels.triton_config import (
     takes_last_axis_alone,
 )
 from conv_pallas.kernels.triton_matmul import conv_dense, conv_dense_kernel_grad
-from conv_pallas.kernels.xla_formulations import seen, sees_tap
+from conv_pallas.kernels.xla_formulations import seen_from
 from conv_pallas.spec import ACTIVATIONS, ConvSpec, Epilogue, Problem
 from conv_pallas.taps import flip
 
@@ -477,21 +476,13 @@ def packed_backward(problem: Problem, x, w, bias, sees, gy, wanted):
         back = spec.transposed()
         dx = forward(
             gy, w, back, O=problem.C, out_dtype=x.dtype, transposed=True,
-            sees=_mirrored(sees, back), **around,
+            sees=seen_from(sees, back), **around,
         )  # fmt: skip
     if want_dw:
         dw, db = kernel_grad(x, gy, spec, out_dtype=w.dtype, bias=want_db, sees=sees, **around)
     elif want_db:
         db = bias_grad_in_xla(gy)
     return dx, dw, db
-
-
-def _mirrored(sees: jax.Array, spec: ConvSpec) -> jax.Array:
-    """Of the convolution of gz, whose geometry is ``spec``, which taps each of its outputs sees."""
-    each = range(spec.kernel_size)
-    steps = sees[..., None]
-    there = [sees_tap(seen(steps, k, spec), spec.kernel_size - 1 - k)[..., 0] for k in each]
-    return functools.reduce(jnp.add, (t.astype(sees.dtype) << k for k, t in enumerate(there)))
 
 
 # --- What it declines ---

@@ -10,6 +10,7 @@ whatever sums here does so in ``numbers.acc``, and the caller rounds once.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -99,6 +100,13 @@ def seen(x: jax.Array, k: int, spec: ConvSpec) -> jax.Array:
 def sees_tap(sees: jax.Array, k: int) -> jax.Array:
     """Whether each output sees tap k: of packed sequences, where it has a bit for each."""
     return (sees >> k) & 1 == 1
+
+
+def seen_from(sees: jax.Array, spec: ConvSpec) -> jax.Array:
+    """``sees`` as the transposed convolution has it, whose geometry is ``spec``."""
+    each, steps = range(spec.kernel_size), sees[..., None]
+    there = [sees_tap(seen(steps, k, spec), spec.kernel_size - 1 - k)[..., 0] for k in each]
+    return functools.reduce(jnp.add, (t.astype(sees.dtype) << k for k, t in enumerate(there)))
 
 
 def grouped_matmul(x: jax.Array, w: jax.Array, groups: int, numbers: Numbers) -> jax.Array:

@@ -41,15 +41,17 @@ def check(kernel, case: Fused, wrap: Callable = lambda f: f) -> None:
         if case.activation not in (None, "silu"):
             return
         # And what some of them see reaches those alone.
-        inside = np.zeros_like(sees)
+        inside, met = np.zeros_like(sees), np.zeros_like(met)
         for k in range(spec.kernel_size):
-            inside[:, steps(spec, k)[0]] |= 1 << k
+            u, t = steps(spec, k)
+            inside[:, u] |= 1 << k
+            met[:, t] |= (sees[:, u] >> k & 1).astype(bool)
         sees &= inside  # as zero times infinity is NaN
         for c in range(min(x.shape[2], gy.shape[2]) // 4):
             n, u = c % len(x), np.arange(gy.shape[1])
             if not case.problem().depthwise:  # where a tap meets padding, matmuls may pass it over
                 u = np.flatnonzero((sees[n] != 0) & (inside[n] == 2**spec.kernel_size - 1))
-            x[n, rng.choice(x.shape[1]), 4 * c] = np.nan
+            x[n, rng.choice(np.flatnonzero(met[n])), 4 * c] = np.nan
             gy[n, rng.choice(u), 4 * c + 1] = np.nan
             if case.problem().depthwise:  # what a matmul does not see is zero, and times infinity
                 w[rng.choice(len(w)), 0, 4 * c + 2] = np.inf
