@@ -5,7 +5,9 @@ import functools
 
 import pytest
 
-from conv_pallas.kernels import tpu_dense
+from conv_pallas.kernels import tpu_dense, tpu_matmul
+from conv_pallas.kernels.tpu_in_place import gradient_in_place, placement
+from conv_pallas.kernels.tpu_window import Chip, Walk
 from tests import packed
 from tests.cases import Case
 from tests.tpu_interpreter import MEGACORE, V5E, fresh_interpreter, params
@@ -32,8 +34,28 @@ CASES = (
 @pytest.mark.parametrize("chip", [V5E, SMALL, MEGACORE], ids=["v5e", "small", "megacore"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_case(case, chip):
+    _check(case, chip, 16)
+
+
+def test_what_else_would_be_multiplied_where_it_arrives():
+    case = Fused(Case("in_place", T=64, C=128, O=128, D=5, dtype="bfloat16"), None)
+    forward = case.problem()
+    walk = Walk.of(forward.spec, 32)
+    assert placement(walk, 128, 128) == "causal"
+    assert gradient_in_place(walk, forward.lhs_dtype, 128, 128, V5E.mxu)
+    _check(case, V5E, 32)
+
+
+def test_a_tile_in_chunks(monkeypatch):
+    """Each has its own part of the tile's bits."""
+    monkeypatch.setattr(tpu_matmul, "CHUNKS", (128,))
+    monkeypatch.setattr(tpu_matmul, "CODE", 1)
+    _check(Fused(Case("chunks", T=300, C=8, O=8, D=3), None), V5E, 256)
+
+
+def _check(case: Fused, chip: Chip, longest: int) -> None:
     case = dataclasses.replace(case, platform="tpu")
-    how = dict(chip=chip, longest=16, interpret=params(chip.cores))
+    how = dict(chip=chip, longest=longest, interpret=params(chip.cores))
     kernel = dataclasses.replace(
         tpu_dense.KERNEL,
         packed=functools.partial(tpu_dense.packed, **how),
