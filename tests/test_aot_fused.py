@@ -69,6 +69,7 @@ def test_bias_and_activation(case, activation):
         assert (kernels(hlo), passes(hlo, size)) == (3, {"fusion": 1})
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("case, activation, made, passed", [
     (DEPTHWISE, None, 2, {}), (DEPTHWISE, "silu", 2, {}), (NARROW, None, 3, {}),
     (NARROW, "relu", 3, {"fusion": 1}),
